@@ -1,0 +1,37 @@
+# `make demo` and `make test` are the two commands of the README. Both make .venv once and reuse it.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/demo.stamp
+	@echo "diptych demo: the shipped model first, then one trained from scratch; the report lands in report.html"
+	$(BIN)/diptych demo $(ARGS)
+
+test: .venv/test.stamp
+	@echo "lint, types, rooms, tests"
+	$(BIN)/ruff check diptych tests scripts benchmarks
+	$(BIN)/mypy diptych/core diptych/train diptych/generate
+	$(BIN)/lint-imports --no-cache
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+bench: .venv/test.stamp
+	@for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b; done
+
+.venv/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed; set PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "making .venv"
+	$(PYTHON) -m venv .venv
+
+.venv/demo.stamp: .venv/bin/python pyproject.toml
+	@echo "installing diptych into .venv (about a minute; downloads torch once)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+.venv/test.stamp: .venv/bin/python pyproject.toml
+	@echo "installing diptych with the test extra into .venv (a few minutes the first time)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	@touch $@ .venv/demo.stamp
+
+clean:
+	rm -rf .venv

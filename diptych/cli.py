@@ -1,0 +1,441 @@
+"""The command line. Nothing heavy is imported until a verb runs: ``diptych --help`` does not load torch.
+
+Exit codes: 0 done, 2 bad configuration, data or input, 3 out of memory, 4 interrupted but checkpointed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+OK, BAD, MEMORY, INTERRUPTED = 0, 2, 3, 4
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb and returns the exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or OK
+    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+            hint = "lower limits.tokens (--set stages.0.limits.tokens=1024), the picture size, or the batch; or use fewer workers"
+            print(f"out of memory: {error}\ntry: {hint}", file=sys.stderr)
+            return MEMORY
+        raise
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of every verb."""
+    top = argparse.ArgumentParser(
+        prog="diptych",
+        description="Unified multimodal models: networks that read pictures and draw them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="first steps:\n  diptych demo\n  diptych generate bagel/tiny 'a red circle left of a blue star'\n"
+        "  diptych train bagel/tiny --steps 500 --run runs/mine",
+    )
+    top.add_argument("--version", action="version", version=_version())
+    verbs = top.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, run: Callable, help: str, *examples: str, into: Any = None) -> argparse.ArgumentParser:
+        p = (into or verbs).add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog="examples:\n" + "\n".join(f"  {e}" for e in examples),
+        )
+        p.set_defaults(run=run)
+        return p
+
+    p = verb("demo", _demo, "see the shipped model work, train one from scratch, read the report", "diptych demo", "diptych demo --minutes 10 --out report.html")  # fmt: skip  # noqa: E501
+    p.add_argument("--minutes", type=float, default=5.0, help="budget of the training (default: 5)")
+    p.add_argument("--steps", type=int, help="train this many steps instead of a budget of minutes")
+    p.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write (default: report.html)")
+    p.add_argument("--run", dest="folder", type=Path, help="run folder (default: a new one under runs/)")
+    p.add_argument("--limit", type=int, default=4, help="items per category in the evaluations (default: 4)")
+    p.add_argument("--seed", type=int, default=0)
+
+    p = verb("train", _train, "train a recipe (a name or a .json/.yaml file)", "diptych train bagel/tiny --steps 500", "diptych train runs/mine/recipe.json --run runs/again --seed 1", "diptych train bagel/tiny --set stages.0.train.vision=1e-3", "torchrun --nproc-per-node 2 -m diptych train bagel/tiny --run runs/two")  # fmt: skip  # noqa: E501
+    p.add_argument("recipe", help="a name that `diptych recipes` lists, or a file")
+    p.add_argument("--steps", type=int, help="cut or stretch all stages to this many steps, in proportion")
+    p.add_argument("--run", dest="folder", type=Path, help="run folder (default: a new one under runs/)")
+    p.add_argument("--seed", type=int, help="seed of weights, data order and noise")
+    p.add_argument("--catalog", help="YAML file that says where your own data sets are")
+    p.add_argument("--set", dest="override", action="append", default=[], metavar="PATH=VALUE", help="change any leaf of the recipe")  # fmt: skip  # noqa: E501
+    p.add_argument("--json", action="store_true", help="print {run, release} as JSON at the end")
+    _device(p)
+
+    p = verb("resume", _resume, "go on with a run from its last checkpoint", "diptych resume runs/mine")
+    p.add_argument("folder", metavar="RUN", type=Path)
+    p.add_argument("--json", action="store_true", help="print {run, release} as JSON at the end")
+    _device(p)
+
+    p = verb("generate", _generate, "draw pictures of a prompt", "diptych generate bagel/tiny 'two blue stars' -n 4 --seed 7", "diptych generate bagel/tiny 'a cat' --size 64x64 --out cat.png")  # fmt: skip  # noqa: E501
+    _model(p)
+    p.add_argument("prompt")
+    _draw(p)
+
+    p = verb("edit", _edit, "change a picture by instruction", "diptych edit bagel/tiny scene.png 'make the star blue'")
+    _model(p)
+    p.add_argument("image", type=Path)
+    p.add_argument("instruction")
+    _draw(p)
+    p.add_argument("--image-guidance", dest="image_guidance_scale", type=float, help="guidance on the source picture")
+
+    p = verb("ask", _ask, "ask a question about a picture", "diptych ask bagel/tiny scene.png 'how many stars are there?'")
+    _model(p)
+    p.add_argument("image", type=Path)
+    p.add_argument("question")
+    _say(p)
+
+    p = verb("chat", _chat, "talk in the terminal; /image PATH shows a picture, /draw PROMPT draws, /quit ends", "diptych chat bagel/tiny")  # fmt: skip  # noqa: E501
+    _model(p)
+    p.add_argument("--out", type=Path, default=Path("pictures"), help="where /draw saves (default: pictures/)")
+    _say(p, json_too=False)
+
+    p = verb("evaluate", _evaluate, "score a model", "diptych evaluate bagel/tiny mini --limit 4", "diptych evaluate runs/mine geneval-mini --seed 1 --json")  # fmt: skip  # noqa: E501
+    _model(p)
+    p.add_argument("benchmarks", nargs="+", metavar="BENCHMARK", help="mini, or one of its parts")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--limit", type=int, help="items per category")
+    p.add_argument("--out", dest="folder", type=Path, help="folder of items, scores and pictures; continues one that is there")
+    p.add_argument("--json", action="store_true", help="one JSON object as the last line")
+
+    p = verb("models", _models, "list models with their parameter counts", "diptych models --json")
+    p.add_argument("--json", action="store_true")
+
+    p = verb("recipes", _recipes, "list recipes, or print one as JSON", "diptych recipes", "diptych recipes bagel/tiny")
+    p.add_argument("recipe", nargs="?")
+    p.add_argument("--json", action="store_true")
+
+    data = verb("data", lambda a: data.print_help(), "check, show and prepare data sets", "diptych data check my_data.yaml")
+    kinds = data.add_subparsers(metavar="VERB")
+    p = verb("check", _data_check, "validate every row of a catalog", "diptych data check my_data.yaml", into=kinds)
+    p.add_argument("catalog", type=Path)
+    p.add_argument("--limit", type=int, help="rows per data set")
+    p.add_argument("--json", action="store_true")
+    p = verb("show", _data_show, "draw a contact sheet of samples with their laid-out segments", "diptych data show shapes/draw emoji/scenes --out sheet.png", "diptych data show my_set --catalog my_data.yaml", into=kinds)  # fmt: skip  # noqa: E501
+    p.add_argument("names", nargs="+", metavar="NAME", help="data sets: embedded, or of the catalog")
+    p.add_argument("--catalog", help="YAML file that says where your own data sets are")
+    p.add_argument("--layout", default="bagel/tiny", help="model whose layout is shown (default: bagel/tiny)")
+    p.add_argument("-n", type=int, default=4, help="samples per data set")
+    p.add_argument("--size", type=int, default=64, help="pixels on a side of embedded pictures")
+    p.add_argument("--out", type=Path, default=Path("sheet.png"))
+    p = verb("prepare", _data_prepare, "fetch and build a data set that does not ship", "diptych data prepare stamps", "diptych data prepare stamps --source ~/tuxpaint/stamps", into=kinds)  # fmt: skip  # noqa: E501
+    p.add_argument("name", choices=["stamps"])
+    p.add_argument("--source", type=Path, help="an unpacked folder of stamps (default: the Debian package)")
+    p.add_argument("--out", type=Path, help="destination (default: the folder that the data set reads)")
+
+    p = verb("doctor", _doctor, "what this machine can do: devices, dtypes, attention, extras", "diptych doctor --json")
+    p.add_argument("--json", action="store_true")
+
+    p = verb("export", _export, "write a model as safetensors, config.json and tokenizer.json", "diptych export runs/mine model --dtype bf16")  # fmt: skip  # noqa: E501
+    _model(p)
+    p.add_argument("folder", type=Path)
+    p.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="bf16")
+    return top
+
+
+def _version() -> str:
+    from diptych import __version__
+
+    return f"diptych {__version__}"
+
+
+def _device(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+
+
+def _model(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", help="a name that `diptych models` lists as shipped, a model folder or a run folder")
+    _device(p)
+
+
+def _say(p: argparse.ArgumentParser, json_too: bool = True) -> None:
+    p.add_argument("--max-new-tokens", type=int, default=64)
+    p.add_argument("--temperature", type=float, default=0.0)
+    p.add_argument("--seed", type=int, default=0)
+    if json_too:
+        p.add_argument("--json", action="store_true")
+
+
+def _draw(p: argparse.ArgumentParser) -> None:
+    p.add_argument("-n", type=int, default=1, help="how many pictures; picture i has seed SEED + i")
+    p.add_argument("--size", type=_size, help="WIDTHxHEIGHT in pixels")
+    p.add_argument("--steps", dest="num_inference_steps", type=int)
+    p.add_argument("--guidance", dest="guidance_scale", type=float)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, default=Path("picture.png"), help="file; several pictures get -0, -1 ... appended")
+    p.add_argument("--json", action="store_true", help="print files and effective parameters as JSON")
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdigit() and height.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 64x64")
+    return int(width), int(height)
+
+
+def _load(a: argparse.Namespace):
+    from diptych.generate.engine import load
+
+    return load(a.model, a.device)
+
+
+def _table(title: str, head: list[str], rows: list[list[Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, *head)
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console().print(table)
+
+
+def _demo(a: argparse.Namespace) -> None:
+    from diptych.demo import demo
+
+    demo(a.minutes, a.steps, a.out, a.folder, a.limit, a.seed)
+
+
+def _finish_run(a: argparse.Namespace, go: Callable[[], Path]) -> int:
+    from diptych.train.loop import Interrupted
+
+    try:
+        release = go()
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return INTERRUPTED
+    if int(os.environ.get("RANK", 0)) == 0:
+        if a.json:
+            print(json.dumps({"run": str(release.parent), "release": str(release)}))
+        else:
+            print(f"done: {release}\ntry:  diptych generate {release.parent} 'a red circle'")
+    return OK
+
+
+def _train(a: argparse.Namespace) -> int:
+    from diptych.recipes.run import train
+
+    override = {}
+    for item in a.override:
+        path, sign, value = item.partition("=")
+        if not sign:
+            raise ValueError(f"--set takes PATH=VALUE, not {item!r}")
+        override[path] = value
+    return _finish_run(
+        a,
+        lambda: train(
+            a.recipe, a.folder, steps=a.steps, seed=a.seed, catalog=a.catalog, override=override, device=a.device
+        ),
+    )
+
+
+def _resume(a: argparse.Namespace) -> int:
+    from diptych.recipes.run import resume
+
+    return _finish_run(a, lambda: resume(a.folder, device=a.device))
+
+
+def _generate(a: argparse.Namespace) -> None:
+    engine = _load(a)
+    _save_pictures(a, engine.generate(a.prompt, a.n, a.size, a.seed, **_settings(a)))
+
+
+def _edit(a: argparse.Namespace) -> None:
+    engine = _load(a)
+    scale = {"image_guidance_scale": a.image_guidance_scale}
+    _save_pictures(a, engine.edit(a.image, a.instruction, a.n, a.size, a.seed, **_settings(a), **scale))
+
+
+def _settings(a: argparse.Namespace) -> dict[str, Any]:
+    return {"num_inference_steps": a.num_inference_steps, "guidance_scale": a.guidance_scale}
+
+
+def _save_pictures(a: argparse.Namespace, pictures) -> None:
+    files = []
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(pictures.images):
+        file = a.out if len(pictures.images) == 1 else a.out.with_stem(f"{a.out.stem}-{i}")
+        image.save(file)
+        files.append(str(file))
+    if a.json:
+        print(json.dumps({"files": files, "seed": pictures.seed, "parameters": dict(pictures.parameters)}))
+    else:
+        print("\n".join(files))
+
+
+def _ask(a: argparse.Namespace) -> None:
+    answer = _load(a).ask(a.image, a.question, a.max_new_tokens, a.temperature, a.seed)
+    print(json.dumps({"text": answer.text, "finish_reason": answer.finish_reason, "parameters": dict(answer.parameters)}) if a.json else answer.text)  # fmt: skip  # noqa: E501
+
+
+def _chat(a: argparse.Namespace) -> None:
+    from diptych.core.sample import Image, Message, Text
+    from diptych.data.images import open_image
+    from diptych.generate.events import TextDelta
+
+    engine, messages, shown, drawn = _load(a), [], [], 0
+    print(f"{engine.name}: type a message; /image PATH shows a picture, /draw PROMPT draws one, /new starts over, /quit ends")
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        command, _, rest = line.partition(" ")
+        if not line:
+            continue
+        if command == "/quit":
+            return
+        if command == "/new":
+            messages, shown = [], []
+        elif command == "/image":
+            try:
+                shown.append(Image(open_image(Path(rest), rest)))
+                print(f"(showing {rest}; now ask)")
+            except (ValueError, OSError) as error:
+                print(f"error: {error}")
+        elif command == "/draw":
+            a.out.mkdir(parents=True, exist_ok=True)
+            file = a.out / f"picture-{drawn:03d}.png"
+            engine.generate(rest, seed=a.seed + drawn).images[0].save(file)
+            drawn += 1
+            print(file)
+        elif command.startswith("/"):
+            print(f"unknown command {command}; there are /image, /draw, /new, /quit")
+        else:
+            messages.append(Message("user", (*shown, Text(line))))
+            shown, said = [], ""
+            for event in engine.stream(messages, a.max_new_tokens, a.temperature, seed=a.seed):
+                if isinstance(event, TextDelta):
+                    said += event.text
+                    print(event.text, end="", flush=True)
+            print()
+            messages.append(Message("assistant", (Text(said),)))
+
+
+def _evaluate(a: argparse.Namespace) -> None:
+    from diptych.evaluate import evaluate
+
+    result = evaluate(_load(a), a.benchmarks, seed=a.seed, limit=a.limit, folder=a.folder, progress=not a.json)
+    if a.json:
+        print(json.dumps(result.to_json()))
+        return
+    rows = [[name, f"{s.value:.3f}", f"{s.low:.3f} .. {s.high:.3f}", s.n] for name, s in result.scores.items()]
+    _table(a.model, ["score", "value", "95 % interval", "n"], rows)
+
+
+def model_rows() -> list[dict[str, Any]]:
+    """Every named model with its parameter counts, taken on the meta device."""
+    from diptych import models
+    from diptych.parts.tokenizer import Tokenizer
+
+    rows = []
+    for name, size in models.SIZES.items():
+        shipped = bool(size.folder and (models.SHIPPED / size.folder / "config.json").is_file())
+        model = models.create(size.family, models.config(name), Tokenizer.tiny(), "meta")
+        rows.append(
+            {
+                "name": name,
+                "family": size.family,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "activated_parameters": model.activated_parameters(),
+                "shipped": shipped,
+                "source": size.source,
+            }
+        )
+    return rows
+
+
+def _models(a: argparse.Namespace) -> None:
+    rows = model_rows()
+    if a.json:
+        print(json.dumps(rows))
+        return
+    show = [
+        [r["name"], r["family"], f"{r['parameters']:,}", f"{r['activated_parameters']:,}", "yes" if r["shipped"] else "", r["source"]]
+        for r in rows
+    ]  # fmt: skip
+    _table("models", ["name", "family", "parameters", "activated", "ships", "source"], show)
+
+
+def _recipes(a: argparse.Namespace) -> None:
+    from diptych import recipes
+
+    if a.recipe:
+        print(recipes.find(a.recipe).to_json())
+        return
+    found = {name: recipes.find(name) for name in recipes.RECIPES}
+    if a.json:
+        print(json.dumps([{"name": n, "family": r.model["family"], "steps": r.steps} for n, r in found.items()]))
+        return
+    rows = [[n, r.model["family"], r.steps, ", ".join(s.name for s in r.stages)] for n, r in found.items()]
+    _table("recipes", ["name", "family", "steps", "stages"], rows)
+
+
+def _data_check(a: argparse.Namespace) -> int:
+    from diptych.data.check import check
+
+    report = check(a.catalog, a.limit)
+    print(json.dumps(report.to_json()) if a.json else report)
+    return OK if report.ok else BAD
+
+
+def _data_show(a: argparse.Namespace) -> None:
+    from diptych import models
+    from diptych.data.catalog import sources
+    from diptych.data.check import show
+    from diptych.parts.tokenizer import Tokenizer
+
+    size = models.SIZES.get(a.layout)
+    if not size:
+        raise ValueError(f"unknown model {a.layout!r}; choose from {', '.join(models.SIZES)}")
+    model = models.create(size.family, models.config(a.layout), Tokenizer.tiny(), "meta")
+    show(sources(a.names, catalog=a.catalog, size=a.size), model.lay_out, model.tokenizer.decode, a.n, a.out)
+    print(a.out)
+
+
+def _data_prepare(a: argparse.Namespace) -> None:
+    from diptych.data import stamps
+
+    print(stamps.prepare(a.out, a.source))
+
+
+def _doctor(a: argparse.Namespace) -> None:
+    from diptych.doctor import report
+
+    found = report()
+    if a.json:
+        print(json.dumps(found))
+        return
+    _table("doctor", ["what", "found"], [[k, v] for k, v in found.items()])
+
+
+def _export(a: argparse.Namespace) -> None:
+    import torch
+
+    from diptych import models
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[a.dtype]
+    model = models.load(a.model)
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    models.save(model, a.folder, state)
+    size = sum(f.stat().st_size for f in a.folder.iterdir())
+    print(f"{a.folder}: {size / 2**20:.1f} MiB")

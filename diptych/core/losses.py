@@ -1,0 +1,36 @@
+"""Losses travel as sums with counts, so that they are normalised once, by the count over the whole global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Term(NamedTuple):
+    """One loss term: the sum over its elements, and how many elements there are."""
+
+    sum: Tensor
+    count: float
+
+
+Losses = dict[str, Term]
+
+
+def add_counts(counts: list[Mapping[str, float]]) -> dict[str, float]:
+    """The total count of every term over micro-batches."""
+    return {name: sum(c.get(name, 0.0) for c in counts) for name in dict.fromkeys(n for c in counts for n in c)}
+
+
+def check_weights(names: set[str], weights: Mapping[str, float]) -> None:
+    """Raises ``ValueError`` for a term without a weight or a weight without a term."""
+    if lacking := sorted(names - weights.keys()):
+        raise ValueError(f"loss terms {lacking} have no weight; the recipe weighs {sorted(weights)}")
+    if unknown := sorted(weights.keys() - names):
+        raise ValueError(f"the recipe weighs unknown loss terms {unknown}; the family has {sorted(names)}")
+
+
+def combine(losses: Losses, weights: Mapping[str, float], counts: Mapping[str, float]) -> Tensor:
+    """sum over terms of weight x (sum / global count); a term that nothing supervises adds nothing."""
+    return sum(weights[name] * term.sum / max(counts[name], 1.0) for name, term in losses.items())  # type: ignore[return-value]

@@ -1,0 +1,174 @@
+"""What a data row is, before any tokenizer: messages made of texts and pictures.
+
+The same schema is the user's jsonl row, the training sample and the chat request::
+
+    {"id": "cats/7", "messages": [
+        {"role": "user", "content": [
+            {"type": "image", "image": "cats/7.png"},
+            {"type": "text", "text": "How many cats are there?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "two"}]}]}
+
+What a picture is *for* is its ``role``: ``understand`` (read it), ``condition`` (the source of an edit: read it and
+keep its details) or ``target`` (draw it). By default a user's picture is to understand and an assistant's picture is a
+target; a user's text carries no loss and an assistant's text does. Both can be said per part (``"role"``, ``"loss"``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import PIL.Image
+
+Speaker = Literal["system", "user", "assistant"]
+ImageRole = Literal["understand", "condition", "target"]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A run of text; ``loss`` says whether the model is trained to say it."""
+
+    text: str
+    loss: bool = False
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture by reference (a path, relative to its data set) or decoded (``PIL.Image``), and what it is for.
+
+    ``size`` (width, height in pixels) is for a target that has no pixels yet: a picture to be drawn.
+    """
+
+    image: str | PIL.Image.Image | None
+    role: ImageRole = "understand"
+    size: tuple[int, int] | None = None
+
+    @property
+    def pixels(self) -> PIL.Image.Image:
+        """The decoded RGB picture. Raises ``ValueError`` while it is still a path."""
+        if not isinstance(self.image, PIL.Image.Image):
+            raise ValueError(f"picture {self.image!r} has not been decoded; open it with diptych.data.images.open_image")
+        return self.image
+
+
+Part = Text | Image
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation: who speaks, and the texts and pictures in order."""
+
+    role: Speaker
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training or evaluation row. ``id`` names it for ever: its random draws belong to it (core/noise.py).
+
+    ``info`` holds what a scorer needs (the scene, the expected answer, masks); no model sees it.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    info: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def images(self) -> Iterator[Image]:
+        """Every picture in order."""
+        return (part for message in self.messages for part in message.parts if isinstance(part, Image))
+
+    def map_images(self, change) -> Sample:
+        """The same sample with ``change(Image) -> Image`` applied to every picture."""
+        return replace(
+            self,
+            messages=tuple(
+                replace(m, parts=tuple(change(p) if isinstance(p, Image) else p for p in m.parts)) for m in self.messages
+            ),
+        )
+
+
+def user(*parts: str | Part) -> Message:
+    """A user's message; plain strings become texts without loss."""
+    return Message("user", tuple(Text(p) if isinstance(p, str) else p for p in parts))
+
+
+def assistant(*parts: str | Part) -> Message:
+    """An assistant's message; plain strings become texts that carry loss."""
+    return Message("assistant", tuple(Text(p, loss=True) if isinstance(p, str) else p for p in parts))
+
+
+def sample_from_json(row: Any, default_id: str = "") -> Sample:
+    """The sample that a JSON row describes. Raises ``ValueError`` naming the offending key, value and the choices."""
+    _keys(row, "row", required={"messages"}, optional={"id", "info"})
+    if not isinstance(row["messages"], list) or not row["messages"]:
+        raise ValueError("'messages' must be a list with at least one message")
+    messages = tuple(_message(m, f"messages[{i}]") for i, m in enumerate(row["messages"]))
+    info = row.get("info", {})
+    if not isinstance(info, dict):
+        raise ValueError(f"'info' must be an object, not {info!r}")
+    return Sample(str(row.get("id", default_id)), messages, info)
+
+
+def sample_to_json(sample: Sample) -> dict:
+    """The JSON row of a sample whose pictures are paths; ``sample_from_json`` reads it back equal."""
+
+    def part(p: Part) -> dict:
+        if isinstance(p, Text):
+            return {"type": "text", "text": p.text, "loss": p.loss}
+        if isinstance(p.image, PIL.Image.Image):
+            raise ValueError(f"sample {sample.id!r} holds a decoded picture; save it and put its path in the sample")
+        row = {"type": "image", "image": p.image, "role": p.role}
+        return row if p.size is None else row | {"size": list(p.size)}
+
+    messages = [{"role": m.role, "content": [part(p) for p in m.parts]} for m in sample.messages]
+    return {"id": sample.id, "messages": messages} | ({"info": dict(sample.info)} if sample.info else {})
+
+
+def _message(row: Any, where: str) -> Message:
+    _keys(row, where, required={"role", "content"})
+    _choice(row["role"], get_args(Speaker), f"{where}.role")
+    content = [{"type": "text", "text": row["content"]}] if isinstance(row["content"], str) else row["content"]
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"{where}.content must be a text or a list with at least one part, not {content!r}")
+    return Message(row["role"], tuple(_part(p, row["role"], f"{where}.content[{i}]") for i, p in enumerate(content)))
+
+
+def _part(row: Any, speaker: Speaker, where: str) -> Part:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} must be an object, not {row!r}")
+    _choice(row.get("type"), ("text", "image"), f"{where}.type")
+    if row["type"] == "text":
+        _keys(row, where, required={"type", "text"}, optional={"loss"})
+        if not isinstance(row["text"], str):
+            raise ValueError(f"{where}.text must be a string, not {row['text']!r}")
+        loss = row.get("loss", speaker == "assistant")
+        if not isinstance(loss, bool):
+            raise ValueError(f"{where}.loss must be true or false, not {loss!r}")
+        return Text(row["text"], loss)
+    _keys(row, where, required={"type", "image"}, optional={"role", "size"})
+    if not isinstance(row["image"], (str, Path)) or not str(row["image"]):
+        raise ValueError(f"{where}.image must be a path, not {row['image']!r}")
+    role = row.get("role", "target" if speaker == "assistant" else "understand")
+    _choice(role, get_args(ImageRole), f"{where}.role")
+    size = row.get("size")
+    if size is not None:
+        if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(type(s) is int and s > 0 for s in size)):
+            raise ValueError(f"{where}.size must be [width, height] in pixels, not {size!r}")
+        size = (size[0], size[1])
+    return Image(str(row["image"]), role, size)
+
+
+def _keys(row: Any, where: str, required: set[str], optional: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} must be an object, not {row!r}")
+    if missing := sorted(required - row.keys()):
+        raise ValueError(f"{where} lacks {missing}")
+    if unknown := sorted(map(str, row.keys() - required - optional)):
+        raise ValueError(f"{where} has unknown keys {unknown}; known: {sorted(required | optional)}")
+
+
+def _choice(value: Any, choices: tuple[str, ...], where: str) -> None:
+    if value not in choices:
+        raise ValueError(f"{where} is {value!r}; choose from {', '.join(choices)}")

@@ -1,0 +1,166 @@
+"""The user's catalog: a YAML file that names data sets and says where they are and how to read them.
+
+::
+
+    cats:     {format: jsonl, path: cats.jsonl, images: photos}
+    scraped:  {format: webdataset, path: shards/*.tar, read: draw}
+    pairs:    {format: parquet, path: pairs.parquet, read: caption}
+    textures: {format: images, path: textures}
+
+Paths are relative to the catalog file. docs/data.md says what each format holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from diptych.data import sources as readers
+from diptych.data.images import MAX_PIXELS
+from diptych.data.mixture import Source
+
+STRICT = ConfigDict(extra="forbid", frozen=True)
+Path_ = Annotated[str, Field(min_length=1)]
+Pixels = Annotated[int, Field(gt=0, strict=True)]
+
+
+class Jsonl(BaseModel):
+    """jsonl rows and an image folder."""
+
+    model_config = STRICT
+    format: Literal["jsonl"]
+    path: Path_
+    images: Path_ | None = None
+    max_pixels: Pixels = MAX_PIXELS
+
+
+class Images(BaseModel):
+    """A folder of unlabelled pictures."""
+
+    model_config = STRICT
+    format: Literal["images"]
+    path: Path_
+    max_pixels: Pixels = MAX_PIXELS
+
+
+class Packed(BaseModel):
+    """Parquet files or webdataset shards: the pictures are inside."""
+
+    model_config = STRICT
+    format: Literal["parquet", "webdataset"]
+    path: Path_
+    read: readers.Read = "rows"
+    max_pixels: Pixels = MAX_PIXELS
+
+
+FORMATS: dict[str, type[BaseModel]] = {"jsonl": Jsonl, "images": Images, "parquet": Packed, "webdataset": Packed}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One data set of a catalog: its name, what the file says of it, and where (``file:line``)."""
+
+    name: str
+    settings: Jsonl | Images | Packed
+    folder: Path
+    where: str
+
+    def open(self) -> readers.JsonLines | readers.ImageFolder | readers.Parquet | readers.Tar:
+        """The source. Raises ``ValueError`` that begins with the catalog's file and line."""
+        s = self.settings
+        path = self.folder / s.path
+        try:
+            if isinstance(s, Jsonl):
+                return readers.jsonl(self.name, path, self.folder / s.images if s.images else None, s.max_pixels)
+            if isinstance(s, Images):
+                return readers.images(self.name, path, s.max_pixels)
+            make = readers.parquet if s.format == "parquet" else readers.webdataset
+            return make(self.name, path, s.read, s.max_pixels)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{self.where}: data set {self.name!r}: {error}") from error
+
+
+def read_catalog(path: str | Path) -> dict[str, Entry]:
+    """The entries of a catalog file, in order; opens none of them.
+
+    Raises ``ValueError`` naming the file, the line, the entry, the key and the choices.
+    """
+    path = Path(path)
+    try:
+        node = yaml.compose(path.read_text("utf-8"), yaml.SafeLoader)
+    except FileNotFoundError as error:
+        raise ValueError(f"catalog {str(path)!r} does not exist") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"catalog {str(path)!r} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ValueError(f"{at}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(node, yaml.MappingNode) or not node.value:
+        raise ValueError(f"{path}: a catalog is a mapping of data set names to settings")
+    entries: dict[str, Entry] = {}
+    for key, value in node.value:
+        where, name = f"{path}:{key.start_mark.line + 1}", str(key.value)
+        if not (isinstance(key, yaml.ScalarNode) and re.fullmatch(r"[\w.-]+", name)):
+            raise ValueError(f"{where}: {name!r} is no name for a data set; use letters, digits, '_', '-' and '.'")
+        if name in entries:
+            raise ValueError(f"{where}: data set {name!r} comes twice; first in {entries[name].where}")
+        entries[name] = Entry(name, _settings(value, f"{where}: data set {name!r}"), path.parent, where)
+    return entries
+
+
+def load_catalog(path: str | Path) -> dict[str, Source]:
+    """Every data set of a catalog file, opened. Raises ``ValueError`` as ``read_catalog`` and ``Entry.open`` do."""
+    return {name: entry.open() for name, entry in read_catalog(path).items()}
+
+
+def sources(
+    names: Iterable[str], catalog: str | Path | None = None, size: int = 64, split: str = "train"
+) -> dict[str, Source]:
+    """The named data sets: those of the catalog, else the embedded ones (with pictures of ``size`` and of ``split``).
+
+    The user's own data have no split and keep their sizes. Raises ``ValueError`` for a name that neither has.
+    """
+    from diptych.data import embedded
+
+    entries = read_catalog(catalog) if catalog is not None else {}
+    found: dict[str, Source] = {}
+    for name in names:
+        if name in entries:
+            found[name] = entries[name].open()
+        elif name in embedded.names():
+            found[name] = embedded.source(name, split, size)
+        else:
+            theirs = f"{catalog}: {', '.join(entries)}; " if catalog is not None else "no catalog was given; "
+            raise ValueError(f"unknown data set {name!r}; {theirs}embedded: {', '.join(embedded.names())}")
+    return found
+
+
+def _settings(node: yaml.Node, where: str) -> Jsonl | Images | Packed:
+    if not isinstance(node, yaml.MappingNode):
+        raise ValueError(f"{where} must be a mapping with 'format' and 'path'")
+    keys = [key.value for key, _ in node.value]
+    if twice := sorted({str(k) for k in keys if keys.count(k) > 1}):
+        raise ValueError(f"{where}: keys {twice} come twice")
+    try:
+        row: dict[str, Any] = yaml.SafeLoader("").construct_document(node)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: {getattr(error, 'problem', None) or error}") from error
+    if str(row.get("format")) not in FORMATS:
+        raise ValueError(f"{where}: format is {row.get('format')!r}; choose from {', '.join(FORMATS)}")
+    model = FORMATS[row["format"]]
+    if unknown := sorted(str(k) for k in row if k not in model.model_fields):
+        raise ValueError(f"{where}: unknown keys {unknown}; {row['format']} takes {', '.join(model.model_fields)}")
+    try:
+        return TypeAdapter(model).validate_python(row)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, given = ".".join(map(str, first["loc"])), first["input"]
+        told = f"{key!r} is missing" if first["type"] == "missing" else f"{key} is {given!r}: {first['msg']}"
+        raise ValueError(f"{where}: {told}") from error

@@ -1,0 +1,128 @@
+"""``diptych demo``: the shipped model at work, the same model trained from scratch, and a page that compares them."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from diptych import recipes
+from diptych.core.sample import Image, Sample, user
+from diptych.data import emoji, shapes
+from diptych.evaluate import evaluate
+from diptych.evaluate.figures import grid
+from diptych.evaluate.report import Asked, Gallery, Questions, Shown, Text, sections, write_report
+from diptych.generate.engine import Engine, load
+from diptych.recipes.run import stage_sources, train
+from diptych.train import loop
+from diptych.train.recipe import Recipe
+
+PROMPTS = (
+    "a red circle", "three blue stars", "a green square left of a black cross", "a yellow star and a purple circle",
+    "two triangles", "a cross above a circle", "sun", "red apple", "red heart", "cat face", "pizza", "house",
+)  # fmt: skip
+
+
+def demo(minutes: float, steps: int | None, out: Path, run: Path | None, limit: int, seed: int) -> Path:
+    """Runs the whole demonstration and returns the page's path."""
+    console = Console()
+    started = time.strftime("%Y%m%d-%H%M%S")
+    run = run or Path("runs") / f"demo-{started}"
+    recipe = recipes.find("bagel/tiny")
+    results, shown = {}, []
+
+    shipped = load("bagel/tiny", "cpu")
+    console.rule("the shipped model")
+    shown = show_off(shipped, run, console, seed)
+
+    console.rule("the same model from scratch")
+    if steps is None:
+        console.print("measuring this machine ...")
+        seconds = seconds_per_step(recipe)
+        steps = max(20, int(minutes * 60 / seconds))
+        console.print(f"{seconds:.2f} s a step: {steps} steps fit {minutes:g} minutes")
+    recipe = replace(recipe.with_steps(steps), seed=seed, checkpoint_every=max(50, steps // 4))
+    untrained = Engine(loop.build(recipe), "untrained")  # type: ignore[arg-type]
+    start = time.perf_counter()
+    release = train(recipe, run / "train", device="cpu")
+    spent = time.perf_counter() - start
+    trained = load(release, "cpu")
+
+    console.rule("scores")
+    for name, engine in (("untrained", untrained), ("trained", trained), ("shipped", shipped)):
+        results[name] = evaluate(engine, ["mini"], seed=seed, limit=limit, folder=run / "evaluate" / name)
+    for name, score in results["shipped"].scores.items():
+        cells = "   ".join(f"{m} {r.scores[name].value:.2f}" for m, r in results.items() if name in r.scores)
+        console.print(f"{name:<40} {cells}", highlight=False)
+    commands = "\n".join(next_commands(run / "train"))
+    page = write_report(
+        out,
+        [*shown, *sections(results, run / "train" / "metrics.jsonl"), Text("Try next", code=commands)],
+        title="diptych demo",
+        summary=f"A unified model of {sum(p.numel() for p in trained.model.parameters()) / 1e6:.1f} million parameters, "
+        f"trained from scratch for {steps} steps ({spent / 60:.1f} minutes on this machine), beside the untrained one and "
+        "the one that ships. Scores are strict: exactly what was asked for, nothing else.",
+    )
+    console.rule()
+    console.print(f"report: {page.resolve()}\n\ntry next:\n{commands}", highlight=False)
+    return page
+
+
+def show_off(engine: Engine, run: Path, console: Console, seed: int) -> list[Gallery | Questions]:
+    """Draws, answers and edits with a model; prints as it goes, saves the grid, returns the page's sections."""
+    start = time.perf_counter()
+    drawn = engine.draw([Sample(p, (user(p),)) for p in PROMPTS], [seed] * len(PROMPTS))
+    run.mkdir(parents=True, exist_ok=True)
+    grid([d.image for d in drawn], list(PROMPTS), 6).save(run / "drawn.png")
+    console.print(f"drew {len(drawn)} prompts in {time.perf_counter() - start:.1f} s: {run / 'drawn.png'}")
+    asked = []
+    source = shapes.source("shapes/ask", "test", engine.model.size[0])
+    for sample in (source[i] for i in range(6)):
+        [answer] = engine.answers([sample])
+        question = sample.messages[0].parts[-1].text  # type: ignore[union-attr]
+        picture = next(sample.images()).pixels
+        asked.append(Asked(picture, question, answer.text, sample.info["answer"], answer.text == sample.info["answer"]))
+        console.print(f"  {question}  ->  {answer.text}   (right answer: {sample.info['answer']})", highlight=False)
+    fruit = emoji.render(next(e for e in emoji.records() if e.labels["en"] == "red apple"), engine.model.size[0])
+    said = engine.ask(fruit, "what is this?").text
+    asked.append(Asked(fruit, "what is this?", said, "red apple", said == "red apple"))
+    edits = []
+    changes = shapes.source("shapes/edit", "test", engine.model.size[0])
+    for sample in (changes[i] for i in range(4)):
+        before = next(sample.images()).pixels
+        instruction = sample.messages[0].parts[-1].text  # type: ignore[union-attr]
+        request = Sample(sample.id, (user(Image(before, "condition"), instruction),))
+        after = engine.draw([request], [seed])[0].image
+        edits.append(Shown((before, after), instruction))
+    grid([i for e in edits for i in e.images], [t for e in edits for t in ("before", e.caption)], 4).save(run / "edited.png")
+    console.print(f"edited {len(edits)} pictures: {run / 'edited.png'}   ({time.perf_counter() - start:.1f} s in all)")
+    return [
+        Gallery("Drawn by the shipped model", tuple(Shown((d.image,), d.prompt) for d in drawn)),
+        Questions("Asked of the shipped model", tuple(asked)),
+        Gallery("Edited by the shipped model", tuple(edits)),
+    ]
+
+
+def seconds_per_step(recipe: Recipe, steps: int = 4) -> float:
+    """What one training step takes here, from a few steps that are thrown away."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        short = replace(recipe.with_steps(steps + 2), checkpoint_every=10**9)
+        loop.train(short, Path(folder) / "run", stage_sources, show=False)
+        rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+        return sum(row["seconds"] for row in rows[2:]) / steps
+
+
+def next_commands(run: Path) -> list[str]:
+    """Three things to do next."""
+    return [
+        "diptych generate bagel/tiny 'two blue stars and a red circle' -n 4 --seed 1",
+        f"diptych chat {run}",
+        f"diptych train {run / 'recipe.json'} --steps 3000 --run runs/longer",
+    ]
+
+

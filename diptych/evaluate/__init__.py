@@ -1,0 +1,5 @@
+"""Scores of a model, with intervals and the settings that produced them, and the pages that show them."""
+
+from diptych.evaluate.harness import evaluate
+
+__all__ = ["evaluate"]

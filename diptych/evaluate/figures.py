@@ -1,0 +1,159 @@
+"""Pictures about results: a contact sheet with verdicts, and the curves of a training run."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+
+RIGHT, WRONG, PLAIN = (30, 142, 80), (206, 58, 58), (205, 208, 214)
+SIDE, GAP, FRAME, LINE = 128, 14, 3, 15  # pixels: a picture, between pictures, its frame, a line of text
+LINES = 4  # of a caption at most
+
+
+def grid(
+    images: Sequence[PIL.Image.Image],
+    captions: Sequence[str],
+    columns: int = 6,
+    verdicts: Sequence[bool | None] | None = None,
+) -> PIL.Image.Image:
+    """A contact sheet: pictures at about 128 pixels, captions below, framed green where right and red where wrong."""
+    verdicts = [None] * len(images) if verdicts is None else verdicts
+    if not len(images) == len(captions) == len(verdicts):
+        raise ValueError(f"a grid of {len(images)} pictures, {len(captions)} captions and {len(verdicts)} verdicts")
+    if not images or columns < 1:
+        raise ValueError(f"a grid needs a picture and a column, not {len(images)} and {columns}")
+    columns = min(columns, len(images))
+    font = PIL.ImageFont.load_default(12)
+    texts = [_wrap(caption, font, SIDE) for caption in captions]
+    rows = [range(i, min(i + columns, len(images))) for i in range(0, len(images), columns)]
+    heights = [SIDE + 2 * FRAME + 4 + LINE * max(len(texts[i]) for i in row) + GAP for row in rows]
+    cell = SIDE + 2 * FRAME + GAP
+    sheet = PIL.Image.new("RGB", (columns * cell + GAP, sum(heights) + GAP), "white")
+    pen = PIL.ImageDraw.Draw(sheet)
+    y = GAP
+    for row, height in zip(rows, heights, strict=True):
+        for i in row:
+            x = GAP + (i - row.start) * cell
+            colour = PLAIN if verdicts[i] is None else RIGHT if verdicts[i] else WRONG
+            outer = SIDE + 2 * FRAME
+            pen.rectangle((x, y, x + outer - 1, y + outer - 1), "white", colour, FRAME)
+            picture = enlarge(images[i], SIDE)
+            left, top = (SIDE - picture.width) // 2, (SIDE - picture.height) // 2
+            sheet.paste(picture, (x + FRAME + left, y + FRAME + top))
+            for n, line in enumerate(texts[i]):
+                pen.text((x + 1, y + outer + 4 + n * LINE), line, (45, 48, 56), font)
+        y += height
+    return sheet
+
+
+def enlarge(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
+    """The RGB picture with its longer side at ``side``: whole pixels where that fits exactly, else bicubic."""
+    image, longest = image.convert("RGB"), max(image.size)
+    size = (max(1, round(image.width * side / longest)), max(1, round(image.height * side / longest)))
+    exact = side >= longest and side % longest == 0
+    return image.resize(size, PIL.Image.Resampling.NEAREST if exact else PIL.Image.Resampling.BICUBIC)
+
+
+def _wrap(text: str, font: Any, width: int) -> list[str]:
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        while len(word) > 1 and font.getlength(word) > width:
+            cut = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+            lines.append(word[:cut])
+            word = word[cut:]
+        lines.append(word)
+    if len(lines) > LINES:
+        last = lines[LINES - 1]
+        while last and font.getlength(f"{last}…") > width:
+            last = last[:-1]
+        lines = [*lines[: LINES - 1], f"{last}…"]
+    return lines
+
+
+def curves(metrics: str | Path | Iterable[Mapping[str, Any]]) -> bytes:
+    """PNG bytes: every loss term over steps, raw and smoothed; below, ``tokens_per_second`` where it was logged.
+
+    ``metrics`` is a jsonl file or its rows; a row has "step" and numbers, nested or not. A key with "loss" in it is a
+    loss term. Raises ``ValueError`` when no row has a loss.
+    """
+    import matplotlib.pyplot as plt  # heavy
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
+
+    losses, speeds = _series(metrics)
+    if not losses:
+        raise ValueError("no row of the metrics has a step and a loss to plot")
+    with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        tall = (3, 1) if speeds else (1,)
+        figure = Figure(figsize=(7.6, 4.8 if speeds else 3.6), dpi=140, layout="constrained")
+        axes = np.atleast_1d(figure.subplots(len(tall), 1, sharex=True, height_ratios=tall))
+        low, high = np.inf, 0.0
+        for i, (name, (steps, values)) in enumerate(losses.items()):
+            smooth = _smooth(values)
+            axes[0].plot(steps, values, color=f"C{i}", alpha=0.22, linewidth=0.8)
+            axes[0].plot(steps, smooth, color=f"C{i}", linewidth=1.8, label=f"{name}   {smooth[-1]:.3g}")
+            low, high = min(low, values.min()), max(high, values.max())
+        if low > 0 and high / low > 20:
+            axes[0].set_yscale("log")
+            axes[0].yaxis.set_major_formatter(LogFormatter())  # plain numbers
+            axes[0].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        axes[0].set_ylabel("loss")
+        axes[0].legend(frameon=False, loc="upper right", title="smoothed, last value", title_fontsize=8)
+        for steps, values in speeds:
+            axes[1].plot(steps, values, color="0.72", linewidth=0.8)
+            axes[1].plot(steps, _smooth(values), color="0.25", linewidth=1.5)
+            axes[1].set_ylabel("tokens / s")
+            axes[1].set_ylim(0, float(np.quantile(values, 0.99)) * 1.15 or 1.0)
+        axes[-1].set_xlabel("step")
+        for ax in axes:
+            ax.grid(alpha=0.25, linewidth=0.6)
+            ax.margins(x=0.01)
+        figure.align_ylabels()
+        out = io.BytesIO()
+        figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+Line = tuple[np.ndarray, np.ndarray]
+
+
+def _series(metrics: str | Path | Iterable[Mapping[str, Any]]) -> tuple[dict[str, Line], list[Line]]:
+    if isinstance(metrics, (str, Path)):
+        text = Path(metrics).read_text("utf-8")
+        metrics = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in metrics:
+        if "step" in row:
+            for name, value in _numbers(row):
+                found.setdefault(name, []).append((row["step"], value))
+    lines = {name: (np.array(pairs)[:, 0], np.array(pairs)[:, 1]) for name, pairs in found.items()}
+    losses = {n: line for n, line in lines.items() if "loss" in n.lower() and "weight" not in n.lower()}
+    return losses, [line for n, line in lines.items() if n.endswith("tokens_per_second")]
+
+
+def _numbers(row: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value):
+            yield prefix + key, float(value)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Means over a window of a thirtieth of the run, centred, narrower at both ends."""
+    half = max(1, len(values) // 60)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
+    return (total[high] - total[low]) / (high - low)

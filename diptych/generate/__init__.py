@@ -1,0 +1,1 @@
+"""From messages to events: answers word by word, pictures step by step."""

@@ -1,0 +1,263 @@
+"""The engine: messages in, events out. It knows the protocol and no family.
+
+Requests are samples, as in training: ``lay_out`` makes their sequences, ``extend`` reads them, and then either words are
+said one by one or pictures are drawn step by step. Lists go through together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+
+from diptych import models
+from diptych.core.sample import Image, Message, Sample, Text, sample_from_json, user
+from diptych.core.sequence import Sequence as Laid
+from diptych.data.images import open_image
+from diptych.generate.events import Answer, Event, ImageDone, ImagePreview, Picture, Pictures, Stop, TextDelta, Usage
+from diptych.generate.sampling import next_word
+from diptych.models.protocol import Context, Drawing, DrawSettings, UnifiedModel
+from diptych.parts.images import to_pil
+
+Pixels = str | Path | PIL.Image.Image
+Messages = Sequence[Message | Mapping[str, Any]]
+
+
+def load(name_or_path: str | Path, device: str = "auto") -> Engine:
+    """A model ready to use, from a folder, a run or a name that ships (``diptych models`` lists them).
+
+    ``device`` is "auto" (a GPU when there is one), "cpu", "cuda", "mps" ...
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = models.load(name_or_path, device)
+    if not isinstance(model, UnifiedModel):
+        raise ValueError(f"{name_or_path} is of family {model.family!r}, which can be trained on but neither reads nor draws")
+    return Engine(model, str(name_or_path))
+
+
+class Engine:
+    """A model with the loops around it. ``model`` is the network, ``name`` what it was loaded as."""
+
+    def __init__(self, model: UnifiedModel, name: str = "") -> None:
+        self.model, self.name = model.eval(), name or model.family
+
+    # ---- one request --------------------------------------------------------------------------------------------
+
+    def chat(
+        self, messages: Messages, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+    ) -> Answer:
+        """The answer to a conversation whose last message is the user's."""
+        return self.answers([_conversation(messages)], max_new_tokens, temperature, seed, top_p=top_p)[0]
+
+    def ask(self, image: Pixels, question: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> Answer:
+        """The answer to a question about a picture."""
+        return self.chat([user(Image(_open(image)), question)], max_new_tokens, temperature, seed=seed)
+
+    def generate(self, prompt: str, n: int = 1, size: tuple[int, int] | None = None, seed: int = 0, **settings) -> Pictures:
+        """``n`` pictures of a prompt, at ``size`` (width, height); settings are the fields of ``DrawSettings``."""
+        return self._pictures(Sample("prompt", (user(prompt),)), prompt, n, size, seed, settings)
+
+    def edit(
+        self,
+        images: Pixels | Sequence[Pixels],
+        instruction: str,
+        n: int = 1,
+        size: tuple[int, int] | None = None,
+        seed: int = 0,
+        **settings,
+    ) -> Pictures:
+        """``n`` edits of one or several pictures; the size is the (first) source's unless given."""
+        many = [images] if isinstance(images, (str, Path, PIL.Image.Image)) else list(images)
+        if not many:
+            raise ValueError("edit needs at least one picture")
+        sources = [Image(_open(i), "condition") for i in many]
+        return self._pictures(Sample("edit", (user(*sources, instruction),)), instruction, n, size, seed, settings)
+
+    def _pictures(self, sample: Sample, prompt: str, n: int, size, seed: int, settings: dict) -> Pictures:
+        if n < 1:
+            raise ValueError(f"n must be at least 1, not {n}")
+        chosen = self.settings(settings)
+        drawn = self.draw([sample] * n, range(seed, seed + n), size, chosen)
+        return Pictures([d.image for d in drawn], prompt, seed, drawn[0].parameters)
+
+    def settings(self, changes: Mapping[str, Any]) -> DrawSettings:
+        """The model's own settings with ``changes``. Raises ``ValueError`` for unknown names."""
+        known = asdict(self.model.settings)
+        if unknown := sorted(changes.keys() - known.keys()):
+            raise ValueError(f"unknown settings {unknown}; known: {', '.join(known)}")
+        return replace(self.model.settings, **{k: v for k, v in changes.items() if v is not None})
+
+    # ---- events -------------------------------------------------------------------------------------------------
+
+    def stream(
+        self, messages: Messages, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+    ) -> Iterator[Event]:
+        """The answer as it comes: ``TextDelta`` ... ``Stop``."""
+        sample = _conversation(messages)
+        [context] = self._read([sample])
+        generator, ids, said, reason = torch.Generator().manual_seed(seed), [], "", "length"
+        read = context.length
+        for _ in range(max_new_tokens):
+            word = next_word(context.logits, temperature, top_p, generator)
+            if word in self.model.stop_ids:
+                reason = "stop"
+                break
+            ids.append(word)
+            text = self.model.tokenizer.decode(ids)
+            if len(text) > len(said) and not text.endswith("\ufffd"):
+                yield TextDelta(text[len(said) :])
+                said = text
+            [context] = self.model.extend([context], [self.model.reply([word])])
+        if (text := self.model.tokenizer.decode(ids)) != said:
+            yield TextDelta(text[len(said) :])
+        parameters = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        yield Stop(reason, Usage(read, len(ids)), parameters)
+
+    def stream_picture(
+        self, messages: Messages, size: tuple[int, int] | None = None, seed: int = 0, previews: int = 0, **settings
+    ) -> Iterator[Event]:
+        """A picture as it sharpens: ``previews`` evenly spread ``ImagePreview``, then ``ImageDone`` and ``Stop``."""
+        sample, chosen = _conversation(messages), self.settings(settings)
+        drawings, parameters = self._start([sample], [seed], size, [chosen])
+        every = max(1, drawings[0].steps // (previews + 1)) if previews else 0
+        while not drawings[0].done:
+            drawings = self.model.step(drawings)
+            if every and drawings[0].step % every == 0 and not drawings[0].done:
+                yield ImagePreview(to_pil(self.model.preview(drawings)[0]), drawings[0].step, drawings[0].steps)
+        yield ImageDone(to_pil(self.model.finish(drawings)[0]), seed)
+        yield Stop("image", Usage(drawings[0].contexts[0].length, 0, 1), parameters[0])
+
+    # ---- many requests ------------------------------------------------------------------------------------------
+
+    def answers(
+        self,
+        samples: Sequence[Sample],
+        max_new_tokens: int = 48,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 32,
+        top_p: float = 1.0,
+    ) -> list[Answer]:
+        """One answer per sample, whose messages end with a user's; ``batch_size`` of them are said together."""
+        parameters = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        out: list[Answer] = []
+        for at in range(0, len(samples), batch_size):
+            contexts = self._read(samples[at : at + batch_size])
+            generators = [torch.Generator().manual_seed(seed) for _ in contexts]
+            ids: list[list[int]] = [[] for _ in contexts]
+            reasons = ["length"] * len(contexts)
+            going = list(range(len(contexts)))
+            for _ in range(max_new_tokens):
+                still = []
+                for i in going:
+                    word = next_word(contexts[i].logits, temperature, top_p, generators[i])
+                    if word in self.model.stop_ids:
+                        reasons[i] = "stop"
+                    else:
+                        ids[i].append(word)
+                        still.append(i)
+                going = still
+                if not going:
+                    break
+                new = self.model.extend([contexts[i] for i in going], [self.model.reply(ids[i][-1:]) for i in going])
+                for i, context in zip(going, new, strict=True):
+                    contexts[i] = context
+            decode = self.model.tokenizer.decode
+            out += [Answer(decode(w).strip(), tuple(w), r, parameters) for w, r in zip(ids, reasons, strict=True)]
+        return out
+
+    def draw(
+        self,
+        samples: Sequence[Sample],
+        seeds: Sequence[int],
+        size: tuple[int, int] | None = None,
+        settings: DrawSettings | None = None,
+        batch_size: int = 32,
+    ) -> list[Picture]:
+        """One picture per sample (its messages end with a user's), each from its own seed and at its own size;
+        a picture does not depend on what it was drawn beside."""
+        out: list[Picture] = []
+        for at in range(0, len(samples), batch_size):
+            some = samples[at : at + batch_size]
+            drawings, parameters = self._start(
+                some, seeds[at : at + batch_size], size, [settings or self.model.settings] * len(some)
+            )
+            images: list[PIL.Image.Image | None] = [None] * len(some)
+            groups: dict[tuple, list[int]] = {}
+            for i, d in enumerate(drawings):
+                groups.setdefault((d.canvas, len(d.contexts)), []).append(i)
+            for members in groups.values():
+                group = [drawings[i] for i in members]
+                while not group[0].done:
+                    group = self.model.step(group)
+                for i, pixels in zip(members, self.model.finish(group), strict=True):
+                    images[i] = to_pil(pixels)
+            for sample, image, p in zip(some, images, parameters, strict=True):
+                out.append(Picture(image, _last_text(sample), p["seed"], p))  # type: ignore[arg-type]
+        return out
+
+    def _read(self, samples: Sequence[Sample]) -> list[Context]:
+        """Contexts that stand where an answer begins."""
+        sequences = [self.model.lay_out(s) for s in samples]
+        contexts = self.model.extend([self.model.open() for _ in samples], sequences)
+        return self.model.extend(contexts, [self.model.reply([]) for _ in samples])
+
+    def _start(
+        self,
+        samples: Sequence[Sample],
+        seeds: Sequence[int],
+        size: tuple[int, int] | None,
+        settings: Sequence[DrawSettings],
+    ) -> tuple[list[Drawing], list[dict]]:
+        """Reads the contexts that every branch of guidance needs, each distinct one once, and begins the pictures."""
+        contexts: dict[tuple, Context] = {}
+        waiting: dict[tuple, Laid] = {}
+        branches, canvases, parameters = [], [], []
+        for sample, seed, s in zip(samples, seeds, settings, strict=True):
+            sources = [i for i in sample.images() if i.role != "target"]
+            asked = size or (sources[0].pixels.size if sources else self.model.size)
+            canvas = self.model.canvas(*asked, fit=size is None)
+            keys = []
+            for drop in self.model.branches(s, bool(sources)):
+                if (key := (id(sample), drop)) not in contexts:
+                    contexts[key] = self.model.open()
+                    if len(laid := self.model.lay_out(sample, drop)):
+                        waiting[key] = laid
+                keys.append(key)
+            branches.append(keys)
+            canvases.append(canvas)
+            parameters.append({"size": (canvas[1], canvas[0]), "seed": seed, **asdict(s)})
+        if waiting:
+            read = self.model.extend([contexts[k] for k in waiting], list(waiting.values()))
+            contexts |= zip(waiting, read, strict=True)
+        drawings = self.model.start([tuple(contexts[k] for k in b) for b in branches], canvases, settings, list(seeds))
+        return drawings, parameters
+
+
+def _conversation(messages: Messages) -> Sample:
+    """The request as a sample with its pictures opened."""
+    parsed = []
+    for m in messages:
+        parsed.append(m if isinstance(m, Message) else sample_from_json({"messages": [m]}).messages[0])
+    sample = Sample("request", tuple(parsed)).map_images(lambda i: replace(i, image=_open(i.image)))
+    if not sample.messages or sample.messages[-1].role != "user":
+        raise ValueError("a conversation must end with a user's message")
+    return sample
+
+
+def _open(image: Pixels | None) -> PIL.Image.Image:
+    if isinstance(image, PIL.Image.Image):
+        return image.convert("RGB")
+    if image is None:
+        raise ValueError("a picture to read has no pixels")
+    return open_image(Path(image), str(image))
+
+
+def _last_text(sample: Sample) -> str:
+    return " ".join(p.text for p in sample.messages[-1].parts if isinstance(p, Text))
+

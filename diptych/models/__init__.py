@@ -1,0 +1,197 @@
+"""The table of families, their named sizes, and how a model is made, saved and loaded."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from diptych.models.protocol import Trainable
+from diptych.parts.tokenizer import Tokenizer
+
+FAMILIES = {
+    "bagel": "diptych.models.bagel:Bagel",
+    "autoencoder": "diptych.models.autoencoder:AutoencoderTraining",
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A named configuration of a family. ``source`` says where its weights come from, if anywhere."""
+
+    family: str
+    config: str  # name of the static method of the family's Config
+    source: str
+    folder: str | None = None  # inside the package, when the weights ship
+
+
+SIZES: dict[str, Size] = {
+    "bagel/tiny": Size("bagel", "tiny", "ships with diptych", "bagel-tiny"),
+    "bagel/7b-mot": Size("bagel", "b7_mot", "ByteDance-Seed/BAGEL-7B-MoT"),
+    "autoencoder/tiny": Size("autoencoder", "tiny", "ships with diptych", "autoencoder-tiny"),
+}
+SHIPPED = Path(__file__).parent.parent / "checkpoints"
+
+
+def family(name: str) -> type[Trainable]:
+    """The class of a family. Raises ``ValueError`` listing the families."""
+    if name not in FAMILIES:
+        raise ValueError(f"unknown family {name!r}; choose from {', '.join(FAMILIES)}")
+    module, cls = FAMILIES[name].split(":")
+    return getattr(importlib.import_module(module), cls)
+
+
+def config_class(name: str) -> type:
+    """The Config dataclass of a family."""
+    family(name)
+    return importlib.import_module(FAMILIES[name].split(":")[0]).Config
+
+
+def config(size: str) -> Any:
+    """The configuration of a named size, such as ``bagel/tiny``. Raises ``ValueError`` listing the sizes."""
+    if size not in SIZES:
+        raise ValueError(f"unknown model {size!r}; choose from {', '.join(SIZES)}")
+    return getattr(config_class(SIZES[size].family), SIZES[size].config)()
+
+
+def config_from_json(row: Mapping[str, Any]) -> tuple[str, Any]:
+    """(family, Config) of a ``config.json``. Raises ``ValueError`` naming unknown families, fields and bad values."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    row = dict(row)
+    name = row.pop("family", None)
+    cls = config_class(str(name))
+    for part in _dataclasses(cls):
+        part.__pydantic_config__ = ConfigDict(extra="forbid")
+    try:
+        return str(name), TypeAdapter(cls).validate_python(row)
+    except ValidationError as error:
+        lines = [f"{name}.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ValueError("bad model config: " + "; ".join(lines)) from error
+
+
+def config_to_json(name: str, config: Any) -> dict:
+    """The ``config.json`` of a model: its family and every field."""
+    return {"family": name, **asdict(config)}
+
+
+def _dataclasses(cls: type) -> set[type]:
+    from dataclasses import fields, is_dataclass
+    from typing import get_args, get_type_hints
+
+    found, queue = set(), [cls]
+    while queue:
+        item = queue.pop()
+        if isinstance(item, type) and is_dataclass(item) and item not in found:
+            found.add(item)
+            hints = get_type_hints(item)
+            queue += [hints[f.name] for f in fields(item)]
+        else:
+            queue += get_args(item)
+    return found
+
+
+def create(name: str, config: Any, tokenizer: Tokenizer | None = None, device: str = "cpu") -> Trainable:
+    """An uninitialised model of a family on ``device`` (``meta`` allocates nothing)."""
+    import torch
+
+    with torch.device(device):
+        return family(name)(config, tokenizer or Tokenizer.tiny())
+
+
+def save(model: Trainable, folder: str | Path, state: Mapping[str, Any] | None = None) -> None:
+    """Writes config.json, model.safetensors and tokenizer.json, under a temporary name that is then renamed.
+
+    ``state`` overrides the weights (an average, another dtype). An existing folder is replaced as a whole."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+
+    def write(tmp: Path) -> None:
+        tensors = {k: v.detach().contiguous().cpu() for k, v in (state or model.state_dict()).items()}
+        save_file(tensors, tmp / "model.safetensors", metadata={"format": "pt"})
+        (tmp / "config.json").write_text(json.dumps(config_to_json(model.family, model.config), indent=1))
+        model.tokenizer.save(tmp)
+
+    write_folder(folder, write)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Calls ``write`` on a temporary folder, then renames it to ``folder``: a kill leaves the old one or the new one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tmp, old = folder.with_name(f".{folder.name}.{os.getpid()}.tmp"), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(tmp, ignore_errors=True)
+    try:
+        tmp.mkdir()
+        write(tmp)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        tmp.rename(folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """The folder of a model: a path, a run folder (its newest release) or the name of a shipped size.
+
+    Raises ``ValueError`` listing what ships."""
+    path = Path(name_or_path)
+    if (path / "config.json").is_file():
+        return path
+    if (path / "release" / "config.json").is_file():
+        return path / "release"
+    size = SIZES.get(str(name_or_path))
+    if size and size.folder and (SHIPPED / size.folder / "config.json").is_file():
+        return SHIPPED / size.folder
+    if path.is_dir():
+        raise ValueError(f"{path} holds no model: neither config.json nor release/config.json is there")
+    shipped = [n for n, s in SIZES.items() if s.folder and (SHIPPED / s.folder / "config.json").is_file()]
+    raise ValueError(f"no model {str(name_or_path)!r}: not a folder, and these ship: {', '.join(shipped) or 'none'}")
+
+
+def load(name_or_path: str | Path, device: str = "cpu") -> Trainable:
+    """The model of a folder or shipped name, weights in float32. Strict: unknown, missing or misshapen tensors are
+    an error that lists them."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = resolve(name_or_path)
+    name, settings = config_from_json(_read_json(folder / "config.json"))
+    model = create(name, settings, Tokenizer.load(folder))
+    try:
+        state = load_file(folder / "model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"cannot read {folder / 'model.safetensors'}: {error}") from error
+    load_strict(model, state, str(folder))
+    return model.to(device=torch.device(device)).eval()
+
+
+def load_strict(model: Trainable, state: Mapping[str, Any], where: str) -> None:
+    """Copies ``state`` into the model. Raises ``ValueError`` with every missing, unknown and misshapen tensor."""
+    own = model.state_dict()
+    wrong = [f"missing {n}" for n in sorted(own.keys() - state.keys())]
+    wrong += [f"unknown {n}" for n in sorted(state.keys() - own.keys())]
+    wrong += [
+        f"{n} has shape {tuple(state[n].shape)}, the config says {tuple(own[n].shape)}"
+        for n in sorted(own.keys() & state.keys())
+        if state[n].shape != own[n].shape
+    ]
+    if wrong:
+        more = f"\n  and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise ValueError(f"{where} does not fit the model:\n  " + "\n  ".join(wrong[:20]) + more)
+    model.load_state_dict(dict(state))
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error

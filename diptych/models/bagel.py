@@ -1,0 +1,447 @@
+"""BAGEL (arXiv 2505.14683), the base of SGT: a mixture of transformers over one packed sequence.
+
+::
+
+    picture to read ── SigLIP ── projector ──┐ VISION   (route 0)
+    picture to edit ── autoencoder ── 2x2 ───┤ CLEAN    (route 1, t = 0)
+    text ── embedding ───────────────────────┤ TEXT     (route 0)      every layer: two sets of weights,
+    noise + picture ── autoencoder ── 2x2 ───┤ NOISED   (route 1, t)   one softmax over all tokens
+                                             ▼
+                              decoder ──┬── language head → next word          (route 0)
+                                        └── linear head → velocity             (route 1)
+
+    x_t = (1 - t) data + t noise;  loss = w_text CE + w_image |v - (noise - data)|^2
+
+Layout: every text is <|im_start|> .. <|im_end|>, every picture <|vision_start|> .. <|vision_end|>. A picture block sees
+itself fully, shares one position id and moves the counter by one; a noised picture is hidden from what follows and does
+not move it. A picture to edit is read twice, as latents and as features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from diptych.core.batch import Batch, Pictures, pack
+from diptych.core.losses import Losses, Term
+from diptych.core.noise import Noise
+from diptych.core.sample import Image, Sample, Text
+from diptych.core.sequence import Kind, Segment
+from diptych.core.sequence import Sequence as Laid
+from diptych.core.tensors import NONE, Float, Tensor, to_float
+from diptych.models.protocol import NOTHING, Context, Drawing, DrawSettings, Drop, UnifiedModel, advance
+from diptych.parts.adapters import Projector
+from diptych.parts.attention import Attend, Cache, Cached, Fixed, Packed, inverse_permutation, permute
+from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder
+from diptych.parts.decoder import Decoder, DecoderConfig
+from diptych.parts.flow import Prediction, TimeDraw, guide, mix, schedule, squared_error, velocity
+from diptych.parts.images import SizeRule, latents_to_tokens, to_tensor, tokens_to_latents
+from diptych.parts.positions import TimestepEmbedding, grid_places, grid_table
+from diptych.parts.tokenizer import Tokenizer
+from diptych.parts.vision import VisionConfig, VisionEncoder
+
+READ, DRAW = 0, 1  # the two routes
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and settings; ``tiny`` and ``b7_mot`` (BAGEL-7B-MoT) are the named ones."""
+
+    decoder: DecoderConfig
+    vision: VisionConfig
+    autoencoder: AutoencoderConfig
+    latent_patch: int = 2
+    latent_side: int = 64  # tokens on a side of the latent position table
+    prediction: Prediction = "velocity"
+    times: TimeDraw = TimeDraw()
+    see: SizeRule = SizeRule(longest=980, shortest=224, stride=14)
+    draw: SizeRule = SizeRule(longest=1024, shortest=512, stride=16)
+    size: tuple[int, int] = (1024, 1024)
+    settings: DrawSettings = field(default_factory=DrawSettings)
+
+    def __post_init__(self) -> None:
+        if self.decoder.routes != 2:
+            raise ValueError(f"BAGEL has two routes; the decoder config has {self.decoder.routes}")
+        if self.draw.stride % self.stride or self.see.stride % self.vision.patch_size:
+            raise ValueError(
+                f"size rules must keep to the strides: draw {self.draw.stride} to {self.stride} pixels a token, "
+                f"see {self.see.stride} to patches of {self.vision.patch_size}"
+            )
+
+    @property
+    def stride(self) -> int:
+        """Pixels on a side of one latent token."""
+        return self.latent_patch * self.autoencoder.downsample
+
+    @staticmethod
+    def b7_mot() -> Config:
+        """BAGEL-7B-MoT: Qwen2.5-7B with q/k norm, twice; SigLIP so400m at 980 without its last layer; FLUX's autoencoder."""
+        return Config(
+            DecoderConfig(
+                152064, 3584, 18944, 28, 28, 4, qk_norm=True, routes=2, routed=("attention", "norms", "mlp")
+            ),
+            VisionConfig(1152, 4304, 26, 16, patch_size=14, image_size=980),
+            AutoencoderConfig(),
+        )
+
+    @staticmethod
+    def tiny(vocab_size: int = 1024) -> Config:
+        """The same code at a size that two CPU cores train in minutes: 64 x 64 pixels, 16 tokens a picture."""
+        return Config(
+            DecoderConfig(
+                vocab_size, 192, 384, 6, 6, 2, qk_norm=True, routes=2, routed=("attention", "norms", "mlp")
+            ),
+            VisionConfig(128, 384, 4, 4, patch_size=16, image_size=128),
+            tiny_autoencoder(),
+            latent_side=8,
+            prediction="data",
+            times=TimeDraw(mean=-0.3),
+            see=SizeRule(longest=128, shortest=16, stride=16),
+            draw=SizeRule(longest=128, shortest=16, stride=16),
+            size=(64, 64),
+            settings=DrawSettings(
+                25, guidance_scale=2.5, guidance_interval=(0.0, 1.0), timestep_shift=1.0, renorm="none"
+            ),
+        )
+
+
+def tiny_autoencoder() -> AutoencoderConfig:
+    """FLUX's autoencoder at 8 channels of latents, with measured statistics in place of scale and shift."""
+    return AutoencoderConfig(
+        channels=16, multipliers=(1, 1, 2, 4), blocks=1, latent_channels=8, groups=8, posterior=False, statistics=True
+    )
+
+
+class Bagel(UnifiedModel):
+    """BAGEL of any size."""
+
+    family = "bagel"
+    routes = 2
+    frozen = frozenset({"autoencoder"})
+    parts: ClassVar = {
+        "decoder.text": (
+            "decoder.embed_tokens.*",
+            "decoder.lm_head.*",
+            "decoder.norm.0.*",
+            "decoder.layers.*.input_layernorm.0.*",
+            "decoder.layers.*.self_attn.0.*",
+            "decoder.layers.*.o_proj.0.*",
+            "decoder.layers.*.post_attention_layernorm.0.*",
+            "decoder.layers.*.mlp.0.*",
+        ),
+        "decoder.image": (
+            "decoder.norm.1.*",
+            "decoder.layers.*.input_layernorm.1.*",
+            "decoder.layers.*.self_attn.1.*",
+            "decoder.layers.*.o_proj.1.*",
+            "decoder.layers.*.post_attention_layernorm.1.*",
+            "decoder.layers.*.mlp.1.*",
+        ),
+        "vision": ("vision.*",),
+        "projector": ("projector.*",),
+        "head": ("time.*", "latent_in.*", "latent_out.*"),
+        "autoencoder": ("autoencoder.*",),
+    }
+
+    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        c, d = config, config.decoder.hidden_size
+        self.config, self.tokenizer = config, tokenizer
+        self.settings, self.size = config.settings, config.size
+        self.decoder = Decoder(c.decoder)
+        self.vision = VisionEncoder(c.vision)
+        self.projector = Projector(c.vision.hidden_size, d)
+        self.autoencoder = build_autoencoder(c.autoencoder)
+        features = c.autoencoder.latent_channels * c.latent_patch**2
+        self.time = TimestepEmbedding(d)
+        self.latent_in = nn.Linear(features, d)
+        self.latent_out = nn.Linear(d, features)
+        self.register_buffer("latent_positions", grid_table(c.latent_side, d))
+        self.register_buffer("vision_positions", grid_table(c.vision.side, d))
+        self.markers = {
+            name: tokenizer.id(token)
+            for name, token in {
+                "bos": "<|im_start|>",
+                "eos": "<|im_end|>",
+                "image": "<|vision_start|>",
+                "end": "<|vision_end|>",
+            }.items()
+        }
+        if len(tokenizer) > c.decoder.vocab_size:
+            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the decoder {c.decoder.vocab_size}")
+
+    def initialise(self, seed: int) -> None:
+        """Normal(0, 0.02) as Qwen2; image experts start as copies of the text experts and the velocity head at zero,
+        as the published trainer does. The autoencoder is left alone."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, module in self.named_modules():
+            if name.startswith("autoencoder"):
+                continue
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02, generator=generator)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for layer in self.decoder.layers:
+            for routed in (layer.input_layernorm, layer.self_attn, layer.o_proj, layer.post_attention_layernorm, layer.mlp):
+                routed[DRAW].load_state_dict(routed[READ].state_dict())
+        self.decoder.norm[DRAW].load_state_dict(self.decoder.norm[READ].state_dict())
+        nn.init.zeros_(self.latent_out.weight)
+        nn.init.zeros_(self.latent_out.bias)
+
+    def blocks(self) -> Iterator[nn.Module]:
+        yield from self.decoder.layers
+        yield from self.vision.layers
+
+    # ---- layout -------------------------------------------------------------------------------------------------
+
+    def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
+        """Texts and pictures in order. ``text`` drops the last user message's words; ``image`` every picture read."""
+        last = max((i for i, m in enumerate(sample.messages) if m.role == "user"), default=-1)
+        segments: list[Segment] = []
+        for i, message in enumerate(sample.messages):
+            for part in message.parts:
+                if isinstance(part, Text):
+                    if not (i == last and "text" in drop):
+                        segments.append(self._text(part))
+                elif part.role != "target":
+                    if "image" not in drop:
+                        segments += self._read(part)
+                else:
+                    segments.append(self._drawn(part, hidden=True))
+                    if part is not sample.messages[-1].parts[-1]:
+                        segments += self._read(replace(part, role="condition"))
+        return Laid(sample.id, tuple(segments))
+
+    def _text(self, text: Text) -> Segment:
+        ids = (self.markers["bos"], *self.tokenizer.encode(text.text), self.markers["eos"])
+        return Segment(Kind.TEXT, ids, targets=(*ids[1:], NONE) if text.loss else ())
+
+    def _read(self, image: Image) -> list[Segment]:
+        vision, c = self._block(Kind.VISION, image, self.config.see, self.config.vision.patch_size, READ), self.config
+        if image.role == "understand":
+            return [vision]
+        return [self._block(Kind.CLEAN, image, c.draw, c.stride, DRAW), vision]
+
+    def _drawn(self, image: Image, hidden: bool) -> Segment:
+        block = self._block(Kind.NOISED, image, self.config.draw, self.config.stride, DRAW)
+        return replace(block, hidden=hidden, advance=0)
+
+    def _block(self, kind: Kind, image: Image, rule: SizeRule, stride: int, route: int) -> Segment:
+        width, height = rule(*image.pixels.size)
+        grid = (height // stride, width // stride)
+        ids = (self.markers["image"], *[NONE] * (grid[0] * grid[1]), self.markers["end"])
+        pixels = to_tensor(image.pixels, (width, height))
+        return Segment(kind, ids, image=pixels, grid=grid, full=True, shared=True, advance=1, route=route)
+
+    # ---- network ------------------------------------------------------------------------------------------------
+
+    def _latents(self, group: Pictures, noise: Noise) -> Float[Tensor, "N n f"]:
+        """Latent tokens of a group; the posterior is sampled with noise that belongs to each picture."""
+        with torch.no_grad():
+            latents = group.images
+            if not group.encoded:
+                pixels, ae = to_float(group.images), self.config.autoencoder
+                eps = None
+                if ae.posterior:
+                    shape = (ae.latent_channels, pixels.shape[-2] // ae.downsample, pixels.shape[-1] // ae.downsample)
+                    eps = _draw(noise, group, "posterior", shape).to(pixels.device)
+                latents = self.autoencoder.encode(pixels, eps)
+            return latents_to_tokens(latents, self.config.latent_patch)
+
+    def _embed_latents(self, tokens: Tensor, t: Tensor, grid: tuple[int, int]) -> Float[Tensor, "N n d"]:
+        places = grid_places(grid, self.config.latent_side, tokens.device)
+        return self.latent_in(tokens) + self.time(t)[:, None] + self.latent_positions[places]
+
+    def _embed_vision(self, group: Pictures) -> Float[Tensor, "N n d"]:
+        places = grid_places(group.grid, self.config.vision.side, group.images.device)
+        return self.projector(self.vision(to_float(group.images))) + self.vision_positions[places]
+
+    def _run(
+        self, batch: Batch, pictures: list[tuple[Tensor, Tensor]], positions: Tensor, order: Tensor, attend: Attend
+    ) -> Float[Tensor, "T d"]:
+        """Final states in stream order, from the pictures' (places, embeddings) and the batch's words."""
+        words = (batch.ids != NONE).nonzero()[:, 0]
+        places = torch.cat([words, *(p.flatten() for p, _ in pictures)])
+        embedded = self.decoder.embed_tokens(batch.ids[words])
+        values = torch.cat([embedded, *(e.flatten(0, 1).to(embedded.dtype) for _, e in pictures)])
+        stream = permute(values, inverse_permutation(places)[order])
+        return self.decoder(stream, positions[order], attend, [len(r) for r in batch.routes])
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return {
+            "text": float((batch.targets != NONE).sum()),
+            "image": float(sum(g.tokens.numel() for g in batch.of(Kind.NOISED))),
+        }
+
+    def losses(self, batch: Batch, noise: Noise) -> Losses:
+        """``text``: cross-entropy summed over supervised words; ``image``: squared error, mean over a token's
+        features, summed over noised tokens (specs: SGT 2.4)."""
+        counts = self.counts(batch)
+        order = torch.cat(batch.routes)
+        rank = inverse_permutation(order)
+        pictures = [(g.tokens, self._embed_vision(g)) for g in batch.of(Kind.VISION)]
+        for g in batch.of(Kind.CLEAN):
+            latents = self._latents(g, noise)
+            pictures.append((g.tokens, self._embed_latents(latents, latents.new_zeros(len(latents)), g.grid)))
+        drawn = []
+        for g in batch.of(Kind.NOISED):
+            data = self._latents(g, noise)
+            eps = _draw(noise, g, "noise", tuple(data.shape[1:])).to(data.device)
+            t = self.config.times(noise, g.owners, g.ordinals).to(data.device)
+            pictures.append((g.tokens, self._embed_latents(mix(data, eps, t), t, g.grid)))
+            drawn.append((g, data, eps, t))
+        states = self._run(batch, pictures, batch.positions, order, Packed(batch, order))
+
+        supervised = (batch.targets != NONE).nonzero()[:, 0]
+        logits = self.decoder.logits(states.index_select(0, rank[supervised]))
+        text = F.cross_entropy(logits.float(), batch.targets[supervised], reduction="sum")
+        image = states.new_zeros(())
+        for g, data, eps, t in drawn:
+            prediction = self.latent_out(states.index_select(0, rank[g.tokens.flatten()])).view_as(data).float()
+            image = image + squared_error(prediction, data, eps, t, self.config.prediction).mean(-1).sum()
+        return {"text": Term(text, counts["text"]), "image": Term(image, counts["image"])}
+
+    # ---- reading ------------------------------------------------------------------------------------------------
+
+    def open(self) -> Context:
+        c, weight = self.config.decoder, self.decoder.embed_tokens.weight
+        return Context(Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, weight.dtype, weight.device))
+
+    @torch.no_grad()
+    def extend(self, contexts: Sequence[Context], sequences: Sequence[Laid]) -> list[Context]:
+        """Reads clean pictures at t = 0; a noised picture cannot be read."""
+        batch = pack(sequences, self.routes).to(self.device)
+        if batch.of(Kind.NOISED):
+            raise ValueError("a noised picture is drawn, not read; use start and step")
+        order, start, noise = torch.cat(batch.routes), batch.positions, Noise()
+        positions = start + torch.tensor([c.position for c in contexts], device=self.device)[batch.document]
+        caches = [c.cache.room(c.length, len(s)) for c, s in zip(contexts, sequences, strict=True)]
+        pictures = [(g.tokens, self._embed_vision(g)) for g in batch.of(Kind.VISION)]
+        for g in batch.of(Kind.CLEAN):
+            latents = self._latents(g, noise)
+            pictures.append((g.tokens, self._embed_latents(latents, latents.new_zeros(len(latents)), g.grid)))
+        attend = Cached(caches, [c.length for c in contexts], batch, order if pictures else None)
+        states = self._run(batch, pictures, positions, order, attend)
+        last = torch.tensor(batch.lengths, device=self.device).cumsum(0) - 1
+        logits = self.decoder.logits(states[inverse_permutation(order)[last]]).float()
+        return [
+            Context(cache, c.length + len(s), c.position + sum(x.moves for x in s.segments), scores)
+            for cache, c, s, scores in zip(caches, contexts, sequences, logits, strict=True)
+        ]
+
+    def reply(self, ids: Sequence[int]) -> Laid:
+        return Laid("reply", (Segment(Kind.TEXT, tuple(ids) or (self.markers["bos"],)),))
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        return frozenset({self.markers["eos"]})
+
+    # ---- drawing ------------------------------------------------------------------------------------------------
+
+    def canvas(self, width: int, height: int, fit: bool = False) -> tuple[int, int]:
+        if fit:
+            width, height = self.config.draw(width, height)
+        stride, most = self.config.stride, self.config.stride * self.config.latent_side
+        if width % stride or height % stride or not (0 < width <= most and 0 < height <= most):
+            raise ValueError(f"size must be multiples of {stride} up to {most}, not {width}x{height}")
+        return height, width
+
+    def branches(self, settings: DrawSettings, edit: bool) -> tuple[Drop, ...]:
+        """Full; without text when its scale exceeds 1; without images for edits whose scale differs from 1.
+        As published, no guidance at all when the text scale is at most 1."""
+        if settings.guidance_scale <= 1:
+            return (NOTHING,)
+        if edit and settings.image_guidance_scale > 1:
+            return (NOTHING, frozenset({"text"}), frozenset({"image"}))
+        return (NOTHING, frozenset({"text"}))
+
+    def start(
+        self,
+        contexts: Sequence[tuple[Context, ...]],
+        canvases: Sequence[tuple[int, int]],
+        settings: Sequence[DrawSettings],
+        seeds: Sequence[int],
+    ) -> list[Drawing]:
+        drawings = []
+        for branches, (height, width), s, seed in zip(contexts, canvases, settings, seeds, strict=True):
+            grid = (height // self.config.stride, width // self.config.stride)
+            noise = Noise(seed).normal("drawing", "noise", (grid[0] * grid[1], self.latent_in.in_features))
+            drawings.append(Drawing(noise.to(self.device), branches, (height, width), s, 0, s.num_inference_steps))
+        return drawings
+
+    @torch.no_grad()
+    def step(self, drawings: Sequence[Drawing]) -> list[Drawing]:
+        """One Euler step each. Branches of guidance are one batch; outside the interval they are not computed."""
+        if len({d.canvas for d in drawings}) != 1 or len({len(d.contexts) for d in drawings}) != 1:
+            raise ValueError("one step takes drawings of one canvas size and one kind of guidance")
+        times = [schedule(d.steps, d.settings.timestep_shift)[d.step : d.step + 2] for d in drawings]
+        guided = [d.settings.guidance_interval[0] < t[0] <= d.settings.guidance_interval[1]
+                  for d, t in zip(drawings, times, strict=True)]  # fmt: skip
+        branches = len(drawings[0].contexts) if any(guided) else 1
+        now = torch.stack([t[0] for t in times]).to(self.device)
+        x_t = torch.stack([d.state for d in drawings])
+        table = self._fixed(drawings)
+        v = self._velocity(x_t, now, drawings, table, branches)
+        out = []
+        for i, (d, t) in enumerate(zip(drawings, times, strict=True)):
+            s, own = d.settings, v[0, i : i + 1]
+            if guided[i] and branches > 1:
+                no_image = v[2, i : i + 1] if branches > 2 else None
+                own = guide(own, v[1, i : i + 1], no_image, s.guidance_scale, s.image_guidance_scale, s.renorm, s.renorm_min)
+            out.append(advance(d, d.state - own[0] * float(t[0] - t[1]), slot=(table, own[0])))
+        return out
+
+    def _fixed(self, drawings: Sequence[Drawing]) -> Fixed:
+        """The contexts' keys and values laid side by side, branch-major; kept while the same drawings go on together."""
+        contexts = [d.contexts[b] for b in range(len(drawings[0].contexts)) for d in drawings]
+        if drawings[0].slot and drawings[0].slot[0].holds(contexts):
+            return drawings[0].slot[0]
+        return Fixed(contexts, len(drawings[0].state) + 2)
+
+    def _velocity(
+        self, x_t: Float[Tensor, "B n f"], t: Float[Tensor, " B"], drawings: Sequence[Drawing], table: Fixed, branches: int
+    ) -> Float[Tensor, "R B n f"]:
+        """The velocity of every branch; the picture's tokens are embedded once and shared by all branches."""
+        B, n, _ = x_t.shape
+        grid = (drawings[0].canvas[0] // self.config.stride, drawings[0].canvas[1] // self.config.stride)
+        latents = self._embed_latents(x_t, t, grid)
+        markers = torch.tensor([self.markers["image"], self.markers["end"]], device=self.device)
+        words = self.decoder.embed_tokens(markers).to(latents.dtype)
+        blocks = B * branches
+        stream = torch.cat([words.repeat(blocks, 1), latents.repeat(branches, 1, 1).flatten(0, 1)])
+        place = torch.arange(blocks * (n + 2), device=self.device).view(blocks, n + 2)
+        order = torch.cat([place[:, [0, -1]].flatten(), place[:, 1:-1].flatten()])
+        position = torch.tensor([d.contexts[b].position for b in range(branches) for d in drawings], device=self.device)
+        positions = position.repeat_interleave(n + 2)[order]
+        states = self.decoder(stream, positions, table.over(blocks, order), [2 * blocks, n * blocks])
+        prediction = self.latent_out(states[2 * blocks :]).float().view(branches, B, n, -1)
+        return torch.stack([velocity(p, x_t, t, self.config.prediction) for p in prediction])
+
+    def preview(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+        """x_t - t v: the picture that the last velocity points to."""
+        states = []
+        for d in drawings:
+            t = float(schedule(d.steps, d.settings.timestep_shift)[d.step])
+            states.append(d.state - t * d.slot[1] if d.slot else d.state)
+        return self._decode(states, drawings)
+
+    def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+        return self._decode([d.state for d in drawings], drawings)
+
+    @torch.no_grad()
+    def _decode(self, states: list[Tensor], drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+        grid = (drawings[0].canvas[0] // self.config.stride, drawings[0].canvas[1] // self.config.stride)
+        latents = tokens_to_latents(torch.stack(states), grid, self.config.latent_patch)
+        return self.autoencoder.decode(latents).float().clamp(-1, 1)
+
+
+def _draw(noise: Noise, group: Pictures, name: str, shape: tuple[int, ...]) -> Tensor:
+    return torch.stack(
+        [noise.normal(o, f"{name}{i}", shape) for o, i in zip(group.owners, group.ordinals, strict=True)]
+    )
+

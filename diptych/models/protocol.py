@@ -1,0 +1,191 @@
+"""What every family offers, and nothing else may be asked of one.
+
+``Trainable`` is enough for the training loop; ``UnifiedModel`` adds reading and drawing. Families are final: they
+inherit from one of these and from nothing else of ours.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from diptych.core.batch import Batch
+from diptych.core.losses import Losses
+from diptych.core.noise import Noise
+from diptych.core.sample import Sample
+from diptych.core.sequence import Sequence as Laid
+from diptych.core.tensors import Float, Tensor
+from diptych.parts.flow import Renorm
+from diptych.parts.routed import spare_parameters
+from diptych.parts.tokenizer import Tokenizer
+
+Drop = frozenset[str]  # which conditions to leave out: "text", "image"
+NOTHING: Drop = frozenset()
+
+
+@dataclass(frozen=True)
+class DrawSettings:
+    """How a picture is drawn. A family reads what it knows; its config holds the defaults that suit its weights."""
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 4.0
+    image_guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] = (0.4, 1.0)
+    timestep_shift: float = 3.0
+    renorm: Renorm = "global"
+    renorm_min: float = 0.0
+    temperature: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        low, high = self.guidance_interval
+        if self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, not {self.num_inference_steps}")
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"guidance_interval must be 0 <= low <= high <= 1, not {self.guidance_interval}")
+        if not (self.timestep_shift > 0 and self.guidance_scale >= 0 and self.image_guidance_scale >= 0):
+            raise ValueError(
+                "timestep_shift must be positive and guidance scales at least 0, not "
+                f"{self.timestep_shift}, {self.guidance_scale}, {self.image_guidance_scale}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a model has read so far. Reading returns a new context; the old one stays usable."""
+
+    cache: Any  # the family's: a parts.attention.Cache for most
+    length: int = 0  # tokens read
+    position: int = 0  # next position id
+    logits: Tensor | None = None  # (V,) scores of the next word
+    slot: Any = None  # family-private
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """A picture in the making: ``state`` is noise on its way to latents, or a grid of codes being filled."""
+
+    state: Tensor
+    contexts: tuple[Context, ...]  # one per branch of guidance, as ``branches`` listed them
+    canvas: tuple[int, int]  # (height, width) in pixels
+    settings: DrawSettings
+    step: int
+    steps: int
+    slot: Any = None  # family-private
+
+    @property
+    def done(self) -> bool:
+        """Whether only ``finish`` is left."""
+        return self.step >= self.steps
+
+
+class Trainable(nn.Module, ABC):
+    """A network that lays out its own samples and owns its loss."""
+
+    family: ClassVar[str]
+    parts: ClassVar[Mapping[str, tuple[str, ...]]]  # part name -> globs over parameter names; each parameter in one part
+    routes: ClassVar[int] = 1  # how many experts ``core.batch.pack`` prepares index lists for
+    frozen: ClassVar[frozenset[str]] = frozenset()  # parts that no recipe may train
+    config: Any
+    tokenizer: Tokenizer
+
+    @abstractmethod
+    def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
+        """The sample as segments; ``drop`` names conditions to leave out (guidance, and dropout in training).
+
+        Pure: no network, no random state. Raises ``ValueError`` for what the family cannot lay out."""
+
+    @abstractmethod
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """How many elements each loss term has, from the batch alone: known before any forward, so that counts can be
+        added over micro-batches and processes before the first backward."""
+
+    @abstractmethod
+    def losses(self, batch: Batch, noise: Noise) -> Losses:
+        """The loss terms of a batch as (sum, count), with the names and counts of ``counts``."""
+
+    def forward(self, batch: Batch, noise: Noise) -> Losses:
+        """``losses``: the only way in for training."""
+        return self.losses(batch, noise)
+
+    @abstractmethod
+    def blocks(self) -> Iterator[nn.Module]:
+        """What to shard, checkpoint and compile: each is called once per forward."""
+
+    @abstractmethod
+    def initialise(self, seed: int) -> None:
+        """Fresh weights, the same for the same seed."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    def activated_parameters(self) -> int:
+        """Parameters that serve one token: all but one copy of every routed module."""
+        return sum(p.numel() for p in self.parameters()) - spare_parameters(self)
+
+
+class UnifiedModel(Trainable):
+    """A family that reads pictures and draws them. Generation takes lists: one request is a list of one."""
+
+    settings: DrawSettings  # defaults that suit these weights
+    size: tuple[int, int]  # (width, height) drawn when nothing is asked
+
+    @abstractmethod
+    def canvas(self, width: int, height: int, fit: bool = False) -> tuple[int, int]:
+        """The (height, width) to draw for an asked size: exactly that, or the nearest that can be drawn with ``fit``.
+        Raises ``ValueError`` when it cannot be drawn."""
+
+    @abstractmethod
+    def open(self) -> Context:
+        """An empty context."""
+
+    @abstractmethod
+    def extend(self, contexts: Sequence[Context], sequences: Sequence[Laid]) -> list[Context]:
+        """The contexts after reading one sequence each; their logits predict the next word."""
+
+    @abstractmethod
+    def reply(self, ids: Sequence[int]) -> Laid:
+        """Words of an answer being said, as a sequence to read on (no ids: what opens an answer)."""
+
+    @property
+    @abstractmethod
+    def stop_ids(self) -> frozenset[int]:
+        """Words that end an answer."""
+
+    @abstractmethod
+    def branches(self, settings: DrawSettings, edit: bool) -> tuple[Drop, ...]:
+        """The contexts that drawing needs, the full one first: what ``lay_out`` must drop for each."""
+
+    @abstractmethod
+    def start(
+        self,
+        contexts: Sequence[tuple[Context, ...]],
+        canvases: Sequence[tuple[int, int]],
+        settings: Sequence[DrawSettings],
+        seeds: Sequence[int],
+    ) -> list[Drawing]:
+        """Begins pictures: noise or an empty grid, drawn from each picture's own seed."""
+
+    @abstractmethod
+    def step(self, drawings: Sequence[Drawing]) -> list[Drawing]:
+        """One denoising step, or one patch of codes, for all of them at once. They must be of one canvas size."""
+
+    @abstractmethod
+    def preview(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+        """The pictures as they would look if drawing ended here."""
+
+    @abstractmethod
+    def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+        """The pictures in [-1, 1]."""
+
+
+def advance(drawing: Drawing, state: Tensor, slot: Any = None) -> Drawing:
+    """The drawing one step on."""
+    return replace(drawing, state=state, step=drawing.step + 1, slot=slot)

@@ -1,0 +1,271 @@
+"""Attention over packed documents and over key/value caches, behind one call: ``attend(layer, q, k, v)``.
+
+q is (T, H, D), k and v are (T, K, D) with H a multiple of K; the result is (T, H, D). What differs is who sees whom:
+
+- ``Packed``: the documents of a training row. Documents of like length are gathered into one batched SDPA call, so the
+  cost grows with each document's own length and never with the row.
+- ``Dense``: one SDPA call over the whole row under the dense mask: the reference.
+- ``Block``: FlexAttention under the same rule, for GPUs.
+- ``Cached``: new tokens of several contexts against their caches (reading and decoding).
+- ``Fixed``: picture tokens that are recomputed at every denoising step against contexts that do not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from diptych.core import mask as masks
+from diptych.core.batch import Batch
+from diptych.core.tensors import Float, Tensor
+
+
+class Attend(Protocol):
+    """Attention with its layout settled; called once a layer."""
+
+    def __call__(
+        self, layer: int, q: Float[Tensor, "T H D"], k: Float[Tensor, "T K D"], v: Float[Tensor, "T K D"]
+    ) -> Float[Tensor, "T H D"]: ...
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Grouped-query attention of (B, L, H, D) against (B, S, K, D); ``mask`` is True where allowed."""
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal,
+        enable_gqa=q.shape[-2] != k.shape[-2],
+    )
+    return out.transpose(1, 2)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of x by ``index``; the gradient is gathered by ``inverse``, so neither way scatters.
+
+    Every row of x must stand at ``inverse`` in the result; other places of the result (padding) pass no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, index, inverse):
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+class _Return(torch.autograd.Function):
+    """The inverse of ``_Gather``: drops the padding places, whose gradient is zero."""
+
+    @staticmethod
+    def forward(ctx, x, index, inverse, padding):
+        ctx.save_for_backward(index, padding)
+        return x.index_select(0, inverse)
+
+    @staticmethod
+    def backward(ctx, grad):
+        index, padding = ctx.saved_tensors
+        out = grad.index_select(0, index)
+        return (out.index_fill_(0, padding, 0) if len(padding) else out), None, None, None
+
+
+def permute(x: Tensor, order: Tensor) -> Tensor:
+    """Rows of x in ``order``, a permutation; the gradient takes the way back without a scatter."""
+    return _Gather.apply(x, order, inverse_permutation(order))
+
+
+def inverse_permutation(order: Tensor) -> Tensor:
+    """Where each place stands in ``order``."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+@dataclass(frozen=True)
+class _Group:
+    shape: tuple[int, int]  # documents, padded length
+    mask: Tensor | None  # (documents, 1, length, length); None when every document is causal and of this length
+
+
+class Packed:
+    """Attention within the documents of ``batch`` for a stream whose i-th token is the row's ``order[i]``-th."""
+
+    def __init__(self, batch: Batch, order: Tensor | None = None, waste: float = 0.85) -> None:
+        device = batch.ids.device
+        lengths = [*batch.lengths]
+        if tail := len(batch) - sum(lengths):
+            lengths.append(tail)
+        starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
+        special = (batch.full | batch.hidden).cpu()
+        groups: list[list[int]] = []
+        for d in sorted(range(len(lengths)), key=lambda d: -lengths[d]):
+            if not groups or lengths[d] < waste * lengths[groups[-1][0]]:
+                groups.append([])
+            groups[-1].append(d)
+        self.groups: list[_Group] = []
+        index, valid = [], []
+        for members in groups:
+            longest = lengths[members[0]]
+            offset = torch.arange(longest)
+            length = torch.tensor([lengths[d] for d in members])[:, None]
+            inside = offset < length
+            places = starts[members][:, None] + offset * inside
+            causal = bool(inside.all()) and not bool(special[places].any())
+            mask = None
+            if not causal:
+                p = places.to(device)
+                mask = masks.rule(batch, p[:, :, None], p[:, None, :]) & inside.to(device)[:, None, :]
+                mask = mask[:, None]
+            self.groups.append(_Group((len(members), longest), mask))
+            index.append(places.flatten())
+            valid.append(inside.flatten())
+        flat, real = torch.cat(index), torch.cat(valid)
+        rank = torch.arange(len(batch)) if order is None else inverse_permutation(order.cpu())
+        self.index = rank[flat].to(device)
+        inverse = torch.empty(len(batch), dtype=torch.long)
+        inverse[rank[flat[real]]] = real.nonzero()[:, 0]
+        self.inverse = inverse.to(device)
+        self.padding = (~real).nonzero()[:, 0].to(device)
+        self.sizes = [g.shape[0] * g.shape[1] for g in self.groups]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = [_Gather.apply(x, self.index, self.inverse).split(self.sizes) for x in (q, k, v)]
+        out = [
+            sdpa(*(x.unflatten(0, g.shape) for x in qkv), mask=g.mask, causal=g.mask is None).flatten(0, 1)
+            for g, *qkv in zip(self.groups, *parts, strict=True)
+        ]
+        return _Return.apply(torch.cat(out), self.index, self.inverse, self.padding)
+
+
+class Dense:
+    """The reference: the whole row under the dense mask."""
+
+    def __init__(self, batch: Batch, order: Tensor | None = None) -> None:
+        mask = masks.dense(batch)
+        self.mask = mask if order is None else mask[order][:, order]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sdpa(q[None], k[None], v[None], mask=self.mask)[0]
+
+
+class Block:
+    """FlexAttention under the same rule (its backward needs a GPU)."""
+
+    def __init__(self, batch: Batch, order: Tensor | None = None) -> None:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        rule = masks.block(batch)
+        mod = rule if order is None else (lambda b, h, q, k: rule(b, h, order[q], order[k]))
+        self.mask = create_block_mask(mod, None, None, len(batch), len(batch), device=str(batch.ids.device))
+        self.attention = torch.compile(flex_attention) if batch.ids.is_cuda else flex_attention
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x[None].transpose(1, 2) for x in (q, k, v))
+        out = self.attention(q, k, v, block_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2)[0]
+
+
+class Cache:
+    """Keys and values of what a context has read, for every layer: (layers, 2, capacity, K, D), grown by doubling.
+
+    Contexts that branch share one buffer: whoever stands at its end may write on, anyone else copies first. So reading
+    returns a new context, the old one stays usable, and the common case copies nothing.
+    """
+
+    def __init__(self, layers: int, heads: int, width: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.buffer = torch.empty(layers, 2, 0, heads, width, dtype=dtype, device=device)
+        self.used = 0
+
+    def room(self, length: int, more: int) -> Cache:
+        """A cache whose first ``length`` tokens are this one's and that has room for ``more``; self when it can be."""
+        if self.used == length and length + more <= self.buffer.shape[2]:
+            self.used = length + more
+            return self
+        capacity = max(64, 2 * length, length + more)
+        new = Cache.__new__(Cache)
+        new.buffer = self.buffer.new_empty(*self.buffer.shape[:2], capacity, *self.buffer.shape[3:])
+        new.buffer[:, :, :length] = self.buffer[:, :, :length]
+        new.used = length + more
+        return new
+
+
+class Read(Protocol):
+    """What attention needs of a generation context: a cache, and how many of its tokens are the context's."""
+
+    @property
+    def cache(self) -> Cache: ...
+    @property
+    def length(self) -> int: ...
+
+
+class Cached:
+    """New tokens of several contexts: each writes its keys and values to its cache and sees what its rule allows.
+
+    The stream holds the new tokens of all contexts one after another, in the ``order`` given.
+    """
+
+    def __init__(self, caches: Seq[Cache], lengths: Seq[int], batch: Batch, order: Tensor | None = None) -> None:
+        self.spans, at = [], 0
+        for cache, length, n in zip(caches, lengths, batch.lengths, strict=True):
+            mask = None
+            if n > 1:
+                places = torch.arange(at, at + n, device=batch.ids.device)
+                own = masks.rule(batch, places[:, None], places[None, :])
+                mask = torch.cat([own.new_ones(n, length), own], 1)
+            self.spans.append((cache, at, n, length, mask))
+            at += n
+        self.order = order
+        self.inverse = None if order is None else inverse_permutation(order)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.inverse is not None:
+            q, k, v = q[self.inverse], k[self.inverse], v[self.inverse]
+        out = []
+        for cache, at, n, length, mask in self.spans:
+            keys, values = cache.buffer[layer, 0], cache.buffer[layer, 1]
+            keys[length : length + n] = k[at : at + n]
+            values[length : length + n] = v[at : at + n]
+            out.append(sdpa(q[None, at : at + n], keys[None, : length + n], values[None, : length + n], mask=mask)[0])
+        joined = torch.cat(out) if len(out) > 1 else out[0]
+        return joined if self.order is None else joined[self.order]
+
+
+class Fixed:
+    """Blocks of n picture tokens each: full attention inside a block and to its whole context, nothing is kept.
+
+    The contexts' keys and values are laid side by side once; every step only overwrites the blocks' own places.
+    """
+
+    def __init__(self, contexts: Seq[Read], n: int) -> None:
+        self.contexts, lengths = tuple(contexts), [c.length for c in contexts]
+        longest, first = max(lengths), contexts[0].cache.buffer
+        self.buffer = first.new_zeros(*first.shape[:2], len(contexts), longest + n, *first.shape[3:])
+        for b, c in enumerate(contexts):
+            self.buffer[:, :, b, : c.length] = c.cache.buffer[:, :, : c.length]
+        self.context, self.n = longest, n
+        place = torch.arange(longest + n, device=first.device)
+        visible = (place < torch.tensor(lengths, device=first.device)[:, None]) | (place >= longest)
+        self.mask = None if bool(visible.all()) else visible[:, None, None, :].expand(-1, 1, n, -1)
+
+    def holds(self, contexts: Seq[Read]) -> bool:
+        """Whether it was laid out for these very contexts."""
+        return len(contexts) == len(self.contexts) and all(a is b for a, b in zip(contexts, self.contexts, strict=True))
+
+    def over(self, blocks: int, order: Tensor) -> Attend:
+        """Attention of the first ``blocks`` blocks, for a stream whose i-th token is the ``order[i]``-th of theirs."""
+        inverse, shape = inverse_permutation(order), (blocks, self.n)
+        mask = None if self.mask is None else self.mask[:blocks]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = self.buffer[layer, 0, :blocks], self.buffer[layer, 1, :blocks]
+            keys[:, self.context :] = k[inverse].unflatten(0, shape)
+            values[:, self.context :] = v[inverse].unflatten(0, shape)
+            return sdpa(q[inverse].unflatten(0, shape), keys, values, mask=mask).flatten(0, 1)[order]
+
+        return attend

@@ -1,0 +1,94 @@
+"""Flow matching on the straight path between data (t = 0) and noise (t = 1): times, targets, guidance, Euler steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from diptych.core.noise import Noise
+from diptych.core.tensors import Float, Tensor
+
+Prediction = Literal["velocity", "data"]
+Renorm = Literal["none", "global", "channel", "text_channel"]
+EARLIEST = 0.05  # a data prediction is turned into a velocity by dividing by no less than this time
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """s t / (1 + (s - 1) t): more of [0, 1] spent near noise when s > 1."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+@dataclass(frozen=True)
+class TimeDraw:
+    """Training times: sigmoid of a normal draw, shifted."""
+
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float = 1.0
+
+    def __call__(self, noise: Noise, owners: tuple[str, ...], ordinals: tuple[int, ...]) -> Float[Tensor, " N"]:
+        """One time per picture, from the noise that belongs to it."""
+        draws = [noise.normal(o, f"time{i}", (1,)) for o, i in zip(owners, ordinals, strict=True)]
+        return shift_time(torch.sigmoid(self.mean + self.std * torch.cat(draws)), self.shift)
+
+
+def schedule(steps: int, shift: float) -> Float[Tensor, " steps_1"]:
+    """The steps + 1 times from 1 to 0 between which the sampler moves; it evaluates the model at all but the last."""
+    if steps < 1:
+        raise ValueError(f"num_inference_steps must be at least 1, not {steps}")
+    return shift_time(torch.linspace(1, 0, steps + 1), shift)
+
+
+def mix(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t = (1 - t) data + t noise; ``t`` (N,) broadcasts over the rest."""
+    t = t.view(-1, *[1] * (data.dim() - 1))
+    return (1 - t) * data + t * noise
+
+
+def velocity(prediction: Tensor, x_t: Tensor, t: Tensor, kind: Prediction) -> Tensor:
+    """The velocity (noise - data) that a prediction stands for: itself, or (x_t - data) / t."""
+    if kind == "velocity":
+        return prediction
+    return (x_t - prediction) / t.clamp(min=EARLIEST).view(-1, *[1] * (x_t.dim() - 1))
+
+
+def squared_error(prediction: Tensor, data: Tensor, noise: Tensor, t: Tensor, kind: Prediction) -> Tensor:
+    """Elementwise squared error in units of velocity, whatever is predicted."""
+    if kind == "velocity":
+        return (prediction - (noise - data)).square()
+    return ((prediction - data) / t.clamp(min=EARLIEST).view(-1, *[1] * (data.dim() - 1))).square()
+
+
+def guide(
+    full: Float[Tensor, "B n f"],
+    no_text: Float[Tensor, "B n f"] | None,
+    no_image: Float[Tensor, "B n f"] | None,
+    text_scale: float,
+    image_scale: float,
+    renorm: Renorm = "none",
+    renorm_min: float = 0.0,
+) -> Float[Tensor, "B n f"]:
+    """Classifier-free guidance with up to two branches (specs: BAGEL 3.5)::
+
+        v' = v_text + g_text (v - v_text);  v'' = v_image + g_image (v' - v_image)
+
+    and v'' scaled by clamp(|v| / |v''|, renorm_min, 1): ``global`` takes one norm per picture, ``channel`` one per token,
+    ``text_channel`` one per token after text guidance and before image guidance.
+    """
+    out = full
+    if no_text is not None:
+        out = no_text + text_scale * (out - no_text)
+        if renorm == "text_channel":
+            out = _renorm(out, full, (-1,), renorm_min)
+    if no_image is not None:
+        out = no_image + image_scale * (out - no_image)
+    if renorm in ("global", "channel"):
+        out = _renorm(out, full, (-2, -1) if renorm == "global" else (-1,), renorm_min)
+    return out
+
+
+def _renorm(guided: Tensor, full: Tensor, dims: tuple[int, ...], least: float) -> Tensor:
+    scale = full.norm(dim=dims, keepdim=True) / (guided.norm(dim=dims, keepdim=True) + 1e-8)
+    return guided * scale.clamp(least, 1.0)

@@ -1,0 +1,76 @@
+"""From a decoded picture to the tensor a family reads: sizes, resizing, patches of latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import torch
+from einops import rearrange
+
+from diptych.core.tensors import Float, Tensor, UInt8, to_uint8
+
+
+@dataclass(frozen=True)
+class SizeRule:
+    """How a picture's size is brought to multiples of ``stride`` (specs: BAGEL 3.5, resize rule).
+
+    Scale so that the long side is at most ``longest``, then so that the short side is at least ``shortest``, round each
+    side to the stride, then shrink when there are more than ``pixels`` or the long side exceeds ``longest`` again.
+    """
+
+    longest: int
+    shortest: int
+    stride: int
+    pixels: int = 14 * 14 * 9 * 1024
+
+    def __call__(self, width: int, height: int) -> tuple[int, int]:
+        """The (width, height) to resize a picture of this size to."""
+        scale = min(self.longest / max(width, height), 1.0)
+        scale = max(scale, self.shortest / min(width, height))
+        w, h = self._apply(width, height, scale)
+        if w * h > self.pixels:
+            w, h = self._apply(w, h, self.pixels / (w * h))
+        if max(w, h) > self.longest:
+            w, h = self._apply(w, h, self.longest / max(w, h))
+        return w, h
+
+    def _apply(self, width: int, height: int, scale: float) -> tuple[int, int]:
+        return self._round(round(width * scale)), self._round(round(height * scale))
+
+    def _round(self, side: int) -> int:
+        return max(self.stride, round(side / self.stride) * self.stride)
+
+
+def to_tensor(image: PIL.Image.Image, size: tuple[int, int], nearest: bool = False) -> UInt8[Tensor, "3 H W"]:
+    """The picture resized to (width, height), bicubic (nearest for label pictures), as uint8."""
+    if image.size != size:
+        image = image.resize(size, PIL.Image.Resampling.NEAREST if nearest else PIL.Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def to_pil(image: Float[Tensor, "3 H W"]) -> PIL.Image.Image:
+    """A picture in [-1, 1] as an RGB image."""
+    return PIL.Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
+
+
+def latents_to_tokens(latents: Float[Tensor, "N c h w"], patch: int) -> Float[Tensor, "N n f"]:
+    """Square patches of latents as tokens, row-major, features ordered (row in patch, column in patch, channel)."""
+    return rearrange(latents, "N c (h p) (w q) -> N (h w) (p q c)", p=patch, q=patch)
+
+
+def tokens_to_latents(tokens: Float[Tensor, "N n f"], grid: tuple[int, int], patch: int) -> Float[Tensor, "N c h w"]:
+    """The inverse of ``latents_to_tokens`` for a grid of (rows, columns) tokens."""
+    return rearrange(tokens, "N (h w) (p q c) -> N c (h p) (w q)", h=grid[0], w=grid[1], p=patch, q=patch)
+
+
+def contact_sheet(images: list[PIL.Image.Image], columns: int, scale: int = 2, gap: int = 4) -> PIL.Image.Image:
+    """The pictures side by side, ``columns`` to a line, enlarged by ``scale``."""
+    width, height = (max(sides) * scale for sides in zip(*(i.size for i in images), strict=True))
+    rows = -(-len(images) // columns)
+    sheet = PIL.Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), (229, 229, 229))
+    for i, image in enumerate(images):
+        at = (gap + i % columns * (width + gap), gap + i // columns * (height + gap))
+        sheet.paste(image.resize((image.width * scale, image.height * scale), PIL.Image.Resampling.NEAREST), at)
+    return sheet

@@ -1,0 +1,49 @@
+"""Sinusoids: the frozen 2-D tables of picture positions and the features of a timestep."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from diptych.core.tensors import Float, Int, Tensor
+
+
+def _waves(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    angle = x[..., None] * 10000 ** -(torch.arange(width // 2, dtype=torch.float64, device=x.device) / (width // 2))
+    return angle.sin(), angle.cos()
+
+
+def grid_table(side: int, width: int) -> Float[Tensor, "places d"]:
+    """Sine-cosine table of a ``side`` x ``side`` grid, row-major: the first half of the features encodes the column,
+    the second half the row, each as [sin, cos] (specs: BAGEL 3.3)."""
+    if width % 4:
+        raise ValueError(f"a 2-D position table needs a width that is a multiple of 4, not {width}")
+    place = torch.arange(side, dtype=torch.float64)
+    line = torch.cat(_waves(place, width // 2), -1)
+    rows, columns = line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)
+    return torch.cat([columns, rows], -1).flatten(0, 1).float()
+
+
+def grid_places(grid: tuple[int, int], side: int, device: torch.device | str = "cpu") -> Int[Tensor, " n"]:
+    """Places of a (rows, columns) grid in a table of ``side``: row * side + column. Raises when it does not fit."""
+    if max(grid) > side:
+        raise ValueError(f"a picture of {grid[0]}x{grid[1]} tokens does not fit the {side}x{side} position table")
+    row, column = torch.arange(grid[0], device=device), torch.arange(grid[1], device=device)
+    return (row[:, None] * side + column).flatten()
+
+
+class TimestepEmbedding(nn.Module):
+    """Width-``width`` features of times in [0, 1], not scaled: 256 sinusoids (cosines first), linear, SiLU, linear."""
+
+    def __init__(self, width: int, frequencies: int = 256) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def sinusoid(self, t: Float[Tensor, " n"]) -> Float[Tensor, "n f"]:
+        """[cos, sin] of t * 10000^(-i / half)."""
+        sin, cos = _waves(t.double(), self.frequencies)
+        return torch.cat([cos, sin], -1).float()
+
+    def forward(self, t: Float[Tensor, " n"]) -> Float[Tensor, "n d"]:
+        return self.mlp(self.sinusoid(t).to(self.mlp[0].weight.dtype))

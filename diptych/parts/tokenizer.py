@@ -1,0 +1,102 @@
+"""Text to ids and back: a byte-level BPE from the ``tokenizers`` library, with named special tokens.
+
+Reads ``tokenizer.json``, or ``vocab.json`` with ``merges.txt`` (Qwen2's files) and the added tokens of
+``tokenizer_config.json``. ``Tokenizer.tiny()`` is the one that ships with the package.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+TINY = Path(__file__).with_name("tokenizer_tiny.json")
+
+
+class Tokenizer:
+    """Encodes without adding anything: families place their own markers. Pickles, so workers can lay out."""
+
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        self.inner = inner
+
+    def __len__(self) -> int:
+        return self.inner.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, special tokens left out."""
+        return self.inner.decode(list(ids), skip_special_tokens=True)
+
+    def id(self, token: str) -> int:
+        """The id of a special token. Raises ``ValueError`` when the vocabulary lacks it."""
+        found = self.inner.token_to_id(token)
+        if found is None:
+            raise ValueError(f"the tokenizer has no token {token!r}")
+        return found
+
+    def save(self, folder: Path) -> None:
+        """Writes ``tokenizer.json``."""
+        self.inner.save(str(folder / "tokenizer.json"))
+
+    @staticmethod
+    def load(folder: str | Path) -> Tokenizer:
+        """The tokenizer of a folder. Raises ``ValueError`` when it holds no tokenizer files."""
+        folder = Path(folder)
+        if (folder / "tokenizer.json").is_file():
+            return Tokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
+        vocab, merges, config = (folder / n for n in ("vocab.json", "merges.txt", "tokenizer_config.json"))
+        if not (vocab.is_file() and merges.is_file()):
+            raise ValueError(f"{folder} holds neither tokenizer.json nor vocab.json with merges.txt")
+        inner = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+        inner.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(tokenizers.Regex(_QWEN2), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        inner.normalizer = tokenizers.normalizers.NFC()
+        inner.decoder = decoders.ByteLevel()
+        if config.is_file():
+            added = json.loads(config.read_text()).get("added_tokens_decoder", {})
+            for _, token in sorted(added.items(), key=lambda item: int(item[0])):
+                inner.add_special_tokens([tokenizers.AddedToken(token["content"], special=True)])
+        return Tokenizer(inner)
+
+    @staticmethod
+    def tiny() -> Tokenizer:
+        """The shipped one: trained on the words of the embedded data, with Qwen2's markers."""
+        return Tokenizer(tokenizers.Tokenizer.from_file(str(TINY)))
+
+    @staticmethod
+    def train(texts: Iterable[str], vocab_size: int, special: list[str]) -> Tokenizer:
+        """A byte-level BPE learned from ``texts``; every byte is in it, so any text can be encoded."""
+        inner = tokenizers.Tokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        inner.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        inner.train_from_iterator(texts, trainer)
+        return Tokenizer(inner)
+
+    def __reduce__(self):
+        return _restore, (self.inner.to_str(),)
+
+
+def _restore(text: str) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(text))
+
+
+# How Qwen2's byte-level BPE splits text before merging.
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)

@@ -1,0 +1,24 @@
+"""Complete runs, data only: the table of names, and how one is found."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from diptych.train.recipe import Recipe
+
+RECIPES = {
+    "bagel/tiny": "diptych.recipes.tiny:bagel",
+    "autoencoder/tiny": "diptych.recipes.tiny:autoencoder",
+}
+
+
+def find(name_or_file: str | Path) -> Recipe:
+    """The recipe of a name in the table or of a .json or .yaml file. Raises ``ValueError`` listing the names."""
+    if str(name_or_file) in RECIPES:
+        module, function = RECIPES[str(name_or_file)].split(":")
+        return getattr(importlib.import_module(module), function)()
+    path = Path(name_or_file)
+    if path.is_file():
+        return Recipe.load(path)
+    raise ValueError(f"no recipe {str(name_or_file)!r}: not a file, and the names are {', '.join(RECIPES)}")

@@ -1,0 +1,82 @@
+"""Running a recipe: its data by name, a grid of sample pictures at every checkpoint, its seed and length as asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from diptych import recipes
+from diptych.core.sample import Sample, user
+from diptych.data.catalog import sources
+from diptych.generate.engine import Engine
+from diptych.models.protocol import Trainable, UnifiedModel
+from diptych.parts.images import contact_sheet
+from diptych.train import loop
+from diptych.train.recipe import Recipe, Stage
+
+PROMPTS = ("a red circle", "three blue stars", "a green square left of a black cross", "a yellow star and a purple circle")
+
+
+def train(
+    recipe: Recipe | str | Path,
+    run: str | Path | None = None,
+    *,
+    steps: int | None = None,
+    seed: int | None = None,
+    catalog: str | None = None,
+    override: Mapping[str, str] | None = None,
+    device: str = "auto",
+    show: bool = True,
+) -> Path:
+    """Trains a recipe (an object, a name or a file) into the folder ``run`` and returns its released model's folder.
+
+    ``steps`` cuts or stretches all stages in proportion; ``override`` changes leaves by dotted path."""
+    recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe)
+    if override:
+        recipe = recipe.override(override)
+    if steps is not None:
+        recipe = recipe.with_steps(steps)
+    if seed is not None:
+        recipe = replace(recipe, seed=seed)
+    if catalog is not None:
+        recipe = replace(recipe, catalog=catalog)
+    if run is None:
+        run = Path("runs") / f"{recipe.name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return loop.train(recipe, run, stage_sources, pick_device(device), show=show, hook=draw_samples)
+
+
+def resume(run: str | Path, *, device: str = "auto", show: bool = True) -> Path:
+    """Goes on with a run from its last checkpoint, exactly as if it had not stopped."""
+    run = Path(run)
+    if not (run / "recipe.json").is_file():
+        raise ValueError(f"{run} is no run: it holds no recipe.json")
+    recipe = Recipe.load(run / "recipe.json")
+    return loop.train(recipe, run, stage_sources, pick_device(device), resume=True, show=show, hook=draw_samples)
+
+
+def stage_sources(recipe: Recipe, stage: Stage) -> Mapping[str, Any]:
+    """The data sets of a stage: from the recipe's catalog, else embedded."""
+    return sources(stage.data, catalog=recipe.catalog, size=recipe.size)
+
+
+def draw_samples(model: Trainable, step: int, run: Path) -> None:
+    """Draws fixed prompts with fixed seeds into ``run/samples``, where the family draws."""
+    if not isinstance(model, UnifiedModel):
+        return
+    training = [(m, m.training) for m in model.modules()]
+    drawn = Engine(model).draw([Sample(p, (user(p),)) for p in PROMPTS for _ in range(2)], list(range(2 * len(PROMPTS))))
+    contact_sheet([d.image for d in drawn], columns=4).save(run / "samples" / f"step-{step:08d}.png")
+    for module, mode in training:
+        module.training = mode
+
+
+def pick_device(device: str) -> str:
+    """ "auto" is a GPU when there is one."""
+    import torch
+
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,308 @@
+"""The one training loop. It never learns which modalities or heads exist."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diptych import models
+from diptych.core.losses import add_counts, check_weights, combine
+from diptych.core.noise import Noise
+from diptych.data.loader import Loader, Row, merge_states
+from diptych.models.protocol import Trainable
+from diptych.parts.tokenizer import Tokenizer
+from diptych.train import checkpoint, optim
+from diptych.train.log import Log, memory
+from diptych.train.parallel import add_gradients, any_of, gather, processes, total
+from diptych.train.parameters import Average, freeze, release_state, select
+from diptych.train.recipe import Recipe, Stage
+
+Sources = Callable[[Recipe, Stage], Mapping[str, Any]]  # the data sets of a stage, by name
+Hook = Callable[[Trainable, int, Path], None]  # called with the model, the step and the run after every checkpoint
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; ``path`` is the checkpoint that it goes on from."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        super().__init__(f"stopped after step {step}; go on with: diptych resume {path.parent.parent}")
+        self.path, self.step = path, step
+
+
+@dataclass
+class State:
+    """Where a run is: everything that a resumed run needs and nothing else."""
+
+    model: Trainable
+    stage: int = 0  # index of the current stage
+    done: int = 0  # steps done in it
+    step: int = 0  # steps done in all
+    optimizers: list[torch.optim.Optimizer] | None = None
+    average: Average | None = None
+    loader: dict | None = None
+
+
+def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = None) -> Trainable:
+    """The recipe's model with fresh weights, and with the parts that ``init`` names taken from other models."""
+    name, config = models.config_from_json(recipe.model)
+    if tokenizer is None:
+        others = [m for part, m in recipe.init.items() if part == "model"]
+        tokenizer = Tokenizer.load(models.resolve(others[0])) if others else Tokenizer.tiny()
+    model = models.create(name, config, tokenizer)
+    model.initialise(recipe.seed)
+    for part, source in recipe.init.items():
+        other = models.load(source)
+        if part == "model":
+            models.load_strict(model, other.state_dict(), source)
+            continue
+        if part not in model.parts:
+            raise ValueError(f"init names unknown part {part!r}; {name} has: {', '.join(model.parts)} (or 'model')")
+        module, theirs = getattr(model, part, None), getattr(other, part, None)
+        if module is None or theirs is None:
+            raise ValueError(f"part {part!r} is not one module of both {name} and {source!r}, so it cannot be taken over")
+        module.load_state_dict(theirs.state_dict())
+    return model.to(device)
+
+
+def train(
+    recipe: Recipe,
+    run: str | Path,
+    sources: Sources,
+    device: str = "cpu",
+    resume: bool = False,
+    show: bool = True,
+    hook: Hook | None = None,
+    stop: threading.Event | None = None,
+) -> Path:
+    """Runs the recipe into the folder ``run`` and returns the folder of the released model (``run/release``).
+
+    ``run`` receives recipe.json (itself runnable), environment.json, metrics.jsonl (one object a step), checkpoints/,
+    samples/ (whatever ``hook`` draws) and release/. A folder that already holds a run is refused unless ``resume``.
+    Raises ``Interrupted`` after SIGINT, SIGTERM or ``stop``, with everything saved."""
+    run = Path(run)
+    with processes() as (rank, world), _asked_to_stop(stop) as asked:
+        if rank == 0:
+            _prepare(run, recipe, resume)
+        model = build(recipe, device)
+        _check(recipe, model)
+        state = State(model)
+        saved = checkpoint.available(run / "checkpoints") if resume else []
+        meta = checkpoint.read_meta(saved[-1]) if saved else None
+        if meta:
+            state.stage, state.done, state.step = meta["stage"], meta["done"], meta["step"]
+            state.loader = meta["loader"]
+        log = Log(run, recipe.steps, state.step, show and rank == 0, rank == 0) if rank == 0 else None
+        try:
+            for index in range(state.stage, len(recipe.stages)):
+                stage = recipe.stages[index]
+                if index != state.stage:
+                    state.stage, state.done, state.loader = index, 0, None
+                _run_stage(recipe, stage, state, run, sources, saved[-1] if meta else None, asked, log, hook, rank, world)
+                meta = None
+            if rank == 0:
+                models.save(model, run / "release", release_state(model, state.average))
+        finally:
+            if log:
+                log.close()
+    return run / "release"
+
+
+def _run_stage(recipe, stage, state, run, sources, saved, asked, log, hook, rank, world) -> None:
+    """One stage from where ``state`` stands to its end."""
+    model = state.model
+    rates = select(model, stage.train)
+    parts = freeze(model, stage.train)
+    named = {name: p for part in parts.values() for name, p in part.items()}
+    names = {id(p): name for name, p in named.items()}
+    state.optimizers = optim.build(model, parts, rates, stage.optimizer)
+    state.average = Average(named, stage.ema) if stage.ema else None
+    if saved:
+        filled = checkpoint.load(saved, _tensors(state))
+        model.load_state_dict({k[len("model.") :]: v for k, v in filled.items() if k.startswith("model.")})
+        checkpoint.restore_optimizer(state.optimizers, names, saved, "optimizer.")
+        if state.average:
+            state.average.steps = checkpoint.read_meta(saved)["average"]
+    loader = Loader(
+        sources(recipe, stage),
+        stage.data,
+        model.lay_out,
+        routes=model.routes,
+        tokens=stage.limits.tokens,
+        pictures=stage.limits.pictures,
+        seed=recipe.seed + 7919 * state.stage,
+        workers=recipe.workers,
+        streams=recipe.streams,
+        dropout=stage.dropout,
+        rank=rank,
+        world=world,
+        skip_limit=recipe.skip_limit,
+    )
+    if state.loader:
+        loader.load_state_dict(state.loader)
+    rows = iter(loader)
+
+    def save() -> Path:
+        path = run / "checkpoints" / f"step-{state.step:08d}"
+        rows_state = merge_states(gather(loader.state_dict()))
+        if rank == 0:
+            meta = {
+                "stage": state.stage,
+                "done": state.done,
+                "step": state.step,
+                "loader": rows_state,
+                "average": state.average.steps if state.average else 0,
+            }
+            tensors = _tensors(state) | {
+                f"optimizer.{k}": v for k, v in checkpoint.optimizer_state(state.optimizers, names).items()
+            }
+            checkpoint.save(path, tensors, meta, recipe.keep)
+            if hook:
+                hook(model, state.step, run)
+        return path
+
+    while state.done < stage.steps:
+        row = _step(recipe, stage, state, rows, list(named.values()), parts)
+        state.done += 1
+        state.step += 1
+        if log:
+            log.step({"step": state.step, "stage": stage.name, **row})
+        stopping = any_of(asked.is_set())
+        last = state.done == stage.steps
+        if stopping or last or state.step % recipe.checkpoint_every == 0:
+            path = save()
+            if stopping and not (last and state.stage == len(recipe.stages) - 1):
+                if rank == 0:
+                    models.save(model, run / "release", release_state(model, state.average))
+                raise Interrupted(path, state.step)
+
+
+def _step(
+    recipe: Recipe, stage: Stage, state: State, rows: Iterator[Row], trained: list[nn.Parameter], parts: Mapping
+) -> dict[str, float]:
+    """One optimizer step over ``accumulate`` rows; returns what to log."""
+    model, start = state.model, time.perf_counter()
+    micro = [next(rows) for _ in range(stage.limits.accumulate)]
+    waited = time.perf_counter() - start
+    batches = [r.batch.to(model.device) for r in micro]
+    counts = total(add_counts([model.counts(b) for b in batches]))
+    noise = Noise(recipe.seed, state.step)
+    optim.set_rates(state.optimizers, rate := optim.factor(stage.schedule, state.done, stage.steps))
+    sums: dict[str, float] = dict.fromkeys(counts, 0.0)
+    for batch in batches:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            losses = model(batch, noise)
+            loss = combine(losses, stage.loss, counts)
+        if not math.isfinite(float(loss.detach())):
+            raise FloatingPointError(
+                f"step {state.step + 1}: the loss is {float(loss)}; nothing was updated. "
+                f"Samples of the row: {', '.join(batch.samples[:8])}{' ...' if len(batch.samples) > 8 else ''}"
+            )
+        loss.backward()
+        for name, term in losses.items():
+            sums[name] += float(term.sum.detach())
+    add_gradients(trained)
+    norm = float(torch.nn.utils.clip_grad_norm_(trained, stage.optimizer.clip))
+    for optimizer in state.optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if state.average:
+        state.average.update()
+    sums = total(sums)
+    terms = {name: sums[name] / max(counts[name], 1.0) for name in sums}
+    seconds = time.perf_counter() - start
+    tokens = sum(sum(b.lengths) for b in batches)
+    pictures = sum(len(g.images) for b in batches for g in b.pictures)
+    return {
+        "loss": sum(stage.loss[n] * v for n, v in terms.items()),
+        **{f"loss/{n}": v for n, v in terms.items()},
+        **{f"count/{n}": v for n, v in counts.items()},
+        "lr": rate * max(g["peak"] for o in state.optimizers for g in o.param_groups),
+        "gradient_norm": norm,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "images_per_second": pictures / seconds,
+        "fill": tokens / (stage.limits.tokens * len(batches)),
+        "data_wait": waited / seconds,
+        "memory": memory(),
+        "skipped": sum(len(r.stats.skipped) for r in micro),
+    }
+
+
+def _tensors(state: State) -> dict[str, torch.Tensor]:
+    out = {f"model.{k}": v for k, v in state.model.state_dict().items()}
+    return out | ({f"average.{k}": v for k, v in state.average.state().items()} if state.average else {})
+
+
+def _check(recipe: Recipe, model: Trainable) -> None:
+    """Everything that can be known to be wrong before the first step."""
+    from diptych.core.batch import Batch
+
+    empty = torch.zeros(0, dtype=torch.long)
+    none = Batch(empty, empty, empty, empty, empty, empty.bool(), empty.bool(), (empty,) * model.routes, (), (), ())
+    for stage in recipe.stages:
+        select(model, stage.train)
+        check_weights(set(model.counts(none)), stage.loss)
+
+
+def _prepare(run: Path, recipe: Recipe, resume: bool) -> None:
+    if (run / "recipe.json").exists() and not resume:
+        raise ValueError(f"{run} already holds a run; go on with it (diptych resume {run}) or name another folder")
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (run / "samples").mkdir(exist_ok=True)
+    (run / "recipe.json").write_text(recipe.to_json())
+    (run / "environment.json").write_text(json.dumps(environment(), indent=1))
+
+
+def environment() -> dict[str, str]:
+    """What a score may depend on besides the recipe: versions, processor, git state."""
+    from importlib.metadata import version
+
+    try:
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        git = "not a git checkout"
+    packages = {name: version(name) for name in ("diptych", "torch", "numpy", "tokenizers", "safetensors")}
+    return {"python": platform.python_version(), "machine": platform.machine(), "git": git, **packages}
+
+
+@contextmanager
+def _asked_to_stop(stop: threading.Event | None) -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM set the event; a second SIGINT interrupts at once. Only the main thread can listen."""
+    event = stop or threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def handle(number, frame):
+        if event.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        event.set()
+
+    old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for s, h in old.items():
+            signal.signal(s, h)
+
+

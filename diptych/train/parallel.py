@@ -1,0 +1,61 @@
+"""Several processes as one: who we are, and sums over all of us. One process pays nothing for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+@contextmanager
+def processes() -> Iterator[tuple[int, int]]:
+    """(rank, world) as torchrun says it, with a process group where there is more than one process."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        yield 0, 1
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend)
+    try:
+        yield rank, world
+    finally:
+        dist.destroy_process_group()
+
+
+def total(counts: Mapping[str, float]) -> dict[str, float]:
+    """The counts added over all processes."""
+    if not dist.is_initialized():
+        return dict(counts)
+    values = torch.tensor(list(counts.values()), dtype=torch.float64)
+    dist.all_reduce(values)
+    return dict(zip(counts, values.tolist(), strict=True))
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is raised in any process."""
+    return total({"flag": float(flag)})["flag"] > 0
+
+
+def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Gradients summed over all processes; a parameter that one process did not reach counts as zero there."""
+    if not dist.is_initialized():
+        return
+    params = [p for p in parameters if p.requires_grad]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+    dist.all_reduce(flat)
+    for p, g in zip(params, flat.split([p.numel() for p in params]), strict=True):
+        p.grad = g.view_as(p)
+
+
+def gather(value: Any) -> list[Any]:
+    """Everybody's value, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    out = [None] * dist.get_world_size()
+    dist.all_gather_object(out, value)
+    return out

@@ -1,0 +1,72 @@
+"""Part name -> parameters: freezing, learning-rate groups and the weight average."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from diptych.models.protocol import Trainable
+
+
+def by_part(model: Trainable) -> dict[str, dict[str, nn.Parameter]]:
+    """Part name -> {parameter name: parameter}. Raises when a parameter is in no part or in two."""
+    parts: dict[str, dict[str, nn.Parameter]] = {part: {} for part in model.parts}
+    for name, parameter in model.named_parameters():
+        homes = [p for p, globs in model.parts.items() if any(fnmatchcase(name, g) for g in globs)]
+        if len(homes) != 1:
+            raise AssertionError(f"{model.family}: parameter {name} is in {len(homes)} parts {homes}, not in one")
+        parts[homes[0]][name] = parameter
+    return parts
+
+
+def select(model: Trainable, train: Mapping[str, float]) -> dict[str, float]:
+    """Part -> learning rate for every named part. A name may be a prefix up to a dot: ``decoder`` is all of
+    ``decoder.text`` and ``decoder.image``. Raises ``ValueError`` for unknown and never-trained parts."""
+    rates: dict[str, float] = {}
+    for name, rate in train.items():
+        chosen = [p for p in model.parts if p == name or p.startswith(name + ".")]
+        if not chosen:
+            raise ValueError(f"unknown part {name!r}; {model.family} has: {', '.join(model.parts)}")
+        if never := sorted(set(chosen) & model.frozen):
+            raise ValueError(f"part {never[0]!r} of {model.family} is always frozen")
+        rates.update(dict.fromkeys(chosen, rate))
+    return rates
+
+
+def freeze(model: Trainable, train: Mapping[str, float]) -> dict[str, dict[str, nn.Parameter]]:
+    """Freezes every part that ``train`` does not name (no gradient, eval mode) and returns the trained ones."""
+    rates, parts = select(model, train), by_part(model)
+    trained = {id(p) for part in rates for p in parts[part].values()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    for module in model.modules():
+        own = list(module.parameters())
+        module.training = not own or any(p.requires_grad for p in own)
+    return {part: parts[part] for part in rates}
+
+
+class Average:
+    """Exponential moving average of the trained parameters, in float32, with a warm-up so that short runs are not
+    half made of the starting weights: decay = min(decay, (1 + step) / (10 + step))."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.decay, self.steps = decay, 0
+        self.shadow = {n: p.detach().clone().float() for n, p in parameters.items()}
+        self.live = dict(parameters)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(list(self.shadow.values()), [self.live[n].float() for n in self.shadow], 1 - decay)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.shadow
+
+
+def release_state(model: Trainable, average: Average | None) -> dict[str, Tensor]:
+    """The weights to release: the model's, with the average in place of what was averaged."""
+    return model.state_dict() | (average.state() if average else {})
