@@ -435,7 +435,7 @@ def _export(a: argparse.Namespace) -> None:
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[a.dtype]
     model = models.load(a.model)
-    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    state = model.state_dict() | {k: v.to(dtype) for k, v in model.named_parameters()}  # statistics stay as they are
     models.save(model, a.folder, state)
     size = sum(f.stat().st_size for f in a.folder.iterdir())
     print(f"{a.folder}: {size / 2**20:.1f} MiB")

@@ -21,6 +21,7 @@ def degrade(image, rng, blur=0.7, noise=8):
 @pytest.mark.parametrize("size, n, worn", [(64, 500, False), (32, 200, False), (128, 15, False), (64, 60, True)])
 def test_what_satisfies_a_prompt_passes_its_check(tag, size, n, worn):
     rng = np.random.default_rng(size + worn)
+    n = n // 5 if tag == "description" else n
     passed = 0
     for _ in range(n):
         prompt = shapes.random_prompt(rng, tag)
@@ -172,7 +173,7 @@ def answer(question, things):
 
 def test_answers_agree_with_the_scene():
     source, answers = embedded.source("shapes/ask", size=16), {}
-    for i in range(800):
+    for i in range(600):
         sample = source[i]
         question, said = sample.messages[0].parts[1].text, sample.messages[1].parts[0].text
         assert said == sample.info["answer"] == answer(question, sample.info["scene"]["things"]), question
@@ -183,7 +184,7 @@ def test_answers_agree_with_the_scene():
 
 
 def test_blind_guessing_scores_little():
-    report = shapes.majority(150)
+    report = shapes.majority(100)
     assert max(r["accuracy"] for r in report.values()) < 0.6 and max(r["blind"] for r in report.values()) < 0.6
     assert report["count"]["accuracy"] < 0.35 and report["colour"]["accuracy"] < 0.3
 
@@ -203,7 +204,7 @@ def test_captions_name_exactly_the_objects():
 
 def test_edits_change_only_their_objects_and_their_scorer_sees_it():
     rng, kinds = np.random.default_rng(5), Counter()
-    for _ in range(100):
+    for _ in range(60):
         edit = shapes.random_edit(rng)
         assert shapes.Edit.from_json(json.loads(json.dumps(edit.to_json()))) == edit
         kinds[edit.type] += 1
@@ -234,9 +235,9 @@ def test_samples_are_pure_functions_of_the_index_and_splits_differ():
             a, b = one[i], two[i]
             assert a == b and a.info == b.info and json.dumps(a.info)
             assert [p.pixels.tobytes() for p in a.images()] == [p.pixels.tobytes() for p in b.images()]
-        assert not {one[i].id for i in range(50)} & {test[i].id for i in range(50)}
-        seen, fresh = ({json.dumps(s[i].info) for i in range(80)} for s in (one, test))
-        assert len(seen) == 80 and not seen & fresh
+        assert not {one[i].id for i in range(10)} & {test[i].id for i in range(10)}
+        seen, fresh = ({json.dumps(s[i].info) for i in range(40)} for s in (one, test))
+        assert len(seen) == 40 and not seen & fresh
 
 
 def test_drawings_satisfy_their_captions():

@@ -7,11 +7,12 @@ Query q may attend to key k when they are in the same document, **and** k is not
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from diptych.core.tensors import Bool, Int, Tensor
 
 
+@runtime_checkable
 class Columns(Protocol):
     """What the rule reads; a ``Batch`` has them."""
 

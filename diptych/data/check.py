@@ -182,7 +182,7 @@ def _legend(draw: PIL.ImageDraw.ImageDraw, x: int, y: int) -> None:
             draw.rounded_rectangle((x, y, x + 14, y + 14), 3, colour)
             draw.text((x + 20, y), str(kind), SOFT, small)
             x += 40 + round(draw.textlength(str(kind), small))
-    told = "frames: role of the picture      underlaid: carries loss"
+    told = "frames: role of the picture      underlaid or dark line: carries loss"
     draw.text((WIDTH - MARGIN - draw.textlength(told, small), y), told, SOFT, small)
 
 
@@ -199,7 +199,7 @@ def _card(
     draw = PIL.ImageDraw.Draw(card)
     draw.rounded_rectangle((0, 0, width - 1, height - 1), 12, CARD, EDGE)
     words = sum(s.supervised for s in sequence.segments)
-    counts = f"{len(sequence)} tokens · {sequence.pictures} pictures · {words} words with loss"
+    counts = f"tokens {len(sequence)} · pictures {sequence.pictures} · words with loss {words}"
     draw.text((width - PAD - draw.textlength(counts, small), 20), counts, SOFT, small)
     draw.text((PAD, 17), name, INK, bold)
     left = PAD + draw.textlength(name, bold) + 14

@@ -185,10 +185,10 @@ def colours(emoji: Emoji) -> dict[str, float]:
 
 @lru_cache(maxsize=4096)
 def _colours(svg: str) -> tuple[tuple[str, float], ...]:
-    shares: Counter[str] = Counter()
+    shares: dict[str, float] = {}
     for fill, cover in zip(_fills(svg), _coverage(svg, 32), strict=True):
-        shares[colour_name(fill)] += float(cover.mean())
-    return tuple((name, share) for name, share in shares.most_common() if share >= 0.04)
+        shares[colour_name(fill)] = shares.get(colour_name(fill), 0.0) + float(cover.mean())
+    return tuple((name, share) for name, share in sorted(shares.items(), key=lambda s: -s[1]) if share >= 0.04)
 
 
 def recolour(emoji: Emoji, old: str, new: str) -> Emoji:
@@ -246,7 +246,9 @@ def _write(root: ET.Element) -> str:
     return ET.tostring(root, encoding="unicode").replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
 
 
-def _leaves(element: ET.Element, inherited: str | None = None) -> Iterator[tuple[ET.Element, tuple | None]]:
+def _leaves(
+    element: ET.Element, inherited: str | None = None
+) -> Iterator[tuple[ET.Element, tuple[int, int, int] | None]]:
     """Every drawn shape with its plain colour (``None`` for a gradient), back to front."""
     for child in element:
         fill = child.get("fill", inherited)
@@ -268,8 +270,8 @@ def _fills(svg: str) -> tuple[tuple[int, int, int], ...]:
     """The colour of each shape, back to front; empty where not every shape has a plain one."""
     if re.search("<(defs|use|clipPath|filter)", svg):
         return ()
-    found = tuple(fill for _, fill in _leaves(_tree(svg)))
-    return () if None in found else found
+    found = [fill for _, fill in _leaves(_tree(svg))]
+    return () if None in found else tuple(fill for fill in found if fill)
 
 
 @lru_cache(maxsize=256)
@@ -587,7 +589,7 @@ _SCENE_QUESTIONS: dict[str, Callable[[np.random.Generator], tuple[str, str, tupl
 
 # --- sources ----------------------------------------------------------------------------------------------------------
 
-SOURCES = {
+SOURCES: dict[str, Callable[[np.random.Generator, str, int], Made]] = {
     "emoji/draw": partial(make_draw, languages=tuple(LANGUAGES)),
     "emoji/caption": partial(make_caption, languages=tuple(LANGUAGES)),
     "emoji/ask": make_ask,

@@ -53,7 +53,7 @@ def image_size(source: str | Path | bytes, name: str = "", max_pixels: int = MAX
 
 def _open(source: str | Path | bytes, name: str, max_pixels: int) -> PIL.Image.Image:
     if PIL.ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on: cut-off pictures would be read as grey; turn it off")
+        raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on: cut-off pictures would be read as grey")
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except FileNotFoundError as error:

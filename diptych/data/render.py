@@ -50,9 +50,11 @@ class Generated:
         return Sample(f"{self.name}/{self.split}/{self.seed}/{index}", messages, info)
 
 
-def canvas(size: int, colour: tuple[int, ...] = (255, 255, 255, 255)) -> tuple[np.ndarray, skia.Canvas]:
-    """A (size, size, 4) RGBA array (premultiplied) and the skia canvas that draws into it."""
-    pixels = np.empty((size, size, 4), np.uint8)
+def canvas(
+    size: int, colour: tuple[int, ...] = (255, 255, 255, 255), height: int | None = None
+) -> tuple[np.ndarray, skia.Canvas]:
+    """A (height or size, size, 4) RGBA array (premultiplied) and the skia canvas that draws into it."""
+    pixels = np.empty((height or size, size, 4), np.uint8)
     pixels[:] = colour
     return pixels, skia.Surface(pixels, skia.kRGBA_8888_ColorType, skia.kPremul_AlphaType).getCanvas()
 

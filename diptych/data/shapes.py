@@ -120,7 +120,7 @@ def _outline(shape: str) -> tuple[skia.Path, float, float, tuple[float, float]]:
         radius = np.where(np.arange(10) % 2 == 0, 1, 0.45)
         star = np.stack([radius * np.cos(turns), radius * np.sin(turns)], 1)
         low, high = star.min(0), star.max(0)
-        points = [tuple(map(float, p)) for p in (star - (low + high) / 2) / (high - low)[0]]
+        points = [(float(x), float(y)) for x, y in (star - (low + high) / 2) / (high - low)[0]]
     else:
         a, b = 0.19, 0.5
         corner = [(a, -b), (a, -a), (b, -a)]
@@ -276,9 +276,10 @@ def _all_prompts(tag: str, unseen: bool, coloured: bool = False) -> tuple[Prompt
     pairs = [(a, b) for a in kinds for b in kinds if a != b and held_out(a, b) == unseen]
     if tag == "color_attr":
         return tuple(_prompt(tag, [Need(a[1], a[0]), Need(b[1], b[0])]) for a, b in pairs)
+    needs = [(Need(a[1], a[0]), Need(b[1], b[0])) for a, b in pairs]
     if not (unseen or coloured):
-        pairs = [((None, a), (None, b)) for a in SHAPES for b in SHAPES if a != b]
-    return tuple(_prompt(tag, [Need(a[1], a[0]), Need(b[1], b[0])], r) for a, b in pairs for r in RELATIONS)
+        needs = [(Need(a, None), Need(b, None)) for a in SHAPES for b in SHAPES if a != b]
+    return tuple(_prompt(tag, pair, relation) for pair in needs for relation in RELATIONS)
 
 
 # --- drawing scenes at random -----------------------------------------------------------------------------------------
@@ -445,12 +446,9 @@ def _identify(pixels: np.ndarray, solid: np.ndarray, part: np.ndarray) -> Found:
     side = max(alpha.shape)
     square = np.zeros((side, side), np.float32)
     square[: alpha.shape[0], : alpha.shape[1]] = alpha
-    matches = {}
-    for shape in SHAPES:
-        _, _, unit_area, (ox, oy) = _outline(shape)
-        extent = float(np.sqrt(area / unit_area))
-        ideal = _cover(Thing(shape, colour, (cx - ox * extent) / side, (cy - oy * extent) / side, extent / side), side)
-        matches[shape] = max(_overlap(ideal, square), _overlap(_soften(ideal), square))  # sharp or blurred, as it is
+    ideals = _ideals(float(area), float(cx), float(cy), side)
+    overlap = np.maximum(_overlap(ideals, square), _overlap(_soften(ideals), square))  # sharp or blurred, as it is
+    matches = dict(zip(SHAPES, overlap.tolist(), strict=True))
     shape = max(matches, key=matches.__getitem__)
     return Found(
         shape if matches[shape] >= 0.7 else "unknown", colour,
@@ -459,16 +457,30 @@ def _identify(pixels: np.ndarray, solid: np.ndarray, part: np.ndarray) -> Found:
     )  # fmt: skip
 
 
-def _overlap(a: np.ndarray, b: np.ndarray) -> float:
-    shared = float(np.minimum(a, b).sum())
-    return shared / (float(a.sum()) + float(b.sum()) - shared)
+def _ideals(area: float, cx: float, cy: float, side: int) -> np.ndarray:
+    """The coverage of every shape of that area and centroid, in pixels: (shapes, side, side) float32."""
+    pixels, paper = canvas(side, (0, 0, 0, 255), height=side * len(SHAPES))
+    for i, shape in enumerate(SHAPES):
+        _, _, unit_area, (ox, oy) = _outline(shape)
+        extent = (area / unit_area) ** 0.5
+        paper.save()
+        paper.clipRect(skia.Rect.MakeXYWH(0, i * side, side, side))
+        thing = Thing(shape, "", (cx - ox * extent) / side, (cy - oy * extent) / side + i, extent / side)
+        _draw(paper, thing, side, (255, 255, 255))
+        paper.restore()
+    return pixels[..., 0].reshape(len(SHAPES), side, side).astype(np.float32) / 255
 
 
-def _soften(cover: np.ndarray) -> np.ndarray:
+def _overlap(ideals: np.ndarray, cover: np.ndarray) -> np.ndarray:
+    shared = np.minimum(ideals, cover).sum((1, 2))
+    return shared / (ideals.sum((1, 2)) + cover.sum() - shared)
+
+
+def _soften(covers: np.ndarray) -> np.ndarray:
     """A blur by about a pixel."""
-    wide = np.pad(cover, 2)
-    rows = (wide[:-4] + wide[4:] + 4 * (wide[1:-3] + wide[3:-1]) + 6 * wide[2:-2]) / 16
-    return (rows[:, :-4] + rows[:, 4:] + 4 * (rows[:, 1:-3] + rows[:, 3:-1]) + 6 * rows[:, 2:-2]) / 16
+    wide = np.pad(covers, ((0, 0), (2, 2), (2, 2)))
+    wide = wide[:, :-4] + wide[:, 4:] + 4 * (wide[:, 1:-3] + wide[:, 3:-1]) + 6 * wide[:, 2:-2]
+    return (wide[..., :-4] + wide[..., 4:] + 4 * (wide[..., 1:-3] + wide[..., 3:-1]) + 6 * wide[..., 2:-2]) / 256
 
 
 def relations(a: Found | Thing, b: Found | Thing) -> set[str]:
@@ -810,17 +822,15 @@ def check_edit(image: PIL.Image.Image, before: Scene, after: Scene, side: str | 
     new = [t for t in after.things if t not in before.things]
     gone = [t for t in before.things if t not in after.things]
 
-    def take(matches: Callable[[Found], bool]) -> bool:
-        match = next((f for f in left if matches(f)), None)
+    def take(thing: Thing, anywhere: bool = False) -> bool:
+        fits = (f for f in left if f.kind == thing.kind and (_on_side(f, side) if anywhere else _near(f, thing)))
+        match = next(fits, None)
         if match:
             left.remove(match)
         return match is not None
 
-    lost = [t for t in untouched if not take(lambda f, t=t: f.kind == t.kind and _near(f, t))]
-    if gone:
-        missing = [t for t in new if not take(lambda f, t=t: f.kind == t.kind and _near(f, t))]
-    else:
-        missing = [t for t in new if not take(lambda f, t=t: f.kind == t.kind and _on_side(f, side))]
+    lost = [t for t in untouched if not take(t)]
+    missing = [t for t in new if not take(t, anywhere=not gone)]
     still = [f for f in left if any(_near(f, t) for t in gone)]
     extra = [f for f in left if f not in still]
     done, kept = not missing and not still, not lost and not extra

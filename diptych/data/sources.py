@@ -312,7 +312,7 @@ class Tar:
             return _parse(self._bytes(index, "json"), where, default)
         shown = [e for e in places if f".{e.rsplit('.', 1)[-1]}" in SUFFIXES]
         if len(shown) != 1:
-            raise ValueError(f"{where}: needs exactly one picture to be read as {self.read!r}; it has {shown or 'none'}")
+            raise ValueError(f"{where}: needs one picture to be read as {self.read!r}; it has {shown or 'none'}")
         if self.read == "pictures":
             return Sample(default, _messages(self.read, shown[0], ""))
         if "txt" not in places:

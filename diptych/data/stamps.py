@@ -284,11 +284,10 @@ def _article(noun: str) -> str:
 
 def _fit(rng: np.random.Generator, stamps: Stamps, stamp: Stamp, left: float, top: float, room: float) -> Placed:
     """The stamp somewhere in a square of side ``room``, as large as it fits or a little smaller."""
-    width, height = _open(f"{stamps.root}/{stamp.file}").size
-    scale = room * rng.uniform(0.8, 0.96) / max(width, height)
-    width, height = width * scale, height * scale
+    size = _open(f"{stamps.root}/{stamp.file}").size
+    width, height = (room * rng.uniform(0.8, 0.96) / max(size) * np.array(size)).round(4).tolist()
     x, y = left + rng.uniform(0, room - width), top + rng.uniform(0, room - height)
-    return Placed(stamp.file, stamp.noun, *(round(float(v), 4) for v in (x, y, width, height)))
+    return Placed(stamp.file, stamp.noun, round(float(x), 4), round(float(y), 4), width, height)
 
 
 def random_scene(rng: np.random.Generator, stamps: Stamps, split: str, most: int = 4) -> Scene:
@@ -300,7 +299,8 @@ def random_scene(rng: np.random.Generator, stamps: Stamps, split: str, most: int
         if len(chosen) == n:
             break
     if len(chosen) == 1:
-        things = [_fit(rng, stamps, next(iter(chosen.values())), *rng.uniform(0, 0.25, 2), 0.75)]
+        left, top = rng.uniform(0, 0.25, 2)
+        things = [_fit(rng, stamps, next(iter(chosen.values())), left, top, 0.75)]
     else:
         cells = rng.permutation(4)[: len(chosen)]
         things = [

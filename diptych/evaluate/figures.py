@@ -89,7 +89,7 @@ def curves(metrics: str | Path | Iterable[Mapping[str, Any]]) -> bytes:
     """
     import matplotlib.pyplot as plt  # heavy
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     losses, speeds = _series(metrics)
     if not losses:
@@ -106,8 +106,9 @@ def curves(metrics: str | Path | Iterable[Mapping[str, Any]]) -> bytes:
             low, high = min(low, values.min()), max(high, values.max())
         if low > 0 and high / low > 20:
             axes[0].set_yscale("log")
-            axes[0].yaxis.set_major_formatter(LogFormatter())  # plain numbers
-            axes[0].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+            axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes[0].yaxis.set_major_formatter("{x:g}")
+            axes[0].yaxis.set_minor_formatter(NullFormatter())
         axes[0].set_ylabel("loss")
         axes[0].legend(frameon=False, loc="upper right", title="smoothed, last value", title_fontsize=8)
         for steps, values in speeds:

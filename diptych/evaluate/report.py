@@ -126,7 +126,7 @@ def score_table(results: Mapping[str, Result]) -> Table:
     for name in names:
         cells = [result.scores.get(name, "–") for result in results.values()]
         rows.append((name, *cells, " · ".join(f"{k} {v:.2f}" for k, v in baselines.get(name, {}).items())))
-    note = "Bars show the value and its 95 % interval; drawing scores are redrawn by prompt, macro scores within tags."
+    note = "Bars show the value and its 95 % interval. Intervals of drawing scores resample whole prompts."
     failed = {name: result.failures for name, result in results.items() if result.failures}
     if failed:
         note += " Failed items, counted as wrong: " + ", ".join(f"{k} {v}" for k, v in failed.items()) + "."
@@ -246,7 +246,7 @@ pre { overflow-x: auto; background: var(--paper); border: 1px solid var(--line);
   margin: 0; font-size: .85rem; }
 @media (max-width: 640px) {
   main { padding: 16px 10px 40px; } section { padding: 14px; } h1 { font-size: 1.5rem; }
-  td:first-child { white-space: normal; min-width: 9em; } th, td { padding-right: 12px; }
+  td:first-child { white-space: normal; min-width: 9em; overflow-wrap: normal; } th, td { padding-right: 12px; }
   .score small { display: block; } .bar { min-width: 84px; }
   .gallery { grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 10px; }
   .pairs { grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); }
@@ -323,7 +323,7 @@ def _table(table: Table) -> str:
 
 def _cell(cell: str | Score) -> str:
     if not isinstance(cell, Score):
-        return f'<td class="text">{escape(str(cell))}</td>'
+        return f'<td class="text">{escape(str(cell)).replace("/", "/<wbr>").replace("@", "<wbr>@")}</td>'
     low, value, high = (100 * min(max(x, 0), 1) for x in (cell.low, cell.value, cell.high))
     return (
         f'<td class="score">{cell.value:.3f} <small>{cell.low:.2f}–{cell.high:.2f} · n {cell.n}</small>'

@@ -160,7 +160,7 @@ def paired(
     rng = np.random.default_rng(seed)
     members = [np.flatnonzero([g == name for g in groups]) for name in dict.fromkeys(groups)]
     value = float(np.mean([difference[m].mean() for m in members]))
-    resampled = np.mean([_resample(difference[m], [clusters[i] for i in m], rng) for m in members], axis=0)
+    resampled = np.mean([_resample(difference[m], [clusters[int(i)] for i in m], rng) for m in members], axis=0)
     low, high = np.quantile(resampled, (0.025, 0.975))
     return Score(value, float(low), float(high), len(a))
 

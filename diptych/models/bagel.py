@@ -42,6 +42,7 @@ from diptych.parts.decoder import Decoder, DecoderConfig
 from diptych.parts.flow import Prediction, TimeDraw, guide, mix, schedule, squared_error, velocity
 from diptych.parts.images import SizeRule, latents_to_tokens, to_tensor, tokens_to_latents
 from diptych.parts.positions import TimestepEmbedding, grid_places, grid_table
+from diptych.parts.routed import Routed
 from diptych.parts.tokenizer import Tokenizer
 from diptych.parts.vision import VisionConfig, VisionEncoder
 
@@ -100,7 +101,7 @@ class Config:
             tiny_autoencoder(),
             latent_side=8,
             prediction="data",
-            times=TimeDraw(mean=-0.3),
+            times=TimeDraw(mean=0.3),
             see=SizeRule(longest=128, shortest=16, stride=16),
             draw=SizeRule(longest=128, shortest=16, stride=16),
             size=(64, 64),
@@ -176,20 +177,25 @@ class Bagel(UnifiedModel):
             raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the decoder {c.decoder.vocab_size}")
 
     def initialise(self, seed: int) -> None:
-        """Normal(0, 0.02) as Qwen2; image experts start as copies of the text experts and the velocity head at zero,
-        as the published trainer does. The autoencoder is left alone."""
+        """For training from scratch: weights of variance 1 / inputs, what writes to a residual stream divided by
+        sqrt(2 layers), image experts as copies of the text experts and the velocity head at zero (as the published
+        trainer has them). The autoencoder is left alone."""
         generator = torch.Generator().manual_seed(seed)
+        depth = {"decoder": self.config.decoder.num_hidden_layers, "vision": self.config.vision.num_hidden_layers}
         for name, module in self.named_modules():
             if name.startswith("autoencoder"):
                 continue
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02, generator=generator)
-                if isinstance(module, nn.Linear) and module.bias is not None:
+            if isinstance(module, nn.Linear):
+                std = module.in_features**-0.5
+                if name.endswith((".out_proj", ".fc2", ".down_proj")) or ".o_proj." in name:
+                    std /= (2 * depth.get(name.split(".")[0], 0.5)) ** 0.5
+                nn.init.normal_(module.weight, std=std, generator=generator)
+                if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for layer in self.decoder.layers:
-            for routed in (layer.input_layernorm, layer.self_attn, layer.o_proj, layer.post_attention_layernorm, layer.mlp):
-                routed[DRAW].load_state_dict(routed[READ].state_dict())
-        self.decoder.norm[DRAW].load_state_dict(self.decoder.norm[READ].state_dict())
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.3, generator=generator)
+        for routed in (m for m in self.decoder.modules() if isinstance(m, Routed)):
+            routed[DRAW].load_state_dict(routed[READ].state_dict())
         nn.init.zeros_(self.latent_out.weight)
         nn.init.zeros_(self.latent_out.bias)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from diptych.core.batch import Batch
 from diptych.core.tensors import Float, Tensor
 
 
+@runtime_checkable
 class Attend(Protocol):
     """Attention with its layout settled; called once a layer."""
 
@@ -195,6 +196,7 @@ class Cache:
         return new
 
 
+@runtime_checkable
 class Read(Protocol):
     """What attention needs of a generation context: a cache, and how many of its tokens are the context's."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
@@ -79,8 +78,3 @@ class VisionEncoder(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.post_layernorm(x)
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Small positions, as a fresh encoder has."""
-        nn.init.normal_(self.position_embedding.weight, std=self.config.hidden_size**-0.5)

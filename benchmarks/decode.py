@@ -1,0 +1,54 @@
+"""Greedy decoding against ``transformers.generate`` on the same Qwen2 weights (width 256, 6 layers, batch 1, float32).
+
+    python benchmarks/decode.py
+"""
+
+from common import best, finish
+
+import torch
+from diptych.core.sequence import Kind, Segment, Sequence
+from diptych.models.protocol import Context
+from diptych.models.weights import decoder_config, load_decoder
+from diptych.parts.attention import Cache, Cached
+from diptych.parts.decoder import Decoder
+from diptych.core.batch import pack
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+PROMPT, NEW = 16, 96
+
+
+def ours(decoder: Decoder, prompt: list[int]) -> list[int]:
+    """Greedy ids, through the same cache and attention that families use."""
+    c = decoder.config
+    context, out, ids = Context(Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, torch.float32, "cpu")), [], prompt
+    for _ in range(NEW):
+        batch = pack([Sequence("", (Segment(Kind.TEXT, tuple(ids)),))])
+        cache = context.cache.room(context.length, len(ids))
+        states = decoder(decoder.embed_tokens(batch.ids), batch.positions + context.position, Cached([cache], [context.length], batch))  # fmt: skip  # noqa: E501
+        context = Context(cache, context.length + len(ids), context.position + len(ids))
+        ids = [int(decoder.logits(states[-1]).argmax())]
+        out += ids
+    return out
+
+
+@torch.no_grad()
+def main() -> None:
+    torch.manual_seed(0)
+    config = Qwen2Config(vocab_size=4096, hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2)  # fmt: skip  # noqa: E501
+    theirs = Qwen2ForCausalLM(config).eval()
+    decoder = Decoder(decoder_config(config.to_dict())).eval()
+    load_decoder(decoder, theirs.state_dict(), "qwen2")
+    prompt = torch.randint(0, 4096, (1, PROMPT))
+    settings = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None)
+    same = theirs.generate(prompt, **settings)[0, PROMPT:].tolist() == ours(decoder, prompt[0].tolist())
+    rows = []
+    for name, work in (
+        ("diptych", lambda: ours(decoder, prompt[0].tolist())),
+        ("transformers", lambda: theirs.generate(prompt, **settings)),
+    ):
+        rows.append({"who": name, "tokens/s": NEW / best(work)})
+    finish("decode", rows, same_ids=same, ratio=rows[0]["tokens/s"] / rows[1]["tokens/s"])
+
+
+if __name__ == "__main__":
+    main()

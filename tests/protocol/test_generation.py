@@ -1,0 +1,284 @@
+"""Reading, saying and drawing: caches, batches and branches change nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diptych import models
+from diptych.core.batch import pack
+from diptych.core.noise import Noise
+from diptych.core.sample import Image, Sample, user
+from diptych.core.sequence import Kind
+from diptych.generate.engine import Engine
+from diptych.generate.events import ImageDone, ImagePreview, Stop, TextDelta
+from tests import tiny
+from tests.tolerances import LOGITS, PIXELS, SUM
+
+
+def read(model, *sequences):
+    return model.extend([model.open() for _ in sequences], list(sequences))
+
+
+def cut(laid):
+    """The sequence's segments one by one."""
+    return [replace(laid, segments=(s,)) for s in laid.segments]
+
+
+def test_word_by_word_from_a_cache_equals_training(model):
+    laid = model.lay_out(tiny.ask(answer="two red stars"))
+    last = laid.segments[-1]
+    [context] = read(model, replace(laid, segments=laid.segments[:-1]))
+    loss = 0.0
+    for word, target in zip(last.ids, last.targets, strict=True):
+        [context] = model.extend([context], [model.reply([word])])
+        if target >= 0:
+            loss += float(F.cross_entropy(context.logits, torch.tensor(target)))
+    expected = model(pack([laid], model.routes), Noise())["text"].sum
+    assert loss == pytest.approx(float(expected), rel=SUM)
+
+
+@pytest.mark.parametrize("sample", [tiny.say(), tiny.ask(), tiny.request(tiny.edit())], ids=lambda s: s.id)
+def test_reading_in_pieces_equals_reading_at_once(model, sample):
+    laid = model.lay_out(sample)
+    [whole] = read(model, laid)
+    context = model.open()
+    for piece in cut(laid):
+        [context] = model.extend([context], [piece])
+    assert (context.length, context.position) == (whole.length, whole.position)
+    assert torch.allclose(context.logits, whole.logits, rtol=0, atol=LOGITS)
+
+
+def test_reading_together_equals_reading_alone(model):
+    laid = [model.lay_out(s) for s in (tiny.say(), tiny.ask(), tiny.request(tiny.edit()))]
+    for together, one in zip(read(model, *laid), laid, strict=True):
+        [alone] = read(model, one)
+        assert torch.allclose(together.logits, alone.logits, rtol=0, atol=LOGITS)
+
+
+def test_a_branch_leaves_the_old_context_usable(model):
+    [root] = read(model, model.lay_out(tiny.request(tiny.ask())))
+    words = [model.tokenizer.encode(t) for t in (" red star circle", " blue", " two squares are there")]
+    alone = []
+    for ids in words:
+        [fresh] = read(model, model.lay_out(tiny.request(tiny.ask())))
+        [context] = model.extend([fresh], [model.reply(ids)])
+        alone.append(context.logits)
+    branches = [model.extend([root], [model.reply(ids)])[0] for ids in words]
+    for branch, logits in zip(branches, alone, strict=True):
+        assert torch.equal(branch.logits, logits)
+    again = [model.extend([b], [model.reply(words[0])])[0] for b in branches]  # and branches of branches
+    [direct] = read(model, model.lay_out(tiny.request(tiny.ask())))
+    for ids in (words[2], words[0]):
+        [direct] = model.extend([direct], [model.reply(ids)])
+    assert torch.equal(again[2].logits, direct.logits)
+    both = model.extend([root, root], [model.reply(words[0]), model.reply(words[1])])  # twice in one call
+    assert torch.allclose(both[0].logits, alone[0], rtol=0, atol=LOGITS)
+    assert torch.allclose(both[1].logits, alone[1], rtol=0, atol=LOGITS)
+
+
+def test_a_picture_being_drawn_cannot_be_read(model):
+    laid = model.lay_out(tiny.draw())
+    if not any(s.kind == Kind.NOISED for s in laid.segments):
+        pytest.skip("this family draws no noised pictures")
+    with pytest.raises(ValueError, match="drawn, not read"):
+        read(model, laid)
+
+
+# ---- words ------------------------------------------------------------------------------------------------------
+
+
+def questions():
+    asked = [tiny.ask("a", 1), tiny.ask("b", 2, "what is there?"), tiny.say("c")]
+    return [tiny.request(s) for s in asked]
+
+
+def test_greedy_text_is_equal_for_batch_1_and_3(engine):
+    together = engine.answers(questions(), max_new_tokens=12)
+    alone = [a for q in questions() for a in engine.answers([q], max_new_tokens=12)]
+    assert [a.ids for a in together] == [a.ids for a in alone]
+    assert [a.text for a in together] == [a.text for a in alone]
+    assert len({a.ids for a in together}) > 1  # a random model still answers by what it reads
+
+
+def test_sampled_text_belongs_to_its_seed_not_to_its_neighbours(engine):
+    how = {"max_new_tokens": 8, "temperature": 1.0, "seed": 7, "top_p": 0.9}
+    together = engine.answers(questions(), **how)
+    assert [a.ids for a in together] == [engine.answers([q], **how)[0].ids for q in questions()]
+    assert together[0].ids != engine.answers(questions()[:1], **how | {"seed": 8})[0].ids
+
+
+def test_a_stream_says_what_an_answer_says(engine):
+    sample = questions()[0]
+    answer = engine.chat(sample.messages, max_new_tokens=9)
+    *deltas, stop = engine.stream(sample.messages, max_new_tokens=9)
+    assert all(isinstance(d, TextDelta) for d in deltas) and isinstance(stop, Stop)
+    assert "".join(d.text for d in deltas).strip() == answer.text
+    assert stop.reason == answer.finish_reason and stop.usage.written == len(answer.ids) and stop.usage.read > 0
+    assert stop.parameters == answer.parameters
+
+
+def test_an_answer_ends_at_a_stop_word(engine):
+    sample = questions()[0]
+    first = engine.answers([sample], max_new_tokens=3)[0].ids[1]
+
+    class Stopping(type(engine.model)):
+        stop_ids = frozenset({first})
+
+    try:
+        engine.model.__class__, own = Stopping, engine.model.__class__
+        answer = engine.answers([sample], max_new_tokens=3)[0]
+    finally:
+        engine.model.__class__ = own
+    assert answer.finish_reason == "stop" and first not in answer.ids
+
+
+# ---- pictures ---------------------------------------------------------------------------------------------------
+
+
+def begin(model, prompt="a blue star", seed=0, **changes):
+    settings = replace(model.settings, **changes)
+    contexts = []
+    for drop in model.branches(settings, False):
+        laid = model.lay_out(Sample("p", (user(prompt),)), drop)
+        contexts.append(read(model, laid)[0] if len(laid) else model.open())
+    return model.start([tuple(contexts)], [model.canvas(32, 32)], [settings], [seed])[0]
+
+
+def finish(model, *drawings):
+    drawings = list(drawings)
+    while not drawings[0].done:
+        drawings = model.step(drawings)
+    return model.finish(drawings)
+
+
+def test_a_picture_drawn_alone_equals_one_drawn_in_a_batch(model):
+    how = [("a blue star", 0), ("two red squares and a circle", 1), ("", 2)]
+    together = finish(model, *(begin(model, p, s) for p, s in how))
+    for pixels, (prompt, seed) in zip(together, how, strict=True):
+        assert torch.allclose(pixels, finish(model, begin(model, prompt, seed))[0], rtol=0, atol=PIXELS)
+    assert not torch.allclose(together[0], together[1], atol=0.01)
+
+
+def test_a_picture_may_be_joined_late_and_left_early(model):
+    first, second = begin(model, "a blue star", 0), begin(model, "two red squares", 1, num_inference_steps=6)
+    alone = finish(model, begin(model, "a blue star", 0))[0], finish(model, begin(model, "two red squares", 1, num_inference_steps=6))[0]  # fmt: skip  # noqa: E501
+    [first] = model.step([first])
+    [first] = model.step([first])
+    while not first.done:
+        second, first = model.step([second, first])
+    assert not second.done
+    assert torch.allclose(finish(model, first)[0], alone[0], rtol=0, atol=PIXELS)
+    assert torch.allclose(finish(model, second)[0], alone[1], rtol=0, atol=PIXELS)
+
+
+def test_a_step_changes_no_drawing_that_it_was_given(model):
+    drawing = begin(model)
+    before = drawing.state.clone()
+    model.step([drawing])
+    assert torch.equal(drawing.state, before) and drawing.step == 0
+    assert torch.equal(finish(model, drawing), finish(model, drawing))
+
+
+def test_reading_on_does_not_disturb_a_drawing(model):
+    drawing, expected = begin(model), finish(model, begin(model))
+    [drawing] = model.step([drawing])
+    model.extend([drawing.contexts[0]], [model.reply(model.tokenizer.encode(" red star"))])
+    assert torch.equal(finish(model, drawing), expected)
+
+
+def test_guidance_scale_1_is_no_guidance(model):
+    plain = finish(model, begin(model, guidance_scale=1.0))
+    never = finish(model, begin(model, guidance_scale=5.0, guidance_interval=(0.0, 0.0)))
+    barely = finish(model, begin(model, guidance_scale=1.0 + 1e-7, guidance_interval=(0.0, 1.0)))
+    guided = finish(model, begin(model, guidance_scale=5.0, guidance_interval=(0.0, 1.0)))
+    assert torch.allclose(plain, never, rtol=0, atol=PIXELS) and torch.allclose(plain, barely, rtol=0, atol=1e-4)
+    assert not torch.allclose(plain, guided, atol=0.01)
+
+
+def test_every_branch_drops_what_it_says(model):
+    settings = replace(model.settings, guidance_scale=2.0, image_guidance_scale=1.5)
+    for edit in (False, True):
+        first, *rest = model.branches(settings, edit)
+        assert first == frozenset() and rest and all(b <= {"text", "image"} for b in rest)
+    assert model.branches(replace(settings, guidance_scale=1.0, image_guidance_scale=1.0), True) == (frozenset(),)
+
+
+def test_edits_with_image_guidance(engine):
+    how = {"num_inference_steps": 2, "guidance_scale": 2.0}
+    a, b, c = (
+        engine.edit(tiny.picture(p), "make it red", image_guidance_scale=g, **how).images[0]
+        for p, g in ((1, 1.0), (1, 3.0), (2, 1.0))
+    )
+    assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() > 0  # the scale matters
+    assert np.abs(np.asarray(a, int) - np.asarray(c, int)).max() > 0  # the source matters
+
+
+def test_an_edit_has_its_sources_size(engine):
+    assert engine.edit(tiny.picture(0, 64, 32), "make it red", num_inference_steps=1).images[0].size == (64, 32)
+    many = [Sample("s", (user("a star"),)), tiny.request(tiny.edit("e", size=(64, 32)))]
+    alone = [engine.draw([s], [i])[0].image for i, s in enumerate(many)]
+    together = [d.image for d in engine.draw(many, [0, 1])]
+    assert [i.size for i in together] == [(32, 32), (64, 32)]
+    for a, b in zip(alone, together, strict=True):
+        assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
+
+
+def test_pictures_of_one_request_have_seeds_one_after_another(engine):
+    three = engine.generate("a blue star", n=3, seed=4)
+    one = engine.generate("a blue star", seed=5)
+    assert np.abs(np.asarray(three.images[1], int) - np.asarray(one.images[0], int)).max() <= 1
+    assert three.parameters["size"] == (32, 32) and three.seed == 4 and three.parameters["seed"] == 4
+
+
+def test_a_streamed_picture_is_the_drawn_one(engine):
+    sample = (user("a blue star"),)
+    *previews, done, stop = engine.stream_picture(sample, seed=3, previews=2)
+    assert previews and all(isinstance(p, ImagePreview) and 0 < p.step < p.of for p in previews)
+    assert isinstance(done, ImageDone) and isinstance(stop, Stop) and stop.usage.pictures == 1
+    drawn = engine.generate("a blue star", seed=3)
+    assert done.image.tobytes() == drawn.images[0].tobytes()
+    assert stop.parameters == drawn.parameters
+
+
+def test_save_load_same_picture_bit_for_bit(engine, tmp_path):
+    models.save(engine.model, tmp_path / "m")
+    again = Engine(models.load(tmp_path / "m"))
+    for key, value in engine.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[key], value)
+    assert again.model.config == engine.model.config
+    a, b = (e.generate("a blue star", seed=1).images[0].tobytes() for e in (engine, again))
+    assert a == b
+    assert engine.ask(tiny.picture(1), "how many?").ids == again.ask(tiny.picture(1), "how many?").ids
+
+
+def test_only_sizes_that_can_be_drawn(model):
+    stride = model.config.stride
+    assert model.canvas(stride * 2, stride) == (stride, stride * 2)
+    with pytest.raises(ValueError, match=f"multiples of {stride}"):
+        model.canvas(stride + 1, stride)
+    height, width = model.canvas(1000, 500, fit=True)
+    assert height % stride == 0 and width % stride == 0 and width > height
+
+
+def test_engine_refuses_what_it_cannot_do(engine):
+    with pytest.raises(ValueError, match=r"unknown settings \['steps'\]; known: num_inference_steps"):
+        engine.generate("x", steps=3)
+    with pytest.raises(ValueError, match="n must be at least 1, not 0"):
+        engine.generate("x", n=0)
+    with pytest.raises(ValueError, match="must end with a user's message"):
+        engine.chat(tiny.say().messages)
+    with pytest.raises(ValueError, match="num_inference_steps must be at least 1"):
+        engine.generate("x", num_inference_steps=0)
+    with pytest.raises(ValueError, match="picture 'nowhere.png' does not exist"):
+        engine.ask("nowhere.png", "what?")
+    with pytest.raises(ValueError, match="at least one picture"):
+        engine.edit([], "x")
+    with pytest.raises(ValueError, match="temperature must be at least 0"):
+        engine.chat([user("x")], temperature=-1.0)
+    with pytest.raises(ValueError, match="no pixels"):
+        engine.chat([user(Image(None), "x")])

@@ -1,0 +1,116 @@
+"""What a family makes of samples, before any network."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diptych.core.batch import pack
+from diptych.core.sample import Image, Sample, Text, user
+from diptych.core.sequence import Kind
+from diptych.core.tensors import NONE
+from diptych.train.parameters import by_part
+from tests import tiny
+
+
+@pytest.mark.parametrize("sample", tiny.samples(), ids=lambda s: s.id)
+def test_lay_out_is_pure(model, sample):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    a, b = model.lay_out(sample), model.lay_out(sample)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert a.id == sample.id and [s.ids for s in a.segments] == [s.ids for s in b.segments]
+    assert all(torch.equal(x.image, y.image) for x, y in zip(a.segments, b.segments) if x.image is not None)
+
+
+@pytest.mark.parametrize("sample", tiny.samples(), ids=lambda s: s.id)
+def test_describe_has_one_line_a_segment(model, sample):
+    laid = model.lay_out(sample)
+    head, *lines = laid.describe(model.tokenizer.decode).splitlines()
+    assert head == f"{sample.id}: {len(laid)} tokens, {laid.pictures} pictures"
+    assert len(lines) == len(laid.segments)
+    assert all(s.kind in line and f"{len(s)} tokens" in line for s, line in zip(laid.segments, lines))
+    told = "\n".join(lines)
+    assert all(repr(p.text) in told for m in sample.messages for p in m.parts if isinstance(p, Text))
+
+
+def test_text_without_loss_has_no_targets_and_text_with_loss_has_its_next_words(model):
+    laid = model.lay_out(tiny.say())
+    quiet, said = (s for s in laid.segments if s.kind == Kind.TEXT)
+    assert quiet.supervised == 0
+    assert all(t in (NONE, n) for t, n in zip(said.targets, said.ids[1:])) and said.supervised == len(said.ids) - 1
+
+
+def test_dropping_text_leaves_the_instruction_out(model):
+    full, bare = model.lay_out(tiny.edit()), model.lay_out(tiny.edit(), frozenset({"text"}))
+    assert len(bare) < len(full)
+    assert "star" in full.describe(model.tokenizer.decode) and "star" not in bare.describe(model.tokenizer.decode)
+    assert bare.pictures == full.pictures
+
+
+def test_dropping_images_leaves_pictures_to_read_out_and_the_target_in(model):
+    full, bare = model.lay_out(tiny.edit()), model.lay_out(tiny.edit(), frozenset({"image"}))
+    assert 0 < bare.pictures < full.pictures
+    assert "star" in bare.describe(model.tokenizer.decode)
+    assert model.counts(pack([bare], model.routes))["image"] == model.counts(pack([full], model.routes))["image"] > 0
+
+
+def test_dropping_everything_from_a_request_leaves_nothing(model):
+    assert len(model.lay_out(tiny.request(tiny.edit()), frozenset({"text", "image"}))) == 0
+
+
+def test_dropping_text_keeps_earlier_turns(model):
+    laid = model.lay_out(tiny.story(), frozenset({"text"})).describe(model.tokenizer.decode)
+    assert "a green square" in laid and "what colour" not in laid
+
+
+def test_a_condition_is_read_with_more_detail_than_a_picture_to_understand(model):
+    def read(role):
+        return model.lay_out(Sample("s", (user(Image(tiny.picture(0), role)),)))
+
+    assert len(read("condition")) >= len(read("understand")) > 0
+
+
+def test_every_parameter_is_in_exactly_one_part(model):
+    parts = by_part(model)
+    assert all(parts.values()), "a part without parameters"
+    names = [n for part in parts.values() for n in part]
+    assert sorted(names) == sorted(n for n, _ in model.named_parameters())
+    assert model.frozen <= parts.keys()
+
+
+def test_a_parameter_without_a_home_is_found(fresh):
+    fresh.stray = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(AssertionError, match="parameter stray is in 0 parts"):
+        by_part(fresh)
+
+
+def test_blocks_are_modules_of_the_model_and_disjoint(model):
+    own, seen = set(map(id, model.modules())), set()
+    blocks = list(model.blocks())
+    assert blocks and all(id(b) in own for b in blocks)
+    for block in blocks:
+        parameters = set(map(id, block.parameters()))
+        assert not parameters & seen
+        seen |= parameters
+
+
+def test_activated_parameters_are_some_of_all(model):
+    assert 0 < model.activated_parameters() <= sum(p.numel() for p in model.parameters())
+
+
+def test_fresh_weights_belong_to_the_seed(family):
+    a, b, c = (tiny.model(family, s) for s in (0, 0, 1))
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+    assert any(not torch.equal(x, y) for x, y in zip(a.parameters(), c.parameters()))
+
+
+def test_packing_refuses_a_route_that_the_family_lacks(model):
+    laid = model.lay_out(tiny.draw())
+    bad = replace(laid, segments=tuple(replace(s, route=9) for s in laid.segments))
+    with pytest.raises(ValueError, match=f"takes route 9 of {model.routes}"):
+        pack([bad], model.routes)
+    with pytest.raises(ValueError, match="empty list"):
+        pack([], model.routes)

@@ -1,0 +1,121 @@
+"""The smallest model of every family and samples of every task: what the suites share.
+
+A new family is one line in ``FAMILIES``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import PIL.Image
+import torch
+
+from diptych import models
+from diptych.core.sample import Image, Sample, Text, assistant, user
+from diptych.models import bagel as bagel_family
+from diptych.models.protocol import UnifiedModel
+from diptych.parts.autoencoder import AutoencoderConfig
+from diptych.parts.vision import VisionConfig
+from diptych.train.recipe import Limits, Optimizer, Recipe, Stage
+
+
+def bagel() -> bagel_family.Config:
+    """BAGEL with two layers of width 32; 64 pixels are 16 tokens."""
+    c = bagel_family.Config.tiny()
+    return replace(
+        c,
+        decoder=replace(
+            c.decoder, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        ),
+        vision=VisionConfig(32, 48, 1, 2, patch_size=16, image_size=128),
+        autoencoder=AutoencoderConfig(
+            channels=4, multipliers=(1, 1, 1, 1), blocks=1, latent_channels=4, groups=2, posterior=False, statistics=True
+        ),
+        size=(32, 32),
+        settings=replace(c.settings, num_inference_steps=4),
+    )
+
+
+FAMILIES = {
+    "bagel": bagel,
+}
+
+
+def model(family: str, seed: int = 0) -> UnifiedModel:
+    """A fresh model as training starts with it."""
+    torch.manual_seed(seed)  # for what ``initialise`` leaves alone: a frozen autoencoder
+    made = models.create(family, FAMILIES[family]())
+    made.initialise(seed)
+    return made.eval()
+
+
+def shake(made: UnifiedModel, seed: int = 1) -> UnifiedModel:
+    """Moves every parameter, so that nothing is zero or equal because of how weights begin."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * (0.2 if p.dim() > 1 else 0.1))
+    return made
+
+
+def picture(seed: int, width: int = 32, height: int = 32) -> PIL.Image.Image:
+    """Blocks of random colours."""
+    colours = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(colours).resize((width, height), PIL.Image.Resampling.NEAREST)
+
+
+def say(name: str = "say") -> Sample:
+    return Sample(name, (user("hello"), assistant("a red circle")))
+
+
+def ask(name: str = "ask", seed: int = 0, question: str = "how many stars are there?", answer: str = "two") -> Sample:
+    return Sample(name, (user(Image(picture(seed)), question), assistant(answer)))
+
+
+def draw(name: str = "draw", seed: int = 1, prompt: str = "a blue star", size=(32, 32)) -> Sample:
+    return Sample(name, (user(prompt), assistant(Image(picture(seed, *size), "target"))))
+
+
+def edit(name: str = "edit", seed: int = 2, size=(32, 48)) -> Sample:
+    source, target = Image(picture(seed, *size), "condition"), Image(picture(seed + 100, *size), "target")
+    return Sample(name, (user(source, "make the star red"), assistant(target)))
+
+
+def story(name: str = "story", seed: int = 3) -> Sample:
+    """Several turns: a picture drawn, then talked about."""
+    drawn = Image(picture(seed), "target")
+    return Sample(
+        name,
+        (user("a green square"), assistant(drawn, "done"), user("what colour is it?"), assistant(Text("green", loss=True))),
+    )
+
+
+def samples() -> list[Sample]:
+    """One of every task; pictures of three shapes."""
+    return [say(), ask(), draw(), edit(), story(), draw("wide", 7, "two red squares", (64, 32))]
+
+
+def request(sample: Sample) -> Sample:
+    """The sample without its last answer: what a user sends."""
+    return replace(sample, messages=sample.messages[:-1])
+
+
+def recipe(**changes) -> Recipe:
+    """A complete run of a few seconds on the embedded data; ``changes`` are fields of its one stage or of the recipe."""
+    stage = Stage(
+        "unified",
+        steps=10,
+        train={"decoder": 2e-3, "vision": 2e-3, "projector": 2e-3, "head": 2e-3},
+        data={"shapes/draw": 0.5, "shapes/ask": 0.3, "shapes/edit": 0.2},
+        loss={"text": 0.3, "image": 1.0},
+        optimizer=Optimizer("muon"),
+        limits=Limits(tokens=192, pictures=16),
+        dropout={"text": 0.1},
+        ema=0.9,
+    )
+    in_stage = {k: v for k, v in changes.items() if k in Stage.__dataclass_fields__ and k != "name"}
+    in_recipe = {k: v for k, v in changes.items() if k not in in_stage}
+    row = models.config_to_json("bagel", bagel())
+    base = Recipe("test", row, (replace(stage, **in_stage),), size=32, workers=0, streams=4, checkpoint_every=5)
+    return replace(base, **in_recipe)
