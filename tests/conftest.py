@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "error",
         # torch.utils.tensorboard, where it is installed, uses what newer packages call deprecated
         "ignore:.*:DeprecationWarning:(tensorboard|torch.utils.tensorboard|google).*",
-        "ignore:torch.jit:DeprecationWarning",
+        "ignore:Do not use the .random. module inside strategies",  # beartype does, to choose what item it checks
     ):
         config.addinivalue_line("filterwarnings", line)
 

@@ -45,7 +45,8 @@ def noise(kind: str) -> bytes:
 
 def huge() -> bytes:
     header = b"IHDR" + struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    chunks = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + struct.pack(">I", 9) + b"IDAT"
+    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 def row(*content, answer="yes", **more) -> dict:
@@ -220,6 +221,9 @@ def test_check_names_file_line_and_reason(broken):
     assert (tally.rows, tally.of, tally.bad, tally.pictures) == (len(WRONG_ROWS) + 1,) * 2 + (len(WRONG_ROWS), 1)
     assert tally.smallest == tally.largest == (8, 6)
     assert not report.ok and f"{len(WRONG_ROWS)} problems" in str(report)
+    told = json.loads(json.dumps(report.to_json()))
+    assert not told["ok"] and told["problems"][0]["data_set"] == "cats"
+    assert told["data_sets"]["cats"]["bad"] == len(WRONG_ROWS)
 
 
 def test_check_stops_at_its_limit(broken):
@@ -255,8 +259,8 @@ def test_bytes_that_are_no_text(folder):
 
 
 def test_wrong_tars(tmp_path):
-    good = {"a.json": json.dumps(row("@png")).encode(), "a.png": noise("PNG")[:-500], "b.txt": b"b", "c.txt": b"c" * 900}
-    path = write_tar(tmp_path / "w.tar", good)
+    given = {"a.json": json.dumps(row("@png")).encode(), "a.png": noise("PNG")[:-500]}
+    path = write_tar(tmp_path / "w.tar", given | {"b.txt": b"b", "c.txt": b"c" * 900})
     source = webdataset("w", path)
     for index, reason in enumerate(["w.tar:a: picture 'a.png' is corrupt", "w.tar:b: has no .json member; it has txt"]):
         with pytest.raises(ValueError, match=reason):
@@ -286,7 +290,8 @@ def test_wrong_tars(tmp_path):
 
 
 def test_wrong_parquets(tmp_path):
-    path = write_parquet(tmp_path / "p.parquet", [{"image": b"no picture", "caption": "a"}, {"image": None, "caption": None}])
+    pairs = [{"image": b"no picture", "caption": "a"}, {"image": None, "caption": None}]
+    path = write_parquet(tmp_path / "p.parquet", pairs)
     with pytest.raises(ValueError, match=r"lacks columns \['messages'\] to be read as 'rows'; it has image, caption"):
         parquet("p", path)
     with pytest.raises(ValueError, match="p.parquet:row 1: picture 'image' is not a readable"):
@@ -337,13 +342,13 @@ def test_nothing_to_read(tmp_path):
         ("a: {path: x}\n", ":1: data set 'a': format is None; choose from jsonl, images, parquet, webdataset"),
         ("a: {format: json, path: x}\n", ":1: data set 'a': format is 'json'; choose from jsonl,"),
         ("a: {format: [jsonl], path: x}\n", "format is ['jsonl']; choose"),
-        ("\n\na: {format: jsonl, pth: x}\n", ":3: data set 'a': unknown keys ['pth']; jsonl takes format, path, images"),
+        ("\n\na: {format: jsonl, pth: x}\n", ":3: data set 'a': unknown keys ['pth']; jsonl takes format, path,"),
         ("a: {format: images, path: x, read: draw}\n", "unknown keys ['read']; images takes format, path, max_pixels"),
         ("a: {format: jsonl}\n", ":1: data set 'a': 'path' is missing"),
         ("a: {format: jsonl, path: 7}\n", "path is 7: Input should be a valid string"),
         ("a: {format: jsonl, path: x, max_pixels: 0}\n", "max_pixels is 0: Input should be greater than 0"),
         ("a: {format: parquet, path: x, read: rws}\n", "read is 'rws': Input should be 'rows', 'draw', 'caption' or"),
-        ("a: {format: jsonl, path: x}\nb: {format: images, path: x}\na: {format: images, path: y}\n", ":3: data set 'a'"),
+        ("a: {format: jsonl, path: x}\n\na: {format: images, path: y}\n", ":3: data set 'a' comes twice; first in"),
         ("a: {format: jsonl, path: x, path: y}\n", "keys ['path'] come twice"),
         ("a/b: {format: jsonl, path: x}\n", ":1: 'a/b' is no name for a data set"),
         ("a: {format: jsonl, path: !!python/name:os.system x}\n", "could not determine a constructor"),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diptych.data import sources as readers
 from diptych.data.images import MAX_PIXELS
@@ -59,7 +59,13 @@ class Packed(BaseModel):
     max_pixels: Pixels = MAX_PIXELS
 
 
-FORMATS: dict[str, type[BaseModel]] = {"jsonl": Jsonl, "images": Images, "parquet": Packed, "webdataset": Packed}
+Settings = Jsonl | Images | Packed
+FORMATS: dict[str, type[Jsonl] | type[Images] | type[Packed]] = {
+    "jsonl": Jsonl,
+    "images": Images,
+    "parquet": Packed,
+    "webdataset": Packed,
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Entry:
     """One data set of a catalog: its name, what the file says of it, and where (``file:line``)."""
 
     name: str
-    settings: Jsonl | Images | Packed
+    settings: Settings
     folder: Path
     where: str
 
@@ -142,7 +148,7 @@ def sources(
     return found
 
 
-def _settings(node: yaml.Node, where: str) -> Jsonl | Images | Packed:
+def _settings(node: yaml.Node, where: str) -> Settings:
     if not isinstance(node, yaml.MappingNode):
         raise ValueError(f"{where} must be a mapping with 'format' and 'path'")
     keys = [key.value for key, _ in node.value]
@@ -158,7 +164,7 @@ def _settings(node: yaml.Node, where: str) -> Jsonl | Images | Packed:
     if unknown := sorted(str(k) for k in row if k not in model.model_fields):
         raise ValueError(f"{where}: unknown keys {unknown}; {row['format']} takes {', '.join(model.model_fields)}")
     try:
-        return TypeAdapter(model).validate_python(row)
+        return model.model_validate(row)
     except ValidationError as error:
         first = error.errors()[0]
         key, given = ".".join(map(str, first["loc"])), first["input"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import PIL.Image
 import PIL.ImageDraw
@@ -54,9 +55,17 @@ class Report:
         """Whether every row that was read can be used."""
         return not self.problems
 
+    def to_json(self) -> dict[str, Any]:
+        """The report as one JSON object."""
+        return {
+            "ok": self.ok,
+            "problems": [p._asdict() for p in self.problems],
+            "data_sets": {name: asdict(tally) for name, tally in self.tallies.items()},
+        }
+
     def __str__(self) -> str:
         head = ("data set", "rows", "of", "bad", "pictures", "targets", "characters", "smallest", "largest")
-        lines = [head]
+        lines: list[tuple[str, ...]] = [head]
         for name, t in self.tallies.items():
             sizes = ("x".join(map(str, s)) if s else "-" for s in (t.smallest, t.largest))
             lines.append((name, *map(str, (t.rows, t.of, t.bad, t.pictures, t.targets, t.characters)), *sizes))
@@ -96,7 +105,7 @@ def _problems(entry: Entry, tally: Tally, limit: int | None) -> Iterator[str]:
         where = source.where(index)
         try:
             row = source.row(index)
-            sample = decode(row, where, lambda reference, index=index: source.picture(index, reference))
+            sample = decode(row, where, partial(source.picture, index))
         except ValueError as error:
             tally.bad += 1
             yield str(error)
@@ -186,9 +195,7 @@ def _legend(draw: PIL.ImageDraw.ImageDraw, x: int, y: int) -> None:
     draw.text((WIDTH - MARGIN - draw.textlength(told, small), y), told, SOFT, small)
 
 
-def _card(
-    name: str, sample: Sample, sequence: Sequence, decode: Callable[[list[int]], str] | None
-) -> PIL.Image.Image:
+def _card(name: str, sample: Sample, sequence: Sequence, decode: Callable[[list[int]], str] | None) -> PIL.Image.Image:
     width, inner = WIDTH - 2 * MARGIN, WIDTH - 2 * MARGIN - 2 * PAD
     mono, small, bold = _font(MONO, 13), _font(PLAIN, 13), _font(BOLD, 16)
     talk = _flow([_turn(message.role, message.parts, inner) for message in sample.messages], inner, 28)

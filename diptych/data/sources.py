@@ -14,7 +14,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -407,7 +407,7 @@ def inside(root: Path, reference: str) -> Path:
 def _decoded(source: JsonLines | ImageFolder | Parquet | Tar, index: int) -> Sample:
     if not 0 <= index < len(source):
         raise IndexError(f"{source.name} has no row {index}; it has {len(source)}")
-    return decode(source.row(index), source.where(index), lambda reference: source.picture(index, reference))
+    return decode(source.row(index), source.where(index), partial(source.picture, index))
 
 
 def decode(sample: Sample, where: str, picture: Callable[[str], PIL.Image.Image]) -> Sample:
@@ -442,7 +442,7 @@ def _parse(text: bytes | str | None, where: str, default_id: str, given: Any = N
         raise ValueError(f"{where}: 'messages' is empty")
     decoded = _utf8(text, where) if isinstance(text, bytes) else text
     try:
-        row = json.loads(decoded)
+        row = json.loads(decoded.rstrip())
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
     except ValueError as error:  # a number of too many digits

@@ -115,6 +115,7 @@ def save(model: Trainable, folder: str | Path, state: Mapping[str, Any] | None =
     def write(tmp: Path) -> None:
         tensors = {k: v.detach().contiguous().cpu() for k, v in (state or model.state_dict()).items()}
         save_file(tensors, tmp / "model.safetensors", metadata={"format": "pt"})
+        (tmp / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
         (tmp / "config.json").write_text(json.dumps(config_to_json(model.family, model.config), indent=1))
         model.tokenizer.save(tmp)
 

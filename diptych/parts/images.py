@@ -31,7 +31,7 @@ class SizeRule:
         scale = max(scale, self.shortest / min(width, height))
         w, h = self._apply(width, height, scale)
         if w * h > self.pixels:
-            w, h = self._apply(w, h, self.pixels / (w * h))
+            w, h = self._apply(w, h, (self.pixels / (w * h)) ** 0.5)
         if max(w, h) > self.longest:
             w, h = self._apply(w, h, self.longest / max(w, h))
         return w, h

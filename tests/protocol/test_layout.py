@@ -33,7 +33,7 @@ def test_describe_has_one_line_a_segment(model, sample):
     assert len(lines) == len(laid.segments)
     assert all(s.kind in line and f"{len(s)} tokens" in line for s, line in zip(laid.segments, lines))
     told = "\n".join(lines)
-    assert all(repr(p.text) in told for m in sample.messages for p in m.parts if isinstance(p, Text))
+    assert all(p.text in told for m in sample.messages for p in m.parts if isinstance(p, Text))
 
 
 def test_text_without_loss_has_no_targets_and_text_with_loss_has_its_next_words(model):
