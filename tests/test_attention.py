@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import warnings
 from dataclasses import replace
 
@@ -110,6 +111,7 @@ def plain_rule(monkeypatch):
     """The rule without run-time checks of shapes, which FlexAttention's tracer cannot see through."""
     spec = importlib.util.spec_from_file_location("plain_mask", masks.__file__)
     plain = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "plain_mask", plain)  # where the tracer looks for its globals
     spec.loader.exec_module(plain)
     monkeypatch.setattr(masks, "block", plain.block)
 

@@ -220,7 +220,7 @@ def test_check_names_file_line_and_reason(broken):
     tally = report.tallies["cats"]
     assert (tally.rows, tally.of, tally.bad, tally.pictures) == (len(WRONG_ROWS) + 1,) * 2 + (len(WRONG_ROWS), 1)
     assert tally.smallest == tally.largest == (8, 6)
-    assert not report.ok and f"{len(WRONG_ROWS)} problems" in str(report)
+    assert not report.ok and f"problems: {len(WRONG_ROWS)}" in str(report)
     told = json.loads(json.dumps(report.to_json()))
     assert not told["ok"] and told["problems"][0]["data_set"] == "cats"
     assert told["data_sets"]["cats"]["bad"] == len(WRONG_ROWS)

@@ -75,7 +75,7 @@ class Report:
             for line in lines
         ]
         told = [f"{p.data_set}: {p.reason}" for p in self.problems]
-        return "\n".join([*table, "", *told, f"{len(told)} problems" if told else "every row can be used"])
+        return "\n".join([*table, "", *told, f"problems: {len(told)}" if told else "every row can be used"])
 
 
 def check(catalog_path: str | Path, limit: int | None = None) -> Report:

@@ -76,8 +76,8 @@ def config_from_json(row: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def config_to_json(name: str, config: Any) -> dict:
-    """The ``config.json`` of a model: its family and every field."""
-    return {"family": name, **asdict(config)}
+    """The ``config.json`` of a model: its family and every field, as JSON has them (lists, not tuples)."""
+    return {"family": name, **json.loads(json.dumps(asdict(config)))}
 
 
 def _dataclasses(cls: type) -> set[type]:

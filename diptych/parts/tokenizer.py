@@ -77,8 +77,8 @@ class Tokenizer:
     def train(texts: Iterable[str], vocab_size: int, special: list[str]) -> Tokenizer:
         """A byte-level BPE learned from ``texts``; every byte is in it, so any text can be encoded."""
         inner = tokenizers.Tokenizer(models.BPE())
-        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-        inner.decoder = decoders.ByteLevel()
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # a word is one token wherever it stands
+        inner.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=special,

@@ -24,9 +24,10 @@ def by_part(model: Trainable) -> dict[str, dict[str, nn.Parameter]]:
 
 def select(model: Trainable, train: Mapping[str, float]) -> dict[str, float]:
     """Part -> learning rate for every named part. A name may be a prefix up to a dot: ``decoder`` is all of
-    ``decoder.text`` and ``decoder.image``. Raises ``ValueError`` for unknown and never-trained parts."""
+    ``decoder.text`` and ``decoder.image``; a longer name has the last word. Raises ``ValueError`` for unknown and
+    never-trained parts."""
     rates: dict[str, float] = {}
-    for name, rate in train.items():
+    for name, rate in sorted(train.items(), key=lambda item: item[0].count(".")):
         chosen = [p for p in model.parts if p == name or p.startswith(name + ".")]
         if not chosen:
             raise ValueError(f"unknown part {name!r}; {model.family} has: {', '.join(model.parts)}")

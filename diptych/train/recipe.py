@@ -13,6 +13,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from diptych import models
 
+FREE = ("data", "train", "loss", "dropout", "init")  # mappings of a recipe whose keys are the user's
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -164,12 +166,7 @@ class Recipe:
                 value = json.loads(text)
             except json.JSONDecodeError:
                 value = text
-            *parents, leaf = path.split(".")
-            node = row
-            for i, key in enumerate(parents):
-                node = _child(node, key, ".".join(parents[:i]) or "recipe")
-            _child(node, leaf, ".".join(parents) or "recipe", may_add=path.rsplit(".", 2)[-2:-1] in (["data"], ["train"], ["loss"], ["dropout"], ["init"]))  # fmt: skip  # noqa: E501
-            node[int(leaf) if isinstance(node, list) else leaf] = value
+            _set(row, path, value)
         return Recipe.from_dict(row, "overridden recipe")
 
     def with_steps(self, steps: int) -> Recipe:
@@ -186,18 +183,26 @@ class Recipe:
         return replace(self, stages=tuple(out))
 
 
-def _child(node: Any, key: str, where: str, may_add: bool = False) -> Any:
+def _set(node: Any, path: str, value: Any, where: str = "recipe") -> None:
+    """Sets a leaf that exists; inside a free-form mapping the rest of the path is one key, old or new, dots and all."""
+    key, deeper, rest = path.partition(".")
+    place: int | str = key
     if isinstance(node, list):
         if not key.isdigit() or int(key) >= len(node):
             raise ValueError(f"{where} is a list of {len(node)}; {key!r} is not one of its indices")
-        return node[int(key)]
-    if not isinstance(node, dict):
+        place = int(key)
+    elif not isinstance(node, dict):
         raise ValueError(f"{where} is {_short(node)}; it has no field {key!r}")
-    if key not in node and not may_add:
+    elif key not in node:
         near = difflib.get_close_matches(key, node, 1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(node)}"
         raise ValueError(f"{where} has no field {key!r}{hint}")
-    return node.get(key)
+    if not deeper:
+        node[place] = value
+    elif key in FREE:
+        node[place][rest] = value
+    else:
+        _set(node[place], rest, value, key if where == "recipe" else f"{where}.{key}")
 
 
 def _short(value: Any) -> str:
