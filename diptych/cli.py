@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         return arguments.run(arguments) or OK
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except (ValueError, ArithmeticError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD
     except KeyboardInterrupt:

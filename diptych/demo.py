@@ -79,18 +79,18 @@ def show_off(engine: Engine, run: Path, console: Console, seed: int) -> list[Gal
     grid([d.image for d in drawn], list(PROMPTS), 6).save(run / "drawn.png")
     console.print(f"drew {len(drawn)} prompts in {time.perf_counter() - start:.1f} s: {run / 'drawn.png'}")
     asked = []
-    source = shapes.source("shapes/ask", "test", engine.model.size[0])
+    source = shapes.source("shapes/ask", "test", engine.model.config.size[0])
     for sample in (source[i] for i in range(6)):
         [answer] = engine.answers([sample])
         question = sample.messages[0].parts[-1].text  # type: ignore[union-attr]
         picture = next(sample.images()).pixels
         asked.append(Asked(picture, question, answer.text, sample.info["answer"], answer.text == sample.info["answer"]))
         console.print(f"  {question}  ->  {answer.text}   (right answer: {sample.info['answer']})", highlight=False)
-    fruit = emoji.render(next(e for e in emoji.records() if e.labels["en"] == "red apple"), engine.model.size[0])
+    fruit = emoji.render(next(e for e in emoji.records() if e.labels["en"] == "red apple"), engine.model.config.size[0])
     said = engine.ask(fruit, "what is this?").text
     asked.append(Asked(fruit, "what is this?", said, "red apple", said == "red apple"))
     edits = []
-    changes = shapes.source("shapes/edit", "test", engine.model.size[0])
+    changes = shapes.source("shapes/edit", "test", engine.model.config.size[0])
     for sample in (changes[i] for i in range(4)):
         before = next(sample.images()).pixels
         instruction = sample.messages[0].parts[-1].text  # type: ignore[union-attr]

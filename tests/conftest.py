@@ -53,9 +53,8 @@ def tmp_run(tmp_path):
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A saved random model of the smallest size: what the command line and the engine can be tried on."""
-    from tests.tiny import model, shake
-
     from diptych import models
+    from tests.tiny import model, shake
 
     folder = tmp_path_factory.mktemp("models") / "random"
     models.save(shake(model("bagel")), folder)

@@ -38,7 +38,9 @@ heads = st.sampled_from([(2, 2), (4, 2), (4, 1)])
 
 def columns(length, heads, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(length, n, 8, generator=generator, requires_grad=True) for n in (heads[0], heads[1], heads[1]))
+    q, k, v = (
+        torch.randn(length, n, 8, generator=generator, requires_grad=True) for n in (heads[0], heads[1], heads[1])
+    )
     return q, k, v
 
 

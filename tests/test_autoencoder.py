@@ -93,7 +93,9 @@ def test_identity(images):
 @torch.no_grad()
 def test_statistics_give_unit_variance_and_are_undone_by_decode(images):
     model = Autoencoder(
-        AutoencoderConfig(channels=8, multipliers=(1, 2), blocks=1, latent_channels=3, groups=4, posterior=False, statistics=True)
+        AutoencoderConfig(
+            channels=8, multipliers=(1, 2), blocks=1, latent_channels=3, groups=4, posterior=False, statistics=True
+        )
     ).eval()
     z = model.moments(images)
     model.bn.running_mean.copy_(z.mean((0, 2, 3)))

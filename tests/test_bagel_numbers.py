@@ -1,4 +1,4 @@
-"""BAGEL against numbers that the published code computed (tests/numbers/bagel/README.md): the same model, the same inputs,
+"""BAGEL against numbers that the published code computed (tests/numbers/bagel/README.md): the same model and inputs,
 every stage within 1e-4 and every id, position and mask exactly."""
 
 import json
@@ -16,14 +16,14 @@ from diptych.core.mask import dense, rule
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Sample, assistant, user
 from diptych.core.sequence import Kind, Segment, Sequence
-from diptych.core.tensors import NONE, to_float
+from diptych.core.tensors import NONE
 from diptych.models.bagel import Bagel, Config
-from diptych.models.protocol import DrawSettings
+from diptych.parts.flow import FlowSettings
 from diptych.models.weights import BAGEL, export, load
 from diptych.parts.autoencoder import AutoencoderConfig
 from diptych.parts.decoder import DecoderConfig
 from diptych.parts.flow import TimeDraw, schedule
-from diptych.parts.images import SizeRule, latents_to_tokens, to_tensor
+from diptych.parts.images import SizeRule, to_tensor
 from diptych.parts.positions import grid_places, grid_table
 from diptych.parts.tokenizer import Tokenizer
 from diptych.parts.vision import VisionConfig, patchify
@@ -69,7 +69,14 @@ def make(meta: dict) -> Bagel:
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "rms_norm_eps", "rope_theta", "qk_norm", "tie_word_embeddings",
     ]  # fmt: skip
-    vision = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size"]
+    vision = [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "patch_size",
+        "image_size",
+    ]
     config = Config(
         DecoderConfig(**{n: llm[n] for n in names}, routes=2, routed=("attention", "norms", "mlp")),
         VisionConfig(**{n: vit[n] for n in vision}),
@@ -232,7 +239,12 @@ def training_batch(model: Bagel, meta: dict, numbers: dict):
     def fill(s: Segment) -> Segment:
         if s.kind == Kind.VISION:
             grid = next(seen)
-            return replace(s, grid=grid, image=pixels_of(next(patches), grid), ids=(s.ids[0], *[NONE] * grid[0] * grid[1], s.ids[-1]))
+            return replace(
+                s,
+                grid=grid,
+                image=pixels_of(next(patches), grid),
+                ids=(s.ids[0], *[NONE] * grid[0] * grid[1], s.ids[-1]),
+            )
         if s.kind in (Kind.CLEAN, Kind.NOISED):
             return replace(s, image=next(latents), encoded=True)
         return s
@@ -384,7 +396,7 @@ def test_understanding(model, meta, numbers):
     close(torch.stack(rows), numbers["understanding.out.step_logits"])
 
 
-def trajectory(model: Bagel, contexts, settings: DrawSettings, canvas, starts: torch.Tensor):
+def trajectory(model: Bagel, contexts, settings: FlowSettings, canvas, starts: torch.Tensor):
     """Velocities, times and final tokens of drawing from given noise, one picture for each entry of ``contexts``."""
     count = len(contexts)
     drawings = model.start(contexts, [canvas] * count, [settings] * count, [0] * count)
@@ -397,9 +409,9 @@ def trajectory(model: Bagel, contexts, settings: DrawSettings, canvas, starts: t
     return torch.stack(times), torch.stack(velocities), torch.stack([d.state for d in drawings])
 
 
-def draw_settings(args: dict) -> DrawSettings:
+def draw_settings(args: dict) -> FlowSettings:
     """``num_timesteps`` counts the ends, so it is one more than our steps."""
-    return DrawSettings(
+    return FlowSettings(
         args["num_timesteps"] - 1,
         guidance_scale=args.get("cfg_text_scale", 1.0),
         image_guidance_scale=args.get("cfg_img_scale", 1.0),
@@ -415,7 +427,7 @@ def test_generation(model, meta, numbers, group):
     settings = draw_settings(meta["generation"][group])
     [context] = model.extend([model.open()], [text_segment(model, meta["prompts"]["caption"])])
     check_cache(context, numbers, "generation.out.text_cache")
-    branches = model.branches(settings, edit=False)
+    branches = model.branches(Sample("draw", (user("words"), assistant(Image(None, "target")))), settings)
     assert len(branches) == (1 if group == "plain" else 2)
     contexts = (context, model.open())[: len(branches)]
     start = numbers[f"generation.in.{group}.packed_init_noises"][None]
@@ -442,14 +454,14 @@ def test_editing(model, meta, numbers, group):
     """Text and image guidance together; the three contexts come from our own layout."""
     settings = draw_settings(meta["editing"][group])
     words = " ".join(map(str, meta["prompts"]["edit"]))
-    sample = Sample("edit", (user(Image(blank(48, 32), "condition"), words),))
+    sample = Sample("edit", (user(Image(blank(48, 32), "condition"), words), assistant(Image(None, "target"))))
     images = {Kind.CLEAN: numbers["editing.in.vae_latent"], Kind.VISION: numbers["editing.in.vit_image"]}
 
     def read(drop):
         laid = with_images(model.lay_out(sample, drop), images, encoded=frozenset({Kind.CLEAN}))
         return model.extend([model.open()], [laid])[0]
 
-    contexts = tuple(read(drop) for drop in model.branches(settings, edit=True))
+    contexts = tuple(read(drop) for drop in model.branches(sample, settings))
     assert [[[c.length], [c.position]] for c in contexts] == meta["editing_lengths_positions"]
     check_cache(contexts[0], numbers, "editing.out.cache_full")
     start = numbers[f"editing.in.{group}.packed_init_noises"][None]

@@ -197,7 +197,9 @@ def test_export_is_strict():
     with pytest.raises(ValueError, match=r"unknown stranger"):
         export(TEXT, dict(state) | {"stranger": torch.zeros(1)})
     del state["layers.0.self_attn.0.k_proj.weight"]
-    with pytest.raises(ValueError, match=r"missing layers.0.self_attn.0.k_proj.weight for model.layers.0.attention.wqkv"):
+    with pytest.raises(
+        ValueError, match=r"missing layers.0.self_attn.0.k_proj.weight for model.layers.0.attention.wqkv"
+    ):
         export(decoder_rules(INTERNLM2), state)
 
 
@@ -213,7 +215,11 @@ def test_decoder_config_reads_old_and_new_rope():
     new = {k: v for k, v in old.items() if k != "rope_theta"}
     new["rope_parameters"] = {"rope_theta": 1e6, "rope_type": "default"}
     assert decoder_config(old) == decoder_config(new)
-    assert decoder_config(old).rope_theta == 1e6 and decoder_config(old).qkv_bias and decoder_config(old).tie_word_embeddings
+    assert (
+        decoder_config(old).rope_theta == 1e6
+        and decoder_config(old).qkv_bias
+        and decoder_config(old).tie_word_embeddings
+    )
     assert decoder_config(SIZES | {"model_type": "llama"}).rope_theta == 10000
     qwen3 = decoder_config(SIZES | {"model_type": "qwen3"})
     assert (qwen3.width, qwen3.qk_norm, qwen3.qkv_bias) == (128, True, False)

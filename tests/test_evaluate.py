@@ -15,7 +15,7 @@ from diptych.evaluate.figures import curves, enlarge, grid
 from diptych.evaluate.harness import Engine
 from diptych.evaluate.mini import BENCHMARKS
 from diptych.evaluate.scores import clustered, macro, paired, wilson
-from diptych.models.protocol import DrawSettings
+from diptych.parts.flow import FlowSettings
 
 
 @dataclass
@@ -40,7 +40,7 @@ def _items():
 
 
 class Net(torch.nn.Module):
-    family, settings = "fake", DrawSettings(num_inference_steps=3)
+    family, settings = "fake", FlowSettings(num_inference_steps=3)
 
     def __init__(self, weight=1.0):
         super().__init__()

@@ -144,7 +144,7 @@ def test_a_bad_file_is_named_with_its_line_or_field(tmp_path):
     good = tiny.recipe().to_json()
     assert told("a.json", '{\n "name": "x",\n}').startswith(f"{tmp_path / 'a.json'}:3: not valid JSON")
     assert told("a.yaml", "name: x\nstages: [").startswith(f"{tmp_path / 'a.yaml'}:2: not valid YAML")
-    assert told("b.json", good.replace('"seed"', '"sead"')) .endswith("sead: Unexpected keyword argument (got 0)")
+    assert told("b.json", good.replace('"seed"', '"sead"')).endswith("sead: Unexpected keyword argument (got 0)")
     assert "stages.0.lr: Unexpected keyword argument" in told("c.json", good.replace('"ema"', '"lr"'))
     assert f"{tmp_path / 'd.json'}: name: Field required" in told("d.json", "{}")
     assert str(tmp_path / "e.json") in told("e.json", "[1]")
@@ -172,7 +172,11 @@ def test_schedules():
     assert rates(decay=0.5) == [1.0] * 6 + [0.8, 0.6, 0.4, 0.2]
     assert rates(decay=0.5, floor=0.5)[-1] == 0.6
     cosine = rates(shape="cosine", warmup=2)
-    assert cosine[:3] == [0.3333, 0.6667, 1.0] and cosine[6] == 0.5 and cosine == cosine[:2] + sorted(cosine[2:], reverse=True)
+    assert (
+        cosine[:3] == [0.3333, 0.6667, 1.0]
+        and cosine[6] == 0.5
+        and cosine == cosine[:2] + sorted(cosine[2:], reverse=True)
+    )
     assert rates(shape="cosine", floor=0.1)[-1] > 0.1
     assert min(rates(shape="cosine", warmup=2, decay=0.3)) > 0
     assert Limits().accumulate == 1

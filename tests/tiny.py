@@ -26,11 +26,22 @@ def bagel() -> bagel_family.Config:
     return replace(
         c,
         decoder=replace(
-            c.decoder, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+            c.decoder,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
         ),
         vision=VisionConfig(32, 48, 1, 2, patch_size=16, image_size=128),
         autoencoder=AutoencoderConfig(
-            channels=4, multipliers=(1, 1, 1, 1), blocks=1, latent_channels=4, groups=2, posterior=False, statistics=True
+            channels=4,
+            multipliers=(1, 1, 1, 1),
+            blocks=1,
+            latent_channels=4,
+            groups=2,
+            posterior=False,
+            statistics=True,
         ),
         size=(32, 32),
         settings=replace(c.settings, num_inference_steps=4),
@@ -87,7 +98,12 @@ def story(name: str = "story", seed: int = 3) -> Sample:
     drawn = Image(picture(seed), "target")
     return Sample(
         name,
-        (user("a green square"), assistant(drawn, "done"), user("what colour is it?"), assistant(Text("green", loss=True))),
+        (
+            user("a green square"),
+            assistant(drawn, "done"),
+            user("what colour is it?"),
+            assistant(Text("green", loss=True)),
+        ),
     )
 
 

@@ -14,7 +14,7 @@ from diptych.core.tensors import NONE, Bool, Int, Tensor
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """The pictures of one kind, shape and encoding in a batch.
+    """The pictures (or learned queries) of one kind, shape and purpose in a batch.
 
     ``tokens[i]`` are the places in the row that take their input from picture i; ``owners[i]`` is the id of its sample
     and ``ordinals[i]`` its number among the sample's pictures of this kind (together they address its noise).
@@ -22,8 +22,9 @@ class Pictures:
 
     kind: Kind
     grid: tuple[int, int]
+    drawn: bool
     encoded: bool
-    images: Tensor  # (N, ...) as the segment held them
+    images: Tensor | None  # (N, ...) as the segments held them; None for queries
     tokens: Int[Tensor, "N n"]
     owners: tuple[str, ...]
     ordinals: tuple[int, ...]
@@ -93,11 +94,12 @@ def pack(sequences: Iterable[Sequence], routes: int = 1, pad_to: int | None = No
             n = len(s)
             if not 0 <= s.route < routes:
                 raise ValueError(f"sample {sequence.id!r}: a {s.kind} segment takes route {s.route} of {routes}")
-            if s.image is not None:
+            if s.open:
                 places = [len(ids) + i for i, token in enumerate(s.ids) if token == NONE]
                 ordinal = ordinals.get(s.kind, 0)
                 ordinals[s.kind] = ordinal + 1
-                key = (s.kind, s.grid or (1, len(places)), s.encoded, tuple(s.image.shape), s.image.dtype)
+                shape = None if s.image is None else (tuple(s.image.shape), s.image.dtype)
+                key = (s.kind, s.grid or (1, len(places)), s.drawn, s.encoded, shape)
                 groups.setdefault(key, []).append((s.image, places, sequence.id, ordinal))
             ids += s.ids
             targets += s.targets or [NONE] * n
@@ -126,13 +128,14 @@ def pack(sequences: Iterable[Sequence], routes: int = 1, pad_to: int | None = No
             Pictures(
                 kind,
                 grid,
+                drawn,
                 encoded,
-                torch.stack([m[0] for m in members]),
+                None if shape is None else torch.stack([m[0] for m in members]),
                 torch.tensor([m[1] for m in members]),
                 tuple(m[2] for m in members),
                 tuple(m[3] for m in members),
             )
-            for (kind, grid, encoded, _, _), members in groups.items()
+            for (kind, grid, drawn, encoded, shape), members in groups.items()
         ),
         tuple(s.id for s in sequences),
         tuple(len(s) for s in sequences),

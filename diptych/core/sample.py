@@ -11,6 +11,9 @@ The same schema is the user's jsonl row, the training sample and the chat reques
 What a picture is *for* is its ``role``: ``understand`` (read it), ``condition`` (the source of an edit: read it and
 keep its details) or ``target`` (draw it). By default a user's picture is to understand and an assistant's picture is a
 target; a user's text carries no loss and an assistant's text does. Both can be said per part (``"role"``, ``"loss"``).
+
+A request is a sample whose last message is an *open turn* of the assistant: ``assistant()`` is about to speak,
+``assistant(Image(None, "target", size))`` is about to draw. What comes before it has happened: it is read.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ class Text:
 class Image:
     """A picture by reference (a path, relative to its data set) or decoded (``PIL.Image``), and what it is for.
 
-    ``size`` (width, height in pixels) is for a target that has no pixels yet: a picture to be drawn.
+    ``size`` (width, height in pixels) may be asked of a target that has no pixels yet: a picture to be drawn.
     """
 
     image: str | PIL.Image.Image | None
@@ -79,6 +82,17 @@ class Sample:
         """Every picture in order."""
         return (part for message in self.messages for part in message.parts if isinstance(part, Image))
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the sample is a request: it ends with an open turn."""
+        last = self.messages[-1] if self.messages else None
+        return bool(last and last.role == "assistant" and (not last.parts or _to_draw(last.parts[-1])))
+
+    @property
+    def request(self) -> Message | None:
+        """The last user message: what an answer answers and a drawing is drawn from."""
+        return next((m for m in reversed(self.messages) if m.role == "user"), None)
+
     def map_images(self, change) -> Sample:
         """The same sample with ``change(Image) -> Image`` applied to every picture."""
         return replace(
@@ -87,6 +101,10 @@ class Sample:
                 replace(m, parts=tuple(change(p) if isinstance(p, Image) else p for p in m.parts)) for m in self.messages
             ),
         )
+
+
+def _to_draw(part: Part) -> bool:
+    return isinstance(part, Image) and part.image is None
 
 
 def user(*parts: str | Part) -> Message:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from diptych.core.tensors import NONE, Tensor
@@ -35,6 +35,7 @@ class Segment:
     ``shared``    all tokens share one position id (else one each)
     ``advance``   by how much the position counter moves past this segment; ``None`` means by its length
     ``route``     which expert serves the picture's tokens; positions that carry an id take route 0
+    ``drawn``     the picture is what is to be generated: it carries the picture loss
     ``encoded``   ``image`` already holds latents, not pixels
     """
 
@@ -48,6 +49,7 @@ class Segment:
     shared: bool = False
     advance: int | None = None
     route: int = 0
+    drawn: bool = False
     encoded: bool = False
 
     def __post_init__(self) -> None:
@@ -92,14 +94,6 @@ class Sequence:
         """How many pictures the sequence carries."""
         return sum(s.image is not None for s in self.segments)
 
-    def without(self, drop: Callable[[Segment], bool]) -> Sequence:
-        """The sequence without the segments that ``drop`` names; what remains keeps its order."""
-        return replace(self, segments=tuple(s for s in self.segments if not drop(s)))
-
-    def after(self, count: int) -> Sequence:
-        """What follows the first ``count`` segments: what a context that has read those must still read."""
-        return replace(self, segments=self.segments[count:])
-
     def positions(self, start: int = 0) -> list[int]:
         """The position id of every token, counting from ``start``."""
         out: list[int] = []
@@ -118,7 +112,7 @@ class Sequence:
             if decode and s.kind == Kind.TEXT:
                 what = repr(decode([i for i in s.ids if i != NONE]))
             loss = f"loss on {s.supervised}" if s.supervised else ""
-            if s.kind == Kind.NOISED:
+            if s.drawn:
                 loss = f"loss on {s.open}"
             lines.append(
                 f"  {at:5d}  {s.kind:<7} {len(s):5d} tokens  {places:<12} {sees:<15} route {s.route}  {what}  {loss}".rstrip()

@@ -30,7 +30,6 @@ from diptych.core.tensors import NONE
 from diptych.data.mixture import Draw, Mixture, Source, uniform
 
 LayOut = Callable[..., Sequence]  # lay_out(sample, drop=frozenset of conditions): a family's, or any function
-CONDITIONS = ("text", "image")
 NAMED = 5  # how many bad rows an error lists
 
 log = logging.getLogger("diptych.data")
@@ -224,6 +223,7 @@ class Loader:
         workers: int = 0,
         streams: int = 16,
         dropout: Mapping[str, float] | None = None,
+        conditions: Iterable[str] = ("text", "image"),
         rank: int = 0,
         world: int = 1,
         skip_limit: int = 100,
@@ -235,8 +235,8 @@ class Loader:
         ``routes``      how many experts the family has
         ``workers``     processes that lay out (forked, so ``lay_out`` may be a network's method); 0 works in this one
         ``streams``     independent streams of rows, a multiple of world x workers; decides the rows, so fixed for a run
-        ``dropout``     condition ("text", "image") -> how often ``lay_out`` is told to leave it out, for samples with a
-                        target picture only
+        ``dropout``     condition -> how often ``lay_out`` is told to leave it out, for samples with a target picture only
+        ``conditions``  what the family can leave out
         ``skip_limit``  how many different bad samples this process may skip before it stops
         ``ahead``       how many samples of a stream wait for a row that they fit in
         ``pad_to``      pads the row to a multiple of this
@@ -260,8 +260,8 @@ class Loader:
                 f"the next that fits is {-(-streams // (world * max(workers, 1))) * world * max(workers, 1)}"
             )
         for name, p in dropout.items():
-            if name not in CONDITIONS:
-                raise ValueError(f"unknown condition {name!r} in dropout; choose from {', '.join(CONDITIONS)}")
+            if name not in (known := tuple(conditions)):
+                raise ValueError(f"unknown condition {name!r} in dropout; choose from {', '.join(known)}")
             if not 0 <= p <= 1:
                 raise ValueError(f"the dropout of {name!r} is {p}; it must lie in [0, 1]")
         self.plan = Plan(dict(weights), seed, tokens, pictures, streams, ahead, dropout)

@@ -38,7 +38,6 @@ from diptych.core.sample import Sample
 from diptych.data.render import rgb
 from diptych.evaluate.mini import BENCHMARKS, GROUPS
 from diptych.evaluate.scores import Baselines, Benchmark, Item, Outcome, Score, Verdict
-from diptych.models.protocol import DrawSettings
 
 MAX_NEW_TOKENS = 48
 TEMPERATURE = 0.0
@@ -60,7 +59,7 @@ class Engine(Protocol):
         samples: Sequence[Sample],
         seeds: Sequence[int],
         size: tuple[int, int] | None,
-        settings: DrawSettings | None,
+        settings: Any,
         batch_size: int,
     ) -> list: ...
 
@@ -97,14 +96,14 @@ def evaluate(
     folder: str | Path | None = None,
     progress: bool = True,
     size: int = 64,
-    settings: DrawSettings | None = None,
+    settings: Any = None,
     batch_size: int = 32,
 ) -> Result:
     """The scores of a model on benchmarks, with intervals, baselines and the settings that produced them.
 
     ``limit`` keeps the first so many items of each category; ``folder`` keeps everything and lets a stopped evaluation
     go on (default: a temporary one); ``size`` is the side of the pictures in pixels; ``settings`` replaces the model's
-    own ``DrawSettings``. A progress bar goes to a terminal's stderr unless ``progress`` is false. Raises ``ValueError``
+    own settings. A progress bar goes to a terminal's stderr unless ``progress`` is false. Raises ``ValueError``
     for an unknown benchmark, and for a folder that was made with other settings.
     """
     chosen = _choose(benchmarks)
@@ -148,7 +147,7 @@ def _run(
     benchmarks: list[Benchmark],
     items: Mapping[str, list[Item]],
     card: dict,
-    settings: DrawSettings,
+    settings: Any,
     size: int,
     batch_size: int,
     folder: Path,
@@ -188,7 +187,7 @@ def _make(
     items: list[Item],
     seed: int,
     size: int,
-    settings: DrawSettings,
+    settings: Any,
     batch_size: int,
     folder: Path,
     worked: bool,
@@ -310,7 +309,7 @@ def sampling_card(
     seed: int,
     limit: int | None,
     size: int,
-    settings: DrawSettings,
+    settings: Any,
 ) -> dict:
     """Everything that moves a score and is not the model's doing, and which model it was; JSON-able."""
     parameter = next(engine.model.parameters())

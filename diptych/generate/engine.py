@@ -15,16 +15,17 @@ import PIL.Image
 import torch
 
 from diptych import models
-from diptych.core.sample import Image, Message, Sample, Text, sample_from_json, user
+from diptych.core.sample import Image, Message, Sample, Text, assistant, sample_from_json, user
 from diptych.core.sequence import Sequence as Laid
 from diptych.data.images import open_image
 from diptych.generate.events import Answer, Event, ImageDone, ImagePreview, Picture, Pictures, Stop, TextDelta, Usage
 from diptych.generate.sampling import next_word
-from diptych.models.protocol import Context, Drawing, DrawSettings, UnifiedModel
+from diptych.models.protocol import Context, Drawing, UnifiedModel
 from diptych.parts.images import to_pil
 
 Pixels = str | Path | PIL.Image.Image
 Messages = Sequence[Message | Mapping[str, Any]]
+Size = tuple[int, int]  # (width, height) in pixels
 
 
 def load(name_or_path: str | Path, device: str = "auto") -> Engine:
@@ -32,9 +33,7 @@ def load(name_or_path: str | Path, device: str = "auto") -> Engine:
 
     ``device`` is "auto" (a GPU when there is one), "cpu", "cuda", "mps" ...
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = models.load(name_or_path, device)
+    model = models.load(name_or_path, models.pick_device(device))
     if not isinstance(model, UnifiedModel):
         raise ValueError(f"{name_or_path} is of family {model.family!r}, which can be trained on but neither reads nor draws")
     return Engine(model, str(name_or_path))
@@ -58,8 +57,8 @@ class Engine:
         """The answer to a question about a picture."""
         return self.chat([user(Image(_open(image)), question)], max_new_tokens, temperature, seed=seed)
 
-    def generate(self, prompt: str, n: int = 1, size: tuple[int, int] | None = None, seed: int = 0, **settings) -> Pictures:
-        """``n`` pictures of a prompt, at ``size`` (width, height); settings are the fields of ``DrawSettings``."""
+    def generate(self, prompt: str, n: int = 1, size: Size | None = None, seed: int = 0, **settings: Any) -> Pictures:
+        """``n`` pictures of a prompt, at ``size`` (width, height); settings are the fields of the model's settings."""
         return self._pictures(Sample("prompt", (user(prompt),)), prompt, n, size, seed, settings)
 
     def edit(
@@ -67,9 +66,9 @@ class Engine:
         images: Pixels | Sequence[Pixels],
         instruction: str,
         n: int = 1,
-        size: tuple[int, int] | None = None,
+        size: Size | None = None,
         seed: int = 0,
-        **settings,
+        **settings: Any,
     ) -> Pictures:
         """``n`` edits of one or several pictures; the size is the (first) source's unless given."""
         many = [images] if isinstance(images, (str, Path, PIL.Image.Image)) else list(images)
@@ -78,15 +77,17 @@ class Engine:
         sources = [Image(_open(i), "condition") for i in many]
         return self._pictures(Sample("edit", (user(*sources, instruction),)), instruction, n, size, seed, settings)
 
-    def _pictures(self, sample: Sample, prompt: str, n: int, size, seed: int, settings: dict) -> Pictures:
+    def _pictures(
+        self, sample: Sample, prompt: str, n: int, size: Size | None, seed: int, settings: Mapping[str, Any]
+    ) -> Pictures:
         if n < 1:
             raise ValueError(f"n must be at least 1, not {n}")
-        chosen = self.settings(settings)
-        drawn = self.draw([sample] * n, range(seed, seed + n), size, chosen)
+        drawn = self.draw([sample] * n, range(seed, seed + n), size, self.settings(settings))
         return Pictures([d.image for d in drawn], prompt, seed, drawn[0].parameters)
 
-    def settings(self, changes: Mapping[str, Any]) -> DrawSettings:
-        """The model's own settings with ``changes``. Raises ``ValueError`` for unknown names."""
+    def settings(self, changes: Mapping[str, Any]) -> Any:
+        """The model's own settings with ``changes``; a value of None changes nothing. Raises ``ValueError`` for unknown
+        names, listing the known."""
         known = asdict(self.model.settings)
         if unknown := sorted(changes.keys() - known.keys()):
             raise ValueError(f"unknown settings {unknown}; known: {', '.join(known)}")
@@ -98,28 +99,27 @@ class Engine:
         self, messages: Messages, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
     ) -> Iterator[Event]:
         """The answer as it comes: ``TextDelta`` ... ``Stop``."""
-        sample = _conversation(messages)
-        [context] = self._read([sample])
-        generator, ids, said, reason = torch.Generator().manual_seed(seed), [], "", "length"
-        read = context.length
-        for _ in range(max_new_tokens):
+        [context] = self._read([_conversation(messages)])
+        read, generator, ids, said, reason = context.length, torch.Generator().manual_seed(seed), [], "", "length"
+        while len(ids) < max_new_tokens:
             word = next_word(context.logits, temperature, top_p, generator)
             if word in self.model.stop_ids:
                 reason = "stop"
                 break
             ids.append(word)
             text = self.model.tokenizer.decode(ids)
-            if len(text) > len(said) and not text.endswith("\ufffd"):
+            if len(text) > len(said) and not text.endswith("\ufffd"):  # half a character waits for its other half
                 yield TextDelta(text[len(said) :])
                 said = text
-            [context] = self.model.extend([context], [self.model.reply([word])])
+            if len(ids) < max_new_tokens:
+                [context] = self.model.extend([context], [self.model.reply([word])])
         if (text := self.model.tokenizer.decode(ids)) != said:
             yield TextDelta(text[len(said) :])
         parameters = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         yield Stop(reason, Usage(read, len(ids)), parameters)
 
     def stream_picture(
-        self, messages: Messages, size: tuple[int, int] | None = None, seed: int = 0, previews: int = 0, **settings
+        self, messages: Messages, size: Size | None = None, seed: int = 0, previews: int = 0, **settings: Any
     ) -> Iterator[Event]:
         """A picture as it sharpens: ``previews`` evenly spread ``ImagePreview``, then ``ImageDone`` and ``Stop``."""
         sample, chosen = _conversation(messages), self.settings(settings)
@@ -152,7 +152,7 @@ class Engine:
             ids: list[list[int]] = [[] for _ in contexts]
             reasons = ["length"] * len(contexts)
             going = list(range(len(contexts)))
-            for _ in range(max_new_tokens):
+            for said in range(max_new_tokens):
                 still = []
                 for i in going:
                     word = next_word(contexts[i].logits, temperature, top_p, generators[i])
@@ -162,32 +162,31 @@ class Engine:
                         ids[i].append(word)
                         still.append(i)
                 going = still
-                if not going:
+                if not going or said == max_new_tokens - 1:
                     break
                 new = self.model.extend([contexts[i] for i in going], [self.model.reply(ids[i][-1:]) for i in going])
                 for i, context in zip(going, new, strict=True):
                     contexts[i] = context
             decode = self.model.tokenizer.decode
-            out += [Answer(decode(w).strip(), tuple(w), r, parameters) for w, r in zip(ids, reasons, strict=True)]
+            out += [Answer(decode(w), tuple(w), r, parameters) for w, r in zip(ids, reasons, strict=True)]
         return out
 
     def draw(
         self,
         samples: Sequence[Sample],
         seeds: Sequence[int],
-        size: tuple[int, int] | None = None,
-        settings: DrawSettings | None = None,
+        size: Size | None = None,
+        settings: Any = None,
         batch_size: int = 32,
     ) -> list[Picture]:
-        """One picture per sample (its messages end with a user's), each from its own seed and at its own size;
-        a picture does not depend on what it was drawn beside."""
+        """One picture per sample (its messages end with a user's), each from its own seed; ``size`` is (width, height).
+        A picture does not depend on what it was drawn beside."""
         out: list[Picture] = []
         for at in range(0, len(samples), batch_size):
             some = samples[at : at + batch_size]
-            drawings, parameters = self._start(
-                some, seeds[at : at + batch_size], size, [settings or self.model.settings] * len(some)
-            )
-            images: list[PIL.Image.Image | None] = [None] * len(some)
+            chosen = settings or self.model.settings
+            drawings, parameters = self._start(some, seeds[at : at + batch_size], size, [chosen] * len(some))
+            images: dict[int, PIL.Image.Image] = {}
             groups: dict[tuple, list[int]] = {}
             for i, d in enumerate(drawings):
                 groups.setdefault((d.canvas, len(d.contexts)), []).append(i)
@@ -195,48 +194,47 @@ class Engine:
                 group = [drawings[i] for i in members]
                 while not group[0].done:
                     group = self.model.step(group)
-                for i, pixels in zip(members, self.model.finish(group), strict=True):
-                    images[i] = to_pil(pixels)
-            for sample, image, p in zip(some, images, parameters, strict=True):
-                out.append(Picture(image, _last_text(sample), p["seed"], p))  # type: ignore[arg-type]
+                images |= zip(members, map(to_pil, self.model.finish(group)), strict=True)
+            out += [
+                Picture(images[i], _words(sample), p["seed"], p)
+                for i, (sample, p) in enumerate(zip(some, parameters, strict=True))
+            ]
         return out
 
     def _read(self, samples: Sequence[Sample]) -> list[Context]:
         """Contexts that stand where an answer begins."""
-        sequences = [self.model.lay_out(s) for s in samples]
-        contexts = self.model.extend([self.model.open() for _ in samples], sequences)
-        return self.model.extend(contexts, [self.model.reply([]) for _ in samples])
+        sequences = [self.model.lay_out(_opened(s, assistant())) for s in samples]
+        return self.model.extend([self.model.open() for _ in samples], sequences)
 
     def _start(
-        self,
-        samples: Sequence[Sample],
-        seeds: Sequence[int],
-        size: tuple[int, int] | None,
-        settings: Sequence[DrawSettings],
+        self, samples: Sequence[Sample], seeds: Sequence[int], size: Size | None, settings: Sequence[Any]
     ) -> tuple[list[Drawing], list[dict]]:
         """Reads the contexts that every branch of guidance needs, each distinct one once, and begins the pictures."""
         contexts: dict[tuple, Context] = {}
         waiting: dict[tuple, Laid] = {}
         branches, canvases, parameters = [], [], []
         for sample, seed, s in zip(samples, seeds, settings, strict=True):
-            sources = [i for i in sample.images() if i.role != "target"]
-            asked = size or (sources[0].pixels.size if sources else self.model.size)
-            canvas = self.model.canvas(*asked, fit=size is None)
+            request = _opened(sample, assistant(Image(None, "target", size)))
             keys = []
-            for drop in self.model.branches(s, bool(sources)):
+            for drop in self.model.branches(request, s):
                 if (key := (id(sample), drop)) not in contexts:
                     contexts[key] = self.model.open()
-                    if len(laid := self.model.lay_out(sample, drop)):
+                    if len(laid := self.model.lay_out(request, drop)):
                         waiting[key] = laid
                 keys.append(key)
             branches.append(keys)
-            canvases.append(canvas)
+            canvases.append(canvas := self.model.canvas(request))
             parameters.append({"size": (canvas[1], canvas[0]), "seed": seed, **asdict(s)})
         if waiting:
             read = self.model.extend([contexts[k] for k in waiting], list(waiting.values()))
             contexts |= zip(waiting, read, strict=True)
         drawings = self.model.start([tuple(contexts[k] for k in b) for b in branches], canvases, settings, list(seeds))
         return drawings, parameters
+
+
+def _opened(sample: Sample, turn: Message) -> Sample:
+    """The sample as a request: an open turn is added to a conversation that ends with the user's message."""
+    return sample if sample.is_open else replace(sample, messages=(*sample.messages, turn))
 
 
 def _conversation(messages: Messages) -> Sample:
@@ -254,10 +252,10 @@ def _open(image: Pixels | None) -> PIL.Image.Image:
     if isinstance(image, PIL.Image.Image):
         return image.convert("RGB")
     if image is None:
-        raise ValueError("a picture to read has no pixels")
+        raise ValueError("a picture of the conversation has no pixels")
     return open_image(Path(image), str(image))
 
 
-def _last_text(sample: Sample) -> str:
-    return " ".join(p.text for p in sample.messages[-1].parts if isinstance(p, Text))
+def _words(sample: Sample) -> str:
+    return " ".join(p.text for p in (sample.request or sample.messages[-1]).parts if isinstance(p, Text))
 

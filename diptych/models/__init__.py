@@ -8,11 +8,15 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diptych.models.protocol import Trainable
 from diptych.parts.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FAMILIES = {
     "bagel": "diptych.models.bagel:Bagel",
@@ -125,18 +129,30 @@ def save(model: Trainable, folder: str | Path, state: Mapping[str, Any] | None =
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Calls ``write`` on a temporary folder, then renames it to ``folder``: a kill leaves the old one or the new one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    recover(folder)
     tmp, old = folder.with_name(f".{folder.name}.{os.getpid()}.tmp"), folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(tmp, ignore_errors=True)
+    for stale in folder.parent.glob(f".{escape(folder.name)}.*.tmp"):  # of a process that was killed
+        shutil.rmtree(stale, ignore_errors=True)
     try:
         tmp.mkdir()
         write(tmp)
         if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         tmp.rename(folder)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+    finally:
+        recover(folder)
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Brings back the old folder where a kill fell between the two renames of ``write_folder``."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.is_dir():
+        if folder.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(folder)
 
 
 def resolve(name_or_path: str | Path) -> Path:
@@ -144,6 +160,8 @@ def resolve(name_or_path: str | Path) -> Path:
 
     Raises ``ValueError`` listing what ships."""
     path = Path(name_or_path)
+    for folder in (path, path / "release"):
+        recover(folder)
     if (path / "config.json").is_file():
         return path
     if (path / "release" / "config.json").is_file():
@@ -155,6 +173,21 @@ def resolve(name_or_path: str | Path) -> Path:
         raise ValueError(f"{path} holds no model: neither config.json nor release/config.json is there")
     shipped = [n for n, s in SIZES.items() if s.folder and (SHIPPED / s.folder / "config.json").is_file()]
     raise ValueError(f"no model {str(name_or_path)!r}: not a folder, and these ship: {', '.join(shipped) or 'none'}")
+
+
+def pick_device(device: str) -> str:
+    """The device to use: ``auto`` is a GPU when there is one. Raises ``ValueError`` for one that is not there."""
+    import torch
+
+    there = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.backends.mps.is_available() else [])]
+    if device == "auto":
+        return "cuda" if "cuda" in there else "cpu"
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"unknown device {device!r}; choose from auto, cpu, cuda, mps")
+    if kind not in there:
+        raise ValueError(f"device {device!r} is not there; this machine has {', '.join(there)}")
+    return device
 
 
 def load(name_or_path: str | Path, device: str = "cpu") -> Trainable:
@@ -175,8 +208,8 @@ def load(name_or_path: str | Path, device: str = "cpu") -> Trainable:
     return model.to(device=torch.device(device)).eval()
 
 
-def load_strict(model: Trainable, state: Mapping[str, Any], where: str) -> None:
-    """Copies ``state`` into the model. Raises ``ValueError`` with every missing, unknown and misshapen tensor."""
+def load_strict(model: nn.Module, state: Mapping[str, Any], where: str) -> None:
+    """Copies ``state`` into a model or module. Raises ``ValueError`` with every missing, unknown and misshapen tensor."""
     own = model.state_dict()
     wrong = [f"missing {n}" for n in sorted(own.keys() - state.keys())]
     wrong += [f"unknown {n}" for n in sorted(state.keys() - own.keys())]

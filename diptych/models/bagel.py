@@ -34,12 +34,12 @@ from diptych.core.sample import Image, Sample, Text
 from diptych.core.sequence import Kind, Segment
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, Float, Tensor, to_float
-from diptych.models.protocol import NOTHING, Context, Drawing, DrawSettings, Drop, UnifiedModel, advance
+from diptych.models.protocol import NOTHING, Context, Drawing, Drop, UnifiedModel, advance
 from diptych.parts.adapters import Projector
-from diptych.parts.attention import Attend, Cache, Cached, Fixed, Packed, inverse_permutation, permute
+from diptych.parts.attention import Attend, Cache, Cached, Fixed, documents, inverse_permutation, permute
 from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder
 from diptych.parts.decoder import Decoder, DecoderConfig
-from diptych.parts.flow import Prediction, TimeDraw, guide, mix, schedule, squared_error, velocity
+from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, guide, mix, schedule, squared_error, velocity
 from diptych.parts.images import SizeRule, latents_to_tokens, to_tensor, tokens_to_latents
 from diptych.parts.positions import TimestepEmbedding, grid_places, grid_table
 from diptych.parts.routed import Routed
@@ -63,7 +63,7 @@ class Config:
     see: SizeRule = SizeRule(longest=980, shortest=224, stride=14)
     draw: SizeRule = SizeRule(longest=1024, shortest=512, stride=16)
     size: tuple[int, int] = (1024, 1024)
-    settings: DrawSettings = field(default_factory=DrawSettings)
+    settings: FlowSettings = field(default_factory=FlowSettings)
 
     def __post_init__(self) -> None:
         if self.decoder.routes != 2:
@@ -105,7 +105,7 @@ class Config:
             see=SizeRule(longest=128, shortest=16, stride=16),
             draw=SizeRule(longest=128, shortest=16, stride=16),
             size=(64, 64),
-            settings=DrawSettings(
+            settings=FlowSettings(
                 25, guidance_scale=2.5, guidance_interval=(0.0, 1.0), timestep_shift=1.0, renorm="none"
             ),
         )
@@ -124,6 +124,7 @@ class Bagel(UnifiedModel):
     family = "bagel"
     routes = 2
     frozen = frozenset({"autoencoder"})
+    conditions = ("text", "image")
     parts: ClassVar = {
         "decoder.text": (
             "decoder.embed_tokens.*",
@@ -153,7 +154,7 @@ class Bagel(UnifiedModel):
         super().__init__()
         c, d = config, config.decoder.hidden_size
         self.config, self.tokenizer = config, tokenizer
-        self.settings, self.size = config.settings, config.size
+        self.settings = config.settings
         self.decoder = Decoder(c.decoder)
         self.vision = VisionEncoder(c.vision)
         self.projector = Projector(c.vision.hidden_size, d)
@@ -207,20 +208,23 @@ class Bagel(UnifiedModel):
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
         """Texts and pictures in order. ``text`` drops the last user message's words; ``image`` every picture read."""
-        last = max((i for i, m in enumerate(sample.messages) if m.role == "user"), default=-1)
         segments: list[Segment] = []
-        for i, message in enumerate(sample.messages):
+        for message in sample.messages:
             for part in message.parts:
                 if isinstance(part, Text):
-                    if not (i == last and "text" in drop):
+                    if not ("text" in drop and message is sample.request):
                         segments.append(self._text(part))
-                elif part.role != "target":
-                    if "image" not in drop:
-                        segments += self._read(part)
+                elif part.image is None:
+                    if not (sample.is_open and part is sample.messages[-1].parts[-1]):
+                        raise ValueError(f"sample {sample.id!r} has a picture without pixels that is not the one to draw")
                 else:
-                    segments.append(self._drawn(part, hidden=True))
-                    if part is not sample.messages[-1].parts[-1]:
-                        segments += self._read(replace(part, role="condition"))
+                    final = message is sample.messages[-1] and part is message.parts[-1]
+                    if part.role == "target" and not sample.is_open:
+                        segments.append(self._drawn(part))
+                    if "image" not in drop and not (part.role == "target" and final):
+                        segments += self._read(part)
+        if sample.is_open and not sample.messages[-1].parts:
+            segments.append(Segment(Kind.TEXT, (self.markers["bos"],)))
         return Laid(sample.id, tuple(segments))
 
     def _text(self, text: Text) -> Segment:
@@ -233,9 +237,9 @@ class Bagel(UnifiedModel):
             return [vision]
         return [self._block(Kind.CLEAN, image, c.draw, c.stride, DRAW), vision]
 
-    def _drawn(self, image: Image, hidden: bool) -> Segment:
+    def _drawn(self, image: Image) -> Segment:
         block = self._block(Kind.NOISED, image, self.config.draw, self.config.stride, DRAW)
-        return replace(block, hidden=hidden, advance=0)
+        return replace(block, hidden=True, advance=0, drawn=True)
 
     def _block(self, kind: Kind, image: Image, rule: SizeRule, stride: int, route: int) -> Segment:
         width, height = rule(*image.pixels.size)
@@ -301,7 +305,7 @@ class Bagel(UnifiedModel):
             t = self.config.times(noise, g.owners, g.ordinals).to(data.device)
             pictures.append((g.tokens, self._embed_latents(mix(data, eps, t), t, g.grid)))
             drawn.append((g, data, eps, t))
-        states = self._run(batch, pictures, batch.positions, order, Packed(batch, order))
+        states = self._run(batch, pictures, batch.positions, order, documents(batch, order))
 
         supervised = (batch.targets != NONE).nonzero()[:, 0]
         logits = self.decoder.logits(states.index_select(0, rank[supervised]))
@@ -340,8 +344,8 @@ class Bagel(UnifiedModel):
             for cache, c, s, scores in zip(caches, contexts, sequences, logits, strict=True)
         ]
 
-    def reply(self, ids: Sequence[int]) -> Laid:
-        return Laid("reply", (Segment(Kind.TEXT, tuple(ids) or (self.markers["bos"],)),))
+    def reply(self, ids: Sequence[int], drop: Drop = NOTHING) -> Laid:
+        return Laid("reply", (Segment(Kind.TEXT, tuple(ids)),))
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -349,20 +353,23 @@ class Bagel(UnifiedModel):
 
     # ---- drawing ------------------------------------------------------------------------------------------------
 
-    def canvas(self, width: int, height: int, fit: bool = False) -> tuple[int, int]:
-        if fit:
-            width, height = self.config.draw(width, height)
+    def canvas(self, sample: Sample) -> tuple[int, int]:
+        last = sample.messages[-1].parts[-1:]
+        asked = last[0].size if last and isinstance(last[0], Image) else None
+        sources = [p for p in sample.request.parts if isinstance(p, Image)] if sample.request else []
+        width, height = asked or (self.config.draw(*sources[0].pixels.size) if sources else self.config.size)
         stride, most = self.config.stride, self.config.stride * self.config.latent_side
         if width % stride or height % stride or not (0 < width <= most and 0 < height <= most):
             raise ValueError(f"size must be multiples of {stride} up to {most}, not {width}x{height}")
         return height, width
 
-    def branches(self, settings: DrawSettings, edit: bool) -> tuple[Drop, ...]:
-        """Full; without text when its scale exceeds 1; without images for edits whose scale differs from 1.
-        As published, no guidance at all when the text scale is at most 1."""
+    def branches(self, sample: Sample, settings: FlowSettings) -> tuple[Drop, ...]:
+        """Full; without text when its scale exceeds 1; without pictures when the request shows some and their scale
+        exceeds 1. As published, there is no guidance at all when the text scale is at most 1."""
         if settings.guidance_scale <= 1:
             return (NOTHING,)
-        if edit and settings.image_guidance_scale > 1:
+        shows = sample.request is not None and any(isinstance(p, Image) for p in sample.request.parts)
+        if shows and settings.image_guidance_scale > 1:
             return (NOTHING, frozenset({"text"}), frozenset({"image"}))
         return (NOTHING, frozenset({"text"}))
 
@@ -370,7 +377,7 @@ class Bagel(UnifiedModel):
         self,
         contexts: Sequence[tuple[Context, ...]],
         canvases: Sequence[tuple[int, int]],
-        settings: Sequence[DrawSettings],
+        settings: Sequence[FlowSettings],
         seeds: Sequence[int],
     ) -> list[Drawing]:
         drawings = []
@@ -384,7 +391,9 @@ class Bagel(UnifiedModel):
     def step(self, drawings: Sequence[Drawing]) -> list[Drawing]:
         """One Euler step each. Branches of guidance are one batch; outside the interval they are not computed."""
         if len({d.canvas for d in drawings}) != 1 or len({len(d.contexts) for d in drawings}) != 1:
-            raise ValueError("one step takes drawings of one canvas size and one kind of guidance")
+            raise ValueError("one step takes drawings of one canvas size and one number of branches")
+        if any(d.done for d in drawings):
+            raise ValueError("a finished drawing takes no further step")
         times = [schedule(d.steps, d.settings.timestep_shift)[d.step : d.step + 2] for d in drawings]
         guided = [d.settings.guidance_interval[0] < t[0] <= d.settings.guidance_interval[1]
                   for d, t in zip(drawings, times, strict=True)]  # fmt: skip

@@ -20,39 +20,11 @@ from diptych.core.noise import Noise
 from diptych.core.sample import Sample
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import Float, Tensor
-from diptych.parts.flow import Renorm
 from diptych.parts.routed import spare_parameters
 from diptych.parts.tokenizer import Tokenizer
 
-Drop = frozenset[str]  # which conditions to leave out: "text", "image"
+Drop = frozenset[str]  # which of a family's conditions to leave out
 NOTHING: Drop = frozenset()
-
-
-@dataclass(frozen=True)
-class DrawSettings:
-    """How a picture is drawn. A family reads what it knows; its config holds the defaults that suit its weights."""
-
-    num_inference_steps: int = 50
-    guidance_scale: float = 4.0
-    image_guidance_scale: float = 1.0
-    guidance_interval: tuple[float, float] = (0.4, 1.0)
-    timestep_shift: float = 3.0
-    renorm: Renorm = "global"
-    renorm_min: float = 0.0
-    temperature: float = 1.0
-    top_k: int = 0
-
-    def __post_init__(self) -> None:
-        low, high = self.guidance_interval
-        if self.num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, not {self.num_inference_steps}")
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"guidance_interval must be 0 <= low <= high <= 1, not {self.guidance_interval}")
-        if not (self.timestep_shift > 0 and self.guidance_scale >= 0 and self.image_guidance_scale >= 0):
-            raise ValueError(
-                "timestep_shift must be positive and guidance scales at least 0, not "
-                f"{self.timestep_shift}, {self.guidance_scale}, {self.image_guidance_scale}"
-            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +45,7 @@ class Drawing:
     state: Tensor
     contexts: tuple[Context, ...]  # one per branch of guidance, as ``branches`` listed them
     canvas: tuple[int, int]  # (height, width) in pixels
-    settings: DrawSettings
+    settings: Any  # the family's own
     step: int
     steps: int
     slot: Any = None  # family-private
@@ -91,6 +63,7 @@ class Trainable(nn.Module, ABC):
     parts: ClassVar[Mapping[str, tuple[str, ...]]]  # part name -> globs over parameter names; each parameter in one part
     routes: ClassVar[int] = 1  # how many experts ``core.batch.pack`` prepares index lists for
     frozen: ClassVar[frozenset[str]] = frozenset()  # parts that no recipe may train
+    conditions: ClassVar[tuple[str, ...]] = ()  # what ``lay_out`` can drop, such as "text" and "image"
     config: Any
     tokenizer: Tokenizer
 
@@ -98,6 +71,8 @@ class Trainable(nn.Module, ABC):
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
         """The sample as segments; ``drop`` names conditions to leave out (guidance, and dropout in training).
 
+        A request (``sample.is_open``) ends where its answer or its picture begins, whatever opens it included; pictures
+        before that have been drawn, so they are read. In a training sample a target is drawn, and read by what follows.
         Pure: no network, no random state. Raises ``ValueError`` for what the family cannot lay out."""
 
     @abstractmethod
@@ -134,13 +109,12 @@ class Trainable(nn.Module, ABC):
 class UnifiedModel(Trainable):
     """A family that reads pictures and draws them. Generation takes lists: one request is a list of one."""
 
-    settings: DrawSettings  # defaults that suit these weights
-    size: tuple[int, int]  # (width, height) drawn when nothing is asked
+    settings: Any  # the family's own frozen dataclass; these suit the weights
 
     @abstractmethod
-    def canvas(self, width: int, height: int, fit: bool = False) -> tuple[int, int]:
-        """The (height, width) to draw for an asked size: exactly that, or the nearest that can be drawn with ``fit``.
-        Raises ``ValueError`` when it cannot be drawn."""
+    def canvas(self, sample: Sample) -> tuple[int, int]:
+        """The (height, width) to draw for a request: the size it asks for, else that of the picture it edits, else the
+        model's own. Raises ``ValueError`` for a size that cannot be drawn."""
 
     @abstractmethod
     def open(self) -> Context:
@@ -151,8 +125,8 @@ class UnifiedModel(Trainable):
         """The contexts after reading one sequence each; their logits predict the next word."""
 
     @abstractmethod
-    def reply(self, ids: Sequence[int]) -> Laid:
-        """Words of an answer being said, as a sequence to read on (no ids: what opens an answer)."""
+    def reply(self, ids: Sequence[int], drop: Drop = NOTHING) -> Laid:
+        """Words of an answer being said, as a sequence to read on; with ``drop``, as a branch of guidance reads them."""
 
     @property
     @abstractmethod
@@ -160,22 +134,23 @@ class UnifiedModel(Trainable):
         """Words that end an answer."""
 
     @abstractmethod
-    def branches(self, settings: DrawSettings, edit: bool) -> tuple[Drop, ...]:
-        """The contexts that drawing needs, the full one first: what ``lay_out`` must drop for each."""
+    def branches(self, sample: Sample, settings: Any) -> tuple[Drop, ...]:
+        """The contexts that drawing a request needs, the full one first: what ``lay_out`` must drop for each."""
 
     @abstractmethod
     def start(
         self,
         contexts: Sequence[tuple[Context, ...]],
         canvases: Sequence[tuple[int, int]],
-        settings: Sequence[DrawSettings],
+        settings: Sequence[Any],
         seeds: Sequence[int],
     ) -> list[Drawing]:
         """Begins pictures: noise or an empty grid, drawn from each picture's own seed."""
 
     @abstractmethod
     def step(self, drawings: Sequence[Drawing]) -> list[Drawing]:
-        """One denoising step, or one patch of codes, for all of them at once. They must be of one canvas size."""
+        """One denoising step, or one patch of codes, for all of them at once. They must be of one canvas size and have
+        equally many branches. Raises ``ValueError`` otherwise, and for a drawing that is done."""
 
     @abstractmethod
     def preview(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:

@@ -36,7 +36,8 @@ class Rule:
     """Their tensor is our tensors. ``split`` turns theirs into ours and ``join`` ours into theirs.
 
     ``optional``: a checkpoint may lack it, since the model computes it. ``alias`` names another of their tensors that
-    this one repeats (a tied head): it is checked and then left out. ``ignored`` tensors (old rotary tables) are dropped.
+    this one repeats where the model ties the two (a head): it is checked and then left out. ``ignored`` tensors (old
+    rotary tables) are dropped.
     """
 
     theirs: str
@@ -258,7 +259,7 @@ def decoder_config(hf_config: Mapping[str, Any]) -> DecoderConfig:
     if wrong := [f"{name}={c.get(name, rope.get(name))!r}" for name, bad in unsupported.items() if bad]:
         raise ValueError(f"the decoder does not support {', '.join(wrong)} of this {kind} config")
     return DecoderConfig(
-        *(int(c[name]) for name in sizes),
+        **{name: c[name] for name in sizes},
         num_key_value_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
         # Qwen3 fixes the width of a head at 128 where the config does not say it (transformers' default).
         head_dim=c.get("head_dim") or (128 if kind == "qwen3" else None),

@@ -172,6 +172,11 @@ class Block:
         return out.transpose(1, 2)[0]
 
 
+def documents(batch: Batch, order: Tensor | None = None) -> Attend:
+    """Attention within the documents of a training row, by the back end that suits the device."""
+    return Block(batch, order) if batch.ids.is_cuda else Packed(batch, order)
+
+
 class Cache:
     """Keys and values of what a context has read, for every layer: (layers, 2, capacity, K, D), grown by doubling.
 

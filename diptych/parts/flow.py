@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -13,6 +13,36 @@ from diptych.core.tensors import Float, Tensor
 Prediction = Literal["velocity", "data"]
 Renorm = Literal["none", "global", "channel", "text_channel"]
 EARLIEST = 0.05  # a data prediction is turned into a velocity by dividing by no less than this time
+
+
+@dataclass(frozen=True)
+class FlowSettings:
+    """How a picture is drawn by integrating a flow. A model's config holds the defaults that suit its weights.
+
+    Guidance is active while low < t <= high of ``guidance_interval``; ``renorm`` is how the guided velocity is scaled
+    back (``guide``)."""
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 4.0
+    image_guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] = (0.4, 1.0)
+    timestep_shift: float = 3.0
+    renorm: Renorm = "global"
+    renorm_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        low, high = self.guidance_interval
+        if self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, not {self.num_inference_steps}")
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"guidance_interval must be 0 <= low <= high <= 1, not {self.guidance_interval}")
+        if not (self.timestep_shift > 0 and self.guidance_scale >= 0 and self.image_guidance_scale >= 0):
+            raise ValueError(
+                "timestep_shift must be positive and guidance scales at least 0, not "
+                f"{self.timestep_shift}, {self.guidance_scale}, {self.image_guidance_scale}"
+            )
+        if self.renorm not in get_args(Renorm):
+            raise ValueError(f"unknown renorm {self.renorm!r}; choose from {', '.join(get_args(Renorm))}")
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -38,7 +68,8 @@ def schedule(steps: int, shift: float) -> Float[Tensor, " steps_1"]:
     """The steps + 1 times from 1 to 0 between which the sampler moves; it evaluates the model at all but the last."""
     if steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, not {steps}")
-    return shift_time(torch.linspace(1, 0, steps + 1), shift)
+    # In float64, so that the first time is 1 for every shift: a guidance interval up to 1 includes it.
+    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
 
 
 def mix(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:

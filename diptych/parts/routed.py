@@ -11,7 +11,8 @@ from torch import Tensor, nn
 class Routed(nn.ModuleList):
     """``n`` copies made by ``make``. A stream holds the tokens of route 0 first, then route 1, and so on.
 
-    ``counts`` says how many tokens each route has; a copy that has none is not run. With one copy every token takes it.
+    ``counts`` says how many tokens each route has. With one copy every token takes it. A copy without tokens is run all
+    the same where gradients are kept, so that every parameter is in every training step, on every process.
     """
 
     def __init__(self, make: Callable[[], nn.Module], n: int = 1) -> None:
@@ -20,10 +21,11 @@ class Routed(nn.ModuleList):
     def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         if len(self) == 1:
             return self[0](x)
-        busy = [i for i, count in enumerate(counts) if count]
+        training = torch.is_grad_enabled()
+        busy = [i for i, count in enumerate(counts) if count or training]
         if len(busy) == 1:
             return self[busy[0]](x)
-        return torch.cat([self[i](part) for i, part in enumerate(x.split(list(counts))) if counts[i]])
+        return torch.cat([self[i](part) for i, part in enumerate(x.split(list(counts))) if i in busy])
 
 
 def spare_parameters(model: nn.Module) -> int:

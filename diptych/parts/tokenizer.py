@@ -21,6 +21,7 @@ class Tokenizer:
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         self.inner = inner
+        self.inner.encode_special_tokens = True  # a marker written in a text is text, so nobody can smuggle one in
 
     def __len__(self) -> int:
         return self.inner.get_vocab_size()

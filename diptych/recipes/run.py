@@ -12,6 +12,7 @@ from diptych import recipes
 from diptych.core.sample import Sample, user
 from diptych.data.catalog import sources
 from diptych.generate.engine import Engine
+from diptych.models import pick_device
 from diptych.models.protocol import Trainable, UnifiedModel
 from diptych.parts.images import contact_sheet
 from diptych.train import loop
@@ -71,12 +72,3 @@ def draw_samples(model: Trainable, step: int, run: Path) -> None:
     contact_sheet([d.image for d in drawn], columns=4).save(run / "samples" / f"step-{step:08d}.png")
     for module, mode in training:
         module.training = mode
-
-
-def pick_device(device: str) -> str:
-    """ "auto" is a GPU when there is one."""
-    import torch
-
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"

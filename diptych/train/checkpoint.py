@@ -78,7 +78,7 @@ def restore_optimizer(
             if key.startswith(kind):
                 name, slot = key[len(kind) :].rsplit(".", 1)
                 p = live[by_name[name]]
-                optimizer.state[p][slot] = value.to(p.device) if value.dim() else value
+                optimizer.state[p][slot] = value.to(p.device)
 
 
 def _quietly(call, *args, **kwargs) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from diptych import models
+from diptych.core.batch import Batch
 from diptych.core.losses import add_counts, check_weights, combine
 from diptych.core.noise import Noise
 from diptych.data.loader import Loader, Row, merge_states
@@ -61,20 +62,27 @@ def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = Non
     if tokenizer is None:
         others = [m for part, m in recipe.init.items() if part == "model"]
         tokenizer = Tokenizer.load(models.resolve(others[0])) if others else Tokenizer.tiny()
-    model = models.create(name, config, tokenizer)
+    with torch.random.fork_rng(devices=[]):  # what ``initialise`` leaves alone belongs to the seed too
+        torch.manual_seed(recipe.seed)
+        model = models.create(name, config, tokenizer)
     model.initialise(recipe.seed)
-    for part, source in recipe.init.items():
-        other = models.load(source)
-        if part == "model":
+    for path, source in recipe.init.items():
+        where, _, other_path = source.partition("#")
+        other = models.load(where)
+        if path == "model":
             models.load_strict(model, other.state_dict(), source)
             continue
-        if part not in model.parts:
-            raise ValueError(f"init names unknown part {part!r}; {name} has: {', '.join(model.parts)} (or 'model')")
-        module, theirs = getattr(model, part, None), getattr(other, part, None)
-        if module is None or theirs is None:
-            raise ValueError(f"part {part!r} is not one module of both {name} and {source!r}, so it cannot be taken over")
-        module.load_state_dict(theirs.state_dict())
+        mine, theirs = _module(model, path, name), _module(other, other_path or path, where)
+        models.load_strict(mine, theirs.state_dict(), f"{source}, taken over as {path!r},")
     return model.to(device)
+
+
+def _module(model: Trainable, path: str, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        known = ", ".join(n for n, _ in model.named_children())
+        raise ValueError(f"init: {name} has no module {path!r}; it has {known}, and what is inside them") from error
 
 
 def train(
@@ -146,6 +154,7 @@ def _run_stage(recipe, stage, state, run, sources, saved, asked, log, hook, rank
         workers=recipe.workers,
         streams=recipe.streams,
         dropout=stage.dropout,
+        conditions=model.conditions,
         rank=rank,
         world=world,
         skip_limit=recipe.skip_limit,
@@ -187,6 +196,8 @@ def _run_stage(recipe, stage, state, run, sources, saved, asked, log, hook, rank
                 if rank == 0:
                     models.save(model, run / "release", release_state(model, state.average))
                 raise Interrupted(path, state.step)
+    if state.average and state.stage < len(recipe.stages) - 1:
+        state.average.hand_on()
 
 
 def _step(
@@ -194,7 +205,7 @@ def _step(
 ) -> dict[str, float]:
     """One optimizer step over ``accumulate`` rows; returns what to log."""
     model, start = state.model, time.perf_counter()
-    micro = [next(rows) for _ in range(stage.limits.accumulate)]
+    micro = _together(lambda: [next(rows) for _ in range(stage.limits.accumulate)])
     waited = time.perf_counter() - start
     batches = [r.batch.to(model.device) for r in micro]
     counts = total(add_counts([model.counts(b) for b in batches]))
@@ -205,16 +216,23 @@ def _step(
         with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             losses = model(batch, noise)
             loss = combine(losses, stage.loss, counts)
-        if not math.isfinite(float(loss.detach())):
+        if any_of(not math.isfinite(float(loss.detach()))):
             raise FloatingPointError(
-                f"step {state.step + 1}: the loss is {float(loss)}; nothing was updated. "
-                f"Samples of the row: {', '.join(batch.samples[:8])}{' ...' if len(batch.samples) > 8 else ''}"
+                f"step {state.step + 1}: the loss is {float(loss.detach())}; nothing was updated. {_named([batch])}"
             )
-        loss.backward()
+        if loss.requires_grad:  # a row may reach nothing that is trained
+            loss.backward()
         for name, term in losses.items():
             sums[name] += float(term.sum.detach())
+    for parameter in trained:  # as if every process had reached it, however many there are
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     add_gradients(trained)
     norm = float(torch.nn.utils.clip_grad_norm_(trained, stage.optimizer.clip))
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"step {state.step + 1}: the gradient's norm is {norm}; nothing was updated. {_named(batches)}"
+        )
     for optimizer in state.optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -224,7 +242,7 @@ def _step(
     terms = {name: sums[name] / max(counts[name], 1.0) for name in sums}
     seconds = time.perf_counter() - start
     tokens = sum(sum(b.lengths) for b in batches)
-    pictures = sum(len(g.images) for b in batches for g in b.pictures)
+    pictures = sum(len(g.tokens) for b in batches for g in b.pictures)
     return {
         "loss": sum(stage.loss[n] * v for n, v in terms.items()),
         **{f"loss/{n}": v for n, v in terms.items()},
@@ -241,6 +259,23 @@ def _step(
     }
 
 
+def _together(work: Callable[[], Any]) -> Any:
+    """The result of ``work``; when it raises in one process, every process raises."""
+    error, result = None, None
+    try:
+        result = work()
+    except (ValueError, OSError, ArithmeticError) as caught:
+        error = caught
+    if any_of(error is not None):
+        raise error or ValueError("another process stopped with an error")
+    return result
+
+
+def _named(batches: list[Batch]) -> str:
+    names = [name for batch in batches for name in batch.samples]
+    return f"Samples of the row: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
+
+
 def _tensors(state: State) -> dict[str, torch.Tensor]:
     out = {f"model.{k}": v for k, v in state.model.state_dict().items()}
     return out | ({f"average.{k}": v for k, v in state.average.state().items()} if state.average else {})
@@ -248,8 +283,6 @@ def _tensors(state: State) -> dict[str, torch.Tensor]:
 
 def _check(recipe: Recipe, model: Trainable) -> None:
     """Everything that can be known to be wrong before the first step."""
-    from diptych.core.batch import Batch
-
     empty = torch.zeros(0, dtype=torch.long)
     none = Batch(empty, empty, empty, empty, empty, empty.bool(), empty.bool(), (empty,) * model.routes, (), (), ())
     for stage in recipe.stages:

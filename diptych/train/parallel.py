@@ -19,8 +19,9 @@ def processes() -> Iterator[tuple[int, int]]:
     if world == 1:
         yield 0, 1
         return
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield rank, world
     finally:
@@ -42,11 +43,11 @@ def any_of(flag: bool) -> bool:
 
 
 def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Gradients summed over all processes; a parameter that one process did not reach counts as zero there."""
+    """Gradients summed over all processes. Every parameter must have one."""
     if not dist.is_initialized():
         return
-    params = [p for p in parameters if p.requires_grad]
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+    params = list(parameters)
+    flat = torch.cat([p.grad.flatten() for p in params])  # type: ignore[union-attr]
     dist.all_reduce(flat)
     for p, g in zip(params, flat.split([p.numel() for p in params]), strict=True):
         p.grad = g.view_as(p)

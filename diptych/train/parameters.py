@@ -43,10 +43,16 @@ def freeze(model: Trainable, train: Mapping[str, float]) -> dict[str, dict[str, 
     trained = {id(p) for part in rates for p in parts[part].values()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
-    for module in model.modules():
-        own = list(module.parameters())
-        module.training = not own or any(p.requires_grad for p in own)
+    _set_modes(model, False)
     return {part: parts[part] for part in rates}
+
+
+def _set_modes(module: nn.Module, parent: bool) -> None:
+    """Training mode where something below is trained; a module without parameters follows its parent."""
+    own = list(module.parameters())
+    module.training = any(p.requires_grad for p in own) if own else parent
+    for child in module.children():
+        _set_modes(child, module.training)
 
 
 class Average:
@@ -65,7 +71,14 @@ class Average:
         torch._foreach_lerp_(list(self.shadow.values()), [self.live[n].float() for n in self.shadow], 1 - decay)
 
     def state(self) -> dict[str, Tensor]:
+        """The averages by parameter name."""
         return self.shadow
+
+    @torch.no_grad()
+    def hand_on(self) -> None:
+        """Makes the averages the weights: what the next stage starts from."""
+        for name, parameter in self.live.items():
+            parameter.copy_(self.shadow[name])
 
 
 def release_state(model: Trainable, average: Average | None) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ class Stage:
     schedule: Schedule = Schedule()
     limits: Limits = Limits()
     dropout: dict[str, float] = field(default_factory=dict)
-    ema: float | None = None  # decay of the weight average that is released
+    ema: float | None = None  # decay of the weight average that the stage hands on, or that is released
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -91,7 +91,8 @@ class Stage:
 class Recipe:
     """Everything that decides a run: the model, where frozen parts come from, the stages, the seed.
 
-    ``init`` maps part name -> model (folder or shipped name) whose part of that name, or whose whole, it starts from.
+    ``init`` maps a module of the model -> what it starts from: ``model`` (a folder or shipped name: its module of the same
+    path) or ``model#path`` (another path). The key ``model`` takes everything over.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")

@@ -205,7 +205,9 @@ def test_what_is_not_named_stays_bit_identical(family):
         moved = {n for n in after if not torch.equal(before[n], after[n])}
         assert moved and moved <= own, f"training {part} moved {sorted(moved - own)}"
         assert len(moved) > len(own) / 2, f"training {part} left {sorted(own - moved)} alone"
-        assert not any(m.training for m in model.modules() if (ps := list(m.parameters())) and not any(p.requires_grad for p in ps))
+        assert not any(
+            m.training for m in model.modules() if (ps := list(m.parameters())) and not any(p.requires_grad for p in ps)
+        )
 
 
 def test_kinds_are_counted_once_each(model):

@@ -1,0 +1,268 @@
+"""The rules of the house: who imports whom, what a start costs, what may stand in a file, documents that run."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from diptych import cli
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "diptych"
+FILES = sorted(PACKAGE.rglob("*.py"))
+SPEAKING = {"cli.py", "demo.py", "__main__.py"}  # modules whose business is to print
+DOCUMENTS = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if p.is_file()]
+LARGEST = 2 * 2**20
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def run(*command, **how) -> subprocess.CompletedProcess:
+    return subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, **how)
+
+
+def tracked() -> list[Path]:
+    """The files that git has or would add."""
+    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard")
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+def test_rooms():
+    lint = Path(sys.executable).with_name("lint-imports")
+    done = run(lint, "--no-cache", "--config", ROOT / ".importlinter")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_ruff():
+    done = run(Path(sys.executable).with_name("ruff"), "check", "--no-cache", "diptych", "tests", "scripts")
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("train", "--help"), ("--version",)], ids=" ".join)
+def test_help_is_fast_and_light(arguments):
+    code = (
+        "import sys, diptych.cli\n"
+        f"try: diptych.cli.main({list(arguments)!r})\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'pydantic', 'rich', 'matplotlib', 'transformers'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+    )
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = run(sys.executable, "-c", code)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+    assert min(seconds) < 0.5
+
+
+def test_importing_the_package_costs_nothing_and_its_names_exist():
+    done = run(sys.executable, "-c", "import sys, diptych; assert 'torch' not in sys.modules; print(*diptych.__all__)")
+    assert done.returncode == 0, done.stderr
+    import diptych
+
+    for public in done.stdout.split():
+        assert getattr(diptych, public) is not None and public in dir(diptych)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        diptych.nothing  # noqa: B018
+
+
+def verbs(parser: argparse.ArgumentParser, at=()) -> dict[tuple, argparse.ArgumentParser]:
+    found = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, inner in action.choices.items():
+                found[(*at, word)] = inner
+                found |= verbs(inner, (*at, word))
+    return found
+
+
+@pytest.mark.parametrize("words", verbs(cli.parser()), ids=" ".join)
+def test_every_verb_shows_an_example_that_parses(words):
+    shown = verbs(cli.parser())[words].format_help()
+    examples = [line.strip() for line in shown.partition("examples:")[2].splitlines() if line.strip()]
+    assert examples, f"diptych {' '.join(words)} --help shows no example"
+    for example in examples:
+        _, _, arguments = example.partition("diptych ")
+        with contextlib.redirect_stderr(io.StringIO()) as told:
+            try:
+                cli.parser().parse_args(shlex.split(arguments))
+            except SystemExit:
+                pytest.fail(f"{example}: {told.getvalue()}")
+
+
+def test_every_option_is_explained_or_plain():
+    known = {
+        "--seed",
+        "--json",
+        "--max-new-tokens",
+        "--temperature",
+        "--steps",
+        "--guidance",
+        "--help",
+        "--dtype",
+        "--out",
+    }
+    for words, parser in verbs(cli.parser()).items():
+        for action in parser._actions:
+            if action.option_strings and not action.help:
+                assert known & set(action.option_strings), f"{' '.join(words)} {action.option_strings}"
+
+
+def _strings(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_package_files_name_no_place_of_this_machine(path):
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        assert not re.search(r"(?<![\w.~])/(work|home|root|tmp|Users|mnt|data\d?)/", line), (
+            f"{name(path)}:{number}: {line}"
+        )
+        assert not re.search(r"cuda:\d", line), f"{name(path)}:{number}: {line}"
+
+
+def test_tracked_files_name_no_place_of_this_machine():
+    for path in tracked():
+        if (
+            path.suffix in (".py", ".md", ".toml", ".yaml", ".yml", ".json", ".txt", "")
+            and path.stat().st_size < LARGEST
+        ):
+            text = path.read_text(errors="replace")
+            assert str(ROOT) not in text or str(ROOT) == "/", name(path)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.name not in SPEAKING], ids=name)
+def test_library_rooms_do_not_print(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            pytest.fail(f"{name(path)}:{node.lineno} prints")
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_no_broad_except_and_no_bare_assertion_of_types(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else "everything"
+            raises_on = any(isinstance(x, ast.Raise) for x in ast.walk(node))
+            broad = caught in ("everything", "Exception", "BaseException")
+            assert not broad or raises_on, f"{name(path)}:{node.lineno} swallows {caught}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_only_the_edges_touch_the_global_random_state_or_the_environment(path):
+    allowed_seed = {"diptych/train/loop.py"}  # inside fork_rng
+    allowed_environment = {"diptych/cli.py", "diptych/train/parallel.py", "diptych/data/stamps.py"}
+    text = path.read_text()
+    if name(path) not in allowed_seed:
+        assert not re.search(r"(torch|random)\.(manual_seed|seed)\(", text.replace("Generator().manual_seed", "")), (
+            name(path)
+        )
+    if name(path) not in allowed_environment:
+        assert "os.environ" not in text and "getenv" not in text, name(path)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.read_text().strip()], ids=name)
+def test_every_module_says_what_it_is(path):
+    assert ast.get_docstring(ast.parse(path.read_text())) or path.name == "__main__.py", name(path)
+
+
+def test_no_family_is_known_outside_models():
+    for path in FILES:
+        room = path.relative_to(PACKAGE).parts[0]
+        if room in ("models", "recipes", "cli.py", "demo.py"):
+            continue
+        assert not re.search(r"family *==|models\.(bagel|cheers|synergen|iomm)\b", path.read_text()), name(path)
+
+
+def test_only_checkpoints_are_large():
+    for path in tracked():
+        if path.stat().st_size > LARGEST:
+            assert "checkpoints" in path.parts, f"{name(path)} has {path.stat().st_size / 2**20:.1f} MiB"
+
+
+def blocks(path: Path) -> list[tuple[int, str]]:
+    """The python blocks of a document that are to run, with their lines."""
+    found, lines = [], path.read_text().splitlines()
+    at = 0
+    while at < len(lines):
+        if lines[at].strip() == "```python":
+            end = next(i for i in range(at + 1, len(lines)) if lines[i].strip() == "```")
+            before = next((line for line in reversed(lines[:at]) if line.strip()), "")
+            if "<!-- not run -->" not in before:
+                found.append((at + 1, "\n" * (at + 1) + "\n".join(lines[at + 1 : end])))
+            at = end
+        at += 1
+    return found
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_documents_run(path, tmp_path, monkeypatch):
+    if not blocks(path):
+        pytest.skip("no python in it")
+    monkeypatch.chdir(tmp_path)
+    space: dict = {"__name__": "document"}
+    for line, code in blocks(path):
+        try:
+            exec(compile(code, str(path), "exec"), space)
+        except Exception as error:
+            error.add_note(f"in the python block at {name(path)}:{line}")
+            raise
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_commands_in_documents_parse(path):
+    for line in path.read_text().splitlines():
+        match = re.match(r"^\s*\$? ?(?:torchrun .* -m )?diptych (.*)$", line)
+        if not match or "<!--" in line or "`" in line or " is " in line:
+            continue
+        words = shlex.split(re.split(r" # | {3,}", match[1])[0], comments=True)
+        if not words or "|" in words or words[0].startswith("-") or words[0] not in {w[0] for w in verbs(cli.parser())}:
+            continue
+        with contextlib.redirect_stderr(io.StringIO()) as told, contextlib.redirect_stdout(io.StringIO()):
+            try:
+                cli.parser().parse_args(words)
+            except SystemExit as stop:
+                assert stop.code == 0, f"{name(path)}: {line.strip()}: {told.getvalue()}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_links_in_documents_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", path.read_text()):
+        if not re.match(r"\w+:", target):
+            assert (path.parent / target).exists(), f"{name(path)} links to {target}"
+
+
+def test_nothing_reaches_the_network():
+    import socket
+
+    with socket.socket() as s, pytest.raises(RuntimeError, match="tests may not use the network"):
+        s.connect(("192.0.2.1", 80))
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_shapes_are_checked_at_run_time():
+    import jaxtyping
+    import torch
+
+    from diptych.parts.images import to_pil
+
+    with pytest.raises((jaxtyping.TypeCheckError, TypeError)):
+        to_pil(torch.zeros(4, 2, 2))
