@@ -8,7 +8,7 @@ from common import best, finish
 import torch
 from diptych.core.sequence import Kind, Segment, Sequence
 from diptych.models.protocol import Context
-from diptych.models.weights import decoder_config, load_decoder
+from diptych.models import weights
 from diptych.parts.attention import Cache, Cached
 from diptych.parts.decoder import Decoder
 from diptych.core.batch import pack
@@ -31,13 +31,14 @@ def ours(decoder: Decoder, prompt: list[int]) -> list[int]:
     return out
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def main() -> None:
     torch.manual_seed(0)
     config = Qwen2Config(vocab_size=4096, hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2)  # fmt: skip  # noqa: E501
     theirs = Qwen2ForCausalLM(config).eval()
-    decoder = Decoder(decoder_config(config.to_dict())).eval()
-    load_decoder(decoder, theirs.state_dict(), "qwen2")
+    decoder = Decoder(weights.decoder_config(config.to_dict())).eval()
+    rules = weights.decoder_rules(config.to_dict())
+    decoder.load_state_dict(weights.load(rules, theirs.state_dict(), decoder.state_dict()))
     prompt = torch.randint(0, 4096, (1, PROMPT))
     settings = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None)
     same = theirs.generate(prompt, **settings)[0, PROMPT:].tolist() == ours(decoder, prompt[0].tolist())

@@ -408,14 +408,15 @@ def _data_show(a: argparse.Namespace) -> None:
     if not size:
         raise ValueError(f"unknown model {a.layout!r}; choose from {', '.join(models.SIZES)}")
     model = models.create(size.family, models.config(a.layout), Tokenizer.tiny(), "meta")
-    show(sources(a.names, catalog=a.catalog, size=a.size), model.lay_out, model.tokenizer.decode, a.n, a.out)
+    show(sources(a.names, catalog=a.catalog, size=a.size), model.lay_out, model.tokenizer.decode, a.n * len(a.names), a.out)
     print(a.out)
 
 
 def _data_prepare(a: argparse.Namespace) -> None:
     from diptych.data import stamps
 
-    print(stamps.prepare(a.out, a.source))
+    counts = stamps.prepare(a.out, a.source)
+    print("\n".join(f"{number:6d}  {what}" for what, number in counts.items()))
 
 
 def _doctor(a: argparse.Namespace) -> None:

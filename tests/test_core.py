@@ -65,15 +65,15 @@ def test_roles_and_losses_by_default():
         ([], "row must be an object, not []"),
         ({}, "row lacks ['messages']"),
         ({"messages": []}, "'messages' must be a list with at least one message"),
-        ({"messages": [{"role": "user", "content": "x"}], "image": 1}, "row has unknown keys ['image']; known: ['id', 'info', 'messages']"),
-        ({"messages": [{"role": "human", "content": "x"}]}, "messages[0].role is 'human'; choose from system, user, assistant"),
-        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content must be a text or a list with at least one part"),
-        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages[0].content[0].type is 'video'; choose from text, image"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, "content[0].text must be a string, not 3"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "", "loss": 1}]}]}, "loss must be true or false, not 1"),
+        ({"messages": [{"role": "user", "content": "x"}], "image": 1}, "row has unknown keys ['image']; known: ['id', 'info', 'messages']"),  # noqa: E501
+        ({"messages": [{"role": "human", "content": "x"}]}, "messages[0].role is 'human'; choose from system, user, assistant"),  # noqa: E501
+        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content must be a text or a list with at least one part"),  # noqa: E501
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages[0].content[0].type is 'video'; choose from text, image"),  # noqa: E501
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, "content[0].text must be a string, not 3"),  # noqa: E501
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "", "loss": 1}]}]}, "loss must be true or false, not 1"),  # noqa: E501
         ({"messages": [{"role": "user", "content": [{"type": "image", "image": ""}]}]}, "image must be a path, not ''"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "a", "role": "x"}]}]}, "role is 'x'; choose from understand"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "a", "size": [0, 1]}]}]}, "size must be [width, height]"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "a", "role": "x"}]}]}, "role is 'x'; choose from understand"),  # noqa: E501
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "a", "size": [0, 1]}]}]}, "size must be [width, height]"),  # noqa: E501
         ({"messages": [{"role": "user", "content": "x"}], "info": 3}, "'info' must be an object, not 3"),
     ],
 )  # fmt: skip
@@ -91,6 +91,15 @@ def test_a_picture_on_disk_has_no_pixels_and_a_decoded_one_no_json():
         sample_to_json(decoded)
 
 
+def test_a_request_ends_with_an_open_turn():
+    asked, said = user("what is it?"), assistant("a star")
+    for last in (assistant(), assistant(Image(None, "target", (8, 8)))):
+        sample = Sample("s", (asked, said, user("draw it"), last))
+        assert sample.is_open and sample.request == user("draw it")
+    for messages in ((asked,), (asked, said), (asked, assistant(Image("a.png", "target")))):
+        assert not Sample("s", messages).is_open and Sample("s", messages).request == asked
+
+
 # ---- segments and rows --------------------------------------------------------------------------------------------
 
 
@@ -99,7 +108,7 @@ def text(n, **changes):
 
 
 def drawn(n=2, kind=Kind.NOISED, **changes):
-    settings = {"full": True, "hidden": True, "shared": True, "advance": 0, "route": 1} | changes
+    settings = {"full": True, "hidden": True, "shared": True, "advance": 0, "route": 1, "drawn": True} | changes
     return Segment(kind, (1, *[NONE] * n, 2), image=torch.zeros(3, 2, n), grid=(1, n), **settings)
 
 
@@ -119,8 +128,6 @@ def test_positions_shared_advanced_and_counted():
     sequence = Sequence("s", (text(2), drawn(), clean, text(2)))
     assert sequence.positions() == [0, 1, *[2] * 4, *[2] * 5, 3, 4]
     assert sequence.positions(10)[0] == 10
-    assert sequence.after(3).segments == (sequence.segments[3],)
-    assert len(sequence.without(lambda s: s.hidden)) == len(sequence) - 4
     assert sequence.pictures == 2
 
 

@@ -192,6 +192,12 @@ def test_no_family_is_known_outside_models():
         assert not re.search(r"family *==|models\.(bagel|cheers|synergen|iomm)\b", path.read_text()), name(path)
 
 
+def test_processes_are_the_business_of_two_modules():
+    """import-linter sees packages only, so it cannot tell torch.distributed from torch."""
+    using = {name(p) for p in FILES if "torch.distributed" in p.read_text()}
+    assert using <= {"diptych/train/parallel.py", "diptych/train/checkpoint.py"}
+
+
 def test_only_checkpoints_are_large():
     for path in tracked():
         if path.stat().st_size > LARGEST:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
+from diptych.train import checkpoint
 from tests import tiny
 from tests.test_training import metrics, train
 from tests.tolerances import LOSS_CURVE, PARAMETERS
@@ -23,7 +25,7 @@ def recipe(accumulate):
     return tiny.recipe(steps=STEPS, limits=limits, checkpoint_every=3, optimizer=tiny.Optimizer("muon", eps=1e-4))
 
 
-def two(command, folder):
+def two(command):
     """Starts the command as ranks 0 and 1 and waits for both."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -42,11 +44,18 @@ def test_two_processes_equal_one_also_after_a_resume(tmp_path):
     one = train(recipe(2), tmp_path / "one")
     (tmp_path / "recipe.json").write_text(recipe(1).to_json())
     run = tmp_path / "two"
-    said = two(
-        [sys.executable, "-m", "diptych", "train", tmp_path / "recipe.json", "--run", run, "--device", "cpu"], tmp_path
-    )
+    command = [sys.executable, "-m", "diptych"]
+    said = two([*command, "train", tmp_path / "recipe.json", "--run", run, "--device", "cpu"])
     assert "done" in said[0] and not said[1]  # only rank 0 speaks
-    rows = metrics(run)
+    same(one, metrics(run))
+    shutil.rmtree(checkpoint.available(run / "checkpoints")[-1])  # as if killed after the checkpoint in the middle
+    two([*command, "resume", run, "--device", "cpu"])
+    same(one, metrics(run))
+    alone, together = (load_file(tmp_path / n / "release" / "model.safetensors") for n in ("one", "two"))
+    assert max(float((alone[n] - together[n]).abs().max()) for n in alone) < PARAMETERS
+
+
+def same(one, rows):
     assert len(rows) == len(one) == STEPS
     for a, b in zip(one, rows, strict=True):
         for key in ("loss", "loss/text", "loss/image"):
@@ -55,5 +64,3 @@ def test_two_processes_equal_one_also_after_a_resume(tmp_path):
                 key,
             )
         assert (a["count/text"], a["count/image"]) == (b["count/text"], b["count/image"])
-    alone, together = (load_file(tmp_path / n / "release" / "model.safetensors") for n in ("one", "two"))
-    assert max(float((alone[n] - together[n]).abs().max()) for n in alone) < PARAMETERS

@@ -41,7 +41,7 @@ def losses(rows) -> list[tuple]:
 
 
 def test_golden_curve(tmp_run, request):
-    """Twenty steps of the smallest BAGEL. To write the file anew: pytest tests/test_training.py -k golden --write-golden"""
+    """Twenty steps of the smallest BAGEL. Written anew by: pytest tests/test_training.py -k golden --write-golden"""
     rows = train(tiny.recipe(steps=20, schedule=Schedule(warmup=3, decay=0.3)), tmp_run)
     lines = [f"{r['step']:3d} {r['loss']:.6f} {r['loss/text']:.6f} {r['loss/image']:.6f}" for r in rows]
     file = HERE / "golden" / "bagel-20-steps.txt"
@@ -115,10 +115,10 @@ def test_bf16_trains_too(tmp_run):
 @pytest.mark.parametrize(
     "changes, told",
     [
-        ({"train": {"flowhead": 1e-3}}, "unknown part 'flowhead'; bagel has: decoder.text, decoder.image, vision, projector, head, autoencoder"),
+        ({"train": {"flowhead": 1e-3}}, "unknown part 'flowhead'; bagel has: decoder.text, decoder.image, vision, projector, head, autoencoder"),  # noqa: E501
         ({"train": {"autoencoder": 1e-3}}, "part 'autoencoder' of bagel is always frozen"),
         ({"loss": {"text": 1.0}}, "loss terms ['image'] have no weight; the recipe weighs ['text']"),
-        ({"loss": {"text": 1.0, "image": 1.0, "vq": 1.0}}, "unknown loss terms ['vq']; the family has ['image', 'text']"),
+        ({"loss": {"text": 1.0, "image": 1.0, "vq": 1.0}}, "unknown loss terms ['vq']; the family has ['image', 'text']"),  # noqa: E501
         ({"data": {"cats": 1.0}}, "unknown data set 'cats'; no catalog was given; embedded: shapes/"),
         ({"data": {"shapes/draw": -1.0}}, "the weight of data set 'shapes/draw' is -1.0"),
         ({"dropout": {"sound": 0.1}}, "unknown condition 'sound' in dropout; choose from text, image"),

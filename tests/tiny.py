@@ -118,7 +118,7 @@ def request(sample: Sample) -> Sample:
 
 
 def recipe(**changes) -> Recipe:
-    """A complete run of a few seconds on the embedded data; ``changes`` are fields of its one stage or of the recipe."""
+    """A complete run of a few seconds; ``changes`` are fields of its one stage or of the recipe."""
     stage = Stage(
         "unified",
         steps=10,

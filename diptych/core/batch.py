@@ -114,16 +114,11 @@ def pack(sequences: Iterable[Sequence], routes: int = 1, pad_to: int | None = No
         ids, targets, document = ids + [0] * pad, targets + [NONE] * pad, document + [NONE] * pad
         positions, segment, route = positions + [0] * pad, segment + [number] * pad, route + [0] * pad
         full, hidden = full + [False] * pad, hidden + [False] * pad
-    column = torch.tensor(route)
+    columns = torch.tensor([ids, targets, positions, document, segment, full, hidden, route])
     return Batch(
-        torch.tensor(ids),
-        torch.tensor(targets),
-        torch.tensor(positions),
-        torch.tensor(document),
-        torch.tensor(segment),
-        torch.tensor(full),
-        torch.tensor(hidden),
-        tuple((column == r).nonzero()[:, 0] for r in range(routes)),
+        *columns[:5].unbind(),
+        *columns[5:7].bool().unbind(),
+        tuple((columns[7] == r).nonzero()[:, 0] for r in range(routes)),
         tuple(
             Pictures(
                 kind,

@@ -14,6 +14,7 @@ that a worker has prefetched.
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -374,4 +375,6 @@ def _same(row: Any) -> Any:
 
 
 def _one_thread(worker: int) -> None:
+    """A worker keeps to one thread and gives way: where it interrupts one of the trainer's threads, all of them wait."""
     torch.set_num_threads(1)
+    os.nice(5)

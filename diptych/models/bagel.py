@@ -322,7 +322,7 @@ class Bagel(UnifiedModel):
         c, weight = self.config.decoder, self.decoder.embed_tokens.weight
         return Context(Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, weight.dtype, weight.device))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def extend(self, contexts: Sequence[Context], sequences: Sequence[Laid]) -> list[Context]:
         """Reads clean pictures at t = 0; a noised picture cannot be read."""
         batch = pack(sequences, self.routes).to(self.device)
@@ -387,7 +387,7 @@ class Bagel(UnifiedModel):
             drawings.append(Drawing(noise.to(self.device), branches, (height, width), s, 0, s.num_inference_steps))
         return drawings
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, drawings: Sequence[Drawing]) -> list[Drawing]:
         """One Euler step each. Branches of guidance are one batch; outside the interval they are not computed."""
         if len({d.canvas for d in drawings}) != 1 or len({len(d.contexts) for d in drawings}) != 1:
@@ -448,7 +448,7 @@ class Bagel(UnifiedModel):
     def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
         return self._decode([d.state for d in drawings], drawings)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _decode(self, states: list[Tensor], drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
         grid = (drawings[0].canvas[0] // self.config.stride, drawings[0].canvas[1] // self.config.stride)
         latents = tokens_to_latents(torch.stack(states), grid, self.config.latent_patch)

@@ -19,13 +19,14 @@ class Routed(nn.ModuleList):
         super().__init__(make() for _ in range(n))
 
     def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        if len(self) == 1:
-            return self[0](x)
+        copies = list(self._modules.values())
+        if len(copies) == 1:
+            return copies[0](x)
         training = torch.is_grad_enabled()
         busy = [i for i, count in enumerate(counts) if count or training]
         if len(busy) == 1:
-            return self[busy[0]](x)
-        return torch.cat([self[i](part) for i, part in enumerate(x.split(list(counts))) if i in busy])
+            return copies[busy[0]](x)
+        return torch.cat([copies[i](part) for i, part in enumerate(x.split(list(counts))) if i in busy])
 
 
 def spare_parameters(model: nn.Module) -> int:

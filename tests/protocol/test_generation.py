@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diptych import models
 from diptych.core.batch import pack
 from diptych.core.noise import Noise
-from diptych.core.sample import Image, Sample, user
+from diptych.core.sample import Image, Sample, assistant, user
 from diptych.core.sequence import Kind
 from diptych.generate.engine import Engine
 from diptych.generate.events import ImageDone, ImagePreview, Stop, TextDelta
@@ -140,13 +140,18 @@ def test_an_answer_ends_at_a_stop_word(engine):
 # ---- pictures ---------------------------------------------------------------------------------------------------
 
 
+def to_draw(prompt="a blue star", size=(32, 32)) -> Sample:
+    """A request for a picture: its open turn says the size."""
+    return Sample("p", (user(prompt), assistant(Image(None, "target", size))))
+
+
 def begin(model, prompt="a blue star", seed=0, **changes):
-    settings = replace(model.settings, **changes)
+    request, settings = to_draw(prompt), replace(model.settings, **changes)
     contexts = []
-    for drop in model.branches(settings, False):
-        laid = model.lay_out(Sample("p", (user(prompt),)), drop)
+    for drop in model.branches(request, settings):
+        laid = model.lay_out(request, drop)
         contexts.append(read(model, laid)[0] if len(laid) else model.open())
-    return model.start([tuple(contexts)], [model.canvas(32, 32)], [settings], [seed])[0]
+    return model.start([tuple(contexts)], [model.canvas(request)], [settings], [seed])[0]
 
 
 def finish(model, *drawings):
@@ -202,10 +207,23 @@ def test_guidance_scale_1_is_no_guidance(model):
 
 def test_every_branch_drops_what_it_says(model):
     settings = replace(model.settings, guidance_scale=2.0, image_guidance_scale=1.5)
-    for edit in (False, True):
-        first, *rest = model.branches(settings, edit)
-        assert first == frozenset() and rest and all(b <= {"text", "image"} for b in rest)
-    assert model.branches(replace(settings, guidance_scale=1.0, image_guidance_scale=1.0), True) == (frozenset(),)
+    edit = replace(tiny.edit(), messages=(tiny.edit().messages[0], assistant(Image(None, "target"))))
+    for request in (to_draw(), edit):
+        first, *rest = model.branches(request, settings)
+        assert first == frozenset() and rest and all(b <= set(model.conditions) for b in rest)
+        whole = len(model.lay_out(request))
+        assert all(len(model.lay_out(request, drop)) < whole for drop in rest)
+    assert model.branches(edit, replace(settings, guidance_scale=1.0, image_guidance_scale=1.0)) == (frozenset(),)
+
+
+def test_a_finished_drawing_takes_no_further_step(model):
+    drawing = begin(model, num_inference_steps=1)
+    [drawing] = model.step([drawing])
+    assert drawing.done
+    with pytest.raises(ValueError, match="takes no further step"):
+        model.step([drawing])
+    with pytest.raises(ValueError, match="one canvas size"):
+        model.step([begin(model), replace(begin(model), canvas=(64, 64))])
 
 
 def test_edits_with_image_guidance(engine):
@@ -258,10 +276,12 @@ def test_save_load_same_picture_bit_for_bit(engine, tmp_path):
 
 def test_only_sizes_that_can_be_drawn(model):
     stride = model.config.stride
-    assert model.canvas(stride * 2, stride) == (stride, stride * 2)
+    assert model.canvas(to_draw(size=(stride * 2, stride))) == (stride, stride * 2)
     with pytest.raises(ValueError, match=f"multiples of {stride}"):
-        model.canvas(stride + 1, stride)
-    height, width = model.canvas(1000, 500, fit=True)
+        model.canvas(to_draw(size=(stride + 1, stride)))
+    assert model.canvas(to_draw(size=None)) == model.config.size[::-1]
+    source = Image(tiny.picture(0, 1000, 504), "condition")
+    height, width = model.canvas(Sample("e", (user(source, "x"), assistant(Image(None, "target")))))
     assert height % stride == 0 and width % stride == 0 and width > height
 
 
