@@ -27,7 +27,7 @@ def best(work: Callable[[], Any], repeat: int = 5, warm: int = 1) -> float:
 
 def finish(name: str, rows: list[dict[str, Any]], **summary: Any) -> None:
     """Prints the rows as a table and everything as one line of JSON."""
-    table = Table(title=name, *[str(k) for k in rows[0]])
+    table = Table(*map(str, rows[0]), title=name)
     for row in rows:
         table.add_row(*[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()])
     Console(width=140).print(table)

@@ -1,18 +1,18 @@
 """Greedy decoding against ``transformers.generate`` on the same Qwen2 weights (width 256, 6 layers, batch 1, float32).
 
-    python benchmarks/decode.py
+python benchmarks/decode.py
 """
 
-from common import best, finish
-
 import torch
+from common import best, finish
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from diptych.core.batch import pack
 from diptych.core.sequence import Kind, Segment, Sequence
-from diptych.models.protocol import Context
 from diptych.models import weights
+from diptych.models.protocol import Context
 from diptych.parts.attention import Cache, Cached
 from diptych.parts.decoder import Decoder
-from diptych.core.batch import pack
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 PROMPT, NEW = 16, 96
 
@@ -20,7 +20,11 @@ PROMPT, NEW = 16, 96
 def ours(decoder: Decoder, prompt: list[int]) -> list[int]:
     """Greedy ids, through the same cache and attention that families use."""
     c = decoder.config
-    context, out, ids = Context(Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, torch.float32, "cpu")), [], prompt
+    context, out, ids = (
+        Context(Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, torch.float32, "cpu")),
+        [],
+        prompt,
+    )
     for _ in range(NEW):
         batch = pack([Sequence("", (Segment(Kind.TEXT, tuple(ids)),))])
         cache = context.cache.room(context.length, len(ids))

@@ -1,6 +1,6 @@
 """Seconds for a 64 x 64 picture with 20 guided steps: alone, and eight at once.
 
-    python benchmarks/draw.py [MODEL]
+python benchmarks/draw.py [MODEL]
 """
 
 import sys

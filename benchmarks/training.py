@@ -1,7 +1,7 @@
-"""Training against the matrix-product peak of the same run: whole steps of the real loop, with optimizer, data, logging.
+"""Whole training steps (optimizer, data, logging) against the matrix-product peak measured in the same run.
 
-Model FLOPs are 6 x activated parameters x tokens (decoder and vision by the tokens that they see) plus attention and the
-frozen autoencoder's forward; Muon's own products are counted as overhead, not as work.
+Model FLOPs are 6 x activated parameters x tokens (decoder and vision by the tokens that they see) plus attention and
+the frozen autoencoder's forward; Muon's own products are counted as overhead, not as work.
 
     python benchmarks/training.py [--steps 8]
 """
@@ -12,6 +12,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from common import finish
 
 from diptych import models, recipes
@@ -19,7 +20,6 @@ from diptych.doctor import matmul_rate
 from diptych.models.bagel import Config
 from diptych.recipes.run import stage_sources
 from diptych.train import loop
-import torch
 from diptych.train.recipe import Optimizer
 
 

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         return BAD
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
-            hint = "lower limits.tokens (--set stages.0.limits.tokens=1024), the picture size, or the batch; or use fewer workers"
+            hint = "lower limits.tokens (--set stages.0.limits.tokens=1024) or the picture size, or use fewer workers"
             print(f"out of memory: {error}\ntry: {hint}", file=sys.stderr)
             return MEMORY
         raise
@@ -99,7 +99,9 @@ def parser() -> argparse.ArgumentParser:
     _draw(p)
     p.add_argument("--image-guidance", dest="image_guidance_scale", type=float, help="guidance on the source picture")
 
-    p = verb("ask", _ask, "ask a question about a picture", "diptych ask bagel/tiny scene.png 'how many stars are there?'")
+    p = verb(
+        "ask", _ask, "ask a question about a picture", "diptych ask bagel/tiny scene.png 'how many stars are there?'"
+    )
     _model(p)
     p.add_argument("image", type=Path)
     p.add_argument("question")
@@ -115,7 +117,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("benchmarks", nargs="+", metavar="BENCHMARK", help="mini, or one of its parts")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--limit", type=int, help="items per category")
-    p.add_argument("--out", dest="folder", type=Path, help="folder of items, scores and pictures; continues one that is there")
+    p.add_argument(
+        "--out", dest="folder", type=Path, help="folder of items, scores and pictures; continues one that is there"
+    )
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
 
     p = verb("models", _models, "list models with their parameter counts", "diptych models --json")
@@ -125,7 +129,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("recipe", nargs="?")
     p.add_argument("--json", action="store_true")
 
-    data = verb("data", lambda a: data.print_help(), "check, show and prepare data sets", "diptych data check my_data.yaml")
+    data = verb(
+        "data", lambda a: data.print_help(), "check, show and prepare data sets", "diptych data check my_data.yaml"
+    )
     kinds = data.add_subparsers(metavar="VERB")
     p = verb("check", _data_check, "validate every row of a catalog", "diptych data check my_data.yaml", into=kinds)
     p.add_argument("catalog", type=Path)
@@ -182,7 +188,9 @@ def _draw(p: argparse.ArgumentParser) -> None:
     p.add_argument("--steps", dest="num_inference_steps", type=int)
     p.add_argument("--guidance", dest="guidance_scale", type=float)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", type=Path, default=Path("picture.png"), help="file; several pictures get -0, -1 ... appended")
+    p.add_argument(
+        "--out", type=Path, default=Path("picture.png"), help="file; several pictures get -0, -1 ... appended"
+    )
     p.add_argument("--json", action="store_true", help="print files and effective parameters as JSON")
 
 
@@ -203,7 +211,7 @@ def _table(title: str, head: list[str], rows: list[list[Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, *head)
+    table = Table(*head, title=title)
     for row in rows:
         table.add_row(*map(str, row))
     Console().print(table)
@@ -293,7 +301,7 @@ def _chat(a: argparse.Namespace) -> None:
     from diptych.generate.events import TextDelta
 
     engine, messages, shown, drawn = _load(a), [], [], 0
-    print(f"{engine.name}: type a message; /image PATH shows a picture, /draw PROMPT draws one, /new starts over, /quit ends")
+    print(f"{engine.name}: type a message; /image PATH shows a picture, /draw PROMPT draws one, /new, /quit")
     while True:
         try:
             line = input("> ").strip()
@@ -369,10 +377,11 @@ def _models(a: argparse.Namespace) -> None:
     if a.json:
         print(json.dumps(rows))
         return
+    counted = ("parameters", "activated_parameters")
     show = [
-        [r["name"], r["family"], f"{r['parameters']:,}", f"{r['activated_parameters']:,}", "yes" if r["shipped"] else "", r["source"]]
+        [r["name"], r["family"], *(f"{r[k]:,}" for k in counted), "yes" if r["shipped"] else "", r["source"]]
         for r in rows
-    ]  # fmt: skip
+    ]
     _table("models", ["name", "family", "parameters", "activated", "ships", "source"], show)
 
 
@@ -408,7 +417,13 @@ def _data_show(a: argparse.Namespace) -> None:
     if not size:
         raise ValueError(f"unknown model {a.layout!r}; choose from {', '.join(models.SIZES)}")
     model = models.create(size.family, models.config(a.layout), Tokenizer.tiny(), "meta")
-    show(sources(a.names, catalog=a.catalog, size=a.size), model.lay_out, model.tokenizer.decode, a.n * len(a.names), a.out)
+    show(
+        sources(a.names, catalog=a.catalog, size=a.size),
+        model.lay_out,
+        model.tokenizer.decode,
+        a.n * len(a.names),
+        a.out,
+    )
     print(a.out)
 
 

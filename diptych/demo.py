@@ -54,17 +54,18 @@ def demo(minutes: float, steps: int | None, out: Path, run: Path | None, limit: 
     console.rule("scores")
     for name, engine in (("untrained", untrained), ("trained", trained), ("shipped", shipped)):
         results[name] = evaluate(engine, ["mini"], seed=seed, limit=limit, folder=run / "evaluate" / name)
-    for name, score in results["shipped"].scores.items():
+    for name in results["shipped"].scores:
         cells = "   ".join(f"{m} {r.scores[name].value:.2f}" for m, r in results.items() if name in r.scores)
         console.print(f"{name:<40} {cells}", highlight=False)
+    millions = sum(p.numel() for p in trained.model.parameters()) / 1e6
     commands = "\n".join(next_commands(run / "train"))
     page = write_report(
         out,
         [*shown, *sections(results, run / "train" / "metrics.jsonl"), Text("Try next", code=commands)],
         title="diptych demo",
-        summary=f"A unified model of {sum(p.numel() for p in trained.model.parameters()) / 1e6:.1f} million parameters, "
-        f"trained from scratch for {steps} steps ({spent / 60:.1f} minutes on this machine), beside the untrained one and "
-        "the one that ships. Scores are strict: exactly what was asked for, nothing else.",
+        summary=f"A unified model of {millions:.1f} million parameters, trained from scratch for {steps} steps "
+        f"({spent / 60:.1f} minutes on this machine), beside the untrained one and the one that ships. "
+        "Scores are strict: exactly what was asked for, nothing else.",
     )
     console.rule()
     console.print(f"report: {page.resolve()}\n\ntry next:\n{commands}", highlight=False)
@@ -97,7 +98,9 @@ def show_off(engine: Engine, run: Path, console: Console, seed: int) -> list[Gal
         request = Sample(sample.id, (user(Image(before, "condition"), instruction),))
         after = engine.draw([request], [seed])[0].image
         edits.append(Shown((before, after), instruction))
-    grid([i for e in edits for i in e.images], [t for e in edits for t in ("before", e.caption)], 4).save(run / "edited.png")
+    grid([i for e in edits for i in e.images], [t for e in edits for t in ("before", e.caption)], 4).save(
+        run / "edited.png"
+    )
     console.print(f"edited {len(edits)} pictures: {run / 'edited.png'}   ({time.perf_counter() - start:.1f} s in all)")
     return [
         Gallery("Drawn by the shipped model", tuple(Shown((d.image,), d.prompt) for d in drawn)),
@@ -124,5 +127,3 @@ def next_commands(run: Path) -> list[str]:
         f"diptych chat {run}",
         f"diptych train {run / 'recipe.json'} --steps 3000 --run runs/longer",
     ]
-
-

@@ -42,7 +42,7 @@ def report() -> dict[str, str]:
         "bf16 matrix product": f"{bf16:.0f} GFLOP/s" + ("" if bf16 > fp32 else " (no bf16 units: train in fp32)"),
         "cuda": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
         "mps": "yes" if torch.backends.mps.is_available() else "no",
-        "attention": "SDPA" + (" and FlexAttention (training)" if torch.cuda.is_available() else "; FlexAttention trains on GPUs only"),
+        "attention": f"SDPA; FlexAttention {'for training' if torch.cuda.is_available() else 'trains on GPUs only'}",
         "disk free": f"{shutil.disk_usage('.').free / 2**30:.0f} GiB",
     }  # fmt: skip
     for extra, packages in EXTRAS.items():

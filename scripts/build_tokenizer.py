@@ -1,6 +1,6 @@
 """Builds diptych/parts/tokenizer_tiny.json: a byte-level BPE of 1,024 tokens over the words of the embedded data.
 
-    python scripts/build_tokenizer.py
+python scripts/build_tokenizer.py
 """
 
 from collections.abc import Iterator

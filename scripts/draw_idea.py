@@ -1,6 +1,6 @@
 """Draws docs/idea.png, the README's picture: one model answers about a picture, draws from words, and edits.
 
-    python scripts/draw_idea.py [MODEL]
+python scripts/draw_idea.py [MODEL]
 """
 
 import sys
@@ -42,12 +42,11 @@ def main() -> None:
     text(axes, 60, 29, "one network", INK, size=14, weight="bold", ha="center")
     text(axes, 60, 23.5, "one packed sequence\none softmax over all tokens", INK, size=9.5, ha="center")
     text(axes, 60, 17, "language head   ·   velocity head", INK, size=9.5, ha="center")
-    for y, prompt, pictures in ((36, "“two blue stars”", [drawn]), (21, "“a red circle left of a green square”", [pair]),
-                                (6, "then: “make the circle blue”", [edited])):  # fmt: skip
+    asked = {"two blue stars": drawn, "a red circle left of a green square": pair, "then: make the circle blue": edited}
+    for y, (prompt, picture) in zip((36, 21, 6), asked.items()):
         arrow(axes, (72, 23 + (y - 21) / 3), (82, y), DRAW)
-        for i, picture in enumerate(pictures):
-            show(axes, picture, 89 + 13 * i, y)
-        text(axes, 96, y, prompt, DRAW)
+        show(axes, picture, 89, y)
+        text(axes, 96, y, f"“{prompt}”", DRAW)
     text(axes, 13, 44.5, "it reads", READ, size=14, weight="bold", ha="center")
     text(axes, 100, 44.5, "and it draws", DRAW, size=14, weight="bold", ha="center")
     figure.savefig("docs/idea.png", bbox_inches="tight", facecolor=PAPER)
@@ -55,12 +54,16 @@ def main() -> None:
 
 
 def show(axes, picture, x: float, y: float, side: float = 12) -> None:
-    axes.imshow(picture, extent=(x - side / 2, x + side / 2, y - side / 2, y + side / 2), interpolation="lanczos", zorder=2)
+    axes.imshow(
+        picture, extent=(x - side / 2, x + side / 2, y - side / 2, y + side / 2), interpolation="lanczos", zorder=2
+    )
     axes.add_patch(plt.Rectangle((x - side / 2, y - side / 2), side, side, fill=False, ec="#c9c9c9", lw=1, zorder=3))
     axes.set(xlim=(0, 120), ylim=(0, 46), aspect="equal")
 
 
-def text(axes, x: float, y: float, words: str, colour: str, size: float = 10.5, weight: str = "normal", ha: str = "left") -> None:
+def text(
+    axes, x: float, y: float, words: str, colour: str, size: float = 10.5, weight: str = "normal", ha: str = "left"
+) -> None:
     axes.text(x, y, words, color=colour, fontsize=size, fontweight=weight, ha=ha, va="center", wrap=False)
 
 

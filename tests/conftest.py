@@ -21,16 +21,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-golden", action="store_true", help="write tests/golden/*.txt anew instead of comparing")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    for line in (
-        "error",
-        # torch.utils.tensorboard, where it is installed, uses what newer packages call deprecated
-        "ignore:.*:DeprecationWarning:(tensorboard|torch.utils.tensorboard|google).*",
-        "ignore:Do not use the .random. module inside strategies",  # beartype does, to choose what item it checks
-    ):
-        config.addinivalue_line("filterwarnings", line)
-
-
 _connect = socket.socket.connect
 
 

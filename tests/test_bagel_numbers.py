@@ -18,11 +18,10 @@ from diptych.core.sample import Image, Sample, assistant, user
 from diptych.core.sequence import Kind, Segment, Sequence
 from diptych.core.tensors import NONE
 from diptych.models.bagel import Bagel, Config
-from diptych.parts.flow import FlowSettings
 from diptych.models.weights import BAGEL, export, load
 from diptych.parts.autoencoder import AutoencoderConfig
 from diptych.parts.decoder import DecoderConfig
-from diptych.parts.flow import TimeDraw, schedule
+from diptych.parts.flow import FlowSettings, TimeDraw, schedule
 from diptych.parts.images import SizeRule, to_tensor
 from diptych.parts.positions import grid_places, grid_table
 from diptych.parts.tokenizer import Tokenizer

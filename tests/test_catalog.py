@@ -443,7 +443,7 @@ def test_documented_catalog_and_code_run(tmp_path, monkeypatch):
     write_parquet(tmp_path / "pairs.parquet", [{"image": encoded(), "caption": "a cat"}])
     write_tar(tmp_path / "shards" / "0.tar", {"1.txt": b"a cat", "1.jpg": encoded(kind="JPEG")})
     assert {e.name for e in read_catalog("catalog.yaml").values()} == named
-    space: dict = {"lay_out": lay_out, "decode": None}
+    space: dict = {}
     for block in blocks("python"):
         exec(compile(block, str(DOCS), "exec"), space)  # the page's own words
     assert set(space["data"]) == named and (tmp_path / "sheet.png").is_file()

@@ -212,7 +212,7 @@ def blocks(path: Path) -> list[tuple[int, str]]:
         if lines[at].strip() == "```python":
             end = next(i for i in range(at + 1, len(lines)) if lines[i].strip() == "```")
             before = next((line for line in reversed(lines[:at]) if line.strip()), "")
-            if "<!-- not run -->" not in before:
+            if "<!-- not run" not in before:
                 found.append((at + 1, "\n" * (at + 1) + "\n".join(lines[at + 1 : end])))
             at = end
         at += 1

@@ -114,10 +114,15 @@ def pack(sequences: Iterable[Sequence], routes: int = 1, pad_to: int | None = No
         ids, targets, document = ids + [0] * pad, targets + [NONE] * pad, document + [NONE] * pad
         positions, segment, route = positions + [0] * pad, segment + [number] * pad, route + [0] * pad
         full, hidden = full + [False] * pad, hidden + [False] * pad
-    columns = torch.tensor([ids, targets, positions, document, segment, full, hidden, route])
+    columns = torch.tensor([ids, targets, positions, document, segment, full, hidden, route]).unbind()
     return Batch(
-        *columns[:5].unbind(),
-        *columns[5:7].bool().unbind(),
+        columns[0],
+        columns[1],
+        columns[2],
+        columns[3],
+        columns[4],
+        columns[5].bool(),
+        columns[6].bool(),
         tuple((columns[7] == r).nonzero()[:, 0] for r in range(routes)),
         tuple(
             Pictures(

@@ -12,7 +12,7 @@ class Term(NamedTuple):
     """One loss term: the sum over its elements, and how many elements there are."""
 
     sum: Tensor
-    count: float
+    count: float  # type: ignore[assignment]  # tuples have a method of this name
 
 
 Losses = dict[str, Term]

@@ -29,11 +29,7 @@ class Columns(Protocol):
 def rule(c: Columns, q: Tensor, k: Tensor) -> Tensor:
     """Whether query places ``q`` may attend to key places ``k`` (integer tensors that broadcast together)."""
     same_segment = c.segment[q] == c.segment[k]
-    return (
-        (c.document[q] == c.document[k])
-        & ((k <= q) | (same_segment & c.full[q]))
-        & (same_segment | ~c.hidden[k])
-    )
+    return (c.document[q] == c.document[k]) & ((k <= q) | (same_segment & c.full[q])) & (same_segment | ~c.hidden[k])
 
 
 def dense(c: Columns) -> Bool[Tensor, "T T"]:

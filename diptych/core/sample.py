@@ -52,7 +52,9 @@ class Image:
     def pixels(self) -> PIL.Image.Image:
         """The decoded RGB picture. Raises ``ValueError`` while it is still a path."""
         if not isinstance(self.image, PIL.Image.Image):
-            raise ValueError(f"picture {self.image!r} has not been decoded; open it with diptych.data.images.open_image")
+            raise ValueError(
+                f"picture {self.image!r} has not been decoded; open it with diptych.data.images.open_image"
+            )
         return self.image
 
 
@@ -98,7 +100,8 @@ class Sample:
         return replace(
             self,
             messages=tuple(
-                replace(m, parts=tuple(change(p) if isinstance(p, Image) else p for p in m.parts)) for m in self.messages
+                replace(m, parts=tuple(change(p) if isinstance(p, Image) else p for p in m.parts))
+                for m in self.messages
             ),
         )
 

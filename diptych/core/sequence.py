@@ -28,7 +28,7 @@ class Segment:
     ``ids``       token id of each position, or ``NONE`` where the input comes from the picture (so the markers around
                   a picture are part of its segment when they share its attention)
     ``targets``   the id that each position must predict, or ``NONE``; empty when nothing is to be predicted
-    ``image``     the picture: (3, H, W) pixels uint8 or float in [-1, 1]; latents (c, h, w); codes (h, w) or (tiles, h, w)
+    ``image``     the picture: (3, H, W) pixels, uint8 or float in [-1, 1]; latents (c, h, w); codes ([tiles,] h, w)
     ``grid``      (rows, columns) of the picture's tokens
     ``full``      every token of the segment sees all of it (else causal)
     ``hidden``    later segments may not look here (a noised picture)
@@ -114,9 +114,8 @@ class Sequence:
             loss = f"loss on {s.supervised}" if s.supervised else ""
             if s.drawn:
                 loss = f"loss on {s.open}"
-            lines.append(
-                f"  {at:5d}  {s.kind:<7} {len(s):5d} tokens  {places:<12} {sees:<15} route {s.route}  {what}  {loss}".rstrip()
-            )
+            line = f"  {at:5d}  {s.kind:<7} {len(s):5d} tokens  {places:<12} {sees:<15} route {s.route}  {what}  {loss}"
+            lines.append(line.rstrip())
             at += len(s)
             position += s.moves
         return "\n".join(lines)

@@ -236,7 +236,7 @@ class Loader:
         ``routes``      how many experts the family has
         ``workers``     processes that lay out (forked, so ``lay_out`` may be a network's method); 0 works in this one
         ``streams``     independent streams of rows, a multiple of world x workers; decides the rows, so fixed for a run
-        ``dropout``     condition -> how often ``lay_out`` is told to leave it out, for samples with a target picture only
+        ``dropout``     condition -> how often ``lay_out`` is told to leave it out, where a target picture is
         ``conditions``  what the family can leave out
         ``skip_limit``  how many different bad samples this process may skip before it stops
         ``ahead``       how many samples of a stream wait for a row that they fit in
@@ -375,6 +375,6 @@ def _same(row: Any) -> Any:
 
 
 def _one_thread(worker: int) -> None:
-    """A worker keeps to one thread and gives way: where it interrupts one of the trainer's threads, all of them wait."""
+    """A worker keeps to one thread and gives way: one of the trainer's threads interrupted makes all of them wait."""
     torch.set_num_threads(1)
     os.nice(5)

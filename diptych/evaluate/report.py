@@ -317,7 +317,7 @@ def _table(table: Table) -> str:
     for row in table.rows:
         first = str(row[0]).endswith("/overall") and any(isinstance(cell, Score) for cell in row)
         cells = "".join(_cell(cell) for cell in row)
-        rows += f'<tr{" class=head" if first else ""}>{cells}</tr>\n'
+        rows += f"<tr{' class=head' if first else ''}>{cells}</tr>\n"
     return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table></div>'
 
 

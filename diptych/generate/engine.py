@@ -1,7 +1,7 @@
 """The engine: messages in, events out. It knows the protocol and no family.
 
-Requests are samples, as in training: ``lay_out`` makes their sequences, ``extend`` reads them, and then either words are
-said one by one or pictures are drawn step by step. Lists go through together.
+Requests are samples, as in training: ``lay_out`` makes their sequences, ``extend`` reads them, and then either words
+are said one by one or pictures are drawn step by step. Lists go through together.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def load(name_or_path: str | Path, device: str = "auto") -> Engine:
     """
     model = models.load(name_or_path, models.pick_device(device))
     if not isinstance(model, UnifiedModel):
-        raise ValueError(f"{name_or_path} is of family {model.family!r}, which can be trained on but neither reads nor draws")
+        raise ValueError(
+            f"{name_or_path} is of family {model.family!r}, which can be trained on but neither reads nor draws"
+        )
     return Engine(model, str(name_or_path))
 
 
@@ -53,7 +55,9 @@ class Engine:
         """The answer to a conversation whose last message is the user's."""
         return self.answers([_conversation(messages)], max_new_tokens, temperature, seed, top_p=top_p)[0]
 
-    def ask(self, image: Pixels, question: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> Answer:
+    def ask(
+        self, image: Pixels, question: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
+    ) -> Answer:
         """The answer to a question about a picture."""
         return self.chat([user(Image(_open(image)), question)], max_new_tokens, temperature, seed=seed)
 
@@ -100,7 +104,8 @@ class Engine:
     ) -> Iterator[Event]:
         """The answer as it comes: ``TextDelta`` ... ``Stop``."""
         [context] = self._read([_conversation(messages)])
-        read, generator, ids, said, reason = context.length, torch.Generator().manual_seed(seed), [], "", "length"
+        read, generator, said, reason = context.length, torch.Generator().manual_seed(seed), "", "length"
+        ids: list[int] = []
         while len(ids) < max_new_tokens:
             word = next_word(context.logits, temperature, top_p, generator)
             if word in self.model.stop_ids:
@@ -258,4 +263,3 @@ def _open(image: Pixels | None) -> PIL.Image.Image:
 
 def _words(sample: Sample) -> str:
     return " ".join(p.text for p in (sample.request or sample.messages[-1]).parts if isinstance(p, Text))
-

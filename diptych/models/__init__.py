@@ -71,7 +71,7 @@ def config_from_json(row: Mapping[str, Any]) -> tuple[str, Any]:
     name = row.pop("family", None)
     cls = config_class(str(name))
     for part in _dataclasses(cls):
-        part.__pydantic_config__ = ConfigDict(extra="forbid")
+        setattr(part, "__pydantic_config__", ConfigDict(extra="forbid"))  # noqa: B010
     try:
         return str(name), TypeAdapter(cls).validate_python(row)
     except ValidationError as error:
@@ -127,7 +127,7 @@ def save(model: Trainable, folder: str | Path, state: Mapping[str, Any] | None =
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Calls ``write`` on a temporary folder, then renames it to ``folder``: a kill leaves the old one or the new one."""
+    """Calls ``write`` on a temporary folder, then renames it ``folder``: a kill leaves the old one or the new one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover(folder)
     tmp, old = folder.with_name(f".{folder.name}.{os.getpid()}.tmp"), folder.with_name(f".{folder.name}.old")
@@ -179,7 +179,11 @@ def pick_device(device: str) -> str:
     """The device to use: ``auto`` is a GPU when there is one. Raises ``ValueError`` for one that is not there."""
     import torch
 
-    there = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.backends.mps.is_available() else [])]
+    there = [
+        "cpu",
+        *(["cuda"] if torch.cuda.is_available() else []),
+        *(["mps"] if torch.backends.mps.is_available() else []),
+    ]
     if device == "auto":
         return "cuda" if "cuda" in there else "cpu"
     kind = device.partition(":")[0]
@@ -209,7 +213,7 @@ def load(name_or_path: str | Path, device: str = "cpu") -> Trainable:
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Any], where: str) -> None:
-    """Copies ``state`` into a model or module. Raises ``ValueError`` with every missing, unknown and misshapen tensor."""
+    """Copies ``state`` into a module. Raises ``ValueError`` with every missing, unknown and misshapen tensor."""
     own = model.state_dict()
     wrong = [f"missing {n}" for n in sorted(own.keys() - state.keys())]
     wrong += [f"unknown {n}" for n in sorted(state.keys() - own.keys())]

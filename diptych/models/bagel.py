@@ -81,11 +81,9 @@ class Config:
 
     @staticmethod
     def b7_mot() -> Config:
-        """BAGEL-7B-MoT: Qwen2.5-7B with q/k norm, twice; SigLIP so400m at 980 without its last layer; FLUX's autoencoder."""
+        """BAGEL-7B-MoT: Qwen2.5-7B with q/k norm, twice; SigLIP so400m at 980 less a layer; FLUX's autoencoder."""
         return Config(
-            DecoderConfig(
-                152064, 3584, 18944, 28, 28, 4, qk_norm=True, routes=2, routed=("attention", "norms", "mlp")
-            ),
+            DecoderConfig(152064, 3584, 18944, 28, 28, 4, qk_norm=True, routes=2, routed=("attention", "norms", "mlp")),
             VisionConfig(1152, 4304, 26, 16, patch_size=14, image_size=980),
             AutoencoderConfig(),
         )
@@ -94,14 +92,12 @@ class Config:
     def tiny(vocab_size: int = 1024) -> Config:
         """The same code at a size that two CPU cores train in minutes: 64 x 64 pixels, 16 tokens a picture."""
         return Config(
-            DecoderConfig(
-                vocab_size, 192, 384, 6, 6, 2, qk_norm=True, routes=2, routed=("attention", "norms", "mlp")
-            ),
+            DecoderConfig(vocab_size, 192, 384, 6, 6, 2, qk_norm=True, routes=2, routed=("attention", "norms", "mlp")),
             VisionConfig(128, 384, 4, 4, patch_size=16, image_size=128),
             tiny_autoencoder(),
             latent_side=8,
             prediction="data",
-            times=TimeDraw(mean=0.3),
+            times=TimeDraw(mean=1.2),
             see=SizeRule(longest=128, shortest=16, stride=16),
             draw=SizeRule(longest=128, shortest=16, stride=16),
             size=(64, 64),
@@ -216,7 +212,9 @@ class Bagel(UnifiedModel):
                         segments.append(self._text(part))
                 elif part.image is None:
                     if not (sample.is_open and part is sample.messages[-1].parts[-1]):
-                        raise ValueError(f"sample {sample.id!r} has a picture without pixels that is not the one to draw")
+                        raise ValueError(
+                            f"sample {sample.id!r} has a picture without pixels that is not the one to draw"
+                        )
                 else:
                     final = message is sample.messages[-1] and part is message.parts[-1]
                     if part.role == "target" and not sample.is_open:
@@ -407,19 +405,26 @@ class Bagel(UnifiedModel):
             s, own = d.settings, v[0, i : i + 1]
             if guided[i] and branches > 1:
                 no_image = v[2, i : i + 1] if branches > 2 else None
-                own = guide(own, v[1, i : i + 1], no_image, s.guidance_scale, s.image_guidance_scale, s.renorm, s.renorm_min)
+                own = guide(
+                    own, v[1, i : i + 1], no_image, s.guidance_scale, s.image_guidance_scale, s.renorm, s.renorm_min
+                )
             out.append(advance(d, d.state - own[0] * float(t[0] - t[1]), slot=(table, own[0])))
         return out
 
     def _fixed(self, drawings: Sequence[Drawing]) -> Fixed:
-        """The contexts' keys and values laid side by side, branch-major; kept while the same drawings go on together."""
+        """The contexts' keys and values side by side, branch-major; kept while the same drawings go on together."""
         contexts = [d.contexts[b] for b in range(len(drawings[0].contexts)) for d in drawings]
         if drawings[0].slot and drawings[0].slot[0].holds(contexts):
             return drawings[0].slot[0]
         return Fixed(contexts, len(drawings[0].state) + 2)
 
     def _velocity(
-        self, x_t: Float[Tensor, "B n f"], t: Float[Tensor, " B"], drawings: Sequence[Drawing], table: Fixed, branches: int
+        self,
+        x_t: Float[Tensor, "B n f"],
+        t: Float[Tensor, " B"],
+        drawings: Sequence[Drawing],
+        table: Fixed,
+        branches: int,
     ) -> Float[Tensor, "R B n f"]:
         """The velocity of every branch; the picture's tokens are embedded once and shared by all branches."""
         B, n, _ = x_t.shape
@@ -459,4 +464,3 @@ def _draw(noise: Noise, group: Pictures, name: str, shape: tuple[int, ...]) -> T
     return torch.stack(
         [noise.normal(o, f"{name}{i}", shape) for o, i in zip(group.owners, group.ordinals, strict=True)]
     )
-

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -34,7 +34,9 @@ class Context:
     cache: Any  # the family's: a parts.attention.Cache for most
     length: int = 0  # tokens read
     position: int = 0  # next position id
-    logits: Tensor | None = None  # (V,) scores of the next word
+    logits: Tensor = field(
+        default_factory=lambda: torch.empty(0)
+    )  # (V,) scores of the next word; none before the first
     slot: Any = None  # family-private
 
 
@@ -60,7 +62,9 @@ class Trainable(nn.Module, ABC):
     """A network that lays out its own samples and owns its loss."""
 
     family: ClassVar[str]
-    parts: ClassVar[Mapping[str, tuple[str, ...]]]  # part name -> globs over parameter names; each parameter in one part
+    parts: ClassVar[
+        Mapping[str, tuple[str, ...]]
+    ]  # part name -> globs over parameter names; each parameter in one part
     routes: ClassVar[int] = 1  # how many experts ``core.batch.pack`` prepares index lists for
     frozen: ClassVar[frozenset[str]] = frozenset()  # parts that no recipe may train
     conditions: ClassVar[tuple[str, ...]] = ()  # what ``lay_out`` can drop, such as "text" and "image"
@@ -126,7 +130,7 @@ class UnifiedModel(Trainable):
 
     @abstractmethod
     def reply(self, ids: Sequence[int], drop: Drop = NOTHING) -> Laid:
-        """Words of an answer being said, as a sequence to read on; with ``drop``, as a branch of guidance reads them."""
+        """Words of an answer, as a sequence to read on; with ``drop``, as a branch of guidance reads them."""
 
     @property
     @abstractmethod

@@ -66,7 +66,9 @@ class DiffusersAutoencoder(nn.Module):
         from diffusers import AutoencoderKL
 
         if not config.folder or not (Path(config.folder) / "config.json").is_file():
-            raise ValueError(f"autoencoder kind 'kl' needs 'folder', a diffusers AutoencoderKL folder, not {config.folder!r}")
+            raise ValueError(
+                f"autoencoder kind 'kl' needs 'folder', a diffusers AutoencoderKL folder, not {config.folder!r}"
+            )
         self.vae = AutoencoderKL.from_pretrained(config.folder)
         self.scale, self.shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
 
@@ -123,7 +125,7 @@ class _Middle(nn.Module):
 
 
 class _Level(nn.Module):
-    """The residual blocks of one resolution; ``downsample`` or ``upsample`` (with ``conv``) follows where there is one."""
+    """The residual blocks of one resolution, and the ``downsample`` or ``upsample`` (with ``conv``) that may follow."""
 
     def __init__(self, width_in: int, width_out: int, blocks: int, groups: int, resample: str | None) -> None:
         super().__init__()

@@ -105,8 +105,8 @@ def guide(
 
         v' = v_text + g_text (v - v_text);  v'' = v_image + g_image (v' - v_image)
 
-    and v'' scaled by clamp(|v| / |v''|, renorm_min, 1): ``global`` takes one norm per picture, ``channel`` one per token,
-    ``text_channel`` one per token after text guidance and before image guidance.
+    and v'' scaled by clamp(|v| / |v''|, renorm_min, 1): ``global`` takes one norm per picture, ``channel`` one per
+    token, ``text_channel`` one per token after text guidance and before image guidance.
     """
     out = full
     if no_text is not None:

@@ -18,7 +18,12 @@ from diptych.parts.images import contact_sheet
 from diptych.train import loop
 from diptych.train.recipe import Recipe, Stage
 
-PROMPTS = ("a red circle", "three blue stars", "a green square left of a black cross", "a yellow star and a purple circle")
+PROMPTS = (
+    "a red circle",
+    "three blue stars",
+    "a green square left of a black cross",
+    "a yellow star and a purple circle",
+)
 
 
 def train(
@@ -68,7 +73,9 @@ def draw_samples(model: Trainable, step: int, run: Path) -> None:
     if not isinstance(model, UnifiedModel):
         return
     training = [(m, m.training) for m in model.modules()]
-    drawn = Engine(model).draw([Sample(p, (user(p),)) for p in PROMPTS for _ in range(2)], list(range(2 * len(PROMPTS))))
+    drawn = Engine(model).draw(
+        [Sample(p, (user(p),)) for p in PROMPTS for _ in range(2)], list(range(2 * len(PROMPTS)))
+    )
     contact_sheet([d.image for d in drawn], columns=4).save(run / "samples" / f"step-{step:08d}.png")
     for module, mode in training:
         module.training = mode

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from diptych.models import write_folder
 
@@ -67,7 +68,11 @@ def restore_optimizer(
     """Gives every optimizer the state that ``optimizer_state`` wrote under ``prefix``."""
     stored = dcp.FileSystemReader(folder / "state").read_metadata().state_dict_metadata
     by_name = {name: pid for pid, name in names.items()}
-    wanted = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in stored.items() if k.startswith(prefix)}
+    wanted = {
+        k: torch.empty(m.size, dtype=m.properties.dtype)
+        for k, m in stored.items()
+        if k.startswith(prefix) and isinstance(m, TensorStorageMetadata)
+    }
     if not wanted:
         return
     filled = load(folder, wanted)

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -45,7 +45,7 @@ class Log:
             self.task = self.bar.add_task("", total=total, completed=step, stage="", text="")
             self.bar.start()
 
-    def step(self, row: Mapping[str, float | int | str]) -> None:
+    def step(self, row: Mapping[str, Any]) -> None:
         """Records one step; ``row`` has at least step, stage and loss."""
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()

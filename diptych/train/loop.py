@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class State:
     stage: int = 0  # index of the current stage
     done: int = 0  # steps done in it
     step: int = 0  # steps done in all
-    optimizers: list[torch.optim.Optimizer] | None = None
+    optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
     average: Average | None = None
     loader: dict | None = None
 
@@ -118,7 +118,9 @@ def train(
                 stage = recipe.stages[index]
                 if index != state.stage:
                     state.stage, state.done, state.loader = index, 0, None
-                _run_stage(recipe, stage, state, run, sources, saved[-1] if meta else None, asked, log, hook, rank, world)
+                _run_stage(
+                    recipe, stage, state, run, sources, saved[-1] if meta else None, asked, log, hook, rank, world
+                )
                 meta = None
             if rank == 0:
                 models.save(model, run / "release", release_state(model, state.average))
@@ -337,5 +339,3 @@ def _asked_to_stop(stop: threading.Event | None) -> Iterator[threading.Event]:
     finally:
         for s, h in old.items():
             signal.signal(s, h)
-
-

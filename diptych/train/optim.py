@@ -38,20 +38,20 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
+            shapes: dict[tuple[int, ...], list[tuple[nn.Parameter, Tensor]]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes.setdefault(tuple(p.shape), []).append(p)
-            for shape, params in shapes.items():
+                    shapes.setdefault(tuple(p.shape), []).append((p, p.grad))
+            for shape, pairs in shapes.items():
                 buffers = []
-                for p in params:
+                for p, gradient in pairs:
                     state = self.state[p]
                     if not state:
                         state["momentum"] = torch.zeros_like(p)
-                    state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                    buffers.append(p.grad.lerp(state["momentum"], group["momentum"]))  # Nesterov
+                    state["momentum"].lerp_(gradient, 1 - group["momentum"])
+                    buffers.append(gradient.lerp(state["momentum"], group["momentum"]))  # Nesterov
                 update = orthogonalise(torch.stack(buffers)) * (0.2 * max(shape) ** 0.5)
-                for p, u in zip(params, update, strict=True):
+                for (p, _), u in zip(pairs, update, strict=True):
                     if group["weight_decay"]:
                         p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(u.to(p.dtype), alpha=-group["lr"])
@@ -76,7 +76,9 @@ def build(
     """The optimizers of a stage; every group remembers its peak rate as ``peak``.
 
     Weight decay is for matrices only. With Muon, the 2-D weights inside ``model.blocks()`` take it."""
-    matrices = {id(p) for b in model.blocks() for p in b.parameters() if p.dim() == 2} if config.name == "muon" else set()
+    matrices = (
+        {id(p) for b in model.blocks() for p in b.parameters() if p.dim() == 2} if config.name == "muon" else set()
+    )
     adamw, muon = [], []
     for part, parameters in parts.items():
         for decays in (True, False):

@@ -91,8 +91,8 @@ class Stage:
 class Recipe:
     """Everything that decides a run: the model, where frozen parts come from, the stages, the seed.
 
-    ``init`` maps a module of the model -> what it starts from: ``model`` (a folder or shipped name: its module of the same
-    path) or ``model#path`` (another path). The key ``model`` takes everything over.
+    ``init`` maps a module of the model -> what it starts from: ``model`` (a folder or shipped name: its module of the
+    same path) or ``model#path`` (another path). The key ``model`` takes everything over.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -218,5 +218,9 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
     if isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float, str)):
         value = dict(enumerate(value))
     if isinstance(value, Mapping) and value:
-        return {k: v for key, inner in value.items() for k, v in leaves(inner, f"{path}.{key}" if path else str(key)).items()}
+        return {
+            k: v
+            for key, inner in value.items()
+            for k, v in leaves(inner, f"{path}.{key}" if path else str(key)).items()
+        }
     return {path: value}
