@@ -1,5 +1,5 @@
 # `make demo` and `make test` are the two commands of the README. Both make .venv once and reuse it.
-PYTHON ?= python3.11
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell command -v $(p)),$(p))))
 BIN := .venv/bin
 
 .PHONY: demo test lint bench clean
@@ -19,7 +19,8 @@ bench: .venv/test.stamp
 	@for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b; done
 
 .venv/bin/python:
-	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed; set PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/it"; exit 1; }
 	@echo "making .venv"
 	$(PYTHON) -m venv .venv
 

@@ -447,3 +447,13 @@ def test_documented_catalog_and_code_run(tmp_path, monkeypatch):
     for block in blocks("python"):
         exec(compile(block, str(DOCS), "exec"), space)  # the page's own words
     assert set(space["data"]) == named and (tmp_path / "sheet.png").is_file()
+
+
+def test_the_first_samples_of_a_data_set():
+    whole, first = sources(["shapes/ask"])["shapes/ask"], sources(["shapes/ask#3"])["shapes/ask#3"]
+    assert (len(first), first.name, first[2].id) == (3, "shapes/ask#3", whole[2].id)
+    with pytest.raises(IndexError):
+        first[3]
+    for name, why in (("shapes/ask#x", "number of samples"), ("shapes/ask#0", "the data set has"), ("#3", "unknown")):
+        with pytest.raises(ValueError, match=why):
+            sources([name])

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diptych.data import sources as readers
 from diptych.data.images import MAX_PIXELS
-from diptych.data.mixture import Source
+from diptych.data.mixture import First, Source
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
 Path_ = Annotated[str, Field(min_length=1)]
@@ -131,20 +131,27 @@ def sources(
 ) -> dict[str, Source]:
     """The named data sets: those of the catalog, else the embedded ones (with pictures of ``size`` and of ``split``).
 
-    The user's own data have no split and keep their sizes. Raises ``ValueError`` for a name that neither has.
+    The user's own data have no split and keep their sizes. ``name#n`` is the first n samples of a data set. Raises
+    ``ValueError`` for a name that neither has.
     """
     from diptych.data import embedded
 
     entries = read_catalog(catalog) if catalog is not None else {}
     found: dict[str, Source] = {}
-    for name in names:
+    for wanted in names:
+        name, cut, n = wanted.rpartition("#") if wanted not in entries else (wanted, "", "")
+        name = name or wanted
         if name in entries:
-            found[name] = entries[name].open()
+            found[wanted] = entries[name].open()
         elif name in embedded.names():
-            found[name] = embedded.source(name, split, size)
+            found[wanted] = embedded.source(name, split, size)
         else:
             theirs = f"{catalog}: {', '.join(entries)}; " if catalog is not None else "no catalog was given; "
             raise ValueError(f"unknown data set {name!r}; {theirs}embedded: {', '.join(embedded.names())}")
+        if cut:
+            if not n.isdigit():
+                raise ValueError(f"data set {wanted!r}: after # stands a number of samples")
+            found[wanted] = First(found[wanted], int(n))
     return found
 
 

@@ -29,6 +29,30 @@ class Source(Protocol):
     def __getitem__(self, index: int, /) -> Sample: ...
 
 
+@dataclass(frozen=True)
+class First:
+    """The first ``n`` samples of a data set; its name ends with ``#n``."""
+
+    source: Source
+    n: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n <= len(self.source):
+            raise ValueError(f"{self.name}: the data set has {len(self.source)} samples")
+
+    @property
+    def name(self) -> str:
+        return f"{self.source.name}#{self.n}"
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int, /) -> Sample:
+        if not 0 <= index < self.n:
+            raise IndexError(index)
+        return self.source[index]
+
+
 def bits(*address: object) -> int:
     """64 random bits that belong to this address."""
     key = "\0".join(map(str, address)).encode()

@@ -329,7 +329,7 @@ def random_prompt(rng: np.random.Generator, tag: str) -> Prompt:
     if tag == "description":
         counts = Counter(_kinds(rng, int(rng.integers(1, MOST + 1))))
         return _prompt(tag, [Need(s, c, n) for (c, s), n in counts.items()])
-    return pick(rng, _all_prompts(tag, False, tag == "position" and rng.random() < 0.3))
+    return pick(rng, _all_prompts(tag, False, tag == "position" and rng.random() < 0.5))
 
 
 def scene_for(rng: np.random.Generator, prompt: Prompt) -> Scene:
@@ -544,8 +544,8 @@ def chance(n: int = 500, seed: int = 0, size: int = 64) -> dict[str, float]:
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 _TAG_WEIGHTS = {
-    "single_object": 0.06, "two_object": 0.17, "counting": 0.2, "colors": 0.1, "position": 0.2, "color_attr": 0.17,
-    "description": 0.1,
+    "single_object": 0.06, "two_object": 0.14, "counting": 0.18, "colors": 0.08, "position": 0.18, "color_attr": 0.14,
+    "description": 0.22,
 }  # fmt: skip
 _WORDINGS = ("draw {}", "a picture of {}", "please draw {}", "show me {}", "an image of {}")
 

@@ -13,6 +13,8 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
+from diptych.evaluate.scores import Score
+
 RIGHT, WRONG, PLAIN = (30, 142, 80), (206, 58, 58), (205, 208, 214)
 SIDE, GAP, FRAME, LINE = 128, 14, 3, 15  # pixels: a picture, between pictures, its frame, a line of text
 LINES = 4  # of a caption at most
@@ -123,6 +125,27 @@ def curves(metrics: str | Path | Iterable[Mapping[str, Any]]) -> bytes:
         figure.align_ylabels()
         out = io.BytesIO()
         figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def intervals(scores: Mapping[str, Mapping[str, Score]]) -> bytes:
+    """PNG bytes: one panel for each benchmark, one score with its interval for each arm."""
+    from matplotlib.figure import Figure
+
+    arms = list(next(iter(scores.values())))
+    figure = Figure(figsize=(3.8 * len(scores), 0.9 + 0.36 * len(arms)), dpi=140, layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(scores), sharey=True))
+    for ax, (title, of) in zip(axes, scores.items(), strict=True):
+        for y, score in enumerate(of.values()):
+            ax.plot([score.low, score.high], [y, y], color="C0", linewidth=1.6)
+            ax.plot(score.value, y, "o", color="C0", markersize=5)
+        ax.set_title(title, fontsize=10)
+        ax.grid(axis="x", alpha=0.25, linewidth=0.6)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(arms)), arms)
+    axes[0].invert_yaxis()
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
 
 

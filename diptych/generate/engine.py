@@ -19,6 +19,7 @@ from diptych.core.sample import Image, Message, Sample, Text, assistant, sample_
 from diptych.core.sequence import Sequence as Laid
 from diptych.data.images import open_image
 from diptych.generate.events import Answer, Event, ImageDone, ImagePreview, Picture, Pictures, Stop, TextDelta, Usage
+from diptych.generate.memory import Memory
 from diptych.generate.sampling import next_word
 from diptych.models.protocol import Context, Drawing, UnifiedModel
 from diptych.parts.images import to_pil
@@ -46,6 +47,7 @@ class Engine:
 
     def __init__(self, model: UnifiedModel, name: str = "") -> None:
         self.model, self.name = model.eval(), name or model.family
+        self.memory = Memory(model)
 
     # ---- one request --------------------------------------------------------------------------------------------
 
@@ -74,7 +76,7 @@ class Engine:
         seed: int = 0,
         **settings: Any,
     ) -> Pictures:
-        """``n`` edits of one or several pictures; the size is the (first) source's unless given."""
+        """``n`` edits of one or several pictures; the size is the (last) source's unless given."""
         many = [images] if isinstance(images, (str, Path, PIL.Image.Image)) else list(images)
         if not many:
             raise ValueError("edit needs at least one picture")
@@ -103,7 +105,8 @@ class Engine:
         self, messages: Messages, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
     ) -> Iterator[Event]:
         """The answer as it comes: ``TextDelta`` ... ``Stop``."""
-        [context] = self._read([_conversation(messages)])
+        sample = _conversation(messages)
+        [context] = self._read([sample])
         read, generator, said, reason = context.length, torch.Generator().manual_seed(seed), "", "length"
         ids: list[int] = []
         while len(ids) < max_new_tokens:
@@ -118,6 +121,7 @@ class Engine:
                 said = text
             if len(ids) < max_new_tokens:
                 [context] = self.model.extend([context], [self.model.reply([word])])
+        self._remember(sample, ids, context)
         if (text := self.model.tokenizer.decode(ids)) != said:
             yield TextDelta(text[len(said) :])
         parameters = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
@@ -172,6 +176,8 @@ class Engine:
                 new = self.model.extend([contexts[i] for i in going], [self.model.reply(ids[i][-1:]) for i in going])
                 for i, context in zip(going, new, strict=True):
                     contexts[i] = context
+            for i in range(len(contexts))[-self.memory.most :]:
+                self._remember(samples[at + i], ids[i], contexts[i])
             decode = self.model.tokenizer.decode
             out += [Answer(decode(w), tuple(w), r, parameters) for w, r in zip(ids, reasons, strict=True)]
         return out
@@ -209,7 +215,12 @@ class Engine:
     def _read(self, samples: Sequence[Sample]) -> list[Context]:
         """Contexts that stand where an answer begins."""
         sequences = [self.model.lay_out(_opened(s, assistant())) for s in samples]
-        return self.model.extend([self.model.open() for _ in samples], sequences)
+        return self.memory.read(sequences, [len(s.messages) > 1 for s in samples])
+
+    def _remember(self, sample: Sample, said: Sequence[int], context: Context) -> None:
+        """Keeps the context of an answer; the last word said need not have been read."""
+        laid = self.model.lay_out(_opened(sample, assistant()))
+        self.memory.keep(laid, said[: context.length - len(laid)], context)
 
     def _start(
         self, samples: Sequence[Sample], seeds: Sequence[int], size: Size | None, settings: Sequence[Any]
@@ -231,7 +242,8 @@ class Engine:
             canvases.append(canvas := self.model.canvas(request))
             parameters.append({"size": (canvas[1], canvas[0]), "seed": seed, **asdict(s)})
         if waiting:
-            read = self.model.extend([contexts[k] for k in waiting], list(waiting.values()))
+            later = {id(sample): len(sample.messages) > 1 for sample in samples}
+            read = self.memory.read(list(waiting.values()), [later[key[0]] for key in waiting])
             contexts |= zip(waiting, read, strict=True)
         drawings = self.model.start([tuple(contexts[k] for k in b) for b in branches], canvases, settings, list(seeds))
         return drawings, parameters

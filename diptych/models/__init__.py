@@ -175,6 +175,11 @@ def resolve(name_or_path: str | Path) -> Path:
     raise ValueError(f"no model {str(name_or_path)!r}: not a folder, and these ship: {', '.join(shipped) or 'none'}")
 
 
+def read_config(name_or_path: str | Path) -> dict[str, Any]:
+    """The ``config.json`` of a folder or shipped name: its family and the fields of its Config."""
+    return _read_json(resolve(name_or_path) / "config.json")
+
+
 def pick_device(device: str) -> str:
     """The device to use: ``auto`` is a GPU when there is one. Raises ``ValueError`` for one that is not there."""
     import torch

@@ -97,12 +97,12 @@ class Config:
             tiny_autoencoder(),
             latent_side=8,
             prediction="data",
-            times=TimeDraw(mean=1.2),
+            times=TimeDraw(mean=1.8),
             see=SizeRule(longest=128, shortest=16, stride=16),
             draw=SizeRule(longest=128, shortest=16, stride=16),
             size=(64, 64),
             settings=FlowSettings(
-                25, guidance_scale=2.5, guidance_interval=(0.0, 1.0), timestep_shift=1.0, renorm="none"
+                25, guidance_scale=2.5, guidance_interval=(0.0, 1.0), timestep_shift=3.0, renorm="none"
             ),
         )
 
@@ -112,6 +112,11 @@ def tiny_autoencoder() -> AutoencoderConfig:
     return AutoencoderConfig(
         channels=16, multipliers=(1, 1, 2, 4), blocks=1, latent_channels=8, groups=8, posterior=False, statistics=True
     )
+
+
+def _shown(sample: Sample) -> list[Image]:
+    """The pictures of a request's conversation, in order."""
+    return [p for m in sample.messages for p in m.parts if isinstance(p, Image) and p.image is not None]
 
 
 class Bagel(UnifiedModel):
@@ -354,19 +359,19 @@ class Bagel(UnifiedModel):
     def canvas(self, sample: Sample) -> tuple[int, int]:
         last = sample.messages[-1].parts[-1:]
         asked = last[0].size if last and isinstance(last[0], Image) else None
-        sources = [p for p in sample.request.parts if isinstance(p, Image)] if sample.request else []
-        width, height = asked or (self.config.draw(*sources[0].pixels.size) if sources else self.config.size)
+        sources = _shown(sample)
+        width, height = asked or (self.config.draw(*sources[-1].pixels.size) if sources else self.config.size)
         stride, most = self.config.stride, self.config.stride * self.config.latent_side
         if width % stride or height % stride or not (0 < width <= most and 0 < height <= most):
             raise ValueError(f"size must be multiples of {stride} up to {most}, not {width}x{height}")
         return height, width
 
     def branches(self, sample: Sample, settings: FlowSettings) -> tuple[Drop, ...]:
-        """Full; without text when its scale exceeds 1; without pictures when the request shows some and their scale
-        exceeds 1. As published, there is no guidance at all when the text scale is at most 1."""
+        """Full; without text when its scale exceeds 1; without pictures when the conversation shows some and their
+        scale exceeds 1. As published, there is no guidance at all when the text scale is at most 1."""
         if settings.guidance_scale <= 1:
             return (NOTHING,)
-        shows = sample.request is not None and any(isinstance(p, Image) for p in sample.request.parts)
+        shows = bool(_shown(sample))
         if shows and settings.image_guidance_scale > 1:
             return (NOTHING, frozenset({"text"}), frozenset({"image"}))
         return (NOTHING, frozenset({"text"}))

@@ -132,6 +132,11 @@ class UnifiedModel(Trainable):
     def reply(self, ids: Sequence[int], drop: Drop = NOTHING) -> Laid:
         """Words of an answer, as a sequence to read on; with ``drop``, as a branch of guidance reads them."""
 
+    def rewind(self, context: Context, length: int, position: int) -> Context:
+        """The context as it was after its first ``length`` tokens, where position ids stood at ``position``; read on
+        before asking for words."""
+        return replace(context, length=length, position=position, logits=torch.empty(0))
+
     @property
     @abstractmethod
     def stop_ids(self) -> frozenset[int]:

@@ -35,6 +35,9 @@ class Attend(Protocol):
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Grouped-query attention of (B, L, H, D) against (B, S, K, D); ``mask`` is True where allowed."""
+    if q.shape[1] == 1 and mask is None and not causal:  # one word: the heads of a group can stand as its queries
+        groups = q[:, 0].unflatten(1, (k.shape[2], -1))
+        return F.scaled_dot_product_attention(groups, k.transpose(1, 2), v.transpose(1, 2)).flatten(1, 2)[:, None]
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

@@ -36,11 +36,15 @@ def train(
     override: Mapping[str, str] | None = None,
     device: str = "auto",
     show: bool = True,
+    model: str | Path | None = None,
 ) -> Path:
     """Trains a recipe (an object, a name or a file) into the folder ``run`` and returns its released model's folder.
 
-    ``steps`` cuts or stretches all stages in proportion; ``override`` changes leaves by dotted path."""
+    ``model`` is a folder or shipped name to go on training, of any family that has the recipe's parts, in place of the
+    recipe's own; ``steps`` cuts or stretches all stages in proportion; ``override`` changes leaves by dotted path."""
     recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe)
+    if model is not None:
+        recipe = recipe.on(model)
     if override:
         recipe = recipe.override(override)
     if steps is not None:

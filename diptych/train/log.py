@@ -26,14 +26,14 @@ def memory() -> float:
 class Log:
     """Writes one JSON object a step; shows the latest. Lines of steps that a resumed run repeats are cut first."""
 
-    def __init__(self, run: Path, total: int, step: int, show: bool = True, board: bool = True) -> None:
+    def __init__(self, run: Path, total: int, step: int, show: bool = True) -> None:
         self.path, self.total, self.show = run / "metrics.jsonl", total, show
         keep_until(self.path, step)
         self.file: TextIO = self.path.open("a")
         self.recent: deque[tuple[float, int]] = deque(maxlen=50)
         self.last_line = 0.0
         self.board = None
-        if board and importlib.util.find_spec("tensorboard"):
+        if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)

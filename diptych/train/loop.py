@@ -102,8 +102,7 @@ def train(
     Raises ``Interrupted`` after SIGINT, SIGTERM or ``stop``, with everything saved."""
     run = Path(run)
     with processes() as (rank, world), _asked_to_stop(stop) as asked:
-        if rank == 0:
-            _prepare(run, recipe, resume)
+        _together(lambda: _prepare(run, recipe, resume) if rank == 0 else None)
         model = build(recipe, device)
         _check(recipe, model)
         state = State(model)
@@ -112,98 +111,114 @@ def train(
         if meta:
             state.stage, state.done, state.step = meta["stage"], meta["done"], meta["step"]
             state.loader = meta["loader"]
-        log = Log(run, recipe.steps, state.step, show and rank == 0, rank == 0) if rank == 0 else None
+        log = Log(run, recipe.steps, state.step, show) if rank == 0 else None
+        job = _Job(recipe, run, sources, state, log, asked, hook, rank, world)
         try:
             for index in range(state.stage, len(recipe.stages)):
-                stage = recipe.stages[index]
                 if index != state.stage:
                     state.stage, state.done, state.loader = index, 0, None
-                _run_stage(
-                    recipe, stage, state, run, sources, saved[-1] if meta else None, asked, log, hook, rank, world
-                )
+                job.run_stage(recipe.stages[index], saved[-1] if meta else None)
                 meta = None
-            if rank == 0:
-                models.save(model, run / "release", release_state(model, state.average))
+            job.release()
         finally:
             if log:
                 log.close()
     return run / "release"
 
 
-def _run_stage(recipe, stage, state, run, sources, saved, asked, log, hook, rank, world) -> None:
-    """One stage from where ``state`` stands to its end."""
-    model = state.model
-    rates = select(model, stage.train)
-    parts = freeze(model, stage.train)
-    named = {name: p for part in parts.values() for name, p in part.items()}
-    names = {id(p): name for name, p in named.items()}
-    state.optimizers = optim.build(model, parts, rates, stage.optimizer)
-    state.average = Average(named, stage.ema) if stage.ema else None
-    if saved:
-        filled = checkpoint.load(saved, _tensors(state))
-        model.load_state_dict({k[len("model.") :]: v for k, v in filled.items() if k.startswith("model.")})
-        checkpoint.restore_optimizer(state.optimizers, names, saved, "optimizer.")
-        if state.average:
-            state.average.steps = checkpoint.read_meta(saved)["average"]
-    loader = Loader(
-        sources(recipe, stage),
-        stage.data,
-        model.lay_out,
-        routes=model.routes,
-        tokens=stage.limits.tokens,
-        pictures=stage.limits.pictures,
-        seed=recipe.seed + 7919 * state.stage,
-        workers=recipe.workers,
-        streams=recipe.streams,
-        dropout=stage.dropout,
-        conditions=model.conditions,
-        rank=rank,
-        world=world,
-        skip_limit=recipe.skip_limit,
-    )
-    if state.loader:
-        loader.load_state_dict(state.loader)
-    rows = iter(loader)
+@dataclass
+class _Job:
+    """One call of ``train``: what its stages share."""
 
-    def save() -> Path:
-        path = run / "checkpoints" / f"step-{state.step:08d}"
-        rows_state = merge_states(gather(loader.state_dict()))
-        if rank == 0:
+    recipe: Recipe
+    folder: Path
+    sources: Sources
+    state: State
+    log: Log | None
+    asked: threading.Event
+    hook: Hook | None
+    rank: int
+    world: int
+
+    def run_stage(self, stage: Stage, saved: Path | None) -> None:
+        """One stage from where the state stands (``saved``, where it was read from a checkpoint) to its end."""
+        recipe, state, model = self.recipe, self.state, self.state.model
+        rates = select(model, stage.train)
+        parts = freeze(model, stage.train)
+        named = {name: p for part in parts.values() for name, p in part.items()}
+        names = {id(p): name for name, p in named.items()}
+        state.optimizers = optim.build(model, parts, rates, stage.optimizer)
+        state.average = Average(named, stage.ema) if stage.ema else None
+        if saved:
+            filled = checkpoint.load(saved, _tensors(state))
+            model.load_state_dict({k[len("model.") :]: v for k, v in filled.items() if k.startswith("model.")})
+            checkpoint.restore_optimizer(state.optimizers, names, saved, "optimizer.")
+            if state.average:
+                state.average.steps = checkpoint.read_meta(saved)["average"]
+        loader = Loader(
+            self.sources(recipe, stage),
+            stage.data,
+            model.lay_out,
+            routes=model.routes,
+            tokens=stage.limits.tokens,
+            pictures=stage.limits.pictures,
+            seed=recipe.seed + 7919 * state.stage,
+            workers=recipe.workers,
+            streams=recipe.streams,
+            dropout=stage.dropout,
+            conditions=model.conditions,
+            rank=self.rank,
+            world=self.world,
+            skip_limit=recipe.skip_limit,
+        )
+        if state.loader:
+            loader.load_state_dict(state.loader)
+        rows = iter(loader)
+        while state.done < stage.steps:
+            row = _step(recipe, stage, state, rows, list(named.values()))
+            state.done += 1
+            state.step += 1
+            if self.log:
+                self.log.step({"step": state.step, "stage": stage.name, **row})
+            stopping = any_of(self.asked.is_set())
+            last = state.done == stage.steps
+            if stopping or last or state.step % recipe.checkpoint_every == 0:
+                path = self.save(loader, names)
+                if stopping and not (last and state.stage == len(recipe.stages) - 1):
+                    self.release()
+                    raise Interrupted(path, state.step)
+        if state.average and state.stage < len(recipe.stages) - 1:
+            state.average.hand_on()
+
+    def save(self, loader: Loader, names: Mapping[int, str]) -> Path:
+        """Writes the checkpoint of this step; every process must call it."""
+        state = self.state
+        path = self.folder / "checkpoints" / f"step-{state.step:08d}"
+        rows = merge_states(gather(loader.state_dict()))
+        if self.rank == 0:
             meta = {
                 "stage": state.stage,
                 "done": state.done,
                 "step": state.step,
-                "loader": rows_state,
+                "loader": rows,
                 "average": state.average.steps if state.average else 0,
             }
-            tensors = _tensors(state) | {
-                f"optimizer.{k}": v for k, v in checkpoint.optimizer_state(state.optimizers, names).items()
-            }
-            checkpoint.save(path, tensors, meta, recipe.keep)
-            if hook:
-                hook(model, state.step, run)
+            slots = checkpoint.optimizer_state(state.optimizers, names)
+            tensors = _tensors(state) | {f"optimizer.{k}": v for k, v in slots.items()}
+            checkpoint.save(path, tensors, meta, self.recipe.keep)
+            if self.hook:
+                self.hook(state.model, state.step, self.folder)
         return path
 
-    while state.done < stage.steps:
-        row = _step(recipe, stage, state, rows, list(named.values()), parts)
-        state.done += 1
-        state.step += 1
-        if log:
-            log.step({"step": state.step, "stage": stage.name, **row})
-        stopping = any_of(asked.is_set())
-        last = state.done == stage.steps
-        if stopping or last or state.step % recipe.checkpoint_every == 0:
-            path = save()
-            if stopping and not (last and state.stage == len(recipe.stages) - 1):
-                if rank == 0:
-                    models.save(model, run / "release", release_state(model, state.average))
-                raise Interrupted(path, state.step)
-    if state.average and state.stage < len(recipe.stages) - 1:
-        state.average.hand_on()
+    def release(self) -> None:
+        """Writes the model as it is now, averaged where the stage averages."""
+        if self.rank == 0:
+            state = self.state
+            models.save(state.model, self.folder / "release", release_state(state.model, state.average))
 
 
 def _step(
-    recipe: Recipe, stage: Stage, state: State, rows: Iterator[Row], trained: list[nn.Parameter], parts: Mapping
+    recipe: Recipe, stage: Stage, state: State, rows: Iterator[Row], trained: list[nn.Parameter]
 ) -> dict[str, float]:
     """One optimizer step over ``accumulate`` rows; returns what to log."""
     model, start = state.model, time.perf_counter()
@@ -241,6 +256,7 @@ def _step(
     if state.average:
         state.average.update()
     sums = total(sums)
+    held = total({name: sum(r.stats.samples.get(name, 0) for r in micro) for name in stage.data})
     terms = {name: sums[name] / max(counts[name], 1.0) for name in sums}
     seconds = time.perf_counter() - start
     tokens = sum(sum(b.lengths) for b in batches)
@@ -258,6 +274,7 @@ def _step(
         "data_wait": waited / seconds,
         "memory": memory(),
         "skipped": sum(len(r.stats.skipped) for r in micro),
+        **{f"samples/{name}": n for name, n in held.items()},
     }
 
 

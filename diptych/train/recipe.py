@@ -122,6 +122,10 @@ class Recipe:
         """Steps of all stages together."""
         return sum(s.steps for s in self.stages)
 
+    def on(self, model: str | Path) -> Recipe:
+        """The same recipe as post-training of a model that there is: a folder or a name that ships."""
+        return replace(self, model=models.read_config(model), init={"model": str(model)})
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
 

@@ -302,3 +302,45 @@ def test_engine_refuses_what_it_cannot_do(engine):
         engine.chat([user("x")], temperature=-1.0)
     with pytest.raises(ValueError, match="no pixels"):
         engine.chat([user(Image(None), "x")])
+
+
+def test_a_conversation_is_read_once(model, monkeypatch):
+    """Text, picture, edit, question: every turn reads on from the last, and says and draws as a fresh reading would."""
+    read_lengths = []
+    extend = type(model).extend
+
+    def counted(self, contexts, sequences):
+        read_lengths.append(sum(map(len, sequences)))
+        return extend(self, contexts, sequences)
+
+    talk, going, turns = Engine(model), [], []
+    for text in ("hello", "a red circle", "make it blue", "what is it?"):
+        going.append(user(text))
+        fresh = Engine(model)
+        laid = len(model.lay_out(Sample("", (*going, assistant()))))
+        monkeypatch.setattr(type(model), "extend", counted)
+        if text in ("a red circle", "make it blue"):
+            *_, done, _ = talk.stream_picture(going, seed=1, num_inference_steps=2)
+            first = read_lengths[0]
+            monkeypatch.setattr(type(model), "extend", extend)
+            *_, expected, _ = fresh.stream_picture(going, seed=1, num_inference_steps=2)
+            assert np.allclose(np.asarray(done.image, int), np.asarray(expected.image, int), atol=1)
+            going.append(assistant(Image(done.image, "target")))
+        else:
+            answer = talk.chat(going, max_new_tokens=3)
+            first = read_lengths[0]
+            monkeypatch.setattr(type(model), "extend", extend)
+            assert answer.ids == fresh.chat(going, max_new_tokens=3).ids
+            going.append(assistant(answer.text))
+        turns.append((first, laid))
+        read_lengths.clear()
+    assert turns[0][0] == turns[0][1]
+    assert all(first < laid for first, laid in turns[1:]), turns
+    assert 0 < len(talk.memory.known) <= talk.memory.most
+
+
+def test_first_turns_do_not_depend_on_what_was_asked_before(model):
+    alone = Engine(model).generate("two red stars", seed=3, num_inference_steps=2).images[0]
+    engine = Engine(model)
+    engine.generate("two red circles", seed=3, num_inference_steps=2)
+    assert engine.generate("two red stars", seed=3, num_inference_steps=2).images[0].tobytes() == alone.tobytes()
