@@ -142,9 +142,8 @@ def sample_to_json(sample: Sample) -> dict:
             return {"type": "text", "text": p.text, "loss": p.loss}
         if isinstance(p.image, PIL.Image.Image):
             raise ValueError(f"sample {sample.id!r} holds a decoded picture; save it and put its path in the sample")
-        row = {"type": "image", "image": p.image, "role": p.role}
-        row |= {"nearest": True} if p.nearest else {}
-        return row if p.size is None else row | {"size": list(p.size)}
+        more = ({"nearest": True} if p.nearest else {}) | ({"size": list(p.size)} if p.size else {})
+        return {"type": "image", "image": p.image, "role": p.role} | more
 
     messages = [{"role": m.role, "content": [part(p) for p in m.parts]} for m in sample.messages]
     return {"id": sample.id, "messages": messages} | ({"info": dict(sample.info)} if sample.info else {})

@@ -99,7 +99,7 @@ def _rain(photo: np.ndarray, rng: np.random.Generator, strength: float) -> np.nd
 
 
 def _fog(photo: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
-    """0.95 (1 - t) + photo t with t = exp(-(0.5 + 3 strength) d); d falls from 0.8 to 0.2 downwards, with some noise."""
+    """0.95 (1 - t) + photo t with t = exp(-(0.5 + 3 strength) d); d falls from 0.8 to 0.2 downwards, and noise."""
     h, w = photo.shape[:2]
     far = np.linspace(0.8, 0.2, h)[:, None] + 0.05 * rng.normal(size=(h, w))
     t = np.exp(-(0.5 + 3 * strength) * far.clip(0))[..., None]

@@ -655,7 +655,8 @@ SOURCES: dict[str, Callable[[np.random.Generator, str, int], Made]] = {
     "emoji64/ask": partial(make_ask, limit=64),
     "emoji64/edit": partial(make_edit, limit=64),
     "emoji64/parts": partial(make_parts, limit=64),
-} | tasks.sources("emoji", _annotated)
+    **tasks.sources("emoji", _annotated),
+}
 
 
 def source(name: str, split: str = "train", size: int = 64, seed: int = 0) -> Generated:

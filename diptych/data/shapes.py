@@ -889,12 +889,17 @@ def annotated(scene: Scene, size: int) -> tasks.Annotated:
     )
 
 
+def _annotated(rng: np.random.Generator, size: int, task: str) -> tasks.Annotated:
+    return annotated(random_scene(rng), size)
+
+
 SOURCES = {
     "shapes/draw": make_draw,
     "shapes/ask": make_ask,
     "shapes/caption": make_caption,
     "shapes/edit": make_edit,
-} | tasks.sources("shapes", lambda rng, size, task: annotated(random_scene(rng), size))
+    **tasks.sources("shapes", _annotated),
+}
 
 
 def source(name: str, split: str = "train", size: int = 64, seed: int = 0) -> Generated:

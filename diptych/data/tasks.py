@@ -1,11 +1,11 @@
 """The task ladder of SGT: one table of what to draw from an annotated picture, how to ask for it, how to read it back.
 
 Low: restore a photo, or draw its edges. Mid: depth and the other stereo view. High: boxes and five kinds of
-segmentation. A sample is the picture *to understand* and an instruction, then the target: the picture enters through the
-understanding encoder alone, so nothing can be copied (SGT, arXiv 2605.18714).
+segmentation. A sample is the picture *to understand* and an instruction, then the target: the picture enters through
+the understanding encoder alone, so nothing can be copied (SGT, arXiv 2605.18714).
 
-Label pictures are flat colours of a palette. ``Task.decode`` reads them back: for the target it returns exactly what was
-drawn, for a model's drawing what each pixel is nearest to. They are resized to the nearest pixel, photos smoothly.
+Label pictures are flat colours of a palette. ``Task.decode`` reads them back: of the target exactly what was drawn, of
+a model's drawing what each pixel is nearest to. They are resized to the nearest pixel, photos smoothly.
 
 Masks are painted from the largest to the smallest, so the smaller one is on top, and 0 (black) is where no mask lies.
 
@@ -32,7 +32,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -83,7 +83,7 @@ class Annotated:
             _shape("masks", self.masks, (len(self.masks), h, w))
             if self.masks.dtype != bool:
                 raise ValueError(f"masks are {self.masks.dtype}; they must be bool")
-            if empty := [i for i, mask in enumerate(self.masks) if not mask.any()]:
+            if empty := np.flatnonzero(~self.masks.any((1, 2))).tolist():
                 raise ValueError(f"masks {empty} of {len(self.masks)} are empty")
         if self.boxes is not None:
             _shape("boxes", self.boxes, (len(self.boxes), 4))
@@ -126,7 +126,7 @@ def _shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
 def boxes_of(masks: np.ndarray) -> np.ndarray:
     """(n, 4) int left, top, right, bottom (exclusive) of (n, h, w) masks."""
     ends = []
-    for across in (masks.any(1), masks.any(2)):
+    for across in (np.asarray(masks.any(axis)) for axis in (1, 2)):
         ends += [across.argmax(1), across.shape[1] - across[:, ::-1].argmax(1)]
     return np.stack([ends[0], ends[2], ends[1], ends[3]], 1)
 
@@ -170,8 +170,8 @@ def farness(extent: float, largest: float, paper: float) -> float:
 def palette(name: Palette, count: int = 0) -> np.ndarray:
     """(n, 3) uint8: the colour of each id, 0 to n - 1; ``count`` is how many ids "bits" is to have."""
     if name == "bits":
-        ids = np.arange(count)
-        channels = [sum((ids >> (3 * k + c) & 1) << (7 - k) for k in range(8)) for c in range(3)]
+        bits, ids = np.arange(8), np.arange(count)[:, None].astype(np.int64)
+        channels = [((ids >> (3 * bits + c) & 1) << (7 - bits)).sum(1) for c in range(3)]
         return np.stack(channels, 1).astype(np.uint8)
     if name == "grey":
         return np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, 1)
@@ -189,7 +189,7 @@ def palette(name: Palette, count: int = 0) -> np.ndarray:
 
 def nearest(pixels: np.ndarray, colours: np.ndarray) -> np.ndarray:
     """(h, w) int: for each of the (h, w, 3) pixels, the index of the colour it is nearest to, the first of equals."""
-    codes, where = np.unique(pixels.astype(np.int64) @ [65536, 256, 1], return_inverse=True)
+    codes, where = np.unique(pixels.astype(np.int64) @ np.array([65536, 256, 1]), return_inverse=True)
     seen = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], 1)
     step, table = max(1, 2**21 // len(colours)), colours.astype(np.int64)
     found = [((part[:, None] - table) ** 2).sum(-1).argmin(1) for part in np.split(seen, range(step, len(seen), step))]
@@ -209,7 +209,8 @@ class Pair:
     phrase: str = ""
 
 
-Maker = Callable[[Annotated, np.random.Generator], Pair]
+Known = Any  # an ``Annotated`` that has what the task needs: ``Task.pair`` made sure
+Maker = Callable[[Known, np.random.Generator], Pair]
 
 
 def paint(masks: np.ndarray, ids: list[int]) -> np.ndarray:
@@ -225,47 +226,49 @@ def _by_area(masks: np.ndarray) -> np.ndarray:
     return np.argsort(-masks.sum((1, 2)), kind="stable")
 
 
-def _drawn(a: Annotated, ids: np.ndarray, name: Palette, count: int = 0, phrase: str = "") -> Pair:
+def _drawn(a: Known, ids: np.ndarray, name: Palette, count: int = 0, phrase: str = "") -> Pair:
     return Pair(a.image, picture(palette(name, count)[ids]), count, phrase)
 
 
-def _restored(spoil: Callable[[np.ndarray, np.random.Generator], np.ndarray]) -> Maker:
-    return lambda a, rng: Pair(picture(spoil(rgb(a.image), rng)), a.image)
+def _restore(
+    a: Known, rng: np.random.Generator, spoil: Callable[[np.ndarray, np.random.Generator], np.ndarray]
+) -> Pair:
+    return Pair(picture(spoil(rgb(a.image), rng)), a.image)
 
 
-def _reconstruct(a: Annotated, rng: np.random.Generator) -> Pair:
+def _reconstruct(a: Known, rng: np.random.Generator) -> Pair:
     return Pair(a.image, a.image)
 
 
-def _edges(a: Annotated, rng: np.random.Generator) -> Pair:
+def _edges(a: Known, rng: np.random.Generator) -> Pair:
     return _drawn(a, degrade.edges(rgb(a.image)), "grey")
 
 
-def _depth(a: Annotated, rng: np.random.Generator) -> Pair:
+def _depth(a: Known, rng: np.random.Generator) -> Pair:
     return _drawn(a, (255 * (1 - a.depth)).round().astype(int), "inferno")
 
 
-def _view(a: Annotated, rng: np.random.Generator) -> Pair:
+def _view(a: Known, rng: np.random.Generator) -> Pair:
     return Pair(a.image, a.view)
 
 
-def _segment(a: Annotated, rng: np.random.Generator) -> Pair:
+def _segment(a: Known, rng: np.random.Generator) -> Pair:
     masks = a.masks[_by_area(a.masks)]
     return _drawn(a, paint(masks, [i % 20 + 1 for i in range(len(masks))]), "tab20")
 
 
-def _semantic(a: Annotated, rng: np.random.Generator) -> Pair:
+def _semantic(a: Known, rng: np.random.Generator) -> Pair:
     order = _by_area(a.masks)
     return _drawn(a, paint(a.masks[order], [a.labels[i] + 1 for i in order]), "bits", len(a.classes) + 1)
 
 
-def _instance(a: Annotated, rng: np.random.Generator) -> Pair:
+def _instance(a: Known, rng: np.random.Generator) -> Pair:
     masks = a.masks[a.things]
     ids = list(range(1, len(masks) + 1))
     return _drawn(a, paint(masks[_by_area(masks)], ids), "bits", max(64, len(ids) + 1))
 
 
-def _panoptic(a: Annotated, rng: np.random.Generator) -> Pair:
+def _panoptic(a: Known, rng: np.random.Generator) -> Pair:
     order, base = _by_area(a.masks), len(a.classes) + 1
     ranks: Counter[int] = Counter()
     ids, things = [], set(a.things)
@@ -275,12 +278,12 @@ def _panoptic(a: Annotated, rng: np.random.Generator) -> Pair:
     return _drawn(a, paint(a.masks[order], ids), "bits", base * max(8, *ranks.values()))
 
 
-def _referring(a: Annotated, rng: np.random.Generator) -> Pair:
+def _referring(a: Known, rng: np.random.Generator) -> Pair:
     i = pick(rng, [i for i, phrase in enumerate(a.phrases) if phrase])
     return _drawn(a, a.masks[i].astype(int), "binary", phrase=a.phrases[i])
 
 
-def _detect(a: Annotated, rng: np.random.Generator) -> Pair:
+def _detect(a: Known, rng: np.random.Generator) -> Pair:
     canvas, colours = rgb(a.image).copy(), palette("boxes")
     for i, (x0, y0, x1, y1) in enumerate(box_list(a).tolist()):
         w = _line(a.image.size)
@@ -290,7 +293,7 @@ def _detect(a: Annotated, rng: np.random.Generator) -> Pair:
     return Pair(a.image, picture(canvas))
 
 
-def box_list(a: Annotated) -> np.ndarray:
+def box_list(a: Known) -> np.ndarray:
     """(n, 4) int: the boxes of the countable things, from the largest to the smallest, whole pixels in the picture."""
     boxes = (boxes_of(a.masks) if a.boxes is None else a.boxes)[a.things]
     low = np.floor(boxes[:, :2]).clip(0, np.array(a.image.size) - 1)
@@ -374,12 +377,12 @@ TASKS = {
     task.name: task
     for task in (
         Task("reconstruct", "low", _reconstruct, words.RECONSTRUCT),
-        Task("denoise", "low", _restored(degrade.noisy), words.DENOISE),
-        Task("deblur", "low", _restored(degrade.blurred), words.DEBLUR),
-        Task("derain", "low", _restored(degrade.rainy), words.DERAIN),
-        Task("enhance", "low", _restored(degrade.dark), words.ENHANCE),
-        Task("super_resolve", "low", _restored(degrade.coarse), words.SUPER_RESOLVE),
-        Task("inpaint", "low", _restored(degrade.covered), words.INPAINT),
+        Task("denoise", "low", partial(_restore, spoil=degrade.noisy), words.DENOISE),
+        Task("deblur", "low", partial(_restore, spoil=degrade.blurred), words.DEBLUR),
+        Task("derain", "low", partial(_restore, spoil=degrade.rainy), words.DERAIN),
+        Task("enhance", "low", partial(_restore, spoil=degrade.dark), words.ENHANCE),
+        Task("super_resolve", "low", partial(_restore, spoil=degrade.coarse), words.SUPER_RESOLVE),
+        Task("inpaint", "low", partial(_restore, spoil=degrade.covered), words.INPAINT),
         Task("edges", "low", _edges, words.EDGES, (), "grey"),
         Task("depth", "mid", _depth, words.DEPTH, ("depth",), "inferno"),
         Task("view", "mid", _view, words.VIEW, ("view",)),
@@ -407,7 +410,7 @@ def generator(seed: int, sample: str, task: str) -> np.random.Generator:
 
 
 def make(task: Task, annotated: Annotated, rng: np.random.Generator) -> Made:
-    """The messages of a sample, and its info: type (the task), count, phrase.
+    """The messages of a sample, and its info: type (the task), count (of ids), classes (how many), phrase.
 
     The picture is to understand, so its latents are withheld; the target alone is supervised.
     """
@@ -417,13 +420,17 @@ def make(task: Task, annotated: Annotated, rng: np.random.Generator) -> Made:
         user(Image(pair.input, "understand"), text),
         assistant(Image(pair.target, "target", nearest=task.nearest)),
     )
-    return messages, {"type": task.name, "count": pair.count} | ({"phrase": pair.phrase} if pair.phrase else {})
+    info = {"type": task.name, "count": pair.count, "classes": len(annotated.classes), "phrase": pair.phrase}
+    return messages, {key: value for key, value in info.items() if value != ""}
 
 
-def sources(world: str, annotate: Callable[[np.random.Generator, int, str], Annotated]) -> dict[str, Callable]:
+Annotate = Callable[[np.random.Generator, int, str], Annotated]
+
+
+def sources(world: str, annotate: Annotate) -> dict[str, Callable[[np.random.Generator, str, int], Made]]:
     """``{world}/sgt/{task}`` -> the maker of its samples; ``annotate(rng, size, task)`` draws an annotated picture."""
+    return {f"{world}/sgt/{name}": partial(_generated, annotate=annotate, task=name) for name in TASKS}
 
-    def made(rng: np.random.Generator, split: str, size: int, task: Task) -> Made:
-        return make(task, annotate(rng, size, task.name), rng)
 
-    return {f"{world}/sgt/{name}": partial(made, task=task) for name, task in TASKS.items()}
+def _generated(rng: np.random.Generator, split: str, size: int, annotate: Annotate, task: str) -> Made:
+    return make(TASKS[task], annotate(rng, size, task), rng)
