@@ -22,6 +22,11 @@ from diptych.data.tasks import TASKS, Annotated
 from diptych.evaluate.segmentation import score
 
 DOCS = Path(__file__).parents[1] / "docs" / "data.md"
+COCO = "format: coco, path: coco/instances.json, images: coco/images"
+PANOPTIC = "format: coco-panoptic, path: coco/panoptic.json, images: coco/images, masks: coco/panoptic"
+STUFF = "format: images, path: coco/images, labels: coco/stuff, classes: coco/labels.txt"
+MINE = "format: images, path: mine/photos"
+SAM = "format: sa1b, path: sa1b, read: sgt/segment"
 H, W = 24, 32
 PHOTO = np.random.default_rng(0).integers(0, 256, (H, W, 3), np.uint8)
 
@@ -47,12 +52,36 @@ def instances() -> dict:
         "info": {"year": 2017},
         "images": [{"id": i, "file_name": f"{i:012}.jpg", "height": H, "width": W} for i in (7, 9)],
         "annotations": [
-            {"id": 1, "image_id": 7, "category_id": 1, "iscrowd": 0, "area": 128, "bbox": [2, 3, 8, 16], "segmentation": [corners]},
-            {"id": 2, "image_id": 7, "category_id": 18, "iscrowd": 0, "area": 80, "bbox": [14, 10, 10, 8], "segmentation": rle(DOG)},
-            {"id": 3, "image_id": 7, "category_id": 1, "iscrowd": 1, "area": 144, "bbox": [26, 0, 6, 24], "segmentation": rle(CROWD, False)},
+            {
+                "id": 1,
+                "image_id": 7,
+                "category_id": 1,
+                "iscrowd": 0,
+                "area": 128,
+                "bbox": [2, 3, 8, 16],
+                "segmentation": [corners],
+            },
+            {
+                "id": 2,
+                "image_id": 7,
+                "category_id": 18,
+                "iscrowd": 0,
+                "area": 80,
+                "bbox": [14, 10, 10, 8],
+                "segmentation": rle(DOG),
+            },
+            {
+                "id": 3,
+                "image_id": 7,
+                "category_id": 1,
+                "iscrowd": 1,
+                "area": 144,
+                "bbox": [26, 0, 6, 24],
+                "segmentation": rle(CROWD, False),
+            },
         ],
         "categories": [{"id": 18, "name": "dog", "supercategory": "animal"}, {"id": 1, "name": "person"}],
-    }  # fmt: skip  # noqa: E501
+    }
 
 
 def panoptic() -> tuple[dict, np.ndarray]:
@@ -67,8 +96,12 @@ def panoptic() -> tuple[dict, np.ndarray]:
     return {
         "images": instances()["images"],
         "annotations": [{"image_id": 7, "file_name": f"{7:012}.png", "segments_info": info}],
-        "categories": [{"id": 1, "name": "person", "isthing": 1}, {"id": 18, "name": "dog", "isthing": 1}, {"id": 193, "name": "grass", "isthing": 0}],
-    }, pixels  # fmt: skip  # noqa: E501
+        "categories": [
+            {"id": 1, "name": "person", "isthing": 1},
+            {"id": 18, "name": "dog", "isthing": 1},
+            {"id": 193, "name": "grass", "isthing": 0},
+        ],
+    }, pixels
 
 
 def sam(compressed: bool = True) -> dict:
@@ -77,11 +110,19 @@ def sam(compressed: bool = True) -> dict:
     return {
         "image": {"image_id": 5, "width": W, "height": H, "file_name": "sa_5.jpg"},
         "annotations": [
-            {"id": i, "segmentation": rle(m, compressed), "area": int(m.sum()), "bbox": [0, 0, 1, 1],
-             "predicted_iou": 0.9, "point_coords": [[1, 1]], "crop_box": [0, 0, W, H], "stability_score": 0.9}
+            {
+                "id": i,
+                "segmentation": rle(m, compressed),
+                "area": int(m.sum()),
+                "bbox": [0, 0, 1, 1],
+                "predicted_iou": 0.9,
+                "point_coords": [[1, 1]],
+                "crop_box": [0, 0, W, H],
+                "stability_score": 0.9,
+            }
             for i, m in enumerate(masks)
         ],
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -191,7 +232,7 @@ def test_polygons_hold_the_pixels_whose_centres_they_hold():
 
 
 def test_coco_instances(folder):
-    coco = "format: coco, path: coco/instances.json, images: coco/images, read: sgt/"
+    coco = COCO + ", read: sgt/"
     source = opened(folder, coco + "instance")
     assert len(source) == 1 and source[0].id == "7" and source.where(0).endswith("instances.json: image 7")
     assert np.array_equal(ids(source), PERSON * 1 + DOG * 2)  # by area; the crowd is not countable
@@ -205,7 +246,7 @@ def test_coco_instances(folder):
 
 
 def test_coco_panoptic(folder):
-    entry = "format: coco-panoptic, path: coco/panoptic.json, images: coco/images, masks: coco/panoptic, read: sgt/"
+    entry = PANOPTIC + ", read: sgt/"
     grass = ~(PERSON | DOG)
     assert np.array_equal(ids(opened(folder, entry + "panoptic")), PERSON * 1 + DOG * 2 + grass * 3)
     assert np.array_equal(ids(opened(folder, entry + "instance")), PERSON * 1 + DOG * 2)
@@ -216,7 +257,7 @@ def test_coco_panoptic(folder):
 @pytest.mark.parametrize("compressed", [True, False])
 def test_sa1b(folder, compressed):
     (folder / "sa1b/sa_5.json").write_text(json.dumps(sam(compressed)))
-    source = opened(folder, "format: sa1b, path: sa1b, read: sgt/segment")
+    source = opened(folder, SAM)
     expected = box(0, 0, 20, 20) * 1
     expected[DOG], expected[box(4, 4, 6, 6)] = 2, 3  # the smaller on top
     assert len(source) == 1 and source[0].id == "sa_5" and np.array_equal(ids(source), expected)
@@ -224,9 +265,9 @@ def test_sa1b(folder, compressed):
 
 
 def test_folders_of_label_pictures(folder):
-    stuff = "format: images, path: coco/images, labels: coco/stuff, classes: coco/labels.txt, read: sgt/semantic"
+    stuff = STUFF + ", read: sgt/semantic"
     assert np.array_equal(ids(opened(folder, stuff)), PERSON * 1 + DOG * 3)
-    mine = "format: images, path: mine/photos, masks: mine/masks, depth: mine/depth, read: sgt/"
+    mine = MINE + ", masks: mine/masks, depth: mine/depth, read: sgt/"
     assert np.array_equal(ids(opened(folder, mine + "segment")), PERSON * 1 + DOG * 2)
     assert np.array_equal(ids(opened(folder, mine + "instance")), PERSON * 1 + DOG * 2)
     near = ids(opened(folder, mine + "depth"))
@@ -236,15 +277,15 @@ def test_folders_of_label_pictures(folder):
     for name, mask in (("0", DOG), ("1", PERSON)):
         PIL.Image.fromarray(mask).save(folder / f"mine/masks/a/{name}.png")
     assert np.array_equal(ids(opened(folder, mine + "instance")), PERSON * 1 + DOG * 2)
-    view = opened(folder, "format: images, path: mine/photos, view: mine/photos, read: sgt/view")[0]
+    view = opened(folder, MINE + ", view: mine/photos, read: sgt/view")[0]
     assert len({image.pixels.tobytes() for image in view.images()}) == 1
 
 
 def test_pictures_are_shrunk_and_draws_belong_to_the_row(folder):
-    entry = "format: images, path: mine/photos, read: sgt/denoise"
+    entry = MINE + ", read: sgt/denoise"
     one, again, other = (opened(folder, e)[0] for e in (entry, entry, entry + ", seed: 1"))
     assert one == again and one != other
-    small = opened(folder, "format: sa1b, path: sa1b, read: sgt/segment, longest: 16")[0]
+    small = opened(folder, SAM + ", longest: 16")[0]
     assert {image.pixels.size for image in small.images()} == {(16, 12)}
     known = Annotated(
         PIL.Image.fromarray(PHOTO), np.stack([DOG, box(1, 1, 1, 1)]), (0, 1), ("a", "b"), depth=np.ones((H, W))
@@ -255,7 +296,7 @@ def test_pictures_are_shrunk_and_draws_belong_to_the_row(folder):
 
 
 def test_rows_show_what_check_counts(folder):
-    source = opened(folder, "format: sa1b, path: sa1b, read: sgt/segment")
+    source = opened(folder, SAM)
     assert [image.image for image in source.row(0).images()] == ["understand", "target"]
     assert source.picture(0, "target").tobytes() == list(source[0].images())[1].pixels.tobytes()
     with pytest.raises(IndexError, match="a has no row 1; it has 1"):
@@ -281,24 +322,22 @@ def broken(change) -> dict:
         (broken(lambda d: d["annotations"].clear()), "no picture has what task 'instance' needs: things"),
         (broken(lambda d: d["annotations"][0].pop("segmentation")), r"image 7: annotation 1 lacks \['segmentation'\]"),
         (broken(lambda d: d["annotations"][0].update(category_id=5)), r"category ids \[5\] are not in 'categories'"),
-        (broken(lambda d: d["annotations"][1]["segmentation"].update(size=[3, 4])), r"annotation 2: .* of \[3, 4\] pixels"),
+        (broken(lambda d: d["annotations"][1]["segmentation"].update(size=[3, 4])), r"2: .* of \[3, 4\] pixels"),
         (broken(lambda d: d["annotations"][1]["segmentation"].update(counts="~")), "annotation 2: .*characters go"),
-        (broken(lambda d: d["annotations"][1].update(segmentation=rle(DOG & False))), "annotation 2: its mask is empty"),
-        (broken(lambda d: d["annotations"][1].update(segmentation="x")), "annotation 2: 'segmentation' must be polygons"),
+        (broken(lambda d: d["annotations"][1].update(segmentation=rle(DOG & False))), "2: its mask is empty"),
+        (broken(lambda d: d["annotations"][1].update(segmentation="x")), "2: 'segmentation' must be polygons"),
         (broken(lambda d: d["images"][0].update(file_name="no.jpg")), "image 7: picture 'no.jpg' does not exist"),
         (broken(lambda d: d["images"][0].update(file_name="../c.yaml")), "lies outside the image folder"),
     ],
-)  # fmt: skip
+)
 def test_wrong_coco(folder, data, message):
     (folder / "coco/instances.json").write_text(json.dumps(data))
     with pytest.raises(ValueError, match=message):
-        opened(folder, "format: coco, path: coco/instances.json, images: coco/images, read: sgt/instance")[0]
+        opened(folder, COCO + ", read: sgt/instance")[0]
 
 
 def test_wrong_panoptic_and_sa1b(folder):
-    entry = (
-        "format: coco-panoptic, path: coco/panoptic.json, images: coco/images, masks: coco/panoptic, read: sgt/panoptic"
-    )
+    entry = PANOPTIC + ", read: sgt/panoptic"
     drawn = folder / "coco/panoptic/000000000007.png"
     PIL.Image.new("RGB", (W, H)).save(drawn)
     with pytest.raises(
@@ -316,28 +355,34 @@ def test_wrong_panoptic_and_sa1b(folder):
     ):
         (folder / "sa1b/sa_5.json").write_text(text)
         with pytest.raises(ValueError, match=message):
-            opened(folder, "format: sa1b, path: sa1b, read: sgt/segment")[0]
+            opened(folder, SAM)[0]
 
 
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("format: coco, path: coco/instances.json, images: coco/images", "'read' is missing"),
-        ("format: coco, path: coco/instances.json, images: coco/images, read: segment", "read is 'segment': choose from sgt/"),
+        (COCO, "'read' is missing"),
+        (COCO + ", read: segment", "read is 'segment': choose from sgt/"),
         ("format: coco, path: coco/instances.json, read: sgt/segment", "'images' is missing"),
         ("format: coco, path: no.json, images: coco/images, read: sgt/segment", "no.json' does not exist"),
-        ("format: coco, path: coco/instances.json, images: coco/images, masks: x, read: sgt/segment", "coco takes no 'masks'"),
-        ("format: coco-panoptic, path: coco/panoptic.json, images: coco/images, read: sgt/segment", "'masks' is missing"),
+        (COCO + ", masks: x, read: sgt/segment", "coco takes no 'masks'"),
+        (
+            "format: coco-panoptic, path: coco/panoptic.json, images: coco/images, read: sgt/segment",
+            "'masks' is missing",
+        ),
         ("format: sa1b, path: nowhere, read: sgt/segment", "nowhere' does not exist"),
-        ("format: images, path: mine/photos, masks: mine/masks", r"\['masks'\] go with read: sgt/"),
-        ("format: images, path: mine/photos, read: sgt/segment", "task 'segment' needs masks; the folders give pictures"),
-        ("format: images, path: mine/photos, masks: mine/none, read: sgt/segment", "masks: folder .*none' does not exist"),
+        (MINE + ", masks: mine/masks", r"\['masks'\] go with read: sgt/"),
+        (MINE + ", read: sgt/segment", "task 'segment' needs masks; the folders give pictures"),
+        (MINE + ", masks: mine/none, read: sgt/segment", "masks: folder .*none' does not exist"),
         ("format: images, path: coco/images, labels: coco/stuff, read: sgt/semantic", "labels and classes go together"),
-        ("format: images, path: coco/images, labels: coco/stuff, classes: coco/labels.txt, read: sgt/instance", "needs things"),
-        ("format: images, path: coco/images, labels: coco/stuff, masks: coco/stuff, read: sgt/segment", "exclude each other"),
-        ("format: images, path: mine/photos, read: sgt/denoise, seed: x", "seed is 'x'"),
+        (STUFF + ", read: sgt/instance", "needs things"),
+        (
+            "format: images, path: coco/images, labels: coco/stuff, masks: coco/stuff, read: sgt/segment",
+            "exclude each other",
+        ),
+        (MINE + ", read: sgt/denoise, seed: x", "seed is 'x'"),
     ],
-)  # fmt: skip
+)
 def test_wrong_entries_are_named_by_file_and_line(folder, entry, message):
     with pytest.raises(ValueError, match=r"c.yaml:1: data set 'a': .*" + message):
         opened(folder, entry)
@@ -346,14 +391,14 @@ def test_wrong_entries_are_named_by_file_and_line(folder, entry, message):
 def test_wrong_label_pictures(folder):
     PIL.Image.new("L", (3, 4), 9).save(folder / "mine/masks/a.png")
     with pytest.raises(ValueError, match=r"photos/a.png: masks: 'a.png' is \(3, 4\), the picture \(32, 24\)"):
-        opened(folder, "format: images, path: mine/photos, masks: mine/masks, read: sgt/segment")[0]
+        opened(folder, MINE + ", masks: mine/masks, read: sgt/segment")[0]
     (folder / "mine/masks/a.png").unlink()
     with pytest.raises(ValueError, match="picture 'masks: a.png' does not exist"):
-        opened(folder, "format: images, path: mine/photos, masks: mine/masks, read: sgt/segment")[0]
+        opened(folder, MINE + ", masks: mine/masks, read: sgt/segment")[0]
     PIL.Image.fromarray(PHOTO).save(folder / "mine/depth/a.png")
     with pytest.raises(ValueError, match="depth: 'a.png' is coloured; it must be grey"):
-        opened(folder, "format: images, path: mine/photos, depth: mine/depth, read: sgt/depth")[0]
-    stuff = "format: images, path: coco/images, labels: coco/stuff, classes: coco/labels.txt, read: sgt/semantic"
+        opened(folder, MINE + ", depth: mine/depth, read: sgt/depth")[0]
+    stuff = STUFF + ", read: sgt/semantic"
     PIL.Image.new("L", (W, H), 9).save(folder / "coco/stuff/000000000007.png")
     with pytest.raises(ValueError, match=r"'000000000007.png' has values \[9\]; there are 3 classes"):
         opened(folder, stuff)[0]
@@ -372,8 +417,11 @@ def test_label_pictures_keep_their_values(tmp_path):
         (palette, values % 7),
         (PIL.Image.fromarray((values * 80).astype(np.uint16)), values * 80),
         (PIL.Image.fromarray(DOG), DOG),
-        (PIL.Image.fromarray(np.stack([values & 255, values >> 8, values % 3], -1).astype(np.uint8)), values + 65536 * (values % 3)),
-    ):  # fmt: skip  # noqa: E501
+        (
+            PIL.Image.fromarray(np.stack([values & 255, values >> 8, values % 3], -1).astype(np.uint8)),
+            values + 65536 * (values % 3),
+        ),
+    ):
         image.save(tmp_path / "a.png")
         assert np.array_equal(open_labels(tmp_path / "a.png"), expected)
 
