@@ -20,9 +20,10 @@ import skia
 
 from diptych.core.sample import Sample
 from diptych.data import tasks
-from diptych.data.images import MAX_PIXELS, SUFFIXES, open_image, open_labels
+from diptych.data.images import MAX_PIXELS, open_image, open_labels
 from diptych.data.render import canvas
 from diptych.data.sources import find_files, inside
+from diptych.data.sources import images as list_images
 from diptych.data.tasks import Annotated, Task
 
 LONGEST = 1024  # pixels on the long side that annotated pictures are shrunk to
@@ -135,7 +136,8 @@ class Proxies:
 
     def __post_init__(self) -> None:
         if not self.rows:
-            raise ValueError(f"no picture has what task {self.task.name!r} needs: {', '.join(self.task.needs)}")
+            needs = ", ".join(self.task.needs) or "pictures"
+            raise ValueError(f"no picture has what task {self.task.name!r} needs: {needs}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -355,9 +357,8 @@ def folder(
         has = ", ".join(k for k, v in able.items() if v) or "pictures alone"
         raise ValueError(f"task {task.name!r} needs {' and '.join(missing)}; the folders give {has}")
     names = _class_names(classes) if classes else ()
-    found = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
     read = partial(_read_folder, path, masks, labels, names, depth, view, max_pixels)
-    return tuple(Row(name, str(path / name), partial(read, name)) for name in found)
+    return tuple(Row(name, str(path / name), partial(read, name)) for name in list_images("", path).paths)
 
 
 def _class_names(path: Path) -> tuple[str, ...]:

@@ -624,11 +624,12 @@ def annotated(things: tuple[Placed, ...], size: int) -> tasks.Annotated:
 
 
 def annotated_parts(things: tuple[Placed, ...], size: int) -> tasks.Annotated:
-    """The picture of a scene with the visible coloured shapes of each emoji as masks, those of four pixels or more."""
-    masks = [
-        cover >= 0.5 for t in things for cover in _coverage(find(t.emoji).svg, size, (t.left, t.top, t.side))
-    ]  # fmt: skip
-    return tasks.Annotated(render_scene(things, size), np.stack([m for m in masks if m.sum() >= 4]))
+    """The picture of a scene with the visible coloured shapes of each emoji as masks, those of four pixels or more
+    (where there is none, all)."""
+    places = [(find(t.emoji).svg, (t.left, t.top, t.side)) for t in things]
+    masks = [cover >= 0.5 for svg, place in places for cover in _coverage(svg, size, place)]
+    large = [m for m in masks if m.sum() >= 4] or [m for m in masks if m.any()]
+    return tasks.Annotated(render_scene(things, size), np.stack(large) if large else None)
 
 
 def _annotated(rng: np.random.Generator, size: int, task: str) -> tasks.Annotated:
