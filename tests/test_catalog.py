@@ -343,7 +343,7 @@ def test_nothing_to_read(tmp_path):
         ("a: {format: json, path: x}\n", ":1: data set 'a': format is 'json'; choose from jsonl,"),
         ("a: {format: [jsonl], path: x}\n", "format is ['jsonl']; choose"),
         ("\n\na: {format: jsonl, pth: x}\n", ":3: data set 'a': unknown keys ['pth']; jsonl takes format, path,"),
-        ("a: {format: images, path: x, read: draw}\n", "unknown keys ['read']; images takes format, path, max_pixels"),
+        ("a: {format: images, path: x, read: draw}\n", "read is 'draw': choose from sgt/reconstruct, sgt/denoise"),
         ("a: {format: jsonl}\n", ":1: data set 'a': 'path' is missing"),
         ("a: {format: jsonl, path: 7}\n", "path is 7: Input should be a valid string"),
         ("a: {format: jsonl, path: x, max_pixels: 0}\n", "max_pixels is 0: Input should be greater than 0"),

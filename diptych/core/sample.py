@@ -42,11 +42,13 @@ class Image:
     """A picture by reference (a path, relative to its data set) or decoded (``PIL.Image``), and what it is for.
 
     ``size`` (width, height in pixels) may be asked of a target that has no pixels yet: a picture to be drawn.
+    ``nearest`` says that colours are labels: it is resized to the nearest pixel, so that no colour is made up.
     """
 
     image: str | PIL.Image.Image | None
     role: ImageRole = "understand"
     size: tuple[int, int] | None = None
+    nearest: bool = False
 
     @property
     def pixels(self) -> PIL.Image.Image:
@@ -140,8 +142,8 @@ def sample_to_json(sample: Sample) -> dict:
             return {"type": "text", "text": p.text, "loss": p.loss}
         if isinstance(p.image, PIL.Image.Image):
             raise ValueError(f"sample {sample.id!r} holds a decoded picture; save it and put its path in the sample")
-        row = {"type": "image", "image": p.image, "role": p.role}
-        return row if p.size is None else row | {"size": list(p.size)}
+        more = ({"nearest": True} if p.nearest else {}) | ({"size": list(p.size)} if p.size else {})
+        return {"type": "image", "image": p.image, "role": p.role} | more
 
     messages = [{"role": m.role, "content": [part(p) for p in m.parts]} for m in sample.messages]
     return {"id": sample.id, "messages": messages} | ({"info": dict(sample.info)} if sample.info else {})
@@ -168,7 +170,7 @@ def _part(row: Any, speaker: Speaker, where: str) -> Part:
         if not isinstance(loss, bool):
             raise ValueError(f"{where}.loss must be true or false, not {loss!r}")
         return Text(row["text"], loss)
-    _keys(row, where, required={"type", "image"}, optional={"role", "size"})
+    _keys(row, where, required={"type", "image"}, optional={"role", "size", "nearest"})
     if not isinstance(row["image"], (str, Path)) or not str(row["image"]):
         raise ValueError(f"{where}.image must be a path, not {row['image']!r}")
     role = row.get("role", "target" if speaker == "assistant" else "understand")
@@ -178,7 +180,10 @@ def _part(row: Any, speaker: Speaker, where: str) -> Part:
         if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(type(s) is int and s > 0 for s in size)):
             raise ValueError(f"{where}.size must be [width, height] in pixels, not {size!r}")
         size = (size[0], size[1])
-    return Image(str(row["image"]), role, size)
+    nearest = row.get("nearest", False)
+    if not isinstance(nearest, bool):
+        raise ValueError(f"{where}.nearest must be true or false, not {nearest!r}")
+    return Image(str(row["image"]), role, size, nearest)
 
 
 def _keys(row: Any, where: str, required: set[str], optional: set[str] = frozenset()) -> None:  # type: ignore[assignment]

@@ -6,6 +6,7 @@
     scraped:  {format: webdataset, path: shards/*.tar, read: draw}
     pairs:    {format: parquet, path: pairs.parquet, read: caption}
     textures: {format: images, path: textures}
+    things:   {format: coco, path: instances.json, images: photos, read: sgt/instance}
 
 Paths are relative to the catalog file. docs/data.md says what each format holds.
 """
@@ -19,15 +20,27 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from diptych.data import annotations as annotated
 from diptych.data import sources as readers
+from diptych.data import tasks
 from diptych.data.images import MAX_PIXELS
 from diptych.data.mixture import First, Source
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
 Path_ = Annotated[str, Field(min_length=1)]
 Pixels = Annotated[int, Field(gt=0, strict=True)]
+SGT = "sgt/"
+
+
+def _task(read: str) -> str:
+    if not (read.startswith(SGT) and read.removeprefix(SGT) in tasks.TASKS):
+        raise ValueError(f"choose from {', '.join(SGT + name for name in tasks.TASKS)}")
+    return read
+
+
+ReadTask = Annotated[str, AfterValidator(_task)]
 
 
 class Jsonl(BaseModel):
@@ -41,11 +54,33 @@ class Jsonl(BaseModel):
 
 
 class Images(BaseModel):
-    """A folder of unlabelled pictures."""
+    """A folder of pictures; read as a task of SGT, label pictures may lie in folders beside it."""
 
     model_config = STRICT
     format: Literal["images"]
     path: Path_
+    read: ReadTask | None = None
+    masks: Path_ | None = None
+    labels: Path_ | None = None
+    classes: Path_ | None = None
+    depth: Path_ | None = None
+    view: Path_ | None = None
+    longest: Pixels = annotated.LONGEST
+    seed: int = 0
+    max_pixels: Pixels = MAX_PIXELS
+
+
+class Annotation(BaseModel):
+    """An annotation file (or many), read as a task of SGT."""
+
+    model_config = STRICT
+    format: Literal["coco", "coco-panoptic", "sa1b"]
+    path: Path_
+    read: ReadTask
+    images: Path_ | None = None
+    masks: Path_ | None = None
+    longest: Pixels = annotated.LONGEST
+    seed: int = 0
     max_pixels: Pixels = MAX_PIXELS
 
 
@@ -59,12 +94,15 @@ class Packed(BaseModel):
     max_pixels: Pixels = MAX_PIXELS
 
 
-Settings = Jsonl | Images | Packed
-FORMATS: dict[str, type[Jsonl] | type[Images] | type[Packed]] = {
+Settings = Jsonl | Images | Annotation | Packed
+FORMATS: dict[str, type[Jsonl] | type[Images] | type[Annotation] | type[Packed]] = {
     "jsonl": Jsonl,
     "images": Images,
     "parquet": Packed,
     "webdataset": Packed,
+    "coco": Annotation,
+    "coco-panoptic": Annotation,
+    "sa1b": Annotation,
 }
 
 
@@ -77,19 +115,46 @@ class Entry:
     folder: Path
     where: str
 
-    def open(self) -> readers.JsonLines | readers.ImageFolder | readers.Parquet | readers.Tar:
+    def open(self) -> readers.JsonLines | readers.ImageFolder | readers.Parquet | readers.Tar | annotated.Proxies:
         """The source. Raises ``ValueError`` that begins with the catalog's file and line."""
         s = self.settings
         path = self.folder / s.path
         try:
             if isinstance(s, Jsonl):
                 return readers.jsonl(self.name, path, self.folder / s.images if s.images else None, s.max_pixels)
-            if isinstance(s, Images):
+            if isinstance(s, Images) and not s.read:
+                if given := sorted(s.model_fields_set - {"format", "path", "max_pixels"}):
+                    raise ValueError(f"{given} go with read: {SGT}...")
                 return readers.images(self.name, path, s.max_pixels)
+            if isinstance(s, Images | Annotation):
+                task = tasks.TASKS[str(s.read).removeprefix(SGT)]
+                return annotated.Proxies(self.name, task, self._rows(s, task), s.longest, s.seed)
             make = readers.parquet if s.format == "parquet" else readers.webdataset
             return make(self.name, path, s.read, s.max_pixels)
         except (ValueError, OSError) as error:
             raise ValueError(f"{self.where}: data set {self.name!r}: {error}") from error
+
+    def _rows(self, s: Images | Annotation, task: tasks.Task) -> tuple[annotated.Row, ...]:
+        def beside(key: str) -> Path | None:
+            value = getattr(s, key)
+            return self.folder / value if value else None
+
+        path, masks = self.folder / s.path, beside("masks")
+        if isinstance(s, Images):
+            others = {key: beside(key) for key in ("labels", "classes", "depth", "view")}
+            return annotated.folder(path, task, masks, **others, max_pixels=s.max_pixels)
+        images = beside("images")
+        if masks and s.format != "coco-panoptic":
+            raise ValueError(f"{s.format} takes no 'masks': they are in {s.path}")
+        if s.format == "sa1b":
+            return annotated.sa1b(path, images, task, s.max_pixels)
+        if not images:
+            raise ValueError("'images' is missing: the folder of the pictures")
+        if s.format == "coco":
+            return annotated.coco(path, images, task, s.max_pixels)
+        if not masks:
+            raise ValueError("'masks' is missing: the folder of the panoptic PNGs")
+        return annotated.coco_panoptic(path, images, masks, task, s.max_pixels)
 
 
 def read_catalog(path: str | Path) -> dict[str, Entry]:
@@ -175,5 +240,6 @@ def _settings(node: yaml.Node, where: str) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         key, given = ".".join(map(str, first["loc"])), first["input"]
-        told = f"{key!r} is missing" if first["type"] == "missing" else f"{key} is {given!r}: {first['msg']}"
+        reason = first["msg"].removeprefix("Value error, ")
+        told = f"{key!r} is missing" if first["type"] == "missing" else f"{key} is {given!r}: {reason}"
         raise ValueError(f"{where}: {told}") from error

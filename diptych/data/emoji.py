@@ -27,6 +27,7 @@ import PIL.Image
 import skia
 
 from diptych.core.sample import Image, assistant, user
+from diptych.data import tasks
 from diptych.data.render import Generated, Made, canvas, mask_picture, pick, picture
 
 LANGUAGES = {
@@ -107,6 +108,8 @@ def concepts(split: str, limit: int | None = None) -> tuple[Emoji, ...]:
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
+Place = tuple[float, float, float]  # left, top and side of an emoji's square, in fractions of the canvas
+
 
 def render(emoji: Emoji, size: int, background: tuple[int, int, int] = (255, 255, 255)) -> PIL.Image.Image:
     """The RGB picture of an emoji on a plain background, ``size`` pixels square."""
@@ -121,9 +124,10 @@ def cutout(emoji: Emoji, size: int) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.concatenate([straight, alpha], -1).astype(np.uint8))
 
 
-def _pixels(svg: str, size: int, background: tuple[int, ...]) -> np.ndarray:
+def _pixels(svg: str, size: int, background: tuple[int, ...], place: Place = (0.0, 0.0, 1.0)) -> np.ndarray:
     pixels, paper = canvas(size, background)
-    _draw(paper, svg, 0, 0, size)
+    left, top, side = (v * size for v in place)
+    _draw(paper, svg, left, top, side)
     return pixels
 
 
@@ -275,7 +279,7 @@ def _fills(svg: str) -> tuple[tuple[int, int, int], ...]:
 
 
 @lru_cache(maxsize=256)
-def _coverage(svg: str, size: int) -> np.ndarray:
+def _coverage(svg: str, size: int, place: Place = (0.0, 0.0, 1.0)) -> np.ndarray:
     """How much of each pixel each shape visibly covers: (shapes, size, size) in [0, 1]. Three shapes a rendering."""
     n = len(_fills(svg))
     cover = np.zeros((n, size, size), np.float32)
@@ -289,7 +293,7 @@ def _coverage(svg: str, size: int) -> np.ndarray:
                     leaf.set(name, paint)
         for element in root.iter():
             element.attrib.pop("opacity", None)
-        pixels = _pixels(_write(root), size, (0, 0, 0, 255))[..., :3]
+        pixels = _pixels(_write(root), size, (0, 0, 0, 255), place)[..., :3]
         count = min(3, n - first)
         cover[first : first + count] = pixels[..., :count].transpose(2, 0, 1) / 255
     return cover
@@ -587,6 +591,56 @@ _SCENE_QUESTIONS: dict[str, Callable[[np.random.Generator], tuple[str, str, tupl
 }
 
 
+# --- the task ladder --------------------------------------------------------------------------------------------------
+
+LARGEST, PAPER = 0.5, 0.3  # for tasks.farness: emoji are 0.4 to 0.48 of the canvas wide
+
+
+def annotated(things: tuple[Placed, ...], size: int) -> tasks.Annotated:
+    """The picture of a scene and all that is known of it: classes are the nouns of ``NOUNS``.
+
+    Depth takes emoji to be of one size, so that the wider is the nearer, in front of the paper; the right view moves
+    each by ``tasks.BASELINE`` times its nearness. Emoji that cover no pixel by half are left out.
+    """
+    masks = scene_masks(things, size)
+    seen = [i for i, mask in enumerate(masks) if mask.any()]
+    things, masks = tuple(things[i] for i in seen), masks[seen]
+    far = [tasks.farness(t.side, LARGEST, PAPER) for t in things]
+    depth = np.ones((size, size))
+    for mask, distance in zip(masks, far, strict=True):
+        depth[mask] = distance
+    moved = [replace(t, left=t.left - tasks.BASELINE * (1 - d)) for t, d in zip(things, far, strict=True)]
+    names = [NOUNS[t.emoji] for t in things]
+    classes = tuple(NOUNS.values())
+    return tasks.Annotated(
+        render_scene(things, size),
+        masks,
+        tuple(classes.index(name) for name in names),
+        classes,
+        phrases=tasks.phrases_of(names, tasks.boxes_of(masks)),
+        depth=depth,
+        view=render_scene(tuple(sorted(moved, key=lambda t: t.side)), size),
+    )
+
+
+def annotated_parts(things: tuple[Placed, ...], size: int) -> tasks.Annotated:
+    """The picture of a scene with the visible coloured shapes of each emoji as masks, those of four pixels or more
+    (where there is none, all)."""
+    places = [(find(t.emoji).svg, (t.left, t.top, t.side)) for t in things]
+    masks = [cover >= 0.5 for svg, place in places for cover in _coverage(svg, size, place)]
+    large = [m for m in masks if m.sum() >= 4] or [m for m in masks if m.any()]
+    return tasks.Annotated(render_scene(things, size), np.stack(large) if large else None)
+
+
+def _annotated(rng: np.random.Generator, size: int, task: str) -> tasks.Annotated:
+    """A scene for a task: one to four emoji, now and then one twice; one or two, in their parts, for "segment"."""
+    n = int(rng.integers(1, 3 if task == "segment" else 5))
+    ids = _ids(rng, n)
+    ids = [ids[0] if i == 1 and rng.random() < 0.4 else id for i, id in enumerate(ids)]
+    things = _place(rng, ids, [int(c) for c in rng.permutation(4)[:n]])
+    return annotated_parts(things, size) if task == "segment" else annotated(things, size)
+
+
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 SOURCES: dict[str, Callable[[np.random.Generator, str, int], Made]] = {
@@ -602,6 +656,7 @@ SOURCES: dict[str, Callable[[np.random.Generator, str, int], Made]] = {
     "emoji64/ask": partial(make_ask, limit=64),
     "emoji64/edit": partial(make_edit, limit=64),
     "emoji64/parts": partial(make_parts, limit=64),
+    **tasks.sources("emoji", _annotated),
 }
 
 

@@ -45,6 +45,22 @@ def open_image(source: str | Path | bytes, name: str = "", max_pixels: int = MAX
             raise ValueError(f"picture {name!r} is corrupt or truncated: {_reason(error)}") from error
 
 
+def open_labels(source: str | Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """(h, w) values of a label picture as stored: uint8 of greys and palette indices, uint16 of 16-bit greys, and of
+    colours int32 R + 256 G + 65536 B. Raises ``ValueError`` as ``open_image`` does."""
+    name = name or str(source)[:80]
+    with _open(source, name, max_pixels) as image:
+        try:
+            image.load()
+        except BROKEN as error:
+            raise ValueError(f"picture {name!r} is corrupt or truncated: {_reason(error)}") from error
+        if image.mode in ("RGB", "RGBA"):
+            return np.asarray(image.convert("RGB")).astype(np.int32) @ np.array([1, 256, 65536], np.int32)
+        if image.mode not in ("1", "L", "P", "I;16"):
+            raise ValueError(f"picture {name!r} has pixels of mode {image.mode!r}; labels are greys, palettes or RGB")
+        return np.array(image) if image.mode != "1" else np.array(image).astype(np.uint8)
+
+
 def image_size(source: str | Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(width, height) in pixels as stored, without decoding. Raises ``ValueError`` as ``open_image`` does."""
     with _open(source, name or str(source)[:80], max_pixels) as image:

@@ -15,7 +15,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import permutations
 from typing import Any
@@ -25,6 +25,7 @@ import PIL.Image
 import skia
 
 from diptych.core.sample import Image, assistant, user
+from diptych.data import tasks
 from diptych.data.render import Generated, Made, canvas, components, pick, picture, rgb
 
 SHAPES = ("circle", "square", "triangle", "star", "cross")
@@ -857,11 +858,47 @@ def _difference(image: PIL.Image.Image, gone: list[Thing], new: list[Thing], aft
     return float(np.abs(pixels - rgb(render(after, size)).astype(np.float32))[~changed].mean())
 
 
+# --- the task ladder --------------------------------------------------------------------------------------------------
+
+LARGEST, PAPER = 0.3, 0.2  # for tasks.farness: objects are 0.234 to 0.297 of the canvas wide
+
+
+def annotated(scene: Scene, size: int) -> tasks.Annotated:
+    """The picture of a scene and all that is known of it: classes are shapes, phrases name kinds ("the red circle").
+
+    Depth takes objects to be of one size, so that the wider is the nearer, in front of the paper; the right view moves
+    each by ``tasks.BASELINE`` times its nearness. Objects that cover no pixel by half are left out.
+    """
+    every = masks(scene, size)
+    seen = [i for i, mask in enumerate(every) if mask.any()]
+    things, every = [scene.things[i] for i in seen], every[seen]
+    far = [tasks.farness(t.extent, LARGEST, PAPER) for t in things]
+    depth = np.ones((size, size))
+    for mask, distance in zip(every, far, strict=True):
+        depth[mask] = distance
+    moved = [replace(t, x=t.x - tasks.BASELINE * (1 - d)) for t, d in zip(things, far, strict=True)]
+    behind_first = sorted(moved, key=lambda t: t.extent)
+    return tasks.Annotated(
+        render(scene, size),
+        every,
+        tuple(SHAPES.index(t.shape) for t in things),
+        SHAPES,
+        phrases=tasks.phrases_of([" ".join(t.kind) for t in things], tasks.boxes_of(every)),
+        depth=depth,
+        view=render(Scene(tuple(behind_first)), size),
+    )
+
+
+def _annotated(rng: np.random.Generator, size: int, task: str) -> tasks.Annotated:
+    return annotated(random_scene(rng), size)
+
+
 SOURCES = {
     "shapes/draw": make_draw,
     "shapes/ask": make_ask,
     "shapes/caption": make_caption,
     "shapes/edit": make_edit,
+    **tasks.sources("shapes", _annotated),
 }
 
 

@@ -248,7 +248,7 @@ class Bagel(UnifiedModel):
         width, height = rule(*image.pixels.size)
         grid = (height // stride, width // stride)
         ids = (self.markers["image"], *[NONE] * (grid[0] * grid[1]), self.markers["end"])
-        pixels = to_tensor(image.pixels, (width, height))
+        pixels = to_tensor(image.pixels, (width, height), image.nearest)
         return Segment(kind, ids, image=pixels, grid=grid, full=True, shared=True, advance=1, route=route)
 
     # ---- network ------------------------------------------------------------------------------------------------
