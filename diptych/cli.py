@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb("train", _train, "train a recipe (a name or a .json/.yaml file)", "diptych train bagel/tiny --steps 500", "diptych train runs/mine/recipe.json --run runs/again --seed 1", "diptych train bagel/tiny --set stages.0.train.vision=1e-3", "torchrun --nproc-per-node 2 -m diptych train bagel/tiny --run runs/two")  # fmt: skip  # noqa: E501
     p.add_argument("recipe", help="a name that `diptych recipes` lists, or a file")
+    p.add_argument("--model", help="go on from this model (a folder or shipped name) in place of the recipe's own")
     p.add_argument("--steps", type=int, help="cut or stretch all stages to this many steps, in proportion")
     p.add_argument("--run", dest="folder", type=Path, help="run folder (default: a new one under runs/)")
     p.add_argument("--seed", type=int, help="seed of weights, data order and noise")
@@ -121,6 +122,21 @@ def parser() -> argparse.ArgumentParser:
         "--out", dest="folder", type=Path, help="folder of items, scores and pictures; continues one that is there"
     )
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
+
+    p = verb(
+        "study",
+        _study,
+        "run a paper's table in miniature",
+        "diptych study sgt-proxies --seeds 0",
+        "diptych study sgt-ratio --steps 300 --limit 24",
+    )
+    p.add_argument("study", help="sgt-proxies, sgt-ratio or sgt-amount")
+    p.add_argument("--model", default="bagel/tiny", help="where every arm starts (default: bagel/tiny)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--steps", type=int, default=600, help="steps of every arm (default: 600)")
+    p.add_argument("--limit", type=int, help="items per category of the evaluation")
+    p.add_argument("--run", type=Path, help="folder of the runs; goes on with one that is there (default: runs/STUDY)")
+    p.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the page and plot")
 
     p = verb("models", _models, "list models with their parameter counts", "diptych models --json")
     p.add_argument("--json", action="store_true")
@@ -251,7 +267,14 @@ def _train(a: argparse.Namespace) -> int:
     return _finish_run(
         a,
         lambda: train(
-            a.recipe, a.folder, steps=a.steps, seed=a.seed, catalog=a.catalog, override=override, device=a.device
+            a.recipe,
+            a.folder,
+            steps=a.steps,
+            seed=a.seed,
+            catalog=a.catalog,
+            override=override,
+            device=a.device,
+            model=a.model,
         ),
     )
 
@@ -370,6 +393,12 @@ def model_rows() -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _study(a: argparse.Namespace) -> None:
+    from diptych.study import study
+
+    print(study(a.study, a.run or Path("runs") / a.study, a.out, a.model, a.seeds, a.steps, a.limit))
 
 
 def _models(a: argparse.Namespace) -> None:

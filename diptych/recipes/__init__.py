@@ -10,6 +10,8 @@ from diptych.train.recipe import Recipe
 RECIPES = {
     "bagel/tiny": "diptych.recipes.tiny:bagel",
     "autoencoder/tiny": "diptych.recipes.tiny:autoencoder",
+    "sgt/tiny": "diptych.recipes.sgt:tiny",
+    "sgt/bagel": "diptych.recipes.sgt:bagel",
 }
 
 

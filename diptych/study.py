@@ -1,0 +1,177 @@
+"""``diptych study``: a paper's table in miniature. Arms differ in one thing; all start from one model and share steps,
+data order, noise, prompts and scorer. Every run resumes, so a stopped study goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+
+from rich.console import Console
+
+from diptych import models
+from diptych.evaluate import evaluate
+from diptych.evaluate.figures import intervals
+from diptych.evaluate.scores import Score, macro, paired
+from diptych.generate.engine import load
+from diptych.recipes import sgt
+from diptych.recipes.run import resume, train
+from diptych.train.recipe import Recipe
+
+BENCHMARKS = ("vqa-mini", "geneval-mini")
+T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's, two-sided 95 %, by seeds
+
+
+@dataclass(frozen=True)
+class Study:
+    """Arms by name, each a recipe for a number of steps, and the arm that differences are taken from."""
+
+    title: str
+    arms: Mapping[str, Callable[[int], Recipe]]
+    base: str
+
+
+STUDIES = {
+    "sgt-proxies": Study(
+        "What is drawn beside the questions (SGT, table 1.3)",
+        {arm: (lambda steps, proxy=proxy: sgt.tiny(proxy, steps=steps)) for arm, proxy in sgt.ARMS.items()},
+        "none",
+    ),
+    "sgt-ratio": Study(
+        "Segmentation to questions, by samples (SGT, table 1.5)",
+        {
+            f"{a}:{b}": (lambda steps, ratio=a / b: sgt.tiny(ratio=ratio, steps=steps))
+            for a, b in ((1, 2), (1, 1), (2, 1), (4, 1))
+        },
+        "2:1",
+    ),
+    "sgt-amount": Study(
+        "How many segmentation pictures there are (SGT, table 1.5)",
+        {
+            str(n): (lambda steps, amount=n: sgt.tiny("segment" if amount else None, amount=amount, steps=steps))
+            for n in (0, 200, 2000, 20_000)
+        },
+        "0",
+    ),
+}
+
+
+def study(
+    name: str,
+    folder: Path,
+    out: Path,
+    model: str = "bagel/tiny",
+    seeds: Sequence[int] = (0, 1, 2),
+    steps: int = 600,
+    limit: int | None = None,
+) -> Path:
+    """Runs what is missing of a study and returns the page that it writes, with one table and one plot.
+
+    ``folder`` keeps the runs, ``folder/ARM/seed-S``; ``limit`` is the evaluation's items per category.
+    Raises ``ValueError`` for an unknown study, and for a folder that was begun with other settings."""
+    if name not in STUDIES:
+        raise ValueError(f"unknown study {name!r}; choose from {', '.join(STUDIES)}")
+    if len(set(seeds)) != len(seeds) or not 1 <= len(seeds) <= max(T):
+        raise ValueError(f"a study needs 1 to {max(T)} different seeds, not {list(seeds)}")
+    this, console = STUDIES[name], Console()
+    _agree(folder, {"study": name, "model": models.read_config(model), "from": model, "steps": steps, "limit": limit})
+    rights: dict[str, list[dict]] = {}
+    console.rule("start")
+    rights["start"] = [_rights(model, folder / "start", limit)]
+    for arm, make in this.arms.items():
+        for seed in seeds:
+            console.rule(f"{arm}, seed {seed}")
+            run = folder / arm.replace(":", "-") / f"seed-{seed}"
+            recipe = replace(make(steps).on(model), seed=seed)
+            rights.setdefault(arm, []).append(_rights(str(_trained(recipe, run)), run / "evaluate", limit))
+    page = _page(this, name, rights, model, seeds, steps, out)
+    console.print(page.read_text(), highlight=False)
+    return page
+
+
+def _agree(folder: Path, settings: Mapping) -> None:
+    """Writes what a study was begun with, or refuses to go on with something else."""
+    file = folder / "study.json"
+    if file.exists():
+        begun = json.loads(file.read_text())
+        if changed := [k for k, v in settings.items() if begun.get(k) != v]:
+            raise ValueError(f"{folder} was begun with another {', '.join(changed)}; name another folder")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(dict(settings), indent=1))
+
+
+def _trained(recipe: Recipe, run: Path) -> Path:
+    if not (run / "recipe.json").exists():
+        return train(recipe, run)
+    done = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()[-1:]]
+    return run / "release" if done == [recipe.steps] and (run / "release").exists() else resume(run)
+
+
+def _rights(model: str, folder: Path, limit: int | None) -> dict[tuple[str, str, str], tuple[float, str]]:
+    """Of every item (benchmark, category, id): whether it was right, and its cluster."""
+    result = evaluate(load(model), BENCHMARKS, seed=0, limit=limit, folder=folder)
+    return {
+        (o.item.benchmark, o.item.category, o.item.id): (float(o.verdict.ok), o.item.cluster) for o in result.outcomes
+    }
+
+
+def _page(this: Study, name: str, rights: Mapping, model: str, seeds: Sequence[int], steps: int, out: Path) -> Path:
+    first = rights["start"][0]
+    lines = [
+        f"# {this.title}",
+        "",
+        f"`diptych study {name} --model {model} --steps {steps} --seeds {' '.join(map(str, seeds))}`",
+        "",
+        f"Every arm goes on from `{model}` for {steps} steps. Brackets are 95 % intervals: over seeds (Student's t) "
+        "where there are several, else over items. Δ is the difference to "
+        f"**{this.base}** on the same items, with a bootstrap over prompts.",
+    ]
+    plots = {}
+    for benchmark in BENCHMARKS:
+        categories = list(dict.fromkeys(c for b, c, _ in first if b == benchmark))
+        lines += ["", f"## {benchmark}", "", f"| arm | overall | Δ | {' | '.join(categories)} |"]
+        lines += ["|---" * (3 + len(categories)) + "|"]
+        plots[benchmark] = {arm: _score(of, benchmark, categories) for arm, of in rights.items()}
+        for arm, of in rights.items():
+            cells = [_cell(plots[benchmark][arm])]
+            cells.append("" if arm in ("start", this.base) else _cell(_gain(rights[this.base], of, benchmark), "+"))
+            cells += [f"{_score(of, benchmark, [c]).value:.3f}" for c in categories]
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.png").write_bytes(intervals(plots))
+    page = out / f"{name}.md"
+    page.write_text("\n".join([*lines, "", f"![scores by arm]({name}.png)", ""]))
+    return page
+
+
+def _score(seeds: Sequence[Mapping], benchmark: str, categories: Sequence[str]) -> Score:
+    """The unweighted mean over categories; its interval over seeds, or over items where there is one seed."""
+    each = []
+    for of in seeds:
+        groups = {c: [v for (b, at, _), v in of.items() if (b, at) == (benchmark, c)] for c in categories}
+        each.append(macro({c: ([r for r, _ in v], [k for _, k in v]) for c, v in groups.items()}))
+    if len(each) == 1:
+        return each[0]
+    values = [s.value for s in each]
+    half = T[len(values)] * stdev(values) / len(values) ** 0.5
+    return Score(mean(values), mean(values) - half, mean(values) + half, sum(s.n for s in each))
+
+
+def _gain(base: Sequence[Mapping], arm: Sequence[Mapping], benchmark: str) -> Score:
+    """How much an arm is above the base arm on the same items, seed by seed."""
+    a, b, clusters, groups = [], [], [], []
+    for before, after in zip(base, arm, strict=True):
+        for key, (right, cluster) in before.items():
+            if key[0] == benchmark:
+                a.append(right)
+                b.append(after[key][0])
+                clusters.append(f"{key[1]}/{cluster}")
+                groups.append(key[1])
+    return paired(a, b, clusters, groups)
+
+
+def _cell(score: Score, sign: str = "") -> str:
+    return f"{score.value:{sign}.3f} [{score.low:{sign}.3f}, {score.high:{sign}.3f}]"
