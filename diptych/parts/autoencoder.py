@@ -69,7 +69,8 @@ class DiffusersAutoencoder(nn.Module):
             raise ValueError(
                 f"autoencoder kind 'kl' needs 'folder', a diffusers AutoencoderKL folder, not {config.folder!r}"
             )
-        self.vae = AutoencoderKL.from_pretrained(config.folder)
+        with torch.device("cpu"):  # diffusers reads its folder itself, also for a model that begins on the meta device
+            self.vae = AutoencoderKL.from_pretrained(config.folder)
         self.scale, self.shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
 
     def encode(self, images: Tensor, eps: Tensor | None = None) -> Tensor:
