@@ -168,10 +168,11 @@ def parser() -> argparse.ArgumentParser:
     p = verb("doctor", _doctor, "what this machine can do: devices, dtypes, attention, extras", "diptych doctor --json")
     p.add_argument("--json", action="store_true")
 
-    p = verb("export", _export, "write a model as safetensors, config.json and tokenizer.json", "diptych export runs/mine model --dtype bf16")  # fmt: skip  # noqa: E501
-    _model(p)
+    p = verb("export", _export, "write a model: safetensors, config.json and tokenizer.json, or as its family publishes it", "diptych export runs/mine model --dtype bf16", "diptych export runs/mine model --format published")  # fmt: skip  # noqa: E501
+    _model(p, use=False)
     p.add_argument("folder", type=Path)
-    p.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="bf16")
+    p.add_argument("--format", choices=["diptych", "published"], default="diptych", help="files and names (default: diptych)")  # fmt: skip  # noqa: E501
+    p.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: bf16; as stored with --format published")
     return top
 
 
@@ -185,9 +186,13 @@ def _device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
 
 
-def _model(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", help="a name that `diptych models` lists as shipped, a model folder or a run folder")
+def _model(p: argparse.ArgumentParser, use: bool = True) -> None:
+    p.add_argument("model", help="a name that `diptych models` lists, a model, run or published folder, or org/name")
+    p.add_argument("--base", help="the model whose files are taken where a published folder lacks them")
     _device(p)
+    if use:
+        p.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights (default: as published)")
+        p.add_argument("--quantize", choices=["int8"], help="round the weights of the blocks to eight bits")
 
 
 def _say(p: argparse.ArgumentParser, json_too: bool = True) -> None:
@@ -220,7 +225,7 @@ def _size(text: str) -> tuple[int, int]:
 def _load(a: argparse.Namespace):
     from diptych.generate.engine import load
 
-    return load(a.model, a.device)
+    return load(a.model, a.device, a.dtype, a.base, a.quantize)
 
 
 def _table(title: str, head: list[str], rows: list[list[Any]]) -> None:
@@ -474,13 +479,13 @@ def _doctor(a: argparse.Namespace) -> None:
 
 
 def _export(a: argparse.Namespace) -> None:
-    import torch
-
     from diptych import models
+    from diptych.models.folders import DTYPES
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[a.dtype]
-    model = models.load(a.model)
-    state = model.state_dict() | {k: v.to(dtype) for k, v in model.named_parameters()}  # statistics stay as they are
-    models.save(model, a.folder, state)
+    published = a.format == "published"
+    model = models.load(a.model, base=a.base)
+    kind = a.dtype or (None if published else "bf16")
+    cast = {k: v.to(DTYPES[kind]) for k, v in model.named_parameters()} if kind else {}  # statistics stay as they are
+    models.save(model, a.folder, model.state_dict() | cast, published)
     size = sum(f.stat().st_size for f in a.folder.iterdir())
     print(f"{a.folder}: {size / 2**20:.1f} MiB")

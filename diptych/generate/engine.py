@@ -29,12 +29,20 @@ Messages = Sequence[Message | Mapping[str, Any]]
 Size = tuple[int, int]  # (width, height) in pixels
 
 
-def load(name_or_path: str | Path, device: str = "auto") -> Engine:
-    """A model ready to use, from a folder, a run or a name that ships (``diptych models`` lists them).
+def load(
+    name_or_path: str | Path,
+    device: str = "auto",
+    dtype: str | None = None,
+    base: str | Path | None = None,
+    quantize: str | None = None,
+) -> Engine:
+    """A model ready to use: a folder of ours, a run, a published folder, a name that ``diptych models`` lists or an
+    ``org/name`` of the hub.
 
-    ``device`` is "auto" (a GPU when there is one), "cpu", "cuda", "mps" ...
+    ``device`` is "auto" (a GPU when there is one), "cpu", "cuda", "mps" ...; ``dtype``, ``base`` and ``quantize`` are
+    those of ``models.load``.
     """
-    model = models.load(name_or_path, models.pick_device(device))
+    model = models.load(name_or_path, models.pick_device(device), dtype, base, quantize)
     if not isinstance(model, UnifiedModel):
         raise ValueError(
             f"{name_or_path} is of family {model.family!r}, which can be trained on but neither reads nor draws"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +19,8 @@ from diptych.parts.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from torch import nn
 
+    from diptych.models.folders import Layout, Places, Source
+
 FAMILIES = {
     "bagel": "diptych.models.bagel:Bagel",
     "autoencoder": "diptych.models.autoencoder:AutoencoderTraining",
@@ -30,13 +33,15 @@ class Size:
 
     family: str
     config: str  # name of the static method of the family's Config
-    source: str
+    source: str  # an org/name of the hub, where it is one
     folder: str | None = None  # inside the package, when the weights ship
+    base: str | None = None  # the model whose other files the source's weights take
 
 
 SIZES: dict[str, Size] = {
     "bagel/tiny": Size("bagel", "tiny", "ships with diptych", "bagel-tiny"),
     "bagel/7b-mot": Size("bagel", "b7_mot", "ByteDance-Seed/BAGEL-7B-MoT"),
+    "bagel/7b-sgt": Size("bagel", "b7_mot", "Two-hot/SGT-BAGEL", base="bagel/7b-mot"),
     "autoencoder/tiny": Size("autoencoder", "tiny", "ships with diptych", "autoencoder-tiny"),
 }
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
@@ -54,6 +59,12 @@ def config_class(name: str) -> type:
     """The Config dataclass of a family."""
     family(name)
     return importlib.import_module(FAMILIES[name].split(":")[0]).Config
+
+
+def published_layout(name: str) -> Layout | None:
+    """How a family's published folders are laid out (``PUBLISHED`` of its file), if it has any."""
+    family(name)
+    return getattr(importlib.import_module(FAMILIES[name].split(":")[0]), "PUBLISHED", None)
 
 
 def config(size: str) -> Any:
@@ -108,22 +119,35 @@ def create(name: str, config: Any, tokenizer: Tokenizer | None = None, device: s
         return family(name)(config, tokenizer or Tokenizer.tiny())
 
 
-def save(model: Trainable, folder: str | Path, state: Mapping[str, Any] | None = None) -> None:
-    """Writes config.json, model.safetensors and tokenizer.json, under a temporary name that is then renamed.
+def save(model: Trainable, folder: str | Path, state: Mapping[str, Any] | None = None, published: bool = False) -> None:
+    """Writes config.json, model.safetensors and tokenizer.json, under a temporary name that is then renamed; with
+    ``published`` the files and tensor names that the family's published checkpoints have.
 
-    ``state`` overrides the weights (an average, another dtype). An existing folder is replaced as a whole."""
+    ``state`` overrides the weights (an average, another dtype). An existing folder is replaced as a whole. Raises
+    ``ValueError`` for a quantised model and for a family or settings that are not published like that."""
     from safetensors.torch import save_file
 
-    folder = Path(folder)
+    from diptych.models.folders import write_published
+    from diptych.parts.quantize import quantized
+
+    if quantized(model):
+        raise ValueError("a model loaded with quantize cannot be saved; load it without")
+    layout = published_layout(model.family) if published else None
+    if published and not layout:
+        raise ValueError(f"family {model.family!r} has no published layout")
+    weights = state or model.state_dict()
 
     def write(tmp: Path) -> None:
-        tensors = {k: v.detach().contiguous().cpu() for k, v in (state or model.state_dict()).items()}
+        if layout:
+            write_published(model, layout, tmp, weights)
+            return
+        tensors = {k: v.detach().contiguous().cpu() for k, v in weights.items()}
         save_file(tensors, tmp / "model.safetensors", metadata={"format": "pt"})
         (tmp / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
         (tmp / "config.json").write_text(json.dumps(config_to_json(model.family, model.config), indent=1))
         model.tokenizer.save(tmp)
 
-    write_folder(folder, write)
+    write_folder(Path(folder), write)
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -156,23 +180,52 @@ def recover(folder: Path) -> None:
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """The folder of a model: a path, a run folder (its newest release) or the name of a shipped size.
+    """The folder of a model: a path, a run folder (its newest release), the name of a shipped size, or a model of the
+    hub (``org/name``, or a size whose source is one), fetched into the hub's cache.
 
     Raises ``ValueError`` listing what ships."""
     path = Path(name_or_path)
     for folder in (path, path / "release"):
         recover(folder)
-    if (path / "config.json").is_file():
-        return path
-    if (path / "release" / "config.json").is_file():
-        return path / "release"
+    for folder in (path, path / "release"):
+        if (folder / "config.json").is_file():
+            return folder
     size = SIZES.get(str(name_or_path))
     if size and size.folder and (SHIPPED / size.folder / "config.json").is_file():
         return SHIPPED / size.folder
     if path.is_dir():
-        raise ValueError(f"{path} holds no model: neither config.json nor release/config.json is there")
+        return path
     shipped = [n for n, s in SIZES.items() if s.folder and (SHIPPED / s.folder / "config.json").is_file()]
-    raise ValueError(f"no model {str(name_or_path)!r}: not a folder, and these ship: {', '.join(shipped) or 'none'}")
+    told = f"no model {str(name_or_path)!r}: not a folder, and these ship: {', '.join(shipped) or 'none'}"
+    hub = size.source if size else str(name_or_path)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub):
+        raise ValueError(told)
+    try:
+        return fetch(hub)
+    except ValueError as error:
+        raise ValueError(f"{told}; {error}") from error
+
+
+def fetch(repository: str) -> Path:
+    """The folder of a model of the hub (``org/name``) in the hub's cache, fetched where it is not there and the hub is
+    not offline (``HF_HUB_OFFLINE``). Raises ``ValueError`` saying why it could not be."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ValueError(f"fetching {repository} needs the package huggingface_hub") from error
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "merges.txt"]))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{repository} cannot be fetched from the hub: {str(error).splitlines()[0]}") from error
+
+
+def places(name_or_path: str | Path, base: str | Path | None = None) -> Places:
+    """Where the files of a model are looked for: its folder, then those of ``base`` (of a known size: its own base)."""
+    from diptych.models.folders import Places
+
+    if base is None and not Path(name_or_path).is_dir():
+        base = next((s.base for n, s in SIZES.items() if str(name_or_path) in (n, s.source)), None)
+    return Places((resolve(name_or_path), *(places(base).folders if base else ())))
 
 
 def read_config(name_or_path: str | Path) -> dict[str, Any]:
@@ -199,22 +252,62 @@ def pick_device(device: str) -> str:
     return device
 
 
-def load(name_or_path: str | Path, device: str = "cpu") -> Trainable:
-    """The model of a folder or shipped name, weights in float32. Strict: unknown, missing or misshapen tensors are
-    an error that lists them."""
+def open_source(name_or_path: str | Path, base: str | Path | None = None) -> Source:
+    """What a model on disk is and where its tensors are, with nothing loaded yet. Raises ``ValueError``."""
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
-    folder = resolve(name_or_path)
-    name, settings = config_from_json(_read_json(folder / "config.json"))
-    model = create(name, settings, Tokenizer.load(folder))
-    try:
-        state = load_file(folder / "model.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"cannot read {folder / 'model.safetensors'}: {error}") from error
-    load_strict(model, state, str(folder))
-    return model.to(device=torch.device(device)).eval()
+    from diptych.models import folders
+    from diptych.models.weights import rules
+
+    where = places(name_or_path, base)
+    ours = where.folders[0] / "config.json"
+    row = folders.read_json(ours) if ours.is_file() else {}
+    if "family" in row:
+        if base is not None:
+            raise ValueError(f"{where.folders[0]} is complete in itself; base is for published folders")
+        name, settings = config_from_json(row)
+        tokenizer = Tokenizer.load(where.folders[0])
+        tensors = folders.Tensors(where.folders[0] / "model.safetensors")
+        weights = ((tensors, rules({"**": "**"})),)
+        return folders.Source(name, settings, tokenizer, weights, str(where), torch.float32)
+    layouts = {name: layout for name in FAMILIES if (layout := published_layout(name))}
+    for name, layout in layouts.items():
+        if all(where.find(file) for file in layout.json):
+            return folders.open_published(name, layout, where)
+    lacks = [f"as a published {n} folder it lacks {', '.join(folders.missing(x, where))}" for n, x in layouts.items()]
+    raise ValueError(
+        f"{where} holds no model: neither config.json nor release/config.json of ours is there, and "
+        f"{'; '.join(lacks)} (base says where the rest is)"
+    )
+
+
+def load(
+    name_or_path: str | Path,
+    device: str = "cpu",
+    dtype: str | None = None,
+    base: str | Path | None = None,
+    quantize: str | None = None,
+) -> Trainable:
+    """The model of a folder (ours, a run's or a published one), a shipped name or a model of the hub, for use.
+
+    ``dtype``     of the parameters: "fp32", "bf16" or "fp16". By default float32 for our own folders and as stored for
+                  published ones. Buffers and the autoencoder are float32 where it is given
+    ``base``      the model whose files are taken where a published folder lacks them
+    ``quantize``  "int8" rounds the weights of the blocks (``parts.quantize``): for use, not for training
+
+    Tensors go one by one onto the device. Strict: missing, unknown and misshapen tensors are an error that lists them.
+    """
+    import torch
+
+    from diptych.models import folders
+
+    if dtype is not None and dtype not in folders.DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(folders.DTYPES)}")
+    if quantize not in (None, "int8"):
+        raise ValueError(f"unknown quantize {quantize!r}; there is int8")
+    source = open_source(name_or_path, base)
+    kind = source.dtype if dtype is None else folders.DTYPES[dtype]
+    return folders.make(source, create, torch.device(device), kind, quantize is not None)
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Any], where: str) -> None:
@@ -231,10 +324,3 @@ def load_strict(model: nn.Module, state: Mapping[str, Any], where: str) -> None:
         more = f"\n  and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise ValueError(f"{where} does not fit the model:\n  " + "\n  ".join(wrong[:20]) + more)
     model.load_state_dict(dict(state))
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error

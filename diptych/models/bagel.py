@@ -19,9 +19,10 @@ not move it. A picture to edit is read twice, as latents and as features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import isqrt
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,9 @@ from diptych.core.sample import Image, Sample, Text
 from diptych.core.sequence import Kind, Segment
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, Float, Tensor, to_float
+from diptych.models.folders import Json, Layout, States
 from diptych.models.protocol import NOTHING, Context, Drawing, Drop, UnifiedModel, advance
+from diptych.models.weights import BAGEL, FLUX_AUTOENCODER, count, decoder_config, flux_config, side
 from diptych.parts.adapters import Projector
 from diptych.parts.attention import Attend, Cache, Cached, Fixed, documents, inverse_permutation, permute
 from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder
@@ -58,6 +61,8 @@ class Config:
     autoencoder: AutoencoderConfig
     latent_patch: int = 2
     latent_side: int = 64  # tokens on a side of the latent position table
+    vision_side: int | None = None  # patches on a side of the vision position table; None: the encoder's own
+    stretch: bool = False  # spread every picture over its whole position table (published: interpolate_pos)
     prediction: Prediction = "velocity"
     times: TimeDraw = TimeDraw()
     see: SizeRule = SizeRule(longest=980, shortest=224, stride=14)
@@ -78,6 +83,11 @@ class Config:
     def stride(self) -> int:
         """Pixels on a side of one latent token."""
         return self.latent_patch * self.autoencoder.downsample
+
+    @property
+    def seen_side(self) -> int:
+        """Patches on a side of the vision position table."""
+        return self.vision_side or self.vision.side
 
     @staticmethod
     def b7_mot() -> Config:
@@ -105,6 +115,12 @@ class Config:
                 25, guidance_scale=2.5, guidance_interval=(0.0, 1.0), timestep_shift=3.0, renorm="none"
             ),
         )
+
+
+def position_tables(c: Config) -> dict[str, Tensor]:
+    """The frozen tables that are added to latents and to features; a published checkpoint may lack them."""
+    d = c.decoder.hidden_size
+    return {"latent_positions": grid_table(c.latent_side, d), "vision_positions": grid_table(c.seen_side, d)}
 
 
 def tiny_autoencoder() -> AutoencoderConfig:
@@ -164,8 +180,8 @@ class Bagel(UnifiedModel):
         self.time = TimestepEmbedding(d)
         self.latent_in = nn.Linear(features, d)
         self.latent_out = nn.Linear(d, features)
-        self.register_buffer("latent_positions", grid_table(c.latent_side, d))
-        self.register_buffer("vision_positions", grid_table(c.vision.side, d))
+        for name, table in position_tables(c).items():
+            self.register_buffer(name, table)
         self.markers = {
             name: tokenizer.id(token)
             for name, token in {
@@ -267,12 +283,13 @@ class Bagel(UnifiedModel):
             return latents_to_tokens(latents, self.config.latent_patch)
 
     def _embed_latents(self, tokens: Tensor, t: Tensor, grid: tuple[int, int]) -> Float[Tensor, "N n d"]:
-        places = grid_places(grid, self.config.latent_side, tokens.device)
+        places = grid_places(grid, self.config.latent_side, tokens.device, self.config.stretch)
+        tokens = tokens.to(self.latent_in.weight.dtype)
         return self.latent_in(tokens) + self.time(t)[:, None] + self.latent_positions[places]
 
     def _embed_vision(self, group: Pictures) -> Float[Tensor, "N n d"]:
-        places = grid_places(group.grid, self.config.vision.side, group.images.device)
-        return self.projector(self.vision(to_float(group.images))) + self.vision_positions[places]
+        places = grid_places(group.grid, self.config.seen_side, group.images.device, self.config.stretch)
+        return self.projector(self.vision(to_float(group.images), places)) + self.vision_positions[places]
 
     def _run(
         self, batch: Batch, pictures: list[tuple[Tensor, Tensor]], positions: Tensor, order: Tensor, attend: Attend
@@ -436,9 +453,10 @@ class Bagel(UnifiedModel):
         grid = (drawings[0].canvas[0] // self.config.stride, drawings[0].canvas[1] // self.config.stride)
         latents = self._embed_latents(x_t, t, grid)
         markers = torch.tensor([self.markers["image"], self.markers["end"]], device=self.device)
-        words = self.decoder.embed_tokens(markers).to(latents.dtype)
+        words = self.decoder.embed_tokens(markers)
         blocks = B * branches
-        stream = torch.cat([words.repeat(blocks, 1), latents.repeat(branches, 1, 1).flatten(0, 1)])
+        latents = latents.to(words.dtype).repeat(branches, 1, 1).flatten(0, 1)
+        stream = torch.cat([words.repeat(blocks, 1), latents])
         place = torch.arange(blocks * (n + 2), device=self.device).view(blocks, n + 2)
         order = torch.cat([place[:, [0, -1]].flatten(), place[:, 1:-1].flatten()])
         position = torch.tensor([d.contexts[b].position for b in range(branches) for d in drawings], device=self.device)
@@ -469,3 +487,90 @@ def _draw(noise: Noise, group: Pictures, name: str, shape: tuple[int, ...]) -> T
     return torch.stack(
         [noise.normal(o, f"{name}{i}", shape) for o, i in zip(group.owners, group.ordinals, strict=True)]
     )
+
+
+# ---- published folders ------------------------------------------------------------------------------------------
+
+_LLM, _VIT, _GELU = "llm_config.json", "vit_config.json", "gelu_pytorch_tanh"
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size")
+
+
+def published_config(json: Json, states: States) -> Config:
+    """Sizes of a published folder (specs: SGT 3.1). What its JSON files leave out or say otherwise than the weights,
+    the tensors tell: q/k norm, an untied head, the vision layers in use (one less than the file says), both position
+    tables (64 and the encoder's own where they are not stored) and the autoencoder.
+
+    Raises ``ValueError`` for settings that this family does not compute."""
+    llm, vit, more = json[_LLM], json[_VIT], json.get("config.json", {})
+    ema, coder = states["ema"], more.get("vae_config", {})
+    text = decoder_config({"model_type": "qwen2", **llm})
+    normed = any(name.endswith(".q_norm.weight") for name in ema)
+    tied = text.tie_word_embeddings and "language_model.lm_head.weight" not in ema
+    text = replace(
+        text,
+        qk_norm=normed or bool(llm.get("qk_norm", True)),
+        tie_word_embeddings=tied,
+        routes=2,
+        routed=("attention", "norms", "mlp"),
+    )
+    wrong = [f"{_VIT}: {name} must be a number, not {vit.get(name)!r}" for name in _SIZES if not _is_size(vit, name)]
+    acts = {f"{_VIT}: hidden_act": vit.get("hidden_act"), "config.json: connector_act": more.get("connector_act")}
+    wrong += [f"{name} {act!r} is not supported" for name, act in acts.items() if act not in (None, _GELU)]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    vision = VisionConfig(**{n: vit[n] for n in _SIZES}, layer_norm_eps=vit.get("layer_norm_eps", 1e-6))
+    if count(ema, "vit_model.vision_model.encoder.layers.*") != vision.num_hidden_layers:
+        vision = replace(vision, num_hidden_layers=vision.num_hidden_layers - 1)
+    names = {"scale": "scale_factor", "shift": "shift_factor"}
+    autoencoder = flux_config(states["ae"], **{ours: coder[n] for ours, n in names.items() if n in coder})
+    features = ema["vae2llm.weight"].shape[-1] if "vae2llm.weight" in ema else 4 * autoencoder.latent_channels
+    patch = max(1, isqrt(features // autoencoder.latent_channels))
+    stride, most = patch * autoencoder.downsample, side(ema, "latent_pos_embed.pos_embed") or 64
+    seen = side(ema, "vit_pos_embed.pos_embed") or vision.side
+    longest, shortest = seen * vision.patch_size, min(seen, 16) * vision.patch_size
+    return Config(
+        text,
+        vision,
+        autoencoder,
+        latent_patch=patch,
+        latent_side=most,
+        vision_side=None if seen == vision.side else seen,
+        stretch=bool(more.get("interpolate_pos", False)),
+        times=TimeDraw(shift=more.get("timestep_shift", 1.0)),
+        see=SizeRule(longest=longest, shortest=shortest, stride=vision.patch_size),
+        draw=SizeRule(longest=most * stride, shortest=(most + 1) // 2 * stride, stride=stride),
+        size=(most * stride, most * stride),
+    )
+
+
+def _is_size(row: Mapping[str, Any], name: str) -> bool:
+    return isinstance(row.get(name), int) and row[name] > 0
+
+
+def published_files(c: Config) -> dict[str, dict]:
+    """The JSON files of a published folder, the inverse of ``published_config``: Qwen2's sizes, SigLIP's with the layer
+    that is not used, and a config.json where there is more to say."""
+    llm = {
+        n: v for n, v in asdict(c.decoder).items() if n not in ("qkv_bias", "routes", "routed") and v is not None
+    } | {"model_type": "qwen2", "hidden_act": "silu", "layer_module": "Qwen2MoTDecoderLayer"}
+    vit = {n: getattr(c.vision, n) for n in (*_SIZES, "layer_norm_eps")} | {
+        "num_hidden_layers": c.vision.num_hidden_layers + 1,
+        "model_type": "siglip_vision_model",
+        "hidden_act": _GELU,
+    }
+    more: dict[str, Any] = {"interpolate_pos": True} if c.stretch else {}
+    if (c.autoencoder.scale, c.autoencoder.shift) != (AutoencoderConfig.scale, AutoencoderConfig.shift):
+        more["vae_config"] = {"scale_factor": c.autoencoder.scale, "shift_factor": c.autoencoder.shift}
+    return {_LLM: llm, _VIT: vit} | ({"config.json": {"model_type": "bagel", **more}} if more else {})
+
+
+PUBLISHED = Layout(
+    weights={"ema": lambda c: BAGEL, "ae": lambda c: FLUX_AUTOENCODER},
+    json=(_LLM, _VIT),
+    optional=("config.json",),
+    config=published_config,
+    describe=published_files,
+    free=("times", "see", "draw", "size", "settings"),
+    computed=position_tables,
+)
+"""``ByteDance-Seed/BAGEL-7B-MoT``; ``Two-hot/SGT-BAGEL`` is an ``ema.safetensors`` over it (specs: SGT 3.6)."""

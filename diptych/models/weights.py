@@ -16,12 +16,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from math import isqrt
 from typing import Any
 
 import torch
 from einops import EinopsError, rearrange
 from torch import Tensor
 
+from diptych.parts.autoencoder import AutoencoderConfig
 from diptych.parts.decoder import DecoderConfig
 
 State = Mapping[str, Tensor]
@@ -70,14 +72,33 @@ def within(rules: Rules, theirs: str = "", ours: str = "") -> Rules:
     )
 
 
-def load(rules: Rules, state: State, expected: State) -> dict[str, Tensor]:
-    """Our state dict made of theirs, with exactly the names and shapes of ``expected`` (a model's ``state_dict()``,
-    which may be on the meta device). Tensors that a checkpoint may lack are taken from ``expected``.
+@dataclass(frozen=True)
+class Step:
+    """One tensor of theirs and the names of ours that it becomes (none: it only repeats ``rule.alias``)."""
 
-    Raises ``ValueError`` listing every missing, unknown and misshapen tensor.
-    """
-    out: dict[str, Tensor] = {}
+    theirs: str
+    rule: Rule
+    ours: tuple[str, ...]
+
+    def apply(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Our tensors. Raises ``ValueError`` where one that is to repeat another differs from it."""
+        tensor = read(self.theirs)
+        if self.ours:
+            return dict(zip(self.ours, self.rule.split((tensor,)), strict=True))
+        assert self.rule.alias is not None
+        if not torch.equal(tensor, read(self.rule.alias)):
+            raise ValueError(f"{self.theirs} differs from {self.rule.alias}, but the config ties them")
+        return {}
+
+
+def plan(rules: Rules, state: State, expected: State) -> tuple[list[Step], list[str], list[str]]:
+    """How ``state`` becomes exactly the names and shapes of ``expected``; either may be on the meta device.
+
+    The steps in order, the names of ours that the checkpoint may lack and does, and a line for every missing, unknown
+    and misshapen tensor."""
+    steps: list[Step] = []
     wrong: list[str] = []
+    made: set[str] = set()
     for name in sorted(state):
         found = _match(rules, name, lambda r: (r.theirs,))
         if found is None:
@@ -87,32 +108,56 @@ def load(rules: Rules, state: State, expected: State) -> dict[str, Tensor]:
         if rule.ignored:
             continue
         if rule.alias is not None and rule.ours[0] not in expected:
-            if rule.alias in state and not torch.equal(state[name], state[rule.alias]):
-                wrong.append(f"{name} differs from {rule.alias}, but the config ties them")
+            if rule.alias in state:
+                steps.append(Step(name, rule, ()))
             continue
-        ours = [_fill(pattern, stars) for pattern in rule.ours]
+        ours = tuple(_fill(pattern, stars) for pattern in rule.ours)
         if extra := [n for n in ours if n not in expected]:
-            wrong.append(f"unknown {name} (ours would be {', '.join(extra)})")
+            wrong.append(f"unknown {name}" + ("" if extra == [name] else f" (ours would be {', '.join(extra)})"))
             continue
         try:
-            parts = rule.split((state[name],))
+            parts = rule.split((state[name].to("meta"),))
         except EinopsError:
             wrong.append(f"{name} has shape {tuple(state[name].shape)}, which does not divide into {', '.join(ours)}")
             continue
         for own, tensor in zip(ours, parts, strict=True):
             if tensor.shape != expected[own].shape:
-                wrong.append(f"{name} gives {own} shape {tuple(tensor.shape)}, not {tuple(expected[own].shape)}")
-            out[own] = tensor
-    for own in sorted(expected.keys() - out.keys()):
+                into = "" if own == name else f"gives {own} shape {tuple(tensor.shape)}, not "
+                into = into or f"has shape {tuple(tensor.shape)}, the config says "
+                wrong.append(f"{name} {into}{tuple(expected[own].shape)}")
+            elif tensor.is_floating_point() != expected[own].is_floating_point():
+                wrong.append(f"{name} is {tensor.dtype}, not {expected[own].dtype}")
+        made.update(ours)
+        steps.append(Step(name, rule, ours))
+    lacking = []
+    for own in sorted(expected.keys() - made):
         found = _match(rules, own, lambda r: r.ours)
         if found is None:
             wrong.append(f"{own}: the map has no rule for this tensor of ours")
         elif found[0].optional:
-            out[own] = expected[own]
-        elif not any(_fill(found[0].theirs, found[1]) in line for line in wrong):
-            wrong.append(f"missing {_fill(found[0].theirs, found[1])} (ours: {own})")
-    _raise(wrong, "the checkpoint does not fit the model")
+            lacking.append(own)
+        elif (name := _fill(found[0].theirs, found[1])) not in state:
+            wrong.append(f"missing {name}" + ("" if name == own else f" (ours: {own})"))
+    return steps, lacking, wrong
+
+
+def load(rules: Rules, state: State, expected: State) -> dict[str, Tensor]:
+    """Our state dict made of theirs, with exactly the names and shapes of ``expected`` (a model's ``state_dict()``,
+    which may be on the meta device). Tensors that a checkpoint may lack are taken from ``expected``.
+
+    Raises ``ValueError`` listing every missing, unknown and misshapen tensor.
+    """
+    steps, lacking, wrong = plan(rules, state, expected)
+    raise_all(wrong, "the checkpoint does not fit the model")
+    out = {name: expected[name] for name in lacking}
+    for step in steps:
+        out |= step.apply(state.__getitem__)
     return {name: out[name] for name in expected}
+
+
+def names(rules: Rules, state: Iterable[str]) -> list[str]:
+    """Which of our names the map has a rule for."""
+    return [n for n in state if _match(rules, n, lambda r: r.ours)]
 
 
 def export(rules: Rules, state: State) -> dict[str, Tensor]:
@@ -136,7 +181,7 @@ def export(rules: Rules, state: State) -> dict[str, Tensor]:
             wrong.append(f"missing {', '.join(missing)} for {name}")
             continue
         out[name] = rule.join(tuple(state[n] for n in ours))[0]
-    _raise(wrong, "the model does not fit the map")
+    raise_all(wrong, "the model does not fit the map")
     return out
 
 
@@ -160,7 +205,8 @@ def _fill(pattern: str, stars: Iterable[str]) -> str:
     return re.sub(r"\*\*|\*", lambda _: next(values), pattern)
 
 
-def _raise(wrong: list[str], what: str) -> None:
+def raise_all(wrong: list[str], what: str) -> None:
+    """Raises ``ValueError`` with the first twenty lines of what is wrong, if anything is."""
     if wrong:
         more = f"\n  and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise ValueError(f"{what}:\n  " + "\n  ".join(wrong[:20]) + more)
@@ -244,6 +290,8 @@ def decoder_config(hf_config: Mapping[str, Any]) -> DecoderConfig:
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if missing := [name for name in sizes if name not in c]:
         raise ValueError(f"the {kind} config lacks {', '.join(missing)}")
+    if wrong := [f"{n}={c[n]!r}" for n in (*sizes, "num_key_value_heads") if not isinstance(c.get(n) or 1, int)]:
+        raise ValueError(f"the {kind} config must have whole numbers, not {', '.join(wrong)}")
     rope = {"rope_theta": c.get("rope_theta"), **(c.get("rope_parameters") or {})}
     unsupported = {
         "rope_scaling": _scaled(c.get("rope_scaling")),
@@ -310,6 +358,45 @@ def siglip(patch: int, prefix: str = "vision_model.") -> Rules:
 
 FLUX_AUTOENCODER: Rules = rules({"encoder.**": "autoencoder.encoder.**", "decoder.**": "autoencoder.decoder.**"})
 """The autoencoder of a family from FLUX's or BAGEL's ``ae.safetensors``: module names are as published."""
+
+
+def flux_config(state: State, **constants: Any) -> AutoencoderConfig:
+    """Sizes of FLUX's autoencoder, read off the tensors of ``ae.safetensors`` (names and shapes are enough), for no
+    file says them; ``constants`` (scale, shift) are kept. Where a tensor lacks, the published size stands."""
+    shape = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    default = AutoencoderConfig(**constants)
+    channels = shape.get("encoder.conv_in.weight", (default.channels,))[0]
+    widths = [
+        shape[name][0]
+        for i in range(count(state, "encoder.down.*"))
+        if (name := f"encoder.down.{i}.block.0.conv1.weight") in shape
+    ]
+    latent = shape.get("decoder.conv_in.weight", (0, default.latent_channels))[1]
+    return replace(
+        default,
+        channels=channels,
+        multipliers=tuple(width // channels for width in widths) or default.multipliers,
+        blocks=count(state, "encoder.down.0.block.*") or default.blocks,
+        latent_channels=latent,
+        posterior=shape.get("encoder.conv_out.weight", (2 * latent,))[0] != latent,
+    )
+
+
+def count(state: Iterable[str], pattern: str) -> int:
+    """How many different values the star of a pattern has among the names (``layers.*``: the number of layers)."""
+    start = pattern.partition("*")[0]
+    return len({name[len(start) :].partition(".")[0] for name in state if name.startswith(start)})
+
+
+def side(state: State, name: str) -> int | None:
+    """The side of a square position table (rows, width), or None where the checkpoint lacks it. Raises ``ValueError``
+    for a table whose rows are not a square."""
+    if name not in state:
+        return None
+    rows = len(state[name])
+    if isqrt(rows) ** 2 != rows:
+        raise ValueError(f"{name} has {rows} rows, which is not a square table")
+    return isqrt(rows)
 
 
 def autoencoder_kl(levels: int) -> Rules:

@@ -69,7 +69,8 @@ class DiffusersAutoencoder(nn.Module):
             raise ValueError(
                 f"autoencoder kind 'kl' needs 'folder', a diffusers AutoencoderKL folder, not {config.folder!r}"
             )
-        self.vae = AutoencoderKL.from_pretrained(config.folder)
+        with torch.device("cpu"):  # diffusers reads its folder itself, also for a model that begins on the meta device
+            self.vae = AutoencoderKL.from_pretrained(config.folder)
         self.scale, self.shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
 
     def encode(self, images: Tensor, eps: Tensor | None = None) -> Tensor:
@@ -205,7 +206,7 @@ class Autoencoder(nn.Module):
         stride = self.config.downsample
         if images.shape[-1] % stride or images.shape[-2] % stride:
             raise ValueError(f"picture sides must be multiples of {stride}, not {tuple(images.shape[-2:])}")
-        return self.encoder(images)
+        return self.encoder(images.to(self.encoder.conv_in.weight.dtype)).float()
 
     def encode(self, images: Float[Tensor, "N 3 H W"], eps: Tensor | None = None) -> Float[Tensor, "N z h w"]:
         """Scaled latents: of the posterior's mean, or of mean + std * ``eps`` when noise is given."""
@@ -231,6 +232,8 @@ class Autoencoder(nn.Module):
     def decode(self, latents: Float[Tensor, "N z h w"]) -> Float[Tensor, "N 3 H W"]:
         """Pictures in about [-1, 1]."""
         if self.bn is None:
-            return self.decoder(latents / self.config.scale + self.config.shift)
-        mean, std = self.statistics()
-        return self.decoder(latents * std + mean)
+            latents = latents / self.config.scale + self.config.shift
+        else:
+            mean, std = self.statistics()
+            latents = latents * std + mean
+        return self.decoder(latents.to(self.decoder.conv_in.weight.dtype)).float()

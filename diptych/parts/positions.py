@@ -24,12 +24,24 @@ def grid_table(side: int, width: int) -> Float[Tensor, "places d"]:
     return torch.cat([columns, rows], -1).flatten(0, 1).float()
 
 
-def grid_places(grid: tuple[int, int], side: int, device: torch.device | str = "cpu") -> Int[Tensor, " n"]:
-    """Places of a (rows, columns) grid in a table of ``side``: row * side + column. Raises when it does not fit."""
+def grid_places(
+    grid: tuple[int, int], side: int, device: torch.device | str = "cpu", stretch: bool = False
+) -> Int[Tensor, " n"]:
+    """Places of a (rows, columns) grid in a table of ``side``: row * side + column. With ``stretch`` a grid of any size
+    is spread over the whole table (BAGEL's ``interpolate_pos``). Raises ``ValueError`` when it does not fit."""
+    if stretch:
+        row, column = (_spread(n, side, device) for n in grid)
+        return (row[:, None] * side + column).flatten()
     if max(grid) > side:
         raise ValueError(f"a picture of {grid[0]}x{grid[1]} tokens does not fit the {side}x{side} position table")
     row, column = torch.arange(grid[0], device=device), torch.arange(grid[1], device=device)
     return (row[:, None] * side + column).flatten()
+
+
+def _spread(n: int, side: int, device: torch.device | str) -> Tensor:
+    """floor(side i / n) of i < n, with the float32 rounding of the published code where that is a whole number."""
+    edges = torch.arange(1 / side, 1, 1 / side, device=device)
+    return torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / n, device=device), edges, right=True)
 
 
 class TimestepEmbedding(nn.Module):

@@ -7,8 +7,9 @@ Reads ``tokenizer.json``, or ``vocab.json`` with ``merges.txt`` (Qwen2's files) 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -41,33 +42,52 @@ class Tokenizer:
             raise ValueError(f"the tokenizer has no token {token!r}")
         return found
 
-    def save(self, folder: Path) -> None:
-        """Writes ``tokenizer.json``."""
+    def save(self, folder: Path, split: bool = False) -> None:
+        """Writes ``tokenizer.json``; with ``split`` also Qwen2's other files (vocab.json, merges.txt and
+        tokenizer_config.json) where the tokenizer splits text as Qwen2's does."""
         self.inner.save(str(folder / "tokenizer.json"))
+        if split and self._like_qwen2():
+            self.inner.model.save(str(folder))
+            added = {
+                str(i): {"content": t.content, "special": t.special, "normalized": t.normalized, "lstrip": t.lstrip,
+                         "rstrip": t.rstrip, "single_word": t.single_word}
+                for i, t in sorted(self.inner.get_added_tokens_decoder().items())
+            }  # fmt: skip
+            config = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added}
+            (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False))
+
+    def _like_qwen2(self) -> bool:
+        steps = (json.loads(self.inner.to_str())["pre_tokenizer"] or {}).get("pretokenizers", [])
+        return any(step.get("pattern") == {"Regex": _QWEN2} for step in steps)
 
     @staticmethod
     def load(folder: str | Path) -> Tokenizer:
-        """The tokenizer of a folder. Raises ``ValueError`` when it holds no tokenizer files."""
+        """The tokenizer of a folder. Raises ``ValueError`` when it holds no tokenizer files or they cannot be read."""
         folder = Path(folder)
-        if (folder / "tokenizer.json").is_file():
-            return Tokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
-        vocab, merges, config = (folder / n for n in ("vocab.json", "merges.txt", "tokenizer_config.json"))
-        if not (vocab.is_file() and merges.is_file()):
+        if not Tokenizer.there(folder):
             raise ValueError(f"{folder} holds neither tokenizer.json nor vocab.json with merges.txt")
-        inner = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-        inner.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(tokenizers.Regex(_QWEN2), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        if (file := folder / "tokenizer.json").is_file():
+            return Tokenizer(_read(file, lambda: tokenizers.Tokenizer.from_file(str(file))))
+        vocab, merges, config = (folder / n for n in ("vocab.json", "merges.txt", "tokenizer_config.json"))
+        inner = tokenizers.Tokenizer(_read(vocab, lambda: models.BPE.from_file(str(vocab), str(merges))))
+        inner.pre_tokenizer = _splitter()
         inner.normalizer = tokenizers.normalizers.NFC()
         inner.decoder = decoders.ByteLevel()
         if config.is_file():
-            added = json.loads(config.read_text()).get("added_tokens_decoder", {})
-            for _, token in sorted(added.items(), key=lambda item: int(item[0])):
-                inner.add_special_tokens([tokenizers.AddedToken(token["content"], special=True)])
+            added = _read(config, lambda: json.loads(config.read_text())).get("added_tokens_decoder", {})
+            for number, token in sorted(added.items(), key=lambda item: int(item[0])):
+                flags = {k: token[k] for k in ("lstrip", "rstrip", "single_word", "normalized") if k in token}
+                new = tokenizers.AddedToken(token["content"], special=token.get("special", True), **flags)
+                (inner.add_special_tokens if new.special else inner.add_tokens)([new])
+                if (found := inner.token_to_id(new.content)) != int(number):
+                    raise ValueError(f"{config}: {new.content!r} is to have id {number}, but it would have {found}")
         return Tokenizer(inner)
+
+    @staticmethod
+    def there(folder: Path) -> bool:
+        """Whether a folder holds the files of a tokenizer."""
+        files = ("tokenizer.json",), ("vocab.json", "merges.txt")
+        return any(all((folder / name).is_file() for name in some) for some in files)
 
     @staticmethod
     def tiny() -> Tokenizer:
@@ -91,6 +111,22 @@ class Tokenizer:
 
     def __reduce__(self):
         return _restore, (self.inner.to_str(),)
+
+
+def _splitter() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_QWEN2), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _read(file: Path, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"cannot read {file}: {error}") from error
 
 
 def _restore(text: str) -> Tokenizer:

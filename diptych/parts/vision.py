@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from diptych.core.tensors import Float, Tensor
+from diptych.core.tensors import Float, Int, Tensor
 from diptych.parts.attention import sdpa
 from diptych.parts.positions import grid_places
 
@@ -70,9 +70,13 @@ class VisionEncoder(nn.Module):
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
 
-    def forward(self, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N n d"]:
+    def forward(
+        self, images: Float[Tensor, "N 3 H W"], places: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "N n d"]:
+        """``places`` are the rows of the position table, unless the grid's own in a table of ``side``."""
         grid = (images.shape[-2] // self.config.patch_size, images.shape[-1] // self.config.patch_size)
-        places = grid_places(grid, self.config.side, images.device)
+        if places is None:
+            places = grid_places(grid, self.config.side, images.device)
         patches = patchify(images, self.config.patch_size).to(self.patch_embedding.weight.dtype)
         x = self.patch_embedding(patches) + self.position_embedding(places)
         for layer in self.layers:

@@ -61,7 +61,7 @@ def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = Non
     name, config = models.config_from_json(recipe.model)
     if tokenizer is None:
         others = [m for part, m in recipe.init.items() if part == "model"]
-        tokenizer = Tokenizer.load(models.resolve(others[0])) if others else Tokenizer.tiny()
+        tokenizer = models.places(others[0]).tokenizer() if others else Tokenizer.tiny()
     with torch.random.fork_rng(devices=[]):  # what ``initialise`` leaves alone belongs to the seed too
         torch.manual_seed(recipe.seed)
         model = models.create(name, config, tokenizer)

@@ -1,0 +1,62 @@
+"""Weights as eight-bit integers: ``to_int8`` for the linear layers of a model's blocks, for use without training.
+
+Each row of a weight (one output channel) is divided by its largest magnitude / 127 and rounded; a product casts the
+integers to the input's dtype (which holds them exactly, bfloat16 too) and multiplies by the rows' scales afterwards, so
+one weight at a time is ever wide. Only ``nn.Linear`` inside blocks changes. What stays as it is: embeddings and
+language heads, norms, biases, what joins the encoders (projector, latent and time layers) and the autoencoder: a small
+share of the weights, and rounding them is what one sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diptych.core.tensors import Float
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose (out, in) ``weight`` is int8 with one float32 ``scale`` per output channel.
+
+    Loading a floating weight into it rounds that weight."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight, scale = rounded(linear.weight.detach())
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
+        out = F.linear(x, self.weight.to(x.dtype)) * self.scale
+        return (out if self.bias is None else out + self.bias).to(x.dtype)
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is not None and weight.is_floating_point():
+            state_dict[f"{prefix}weight"], state_dict[f"{prefix}scale"] = rounded(weight)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def rounded(weight: Float[Tensor, "o i"]) -> tuple[Tensor, Tensor]:
+    """(int8 weight, float32 scale per row) with weight = int8 * scale but for half a step of rounding."""
+    wide = weight.float()
+    scale = wide.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return (wide / scale[:, None]).round_().to(torch.int8), scale
+
+
+def to_int8(blocks: Iterable[nn.Module]) -> None:
+    """Turns every ``nn.Linear`` inside the blocks into ``Int8Linear``, in place; on the meta device too."""
+    for parent in [module for block in blocks for module in block.modules()]:
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                parent.register_module(name, Int8Linear(child))
+
+
+def quantized(model: nn.Module) -> bool:
+    """Whether a model has rounded weights, which can be used and neither trained nor saved."""
+    return any(isinstance(m, Int8Linear) for m in model.modules())

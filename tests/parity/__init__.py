@@ -1,0 +1,1 @@
+"""Comparisons with numbers that published code computed; one module a family, run by pytest and by ``check.py``."""
