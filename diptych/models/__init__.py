@@ -229,8 +229,9 @@ def places(name_or_path: str | Path, base: str | Path | None = None) -> Places:
 
 
 def read_config(name_or_path: str | Path) -> dict[str, Any]:
-    """The ``config.json`` of a folder or shipped name: its family and the fields of its Config."""
-    return _read_json(resolve(name_or_path) / "config.json")
+    """The family and the fields of the Config of a folder (ours or a published one) or a shipped name."""
+    source = open_source(name_or_path)
+    return config_to_json(source.family, source.config)
 
 
 def pick_device(device: str) -> str:

@@ -183,7 +183,8 @@ def make(
     autoencoder) then stay in float32. Raises ``ValueError`` listing every missing, unknown and misshapen tensor."""
     model = create(source.family, source.config, source.tokenizer, "meta")
     expected = model.state_dict()
-    wrong, lacking, plans, claimed = [], [], [], set()
+    wrong, lacking, plans = [], [], []
+    claimed: set[str] = set()
     for tensors, rules in source.weights:
         mine = {n: expected[n] for n in names(rules, expected)}
         steps, may_lack, lines = plan(rules, tensors.shapes, mine)

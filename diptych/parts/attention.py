@@ -140,10 +140,10 @@ class Packed:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = [_Gather.apply(x, self.index, self.inverse).split(self.sizes) for x in (q, k, v)]
-        out = [
-            sdpa(*(x.unflatten(0, g.shape) for x in qkv), mask=g.mask, causal=g.mask is None).flatten(0, 1)
-            for g, *qkv in zip(self.groups, *parts, strict=True)
-        ]
+        out = []
+        for g, *parts_of in zip(self.groups, *parts, strict=True):
+            q, k, v = (x.unflatten(0, g.shape) for x in parts_of)
+            out.append(sdpa(q, k, v, mask=g.mask, causal=g.mask is None).flatten(0, 1))
         return _Return.apply(torch.cat(out), self.index, self.inverse, self.padding)
 
 

@@ -227,6 +227,7 @@ class Autoencoder(nn.Module):
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """The measured mean and deviation of every latent channel, (z, 1, 1): constants, also in training mode."""
+        assert self.bn is not None and self.bn.running_mean is not None and self.bn.running_var is not None
         return self.bn.running_mean[:, None, None], (self.bn.running_var + self.bn.eps).sqrt()[:, None, None]
 
     def decode(self, latents: Float[Tensor, "N z h w"]) -> Float[Tensor, "N 3 H W"]:

@@ -23,6 +23,8 @@ class Int8Linear(nn.Module):
 
     Loading a floating weight into it rounds that weight."""
 
+    scale: Tensor
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
