@@ -8,8 +8,8 @@ keys that it may see: what the network itself computes, taken where it hands q, 
     A_T(l) = the same over text keys
 
 Query rows: ``answer`` is the one token that predicts the first word of the answer (the last of the request);
-``question`` is every word of the user's texts. Markers (around texts and pictures) count only where asked: then those of
-a picture's segment count as picture, those of texts as text, and A_V + A_T = 1.
+``question`` is every word of the user's texts. Markers (around texts and pictures) count only where asked: then those
+of a picture's segment count as picture, those of texts as text, and A_V + A_T = 1.
 """
 
 from __future__ import annotations

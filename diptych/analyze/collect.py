@@ -31,8 +31,8 @@ from diptych.models.protocol import Drawing, Trainable, UnifiedModel
 class Call:
     """One attention call of a block: what the network hands to scaled-dot-product attention.
 
-    ``block`` is the number of the block among ``model.blocks()``. The keys may lie in a cache that is written on later, so
-    a call is to be used while it is seen, not kept.
+    ``block`` is the number of the block among ``model.blocks()``. The keys may lie in a cache that is written on later,
+    so a call is to be used while it is seen, not kept.
     """
 
     block: int
@@ -252,7 +252,7 @@ def places(model: UnifiedModel, sample: Sample, sequence: Laid) -> Places:
             run = model.tokenizer.encode(part.text)
             start = next((i for i in range(at, len(said) - len(run) + 1) if said[i : i + len(run)] == run), None)
             if start is None:
-                raise ValueError(f"family {model.family!r} lays out {part.text!r} in other words, so they are not found")
+                raise ValueError(f"family {model.family!r} words {part.text!r} in another way, so it is not found")
             at = start + len(run)
             texts.append(tuple(where[start:at]))
             speakers.append(message.role)

@@ -89,7 +89,8 @@ class Keywords:
                     "step": step,
                     "t": t,
                     "layers": [
-                        {"layer": i, "mass": _named(names, mass[s, i]), "share_percent": _named(self.classes, share[s, i])}
+                        {"layer": i}
+                        | {"mass": _named(names, mass[s, i]), "share_percent": _named(self.classes, share[s, i])}
                         for i in range(mass.shape[1])
                     ],
                 }
@@ -149,9 +150,7 @@ def _look(
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, ...], tuple[float | None, ...]]:
     sample = Sample("prompt", (user(prompt), assistant(Image(None, "target"))))
     drawing = begin(model, sample, settings, seed)
-    if steps < 1 or steps > drawing.steps:
-        raise ValueError(f"cannot look at {steps} of {drawing.steps} steps")
-    chosen = sorted({round(i) for i in np.linspace(0, drawing.steps - 1, steps)})
+    chosen = spread(drawing.steps, steps)
     number, _ = classify(model, sample, words)
     groups = torch.nn.functional.one_hot(number, len(words) + 2).float().to(model.device)  # the last: markers
     rows = torch.tensor([i for i, id in enumerate(drawn_segment(model, drawing.canvas).ids) if id == NONE])
@@ -171,6 +170,13 @@ def _look(
             [drawing] = model.step([drawing])
     counts = torch.bincount(number, minlength=len(words) + 2)[:-1]
     return torch.stack(looked).double().numpy(), counts.numpy(), tuple(chosen), _times(drawing.steps, settings, chosen)
+
+
+def spread(total: int, n: int) -> list[int]:
+    """``n`` of ``total`` steps, evenly from the first to the last. Raises ``ValueError`` where there are fewer."""
+    if not 1 <= n <= total:
+        raise ValueError(f"cannot look at {n} of {total} steps")
+    return [round(i) for i in np.linspace(0, total - 1, n)]
 
 
 def _times(steps: int, settings: Any, chosen: Sequence[int]) -> tuple[float | None, ...]:
@@ -197,7 +203,7 @@ def drawn_segment(model: UnifiedModel, canvas: tuple[int, int]) -> Segment:
     laid = model.lay_out(Sample("blank", (user("a"), assistant(blank))))
     found = [s for s in laid.segments if s.drawn]
     if len(found) != 1 or not found[0].open:
-        raise ValueError(f"family {model.family!r} draws no picture inside its sequence, so its prompt is not attended to")
+        raise ValueError(f"family {model.family!r} draws outside its sequence, so it does not attend to its prompt")
     return found[0]
 
 

@@ -1,8 +1,8 @@
 """SGT's two attention probes as its released code computes them, for comparison with published figures only.
 
 They differ from the attention that the network uses (specification 2.6): queries without input norm, bias, query norm
-and rotation, from the wrong layer's states, always with the understanding expert; no mask; and in the keyword probe each
-word is credited with the token before it. Use ``attention`` and ``keywords`` for the attention itself.
+and rotation, from the wrong layer's states, always with the understanding expert; no mask; and in the keyword probe
+each word is credited with the token before it. Use ``attention`` and ``keywords`` for the attention itself.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from diptych.analyze import collect
+from diptych.analyze import collect, keywords
 from diptych.core.batch import pack
+from diptych.core.sample import Image, Sample, assistant, user
 from diptych.core.sequence import Kind
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, Float, Tensor
@@ -71,11 +72,27 @@ def published_keywords(
     return drawing, shares
 
 
+def published_shares(
+    model: UnifiedModel, prompt: str, words: keywords.Words, steps: int = 4, seed: int = 0
+) -> list[dict[str, list[float]]]:
+    """``published_keywords`` of a prompt that is drawn from the seed with the model's settings, at ``steps`` steps."""
+    sample = Sample("prompt", (user(prompt), assistant(Image(None, "target"))))
+    drawing = keywords.begin(model, sample, model.settings, seed)
+    number, _ = keywords.classify(model, sample, words)
+    text = [i for i, c in enumerate(number.tolist()) if c <= len(words)]
+    classes = {name: [i - text[0] for i in text if number[i] == c] for c, name in enumerate((*words, keywords.OTHER))}
+    found = []
+    for step in keywords.spread(drawing.steps, steps):
+        while drawing.step < step:
+            [drawing] = model.step([drawing])
+        drawing, shares = published_keywords(model, drawing, classes)
+        found.append(shares)
+    return found
+
+
 def _tokens(model: UnifiedModel, drawing: Drawing) -> int:
     """Picture tokens that a step recomputes: they end the stream, and are the same in every branch of guidance."""
-    from diptych.analyze.keywords import drawn_segment
-
-    return sum(i == NONE for i in drawn_segment(model, drawing.canvas).ids)
+    return sum(i == NONE for i in keywords.drawn_segment(model, drawing.canvas).ids)
 
 
 def _queries(model: UnifiedModel, block: nn.Module, states: Tensor, width: int) -> Float[Tensor, "H T D"]:

@@ -106,7 +106,9 @@ def folder(path: str | Path, each: int | None = None) -> Labelled:
 
     classes = sorted(p.name for p in Path(path).iterdir() if p.is_dir() and not p.name.startswith("."))
     if len(classes) < 2:
-        raise ValueError(f"{str(path)!r} needs one sub-folder a class, at least two; it has {', '.join(classes) or 'none'}")
+        raise ValueError(
+            f"{str(path)!r} needs two or more sub-folders, one a class; it has {', '.join(classes) or 'none'}"
+        )
     found: list[PIL.Image.Image] = []
     labels: list[int] = []
     for i, name in enumerate(classes):
