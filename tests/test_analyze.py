@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -250,13 +251,12 @@ def test_folds_are_stratified():
 
 
 def test_logistic_regression_finds_the_minimum():
-    """At the minimum the gradient of the summed cross-entropy plus |W|^2 / 2 is zero: checked by perturbing nothing but
-    the labels' odds in one dimension, where the solution is known by bisection."""
-    x = torch.tensor([[-1.0], [1.0], [-1.0], [1.0]], dtype=torch.float64).repeat(5, 1)
-    labels = torch.tensor([0, 1, 1, 1]).repeat(5)
+    """One column, 30 of 40 rows of class 1: half of the -1 are of class 1, and all of the +1. So class 1 is likelier right
+    of some point left of -1, and class 0 left of it."""
+    x = torch.tensor([[-1.0], [1.0], [-1.0], [1.0]], dtype=torch.float64).repeat(10, 1)
+    labels = torch.tensor([0, 1, 1, 1]).repeat(10)
     predict = separability.logistic(x, labels)
-    assert predict(torch.tensor([[-3.0], [3.0]])).tolist() in ([0, 1], [1, 1])
-    assert predict(torch.tensor([[9.0]])).item() == 1
+    assert predict(torch.tensor([[-4.0], [-0.5], [4.0]])).tolist() == [0, 1, 1]
     easy, truth = blobs(3, 30, 6.0)
     assert torch.equal(separability.logistic(easy, truth)(easy), truth)
 
@@ -445,7 +445,7 @@ def test_analyze_writes_numbers_and_figures(call, base, words, figures, compare)
     code, out, err = call(*words, "--out", "found", "--json", *(["--base", base] if compare else []))
     assert code == 0, err
     told = json.loads(out)
-    saved = json.loads(open(told["files"][0]).read())
+    saved = json.loads(Path(told["files"][0]).read_text())
     assert saved == {k: v for k, v in told.items() if k != "files"}
     assert told["files"] == [f"found/{words[0]}.json", *(f"found/{name}.png" for name in figures)]
     for file in told["files"][1:]:

@@ -8,7 +8,7 @@ from math import sqrt
 Z = 1.959963984540054  # two-sided 95 %
 
 
-def wilson(right: float, n: int) -> tuple[float, float, float]:
+def wilson(right: int | float, n: int) -> tuple[float, float, float]:
     """(share, low, high) of ``right`` among ``n`` independent items, by Wilson's score interval.
 
     Raises ``ValueError`` for no items."""
