@@ -251,8 +251,7 @@ def test_folds_are_stratified():
 
 
 def test_logistic_regression_finds_the_minimum():
-    """One column, 30 of 40 rows of class 1: half of the -1 are of class 1, and all of the +1. So class 1 is likelier right
-    of some point left of -1, and class 0 left of it."""
+    """Half of the rows at -1 and all at +1 are of class 1, so the classes part a little left of -1."""
     x = torch.tensor([[-1.0], [1.0], [-1.0], [1.0]], dtype=torch.float64).repeat(10, 1)
     labels = torch.tensor([0, 1, 1, 1]).repeat(10)
     predict = separability.logistic(x, labels)
