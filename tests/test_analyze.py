@@ -271,11 +271,11 @@ def test_measures_by_hand():
 
 def test_tsne_keeps_neighbours_together():
     x, labels = blobs(3, 40, 10.0)
-    y = separability.tsne(x, perplexity=15)
-    assert torch.equal(y, separability.tsne(x, perplexity=15))  # the seed is fixed
+    y = separability.tsne(x, perplexity=15.0)
+    assert torch.equal(y, separability.tsne(x, perplexity=15.0))  # the seed is fixed
     nearest = torch.cdist(y, y).fill_diagonal_(torch.inf).argmin(1)
     assert float((labels[nearest] == labels).float().mean()) > 0.98
-    p = separability._neighbours(x.numpy(), 15)
+    p = separability._neighbours(x.numpy(), 15.0)
     assert p.sum() == pytest.approx(1) and np.allclose(p, p.T)
     with pytest.raises(ValueError, match="needs more than 90 points, not 60"):
         separability.tsne(x[:60])

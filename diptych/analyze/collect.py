@@ -163,9 +163,9 @@ def _once_each(model: UnifiedModel, seen: list[int], what: str) -> None:
 def layers(model: UnifiedModel) -> list[nn.Module]:
     """The layers of the model: those of its blocks that attend over the sequence (a vision encoder's do not), in order.
 
-    Found by reading a word; raises ``ValueError`` as ``read`` does."""
+    Found by reading a digit; raises ``ValueError`` as ``read`` does."""
     blocks, found = list(model.blocks()), []
-    words = model.lay_out(Sample("words", (user("a"),)))
+    words = model.lay_out(Sample("words", (user("1"),)))
     read(model, words, lambda layer, call: found.append(blocks[call.block]))
     return found
 

@@ -61,7 +61,7 @@ def separability(models: Models, title: str) -> bytes:
         if len(models) > 1:
             axes[0, 0].legend(frameon=False, loc="upper left", ncols=2, fontsize=8)
 
-    return _figure(1, 3, (10, 3.6), draw)
+    return _figure(1, 3, (10.0, 3.6), draw)
 
 
 def maps(models: Models, labels: Sequence[int], classes: Sequence[str], title: str) -> bytes:

@@ -200,7 +200,7 @@ def drawn_segment(model: UnifiedModel, canvas: tuple[int, int]) -> Segment:
 
     Raises ``ValueError`` for a family that lays out no such segment."""
     blank = Image(PIL.Image.new("RGB", (canvas[1], canvas[0])), "target")
-    laid = model.lay_out(Sample("blank", (user("a"), assistant(blank))))
+    laid = model.lay_out(Sample("blank", (user("1"), assistant(blank))))
     found = [s for s in laid.segments if s.drawn]
     if len(found) != 1 or not found[0].open:
         raise ValueError(f"family {model.family!r} draws outside its sequence, so it does not attend to its prompt")

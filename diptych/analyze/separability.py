@@ -53,7 +53,7 @@ def _emoji(rng: np.random.Generator, name: str, size: int) -> PIL.Image.Image:
     """The emoji at a random size and place on white."""
     from diptych.data import emoji
 
-    side = int(rng.integers(size // 2, size + 1))
+    side = int(rng.integers(size // 2, size * 7 // 8 + 1))
     left, top = (int(v) for v in rng.integers(0, size - side + 1, 2))
     paper = PIL.Image.new("RGB", (size, size), "white")
     paper.paste(emoji.render(emoji.find(name), side), (left, top))
@@ -89,13 +89,19 @@ SETS: dict[str, tuple[Maker, tuple[str, ...]]] = {  # look-alike classes of the 
 def labelled(name: str, each: int = 40, size: int = 64, seed: int = 0) -> Labelled:
     """``each`` pictures of every class of an embedded set (``SETS``), ``size`` pixels square; a function of the seed.
 
+    No two are alike, so that none is learned from its double in another fold.
     Raises ``ValueError`` for an unknown set."""
     if name not in SETS:
         raise ValueError(f"unknown set {name!r}; choose from {', '.join(SETS)}, or give a folder of your own pictures")
     make, classes = SETS[name]
     rng = np.random.default_rng((seed, list(SETS).index(name)))
     labels = tuple(i for i in range(len(classes)) for _ in range(each))
-    return Labelled(tuple(make(rng, classes[i], size) for i in labels), labels, classes)
+    found: dict[bytes, PIL.Image.Image] = {}
+    for i in labels:
+        while (made := make(rng, classes[i], size)).tobytes() in found:
+            pass
+        found[made.tobytes()] = made
+    return Labelled(tuple(found.values()), labels, classes)
 
 
 def folder(path: str | Path, each: int | None = None) -> Labelled:
