@@ -138,6 +138,25 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--run", type=Path, help="folder of the runs; goes on with one that is there (default: runs/STUDY)")
     p.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the page and plot")
 
+    p = verb("analyze", _analyze, "look inside a model: separability of features, attention to pictures, attention to words", "diptych analyze bagel/tiny separability --data emoji/fruit --at vision projector layer.5", "diptych analyze runs/mine attention --base bagel/tiny --rows question --out analysis", "diptych analyze bagel/tiny keywords --prompt 'a red cat left of a dog' --words object=cat,dog colour=red")  # fmt: skip  # noqa: E501
+    _model(p)
+    p.add_argument("probe", choices=list(_ANALYZE_OPTIONS))
+    p.add_argument("--base", metavar="MODEL", help="compare with this model: the change, in percent by layer")
+    p.add_argument("--out", type=Path, default=Path("analysis"), help="folder to write (default: analysis/)")
+    p.add_argument("-n", type=int, help="pictures of each class (40), requests (32) or prompts (8)")
+    p.add_argument("--data", help="separability: a set of look-alikes (default: emoji/fruit) or a folder with one sub-folder a class; attention: a data set of questions (default: shapes/ask)")  # fmt: skip  # noqa: E501
+    p.add_argument("--size", type=int, help="pixels on a side of embedded pictures (default: what the model draws)")
+    p.add_argument("--at", nargs="+", metavar="POINT", help="separability: parts (vision) and layers (layer.0)")
+    p.add_argument("--catalog", help="attention: YAML file that says where your own data sets are")
+    p.add_argument("--rows", choices=["answer", "question"], help="attention: queries are the token that predicts the answer (default), or the question's words")  # fmt: skip  # noqa: E501
+    p.add_argument("--markers", action="store_true", help="attention: markers count with their text or picture")
+    p.add_argument("--prompt", action="append", help="keywords: what to draw; may be given again (default: shapes)")
+    p.add_argument("--words", nargs="+", metavar="CLASS=WORD,...", help="keywords: the classes (default: the vocabulary of shapes)")  # fmt: skip  # noqa: E501
+    p.add_argument("--steps", type=int, help="keywords: how many steps to look at (default: 4)")
+    p.add_argument("--published", action="store_true", help="attention, keywords: add what SGT's code computes")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--json", action="store_true", help="print files and numbers as JSON")
+
     p = verb("models", _models, "list models with their parameter counts", "diptych models --json")
     p.add_argument("--json", action="store_true")
 
@@ -376,6 +395,67 @@ def _evaluate(a: argparse.Namespace) -> None:
         return
     rows = [[name, f"{s.value:.3f}", f"{s.low:.3f} .. {s.high:.3f}", s.n] for name, s in result.scores.items()]
     _table(a.model, ["score", "value", "95 % interval", "n"], rows)
+
+
+_ANALYZE_OPTIONS = {
+    "separability": {"data", "size", "at"},
+    "attention": {"data", "size", "catalog", "rows", "markers", "published"},
+    "keywords": {"prompt", "words", "steps", "published"},
+}
+
+
+def _analyze(a: argparse.Namespace) -> None:
+    mine, unset = _ANALYZE_OPTIONS[a.probe], (None, False)
+    if foreign := sorted(o for o in set().union(*_ANALYZE_OPTIONS.values()) - mine if getattr(a, o) not in unset):
+        raise ValueError(f"{a.probe} has no option --{', --'.join(foreign)}; it has --{', --'.join(sorted(mine))}")
+    if a.prompt and a.n is not None:
+        raise ValueError("-n is how many prompts of shapes to draw; yours are given by --prompt")
+    for option in ("n", "steps", "size"):
+        if (value := getattr(a, option)) is not None and value < 1:
+            raise ValueError(f"{option} must be at least 1, not {value}")
+    if a.base == a.model:
+        raise ValueError(f"{a.model} cannot be its own base")
+    from diptych.analyze import run
+    from diptych.generate.engine import load
+
+    models = {name: load(name, a.device).model for name in (a.model, a.base) if name}
+    size = a.size or run.size(models[a.model])
+    found = {"separability": _separability, "attention": _attention, "keywords": _keywords}[a.probe](a, models, size)
+    files = [str(f) for f in found.write(a.out)]
+    print(json.dumps({"files": files, **found.numbers}) if a.json else "\n".join(files))
+
+
+def _separability(a: argparse.Namespace, models: Any, size: int) -> Any:
+    from diptych.analyze import run, separability
+
+    what = a.data or "emoji/fruit"
+    mine = what not in separability.SETS and Path(what).is_dir()
+    data = separability.folder(what, a.n) if mine else separability.labelled(what, a.n or 40, size, a.seed)
+    return run.run_separability(models, data, what, a.at, a.seed)
+
+
+def _attention(a: argparse.Namespace, models: Any, size: int) -> Any:
+    from diptych.analyze import run
+    from diptych.data.catalog import sources
+
+    what = a.data or "shapes/ask"
+    source = sources([what], catalog=a.catalog, size=size, split="test")[what]
+    samples = [source[i] for i in range(min(a.n or 32, len(source)))]
+    return run.run_attention(models, samples, what, a.rows or "answer", a.markers, a.published)
+
+
+def _keywords(a: argparse.Namespace, models: Any, size: int) -> Any:
+    from diptych.analyze import keywords, run
+
+    words = keywords.shapes_words()
+    if a.words:
+        named = [item.partition("=") for item in a.words]
+        if wrong := [name for name, _, some in named if not (name and some)]:
+            raise ValueError(f"--words takes CLASS=WORD,WORD ..., not {', '.join(map(repr, wrong))}")
+        words = {name: frozenset(some.lower().split(",")) for name, _, some in named}
+    prompts = a.prompt or keywords.shapes_prompts(a.n or 8, a.seed)
+    steps = 4 if a.steps is None else a.steps
+    return run.run_keywords(models, prompts, words, "yours" if a.prompt else "shapes", steps, a.seed, a.published)
 
 
 def model_rows() -> list[dict[str, Any]]:

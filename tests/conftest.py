@@ -13,7 +13,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-CHECKED = ("core", "parts", "models", "train", "generate", "recipes")
+CHECKED = ("core", "parts", "models", "train", "generate", "recipes", "analyze")
 jaxtyping.install_import_hook([f"diptych.{room}" for room in CHECKED], "beartype.beartype")
 
 

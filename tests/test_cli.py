@@ -61,6 +61,7 @@ def test_help_lists_every_verb(call):
         "ask",
         "chat",
         "evaluate",
+        "analyze",
         "models",
         "recipes",
         "data",

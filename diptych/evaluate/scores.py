@@ -17,9 +17,9 @@ from typing import Any, Literal
 import numpy as np
 import PIL.Image
 
+from diptych.core import intervals
 from diptych.core.sample import Sample
 
-Z = 1.959963984540054  # two-sided 95 %
 DRAWS = 2000  # bootstrap resamples
 
 
@@ -106,12 +106,7 @@ class Benchmark:
 
 def wilson(right: float, n: int) -> Score:
     """The share right of ``n`` independent items, with Wilson's interval. Raises ``ValueError`` for no items."""
-    if n < 1 or not 0 <= right <= n:
-        raise ValueError(f"{right} right of {n} items is no share; it needs at least one item")
-    p = right / n
-    centre = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
-    half = Z / (1 + Z * Z / n) * sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
-    return Score(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)), n)
+    return Score(*intervals.wilson(right, n), n)
 
 
 def clustered(values: Sequence[float], clusters: Sequence[str], seed: int = 0) -> Score:

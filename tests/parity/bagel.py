@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from diptych.analyze import collect, published
 from diptych.core.batch import Batch, pack
 from diptych.core.mask import dense, rule
 from diptych.core.noise import Noise
@@ -718,6 +719,44 @@ def editing(folder: Folder) -> None:
         check_drawing(folder, made, at, group, [tuple(contexts)], len(branches))
 
 
+def probes(folder: Folder) -> None:
+    """Attention as computed, and what the released probes compute instead, when reading and when drawing."""
+    made, meta = model(folder), folder.meta["probes"]
+    laid, seen = question(folder, made), []
+    picture, asked = (len(s) for s in laid.segments)
+    rows = torch.arange(picture, picture + asked)
+    collect.read(made, laid, lambda i, call: seen.append(call.weights(0, rows)))
+    outputs: list[Tensor] = []
+    hooks = [m.register_forward_hook(lambda _, __, x: outputs.append(x)) for m in made.decoder.layers]
+    made.extend([made.open()], [laid])
+    for hook in hooks:
+        hook.remove()
+    released = published.published_weights(made, laid)
+    for i, (actual, theirs, output) in enumerate(zip(seen, released, outputs, strict=True)):
+        folder.close(f"probes.und.actual_attention.{i}", actual)
+        folder.close(f"probes.und.released_probe.{i}", theirs)
+        folder.close(f"probes.und.layer_output.{i}", output)
+    average = torch.stack([w[:, [-4, -3], :picture].sum(-1).mean() for w in seen])
+    name = "und.avg_text_to_vision"
+    folder.close(f"{name}.actual", average, torch.tensor(meta[f"{name}.actual_same_rows"]))
+    folder.close(f"{name}.released", published.published_attention(made, laid), torch.tensor(meta[f"{name}.released"]))
+
+    [context] = made.extend([made.open()], [made.lay_out(Sample("caption", (user(words(folder, "caption")),)))])
+    grid = grid_of(folder.get("generation.in.plain.packed_vae_position_ids"), made.config.latent_side)
+    canvas = (grid[0] * made.config.stride, grid[1] * made.config.stride)
+    [drawing] = made.start([(context,)], [canvas], [FlowSettings(2, guidance_scale=1.0, timestep_shift=3.0)], [0])
+    noise = folder.get("generation.in.plain.packed_init_noises")
+    watched = read_on = replace(drawing, state=noise)
+    for step, shares in enumerate(meta["gen.released_share_percent"].values()):
+        found: list[Tensor] = []
+        watched = collect.step(made, watched, lambda i, call, found=found: found.append(call.weights()))
+        read_on, ours = published.published_keywords(made, read_on, meta["gen.keywords"])
+        for i, weights_of in enumerate(found):
+            folder.close(f"probes.gen.actual_attention.step{step}.{i}", weights_of)
+            theirs = torch.tensor(list(shares[str(i)].values()))
+            folder.close(f"gen.share.step{step}.{i}", torch.tensor([ours[n][i] for n in shares[str(i)]]), theirs)
+
+
 STAGES: dict[str, Callable[[Folder], None]] = {
     "weights": both_ways,
     "components": components,
@@ -727,6 +766,6 @@ STAGES: dict[str, Callable[[Folder], None]] = {
     "understanding": understanding,
     "generation": generation,
     "editing": editing,
+    "probes": probes,
 }
-"""Every stage in order. ``probes.safetensors`` joins as ``"probes": probes``: a function of the folder that reads
-``question(folder, model(folder))`` with the analysis' hooks and compares ``probes.und.*`` and ``probes.gen.*``."""
+"""Every stage in order."""

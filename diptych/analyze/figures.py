@@ -1,0 +1,164 @@
+"""Pictures of what was found: measures by point, t-SNE maps, attention by layer, keyword shares by layer and step."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5}
+MARKS = "osD^vP*Xph"
+Models = Mapping[str, Any]  # name of a model -> its numbers; the base, where there is one, comes last
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float], draw: Callable[[Any, np.ndarray], None]) -> bytes:
+    """PNG bytes of a figure whose axes, (rows, columns), ``draw(figure, axes)`` fills."""
+    import matplotlib.pyplot as plt  # heavy
+    from matplotlib.figure import Figure
+
+    with plt.rc_context(STYLE):
+        figure = Figure(figsize=size, dpi=140, layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+        draw(figure, axes)
+        for ax in axes.flat:
+            ax.set_axisbelow(True)
+        out = io.BytesIO()
+        figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def separability(models: Models, title: str) -> bytes:
+    """Accuracy (with interval and chance), discriminant ratio and silhouette by point; a colour a model."""
+
+    def draw(figure: Any, axes: np.ndarray) -> None:
+        figure.suptitle(title, fontsize=10)
+        panels = {
+            "accuracy": "accuracy of a linear probe",
+            "discriminant_ratio": "tr S_b / tr S_w",
+            "silhouette": "silhouette",
+        }
+        wide = 0.8 / len(models)
+        for ax, (key, label) in zip(axes[0], panels.items(), strict=True):
+            for m, (name, measures) in enumerate(models.items()):
+                at = np.arange(len(measures)) + (m - (len(models) - 1) / 2) * wide
+                rows = [row[key] for row in measures.values()]
+                values = [row["value"] if key == "accuracy" else row for row in rows]
+                ax.bar(at, values, wide * 0.94, color=f"C{m}", label=name)
+                if key == "accuracy":
+                    ends = [[r["value"] - r["low"] for r in rows], [r["high"] - r["value"] for r in rows]]
+                    ax.errorbar(at, values, ends, fmt="none", ecolor="0.2", elinewidth=1, capsize=2)
+            points = list(next(iter(models.values())))
+            ax.set_xticks(range(len(points)), points, rotation=30, ha="right")
+            ax.set_title(label)
+            ax.grid(axis="y", alpha=0.25, linewidth=0.6)
+            ax.axhline(0, color="0.2", linewidth=0.8)
+        chance = next(iter(next(iter(models.values())).values()))["chance"]
+        axes[0, 0].axhline(chance, color="0.35", linewidth=1, linestyle=":")
+        axes[0, 0].set_ylim(0, 1.18)
+        axes[0, 0].annotate("chance", (1, chance), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+        if len(models) > 1:
+            axes[0, 0].legend(frameon=False, loc="upper left", ncols=2, fontsize=8)
+
+    return _figure(1, 3, (10.0, 3.6), draw)
+
+
+def maps(models: Models, labels: Sequence[int], classes: Sequence[str], title: str) -> bytes:
+    """t-SNE maps, a row a model and a column a point; ``models`` maps a name to {point: (N, 2)}."""
+    points = list(next(iter(models.values())))
+    number = np.asarray(labels)
+
+    def draw(figure: Any, axes: np.ndarray) -> None:
+        figure.suptitle(title, fontsize=10)
+        for row, (name, planes) in zip(axes, models.items(), strict=True):
+            for ax, (point, plane) in zip(row, planes.items(), strict=True):
+                for c, label in enumerate(classes):
+                    some = np.asarray(plane)[number == c]
+                    ax.scatter(*some.T, s=15, marker=MARKS[c % len(MARKS)], color=f"C{c % 10}", label=label,
+                               alpha=0.8, linewidths=0)  # fmt: skip
+                ax.set(xticks=[], yticks=[], title=point)
+                ax.spines[:].set_visible(True)
+                ax.spines[:].set_color("0.8")
+            row[0].set_ylabel(name)
+        handles, names = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=min(len(classes), 6), frameon=False, fontsize=9)
+
+    return _figure(len(models), len(points), (2.3 * len(points) + 0.4, 2.4 * len(models) + 0.9), draw)
+
+
+def attention(models: Models, changes: Sequence[Mapping[str, float]] | None, title: str) -> bytes:
+    """A_V and A_T by layer with intervals; with ``changes``, below, the percent by which A_V differs from the base's.
+
+    ``models`` maps a name to the rows of ``Allocation.to_json``, or to a list of numbers for the published variant."""
+
+    def draw(figure: Any, axes: np.ndarray) -> None:
+        figure.suptitle(title, fontsize=10)
+        ax = axes[0, 0]
+        for m, (name, rows) in enumerate(models.items()):
+            if not isinstance(rows[0], Mapping):
+                ax.plot(range(len(rows)), rows, color=f"C{m}", linestyle=":", marker="x", label=name)
+                continue
+            for key, style, filled in (("picture", "-", True), ("text", "--", False)):
+                values = [r[key]["value"] for r in rows]
+                label = f"{name}: on the {key}" if len(models) > 1 else f"on the {key}"
+                ax.plot(range(len(rows)), values, style, color=f"C{m}", marker="o", markersize=4,
+                        markerfacecolor=f"C{m}" if filled else "w", label=label)  # fmt: skip
+                if rows[0][key]["low"] is not None:
+                    ax.fill_between(range(len(rows)), [r[key]["low"] for r in rows], [r[key]["high"] for r in rows],
+                                    color=f"C{m}", alpha=0.13, linewidth=0)  # fmt: skip
+        ax.set(ylim=(0, 1.02), ylabel="attention mass")
+        ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        if changes:
+            values = [c["value"] for c in changes]
+            axes[1, 0].bar(range(len(values)), values, 0.6, color=["C0" if v >= 0 else "C3" for v in values])
+            if changes[0]["low"] is not None:
+                ends = [[c["value"] - c["low"] for c in changes], [c["high"] - c["value"] for c in changes]]
+                axes[1, 0].errorbar(range(len(values)), values, ends, fmt="none", ecolor="0.2", elinewidth=1, capsize=2)
+            axes[1, 0].axhline(0, color="0.2", linewidth=0.8)
+            axes[1, 0].set_ylabel("change of picture\nmass, % of the base")
+        layers = len(next(iter(models.values())))
+        for ax in axes[:, 0]:
+            ax.set_xticks(range(0, layers, max(1, layers // 14)))
+            ax.set_xlim(-0.5, layers - 0.5)
+            ax.grid(alpha=0.25, linewidth=0.6)
+        axes[-1, 0].set_xlabel("layer")
+
+    return _figure(2 if changes else 1, 1, (8.6, 5.6 if changes else 3.4), draw)
+
+
+def keywords(models: Models, title: str) -> bytes:
+    """Shares of word classes by layer, a column a step and a row a model; at the right their means over steps and
+    layers, with the share that even attention would give. ``models`` maps a name to ``Keywords``."""
+    first = next(iter(models.values()))
+    steps = len(first.steps)
+
+    def draw(figure: Any, axes: np.ndarray) -> None:
+        figure.suptitle(title, fontsize=10)
+        top = 1.08 * max(float(k.share.mean(0).max()) for k in models.values())
+        for row, (name, k) in zip(axes, models.items(), strict=True):
+            share, layers = k.share.mean(0), np.arange(k.share.shape[2])
+            for s, ax in enumerate(row[:-1]):
+                for c, word in enumerate(k.classes):
+                    mark = MARKS[c % len(MARKS)]
+                    ax.plot(layers, share[s, :, c], marker=mark, markersize=4, color=f"C{c}", label=word)
+                t = "" if k.times[s] is None else f", t = {k.times[s]:.2f}"
+                ax.set(title=f"step {k.steps[s] + 1}{t}", ylim=(0, top), xlabel="layer")
+                ax.set_xticks(layers[:: max(1, len(layers) // 7)])
+                ax.grid(alpha=0.25, linewidth=0.6)
+                if s:
+                    ax.set_yticklabels([])
+            row[0].set_ylabel(f"{name}\nshare of attention\nto words, %")
+            means, at = share.mean((0, 1)), np.arange(len(k.classes))
+            row[-1].bar(at, means, 0.66, color=[f"C{c}" for c in at])
+            row[-1].plot(at, k.even, linestyle="", marker="_", markersize=18, markeredgewidth=1.6, color="0.15",
+                         label="even")  # fmt: skip
+            for x, v in zip(at, means, strict=True):
+                row[-1].text(x, 0.6, f"{v:.1f}", ha="center", va="bottom", fontsize=8, color="w")
+            row[-1].set_xticks(at, k.classes, rotation=30, ha="right")
+            row[-1].set_title("all steps and layers")
+            row[-1].legend(frameon=False, fontsize=8)
+        handles, names = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
+
+    return _figure(len(models), steps + 1, (2.2 * (steps + 1) + 0.9, 2.5 * len(models) + 0.8), draw)

@@ -1,0 +1,153 @@
+"""One analysis of one model, or of two to compare, from loaded engines to numbers and figures in a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diptych.analyze import attention, figures, keywords, separability
+from diptych.analyze.published import published_attention, published_shares
+from diptych.core.sample import Image, Sample, assistant, user
+from diptych.models.protocol import UnifiedModel
+
+Models = Mapping[str, UnifiedModel]  # one, or two: the model and its base
+
+
+@dataclass(frozen=True)
+class Found:
+    """``numbers`` as JSON has them, and PNG figures by name."""
+
+    name: str
+    numbers: Mapping[str, Any]
+    figures: Mapping[str, bytes]
+
+    def write(self, folder: Path) -> list[Path]:
+        """Writes ``<name>.json`` and the figures into ``folder``; returns the files."""
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [folder / f"{self.name}.json", *(folder / f"{name}.png" for name in self.figures)]
+        files[0].write_text(json.dumps(self.numbers, indent=1))
+        for file, png in zip(files[1:], self.figures.values(), strict=True):
+            file.write_bytes(png)
+        return files
+
+
+def run_separability(
+    models: Models, data: separability.Labelled, what: str, at: Sequence[str] | None = None, seed: int = 0
+) -> Found:
+    """Probe accuracy, discriminant ratio, silhouette and t-SNE at every point, the same points for a base."""
+    at = at or separability.points(next(iter(models.values())))
+    measures, planes = {}, {}
+    for name, model in models.items():
+        measures[name], found = separability.separability(model, data, at, seed)
+        planes[name] = {point: separability.tsne(x, seed=seed) for point, x in found.items()}
+    numbers = {
+        "what": "separability", "data": what, "classes": list(data.classes), "pictures": len(data.pictures),
+        "folds": separability.FOLDS, "perplexity": separability.PERPLEXITY, "seed": seed, "models": measures,
+    }  # fmt: skip
+    if len(models) == 2:
+        ours, base = measures.values()
+        numbers["change"] = {p: _difference(ours[p], base[p]) for p in ours}
+    title = f"{what}: {len(data.pictures)} pictures of {len(data.classes)} classes"
+    shown = {
+        "separability": figures.separability(measures, title),
+        "tsne": figures.maps(planes, data.labels, data.classes, f"t-SNE, {title}"),
+    }
+    return Found("separability", numbers, shown)
+
+
+def _difference(ours: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, float]:
+    value = {"accuracy": ours["accuracy"]["value"] - base["accuracy"]["value"]}
+    value |= {k: ours[k] - base[k] for k in ("discriminant_ratio", "silhouette")}
+    return {k: round(v, 6) for k, v in value.items()}
+
+
+def run_attention(
+    models: Models,
+    samples: Sequence[Sample],
+    what: str,
+    rows: attention.Rows = "answer",
+    markers: bool = False,
+    published: bool = False,
+) -> Found:
+    """A_V and A_T by layer, and the percent change against a base; ``published`` adds the released code's number."""
+    found = {name: attention.allocation(m, samples, rows, markers) for name, m in models.items()}
+    layers = {name: a.to_json() for name, a in found.items()}
+    numbers: dict[str, Any] = {
+        "what": "attention", "data": what, "requests": len(samples), **attention.describe(rows, markers),
+        "models": layers,
+    }  # fmt: skip
+    changes = None
+    if len(models) == 2:
+        ours, base = found.values()
+        changes = attention.change(ours.picture, base.picture)
+        numbers["change_percent"] = {"picture": changes, "text": attention.change(ours.text, base.text)}
+    shown: dict[str, Any] = dict(layers)
+    if published:
+        released = {name: _published(m, samples) for name, m in models.items()}
+        numbers["published_attn_score"] = released
+        shown |= {f"{name}: as published": values for name, values in released.items()}
+    title = f"attention of {'the answer' if rows == 'answer' else 'the question'}, {len(samples)} requests of {what}"
+    return Found("attention", numbers, {"attention": figures.attention(shown, changes, title)})
+
+
+def _published(model: UnifiedModel, samples: Sequence[Sample]) -> list[float]:
+    """Mean of ``published_attention`` over requests, whose last words are the question's (no open turn)."""
+    scores = []
+    for sample in samples:
+        asked = attention.request(sample)
+        laid = model.lay_out(Sample(asked.id, asked.messages[:-1]))
+        scores.append(published_attention(model, laid).cpu().double().numpy())
+    return [round(float(v), 6) for v in np.mean(scores, 0)]
+
+
+def run_keywords(
+    models: Models,
+    prompts: Sequence[str],
+    words: keywords.Words,
+    what: str,
+    steps: int = 4,
+    seed: int = 0,
+    published: bool = False,
+) -> Found:
+    """Shares of word classes by step and layer; a base draws the same prompts from the same seeds. ``published`` adds
+    the released code's percentages, means over prompts by step, class and layer."""
+    found = {name: keywords.keywords(m, prompts, words, steps, seed=seed) for name, m in models.items()}
+    numbers: dict[str, Any] = {
+        "what": "keywords", "data": what, "prompts": list(prompts), "seed": seed,
+        "words": {name: sorted(some) for name, some in words.items()},
+        "models": {name: k.to_json() for name, k in found.items()},
+    }  # fmt: skip
+    if len(models) == 2:
+        ours, base = (k.share.mean((0, 1)) for k in found.values())  # (layers, classes)
+        if ours.shape != base.shape:
+            raise ValueError(f"cannot compare {len(ours)} layers with the base's {len(base)}")
+        classes = next(iter(found.values())).classes
+        change = 100 * (ours - base) / base
+        numbers["change_percent"] = [
+            {"layer": i} | {c: round(float(v), 6) for c, v in zip(classes, row, strict=True)}
+            for i, row in enumerate(change)
+        ]
+    if published:
+        numbers["published_share_percent"] = {
+            name: _mean_shares([published_shares(m, p, words, steps, seed + i) for i, p in enumerate(prompts)])
+            for name, m in models.items()
+        }
+    title = f"attention to words while drawing, {len(prompts)} prompts"
+    return Found("keywords", numbers, {"keywords": figures.keywords(found, title)})
+
+
+def _mean_shares(prompts: Sequence[Sequence[Mapping[str, Sequence[float]]]]) -> list[dict[str, list[float]]]:
+    return [
+        {c: [round(float(v), 6) for v in np.mean([shares[c] for shares in step], 0)] for c in step[0]}
+        for step in zip(*prompts, strict=True)
+    ]
+
+
+def size(model: UnifiedModel) -> int:
+    """The side in pixels of embedded pictures for a model: the shorter side of what it draws."""
+    return min(model.canvas(Sample("size", (user("a"), assistant(Image(None, "target"))))))
