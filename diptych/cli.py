@@ -138,10 +138,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--run", type=Path, help="folder of the runs; goes on with one that is there (default: runs/STUDY)")
     p.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the page and plot")
 
-    p = verb("analyze", _analyze, "look inside a model: separability of features, attention to pictures, attention to words", "diptych analyze bagel/tiny separability --data emoji/fruit --at vision projector layer.5", "diptych analyze runs/mine attention --base bagel/tiny --rows question --out analysis", "diptych analyze bagel/tiny keywords --prompt 'a red cat left of a dog' --words object=cat,dog colour=red")  # fmt: skip  # noqa: E501
+    p = verb("analyze", _analyze, "look inside a model: separability of features, attention to pictures, attention to words", "diptych analyze bagel/tiny separability --data emoji/fruit --at vision projector layer.5", "diptych analyze runs/mine attention --against bagel/tiny --rows question --out analysis", "diptych analyze bagel/tiny keywords --prompt 'a red cat left of a dog' --words object=cat,dog colour=red")  # fmt: skip  # noqa: E501
     _model(p)
     p.add_argument("probe", choices=list(_ANALYZE_OPTIONS))
-    p.add_argument("--base", metavar="MODEL", help="compare with this model: the change, in percent by layer")
+    p.add_argument("--against", metavar="MODEL", help="compare with this model: the change, in percent by layer")
     p.add_argument("--out", type=Path, default=Path("analysis"), help="folder to write (default: analysis/)")
     p.add_argument("-n", type=int, help="pictures of each class (40), requests (32) or prompts (8)")
     p.add_argument("--data", help="separability: a set of look-alikes (default: emoji/fruit) or a folder with one sub-folder a class; attention: a data set of questions (default: shapes/ask)")  # fmt: skip  # noqa: E501
@@ -413,12 +413,14 @@ def _analyze(a: argparse.Namespace) -> None:
     for option in ("n", "steps", "size"):
         if (value := getattr(a, option)) is not None and value < 1:
             raise ValueError(f"{option} must be at least 1, not {value}")
-    if a.base == a.model:
-        raise ValueError(f"{a.model} cannot be its own base")
+    if a.against == a.model:
+        raise ValueError(f"{a.model} cannot be compared with itself")
     from diptych.analyze import run
     from diptych.generate.engine import load
 
-    models = {name: load(name, a.device).model for name in (a.model, a.base) if name}
+    models = {a.model: _load(a).model}
+    if a.against:
+        models[a.against] = load(a.against, a.device, a.dtype).model
     size = a.size or run.size(models[a.model])
     found = {"separability": _separability, "attention": _attention, "keywords": _keywords}[a.probe](a, models, size)
     files = [str(f) for f in found.write(a.out)]

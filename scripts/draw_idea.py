@@ -26,8 +26,7 @@ def main() -> None:
     pair = model.generate("a red circle left of a green square", seed=1).images[0]
     edited = model.edit(pair, "make the circle blue", seed=0).images[0]
 
-    figure, axes = plt.subplots(figsize=(12, 4.6), dpi=110)
-    axes.set(xlim=(0, 120), ylim=(0, 46))
+    figure, axes = plt.subplots(figsize=(13, 4.4), dpi=110)
     axes.axis("off")
     rows = [
         (34, scene, "describe the picture", model.ask(scene, "describe the picture").text, None),
@@ -35,20 +34,20 @@ def main() -> None:
     ]
     for y, picture, question, answer, _ in rows:
         show(axes, picture, 6, y)
-        text(axes, 20, y + 2, question, READ)
-        arrow(axes, (32, y), (48, 23 + (y - 26) / 3), READ)
-        text(axes, 20, y - 3, f"“{answer}”", INK, weight="bold")
-    axes.add_patch(FancyBboxPatch((49, 12), 22, 22, boxstyle="round,pad=1", fc="#f3efe6", ec=INK, lw=1.5))
-    text(axes, 60, 29, "one network", INK, size=14, weight="bold", ha="center")
-    text(axes, 60, 23.5, "one packed sequence\none softmax over all tokens", INK, size=9.5, ha="center")
-    text(axes, 60, 17, "language head   ·   velocity head", INK, size=9.5, ha="center")
+        text(axes, 14, y + 2.5, question, READ)
+        text(axes, 14, y - 2.5, f"“{answer}”", INK, size=9.5, weight="bold")
+        arrow(axes, (48, y), (53.5, 23 + (y - 26) / 3), READ)
+    axes.add_patch(FancyBboxPatch((55.5, 12), 29, 22, boxstyle="round,pad=1", fc="#f3efe6", ec=INK, lw=1.5))
+    text(axes, 70, 29, "one network", INK, size=14, weight="bold", ha="center")
+    text(axes, 70, 23, "one packed sequence\none softmax over all tokens", INK, size=9.5, ha="center")
+    text(axes, 70, 16.5, "language head  ·  velocity head", INK, size=8.5, ha="center")
     asked = {"two blue stars": drawn, "a red circle left of a green square": pair, "then: make the circle blue": edited}
-    for y, (prompt, picture) in zip((36, 21, 6), asked.items()):
-        arrow(axes, (72, 23 + (y - 21) / 3), (82, y), DRAW)
-        show(axes, picture, 89, y)
-        text(axes, 96, y, f"“{prompt}”", DRAW)
-    text(axes, 13, 44.5, "it reads", READ, size=14, weight="bold", ha="center")
-    text(axes, 100, 44.5, "and it draws", DRAW, size=14, weight="bold", ha="center")
+    for y, (prompt, picture) in zip((36, 22, 8), asked.items(), strict=True):
+        arrow(axes, (86.5, 23 + (y - 22) / 3), (91, y), DRAW)
+        show(axes, picture, 98, y)
+        text(axes, 105.5, y, f"“{prompt}”", DRAW)
+    text(axes, 0, 46, "it reads", READ, size=14, weight="bold")
+    text(axes, 92, 46, "and it draws", DRAW, size=14, weight="bold")
     figure.savefig("docs/idea.png", bbox_inches="tight", facecolor=PAPER)
     print("docs/idea.png")
 
@@ -58,7 +57,7 @@ def show(axes, picture, x: float, y: float, side: float = 12) -> None:
         picture, extent=(x - side / 2, x + side / 2, y - side / 2, y + side / 2), interpolation="lanczos", zorder=2
     )
     axes.add_patch(plt.Rectangle((x - side / 2, y - side / 2), side, side, fill=False, ec="#c9c9c9", lw=1, zorder=3))
-    axes.set(xlim=(0, 120), ylim=(0, 46), aspect="equal")
+    axes.set(xlim=(-1, 142), ylim=(1, 48), aspect="equal")
 
 
 def text(

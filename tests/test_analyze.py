@@ -362,7 +362,7 @@ def base(tmp_path_factory):
 )
 @pytest.mark.parametrize("compare", [False, True], ids=["alone", "base"])
 def test_analyze_writes_numbers_and_figures(call, base, words, figures, compare):
-    code, out, err = call(*words, "--out", "found", "--json", *(["--base", base] if compare else []))
+    code, out, err = call(*words, "--out", "found", "--json", *(["--against", base] if compare else []))
     assert code == 0, err
     told = json.loads(out)
     saved = json.loads(Path(told["files"][0]).read_text())

@@ -545,8 +545,8 @@ def chance(n: int = 500, seed: int = 0, size: int = 64) -> dict[str, float]:
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 _TAG_WEIGHTS = {
-    "single_object": 0.06, "two_object": 0.14, "counting": 0.18, "colors": 0.08, "position": 0.18, "color_attr": 0.14,
-    "description": 0.22,
+    "single_object": 0.04, "two_object": 0.18, "counting": 0.16, "colors": 0.06, "position": 0.16, "color_attr": 0.22,
+    "description": 0.18,
 }  # fmt: skip
 _WORDINGS = ("draw {}", "a picture of {}", "please draw {}", "show me {}", "an image of {}")
 

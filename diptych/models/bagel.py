@@ -112,7 +112,7 @@ class Config:
             draw=SizeRule(longest=128, shortest=16, stride=16),
             size=(64, 64),
             settings=FlowSettings(
-                25, guidance_scale=2.5, guidance_interval=(0.0, 1.0), timestep_shift=3.0, renorm="none"
+                25, guidance_scale=2.5, guidance_interval=(0.0, 0.9), timestep_shift=3.0, renorm="none"
             ),
         )
 

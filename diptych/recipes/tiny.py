@@ -47,11 +47,11 @@ def bagel() -> Recipe:
                 steps=6000,
                 train={"decoder": 2e-3, "vision": 2e-3, "projector": 2e-3, "head": 2e-3},
                 data={
-                    "shapes/draw": 0.56,
+                    "shapes/draw": 0.61,
                     "shapes/ask": 0.20,
                     "shapes/caption": 0.03,
                     "shapes/edit": 0.05,
-                    "emoji64/draw": 0.10,
+                    "emoji64/draw": 0.05,
                     "emoji64/ask": 0.02,
                     "emoji64/caption": 0.02,
                     "emoji64/edit": 0.02,

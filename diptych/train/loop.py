@@ -256,7 +256,7 @@ def _step(
     if state.average:
         state.average.update()
     sums = total(sums)
-    held = total({name: sum(r.stats.samples.get(name, 0) for r in micro) for name in stage.data})
+    held = total({name: float(sum(r.stats.samples.get(name, 0) for r in micro)) for name in stage.data})
     terms = {name: sums[name] / max(counts[name], 1.0) for name in sums}
     seconds = time.perf_counter() - start
     tokens = sum(sum(b.lengths) for b in batches)
