@@ -132,7 +132,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("study", help="sgt-proxies, sgt-ratio or sgt-amount")
     p.add_argument("--model", default="bagel/tiny", help="where every arm starts (default: bagel/tiny)")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of every arm for each (default: 0 1 2)"
+    )
     p.add_argument("--steps", type=int, default=600, help="steps of every arm (default: 600)")
     p.add_argument("--limit", type=int, help="items per category of the evaluation")
     p.add_argument("--run", type=Path, help="folder of the runs; goes on with one that is there (default: runs/STUDY)")

@@ -36,7 +36,7 @@ def main() -> None:
         show(axes, picture, 6, y)
         text(axes, 14, y + 2.5, question, READ)
         text(axes, 14, y - 2.5, f"“{answer}”", INK, size=9.5, weight="bold")
-        arrow(axes, (48, y), (53.5, 23 + (y - 26) / 3), READ)
+        arrow(axes, (50, y), (54, 23 + (y - 26) / 3), READ)
     axes.add_patch(FancyBboxPatch((55.5, 12), 29, 22, boxstyle="round,pad=1", fc="#f3efe6", ec=INK, lw=1.5))
     text(axes, 70, 29, "one network", INK, size=14, weight="bold", ha="center")
     text(axes, 70, 23, "one packed sequence\none softmax over all tokens", INK, size=9.5, ha="center")

@@ -160,7 +160,7 @@ def _one_step(model, recipe, sample=None):
         pack([model.lay_out(sample or tiny.draw("shapes/draw/17"))], model.routes), 0, Stats(0, 0.0, 0, 0, {}, {}, {})
     )
     trained = [p for part in parts.values() for p in part.values()]
-    return loop._step(recipe, stage, loop.State(model, optimizers=optimizers), iter([row]), trained, parts)
+    return loop._step(recipe, stage, loop.State(model, optimizers=optimizers), iter([row]), trained)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_samples():

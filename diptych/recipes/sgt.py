@@ -62,7 +62,7 @@ def bagel() -> Recipe:
     return Recipe(
         name="sgt/bagel",
         model=config_to_json("bagel", config("bagel/7b-mot")),
-        init={"model": "ByteDance-Seed/BAGEL-7B-MoT"},
+        init={"model": "bagel/7b-mot"},
         stages=(
             Stage(
                 "sgt",

@@ -152,7 +152,7 @@ def run(model, recipe, groups, steps):
     state = State(model, optimizers=optim.build(model, parts, rates, stage.optimizer))
     losses = []
     for _ in range(steps):
-        losses.append(_step(recipe, stage, state, iter(rows(model, groups)), trained, parts)["loss"])
+        losses.append(_step(recipe, stage, state, iter(rows(model, groups)), trained)["loss"])
         state.done, state.step = state.done + 1, state.step + 1
     return losses
 
