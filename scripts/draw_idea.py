@@ -22,7 +22,7 @@ def main() -> None:
     model = diptych.load(sys.argv[1] if len(sys.argv) > 1 else "bagel/tiny", "cpu")
     scene = next(shapes.source("shapes/ask", "test", 64)[3].images()).pixels
     apple = emoji.render(next(e for e in emoji.records() if e.labels["en"] == "red apple"), 64)
-    drawn = model.generate("two blue stars", seed=3).images[0]
+    drawn = model.generate("two blue stars", seed=0).images[0]
     pair = model.generate("a red circle left of a green square", seed=1).images[0]
     edited = model.edit(pair, "make the circle blue", seed=0).images[0]
 
