@@ -113,8 +113,7 @@ class Engine:
         self, messages: Messages, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
     ) -> Iterator[Event]:
         """The answer as it comes: ``TextDelta`` ... ``Stop``."""
-        sample = _conversation(messages)
-        [context] = self._read([sample])
+        [laid], [context] = self._read([_conversation(messages)])
         read, generator, said, reason = context.length, torch.Generator().manual_seed(seed), "", "length"
         ids: list[int] = []
         while len(ids) < max_new_tokens:
@@ -129,7 +128,7 @@ class Engine:
                 said = text
             if len(ids) < max_new_tokens:
                 [context] = self.model.extend([context], [self.model.reply([word])])
-        self._remember(sample, ids, context)
+        self.memory.keep(laid, ids[: context.length - read], context)  # the last word said need not have been read
         if (text := self.model.tokenizer.decode(ids)) != said:
             yield TextDelta(text[len(said) :])
         parameters = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
@@ -164,7 +163,7 @@ class Engine:
         parameters = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         out: list[Answer] = []
         for at in range(0, len(samples), batch_size):
-            contexts = self._read(samples[at : at + batch_size])
+            laid, contexts = self._read(samples[at : at + batch_size])
             generators = [torch.Generator().manual_seed(seed) for _ in contexts]
             ids: list[list[int]] = [[] for _ in contexts]
             reasons = ["length"] * len(contexts)
@@ -185,7 +184,7 @@ class Engine:
                 for i, context in zip(going, new, strict=True):
                     contexts[i] = context
             for i in range(len(contexts))[-self.memory.most :]:
-                self._remember(samples[at + i], ids[i], contexts[i])
+                self.memory.keep(laid[i], ids[i][: contexts[i].length - len(laid[i])], contexts[i])
             decode = self.model.tokenizer.decode
             out += [Answer(decode(w), tuple(w), r, parameters) for w, r in zip(ids, reasons, strict=True)]
         return out
@@ -220,15 +219,10 @@ class Engine:
             ]
         return out
 
-    def _read(self, samples: Sequence[Sample]) -> list[Context]:
-        """Contexts that stand where an answer begins."""
+    def _read(self, samples: Sequence[Sample]) -> tuple[list[Laid], list[Context]]:
+        """The requests laid out, and contexts that stand where an answer begins."""
         sequences = [self.model.lay_out(_opened(s, assistant())) for s in samples]
-        return self.memory.read(sequences, [len(s.messages) > 1 for s in samples])
-
-    def _remember(self, sample: Sample, said: Sequence[int], context: Context) -> None:
-        """Keeps the context of an answer; the last word said need not have been read."""
-        laid = self.model.lay_out(_opened(sample, assistant()))
-        self.memory.keep(laid, said[: context.length - len(laid)], context)
+        return sequences, self.memory.read(sequences, [len(s.messages) > 1 for s in samples])
 
     def _start(
         self, samples: Sequence[Sample], seeds: Sequence[int], size: Size | None, settings: Sequence[Any]

@@ -48,10 +48,6 @@ class Memory:
         """Remembers the context that has read ``laid`` and then the words ``said``."""
         self.known = [*self.known, ([*units(laid.segments), *said], context)][-self.most :]
 
-    def forget(self) -> None:
-        """Frees the memory of all remembered contexts."""
-        self.known = []
-
     def _rewound(self, context: Context, read: list[Unit]) -> Context:
         length = sum(1 if isinstance(u, int) else len(u) for u in read)
         return self.model.rewind(context, length, sum(1 if isinstance(u, int) else u.moves for u in read))

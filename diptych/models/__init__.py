@@ -313,15 +313,8 @@ def load(
 
 def load_strict(model: nn.Module, state: Mapping[str, Any], where: str) -> None:
     """Copies ``state`` into a module. Raises ``ValueError`` with every missing, unknown and misshapen tensor."""
-    own = model.state_dict()
-    wrong = [f"missing {n}" for n in sorted(own.keys() - state.keys())]
-    wrong += [f"unknown {n}" for n in sorted(state.keys() - own.keys())]
-    wrong += [
-        f"{n} has shape {tuple(state[n].shape)}, the config says {tuple(own[n].shape)}"
-        for n in sorted(own.keys() & state.keys())
-        if state[n].shape != own[n].shape
-    ]
-    if wrong:
-        more = f"\n  and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-        raise ValueError(f"{where} does not fit the model:\n  " + "\n  ".join(wrong[:20]) + more)
+    from diptych.models.weights import plan, raise_all, rules
+
+    _, _, wrong = plan(rules({"**": "**"}), state, model.state_dict())
+    raise_all(wrong, f"{where} does not fit the model")
     model.load_state_dict(dict(state))
