@@ -103,7 +103,7 @@ def test_the_truth_scores_one_and_noise_scores_nothing(tmp_path):
         assert score.value > 0.9 and score.low <= score.value <= score.high, name
         assert score.low < 1, "a few right items are no certainty"
         removed = name.endswith("/instruction")  # noise, too, no longer shows what was to be removed
-        partial = removed or name.startswith("seg-mini") or "similarity" in name  # noise overlaps with anything a little
+        partial = removed or name.startswith("seg-mini") or "similarity" in name  # noise is a little like anything
         assert noise.scores[name].value < (0.5 if partial else 0.05) and noise.scores[name].high > 0, name
     assert truth.failures == noise.failures == 0
     for name in ("geneval-mini@strict/overall", "geneval-mini@strict/held_out/position", "vqa-mini@exact/colour",
