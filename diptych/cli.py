@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns the exit code."""
     arguments = parser().parse_args(argv)
     try:
-        return arguments.run(arguments) or OK
+        return arguments.call(arguments) or OK
     except (ValueError, ArithmeticError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog="examples:\n" + "\n".join(f"  {e}" for e in examples),
         )
-        p.set_defaults(run=run)
+        p.set_defaults(call=run)
         return p
 
     p = verb("demo", _demo, "see the shipped model work, train one from scratch, read the report", "diptych demo", "diptych demo --minutes 10 --out report.html")  # fmt: skip  # noqa: E501
