@@ -253,7 +253,11 @@ class Engine:
 
 def _opened(sample: Sample, turn: Message) -> Sample:
     """The sample as a request: an open turn is added to a conversation that ends with the user's message."""
-    return sample if sample.is_open else replace(sample, messages=(*sample.messages, turn))
+    if sample.is_open:
+        return sample
+    if not sample.messages or sample.messages[-1].role != "user":
+        raise ValueError("a conversation must end with a user's message")
+    return replace(sample, messages=(*sample.messages, turn))
 
 
 def _conversation(messages: Messages) -> Sample:
@@ -261,10 +265,7 @@ def _conversation(messages: Messages) -> Sample:
     parsed = []
     for m in messages:
         parsed.append(m if isinstance(m, Message) else sample_from_json({"messages": [m]}).messages[0])
-    sample = Sample("request", tuple(parsed)).map_images(lambda i: replace(i, image=_open(i.image)))
-    if not sample.messages or sample.messages[-1].role != "user":
-        raise ValueError("a conversation must end with a user's message")
-    return sample
+    return Sample("request", tuple(parsed)).map_images(lambda i: replace(i, image=_open(i.image)))
 
 
 def _open(image: Pixels | None) -> PIL.Image.Image:
