@@ -79,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--run", dest="folder", type=Path, help="run folder (default: a new one under runs/)")
     p.add_argument("--seed", type=int, help="seed of weights, data order and noise")
     p.add_argument("--catalog", help="YAML file that says where your own data sets are")
+    p.add_argument("--encoded", metavar="FOLDER", help="data sets that `diptych data precompute` wrote stand in for their originals")  # fmt: skip  # noqa: E501
     p.add_argument("--set", dest="override", action="append", default=[], metavar="PATH=VALUE", help="change any leaf of the recipe")  # fmt: skip  # noqa: E501
     p.add_argument("--json", action="store_true", help="print {run, release} as JSON at the end")
     _device(p)
@@ -186,6 +187,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--source", type=Path, help="an unpacked folder of stamps (default: the Debian package)")
     p.add_argument("--out", type=Path, help="destination (default: the folder that the data set reads)")
 
+    p = verb("precompute", _data_precompute, "encode the pictures of a recipe's data sets once, with its frozen encoders", "diptych data precompute bagel/tiny --limit 2000 --out encoded && diptych train bagel/tiny --encoded encoded", "diptych data precompute mine.yaml --catalog data.yaml --data photos --dtype bf16", "torchrun --nproc-per-node 8 -m diptych data precompute mine.yaml --out encoded", into=kinds)  # fmt: skip  # noqa: E501
+    p.add_argument("recipe", help="a name that `diptych recipes` lists, or a file")
+    p.add_argument("--model", help="the model whose encoders are used, in place of the recipe's own")
+    p.add_argument("--data", nargs="+", metavar="NAME", help="which data sets (default: all of the recipe's)")
+    p.add_argument("--limit", type=int, help="rows per data set (embedded ones are endless)")
+    p.add_argument("--encoders", nargs="+", metavar="NAME", help="which of the family's encoders (default: all)")
+    p.add_argument("--out", type=Path, default=Path("encoded"), help="folder to write (default: encoded/)")
+    p.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of what is kept (default: as computed)")
+    p.add_argument("--batch", type=int, default=16, help="pictures of one shape encoded together (default: 16)")
+    p.add_argument("--shard", type=int, default=1000, help="rows of a shard (default: 1000)")
+    p.add_argument("--workers", type=int, default=0, help="processes that read and resize (default: 0)")
+    p.add_argument("--catalog", help="YAML file that says where your own data sets are")
+    p.add_argument("--set", dest="override", action="append", default=[], metavar="PATH=VALUE", help="change any leaf of the recipe")  # fmt: skip  # noqa: E501
+    p.add_argument("--json", action="store_true", help="print what was done by data set as JSON")
+    _device(p)
+
     p = verb("doctor", _doctor, "what this machine can do: devices, dtypes, attention, extras", "diptych doctor --json")
     p.add_argument("--json", action="store_true")
 
@@ -284,12 +301,6 @@ def _finish_run(a: argparse.Namespace, go: Callable[[], Path]) -> int:
 def _train(a: argparse.Namespace) -> int:
     from diptych.recipes.run import train
 
-    override = {}
-    for item in a.override:
-        path, sign, value = item.partition("=")
-        if not sign:
-            raise ValueError(f"--set takes PATH=VALUE, not {item!r}")
-        override[path] = value
     return _finish_run(
         a,
         lambda: train(
@@ -298,11 +309,22 @@ def _train(a: argparse.Namespace) -> int:
             steps=a.steps,
             seed=a.seed,
             catalog=a.catalog,
-            override=override,
+            override=_overrides(a),
             device=a.device,
             model=a.model,
+            encoded=a.encoded,
         ),
     )
+
+
+def _overrides(a: argparse.Namespace) -> dict[str, str]:
+    override = {}
+    for item in a.override:
+        path, sign, value = item.partition("=")
+        if not sign:
+            raise ValueError(f"--set takes PATH=VALUE, not {item!r}")
+        override[path] = value
+    return override
 
 
 def _resume(a: argparse.Namespace) -> int:
@@ -550,6 +572,41 @@ def _data_prepare(a: argparse.Namespace) -> None:
 
     counts = stamps.prepare(a.out, a.source)
     print("\n".join(f"{number:6d}  {what}" for what, number in counts.items()))
+
+
+def _data_precompute(a: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from diptych.models import pick_device
+    from diptych.recipes.run import precompute
+
+    for option in ("limit", "batch", "shard"):
+        if (value := getattr(a, option)) is not None and value < 1:
+            raise ValueError(f"--{option} must be at least 1, not {value}")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(a.device)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" and world > 1 else device
+    with Progress(console=Console(stderr=True), disable=a.json or rank > 0, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def progress(name: str, done: int, rows: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=rows)
+            bar.update(tasks[name], completed=done)
+
+        told = precompute(
+            a.recipe, a.out, data=a.data, limit=a.limit, model=a.model, catalog=a.catalog, override=_overrides(a),
+            device=device, progress=progress, encoders=a.encoders, dtype=a.dtype, batch=a.batch, shard=a.shard,
+            workers=a.workers, rank=rank, world=world,
+        )  # fmt: skip
+    if a.json:
+        print(json.dumps(told))
+        return
+    rows = [[n, t["rows"], t["pictures"], f"{t['bytes'] / 2**20:.1f}", len(t["skipped"])] for n, t in told.items()]
+    _table(str(a.out), ["data set", "rows", "pictures", "MiB", "skipped"], rows)
+    for row, why in (item for t in told.values() for item in t["skipped"].items()):
+        print(f"skipped {row}: {why}")
 
 
 def _doctor(a: argparse.Namespace) -> None:

@@ -36,7 +36,7 @@ class Segment:
     ``advance``   by how much the position counter moves past this segment; ``None`` means by its length
     ``route``     which expert serves the picture's tokens; positions that carry an id take route 0
     ``drawn``     the picture is what is to be generated: it carries the picture loss
-    ``encoded``   ``image`` already holds latents, not pixels
+    ``encoded``   ``image`` is not what an encoder is to be shown but what it made of that (``Image.through``)
     """
 
     kind: Kind

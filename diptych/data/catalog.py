@@ -14,7 +14,7 @@ Paths are relative to the catalog file. docs/data.md says what each format holds
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -192,21 +192,31 @@ def load_catalog(path: str | Path) -> dict[str, Source]:
 
 
 def sources(
-    names: Iterable[str], catalog: str | Path | None = None, size: int = 64, split: str = "train"
+    names: Iterable[str],
+    catalog: str | Path | None = None,
+    size: int = 64,
+    split: str = "train",
+    encoded: str | Path | None = None,
 ) -> dict[str, Source]:
     """The named data sets: those of the catalog, else the embedded ones (with pictures of ``size`` and of ``split``).
 
-    The user's own data have no split and keep their sizes. ``name#n`` is the first n samples of a data set. Raises
-    ``ValueError`` for a name that neither has.
+    The user's own data have no split and keep their sizes. ``name#n`` is the first n samples of a data set. ``encoded``
+    is the folder of ``diptych data precompute``: data sets in it (by the name asked for) are read from there. Raises
+    ``ValueError`` for a name that neither has, and for encoded data that were made of other pictures.
     """
     from diptych.data import embedded
+    from diptych.data import encoded as precomputed
 
     entries = read_catalog(catalog) if catalog is not None else {}
     found: dict[str, Source] = {}
     for wanted in names:
         name, cut, n = wanted.rpartition("#") if wanted not in entries else (wanted, "", "")
         name = name or wanted
-        if name in entries:
+        kept = next((k for k in (wanted, name) if encoded is not None and precomputed.there(Path(encoded) / k)), None)
+        if kept is not None:
+            found[wanted] = precomputed.encoded(kept, Path(encoded or "") / kept, origin(name, entries, size))
+            cut = cut if kept == name else ""
+        elif name in entries:
             found[wanted] = entries[name].open()
         elif name in embedded.names():
             found[wanted] = embedded.source(name, split, size)
@@ -218,6 +228,13 @@ def sources(
                 raise ValueError(f"data set {wanted!r}: after # stands a number of samples")
             found[wanted] = First(found[wanted], int(n))
     return found
+
+
+def origin(name: str, entries: Mapping[str, Entry], size: int) -> dict[str, Any]:
+    """What decides the pictures of a data set besides its name: JSON-able, compared when encoded data are read."""
+    return (
+        entries[name].settings.model_dump() if name in entries else {"embedded": name.partition("#")[0], "size": size}
+    )
 
 
 def _settings(node: yaml.Node, where: str) -> Settings:

@@ -36,11 +36,11 @@ from diptych.core.sequence import Kind, Segment
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, Float, Tensor, to_float
 from diptych.models.folders import Json, Layout, States
-from diptych.models.protocol import NOTHING, Context, Drawing, Drop, UnifiedModel, advance
+from diptych.models.protocol import NOTHING, Context, Drawing, Drop, Encoder, UnifiedModel, advance
 from diptych.models.weights import BAGEL, FLUX_AUTOENCODER, count, decoder_config, flux_config, side
 from diptych.parts.adapters import Projector
 from diptych.parts.attention import Attend, Cache, Cached, Fixed, documents, inverse_permutation, permute
-from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder
+from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, sampled
 from diptych.parts.decoder import Decoder, DecoderConfig
 from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, guide, mix, schedule, squared_error, velocity
 from diptych.parts.images import SizeRule, latents_to_tokens, to_tensor, tokens_to_latents
@@ -132,7 +132,7 @@ def tiny_autoencoder() -> AutoencoderConfig:
 
 def _shown(sample: Sample) -> list[Image]:
     """The pictures of a request's conversation, in order."""
-    return [p for m in sample.messages for p in m.parts if isinstance(p, Image) and p.image is not None]
+    return [p for p in sample.images() if not p.blank]
 
 
 class Bagel(UnifiedModel):
@@ -142,6 +142,7 @@ class Bagel(UnifiedModel):
     routes = 2
     frozen = frozenset({"autoencoder"})
     conditions = ("text", "image")
+    encoders: ClassVar = {"autoencoder": Encoder(("autoencoder",), ("autoencoder", "draw"))}
     parts: ClassVar = {
         "decoder.text": (
             "decoder.embed_tokens.*",
@@ -231,7 +232,7 @@ class Bagel(UnifiedModel):
                 if isinstance(part, Text):
                     if not ("text" in drop and message is sample.request):
                         segments.append(self._text(part))
-                elif part.image is None:
+                elif part.blank:
                     if not (sample.is_open and part is sample.messages[-1].parts[-1]):
                         raise ValueError(
                             f"sample {sample.id!r} has a picture without pixels that is not the one to draw"
@@ -261,26 +262,32 @@ class Bagel(UnifiedModel):
         return replace(block, hidden=True, advance=0, drawn=True)
 
     def _block(self, kind: Kind, image: Image, rule: SizeRule, stride: int, route: int) -> Segment:
-        width, height = rule(*image.pixels.size)
+        width, height = rule(*image.dimensions)
         grid = (height // stride, width // stride)
         ids = (self.markers["image"], *[NONE] * (grid[0] * grid[1]), self.markers["end"])
-        pixels = to_tensor(image.pixels, (width, height), image.nearest)
-        return Segment(kind, ids, image=pixels, grid=grid, full=True, shared=True, advance=1, route=route)
+
+        def pixels() -> Tensor:
+            return to_tensor(image.pixels, (width, height), image.nearest)
+
+        held, encoded = (pixels(), False) if kind == Kind.VISION else image.through("autoencoder", pixels)
+        return Segment(
+            kind, ids, image=held, grid=grid, full=True, shared=True, advance=1, route=route, encoded=encoded
+        )
 
     # ---- network ------------------------------------------------------------------------------------------------
 
     def _latents(self, group: Pictures, noise: Noise) -> Float[Tensor, "N n f"]:
         """Latent tokens of a group; the posterior is sampled with noise that belongs to each picture."""
-        with torch.no_grad():
-            latents = group.images
-            if not group.encoded:
-                pixels, ae = to_float(group.images), self.config.autoencoder
-                eps = None
-                if ae.posterior:
-                    shape = (ae.latent_channels, pixels.shape[-2] // ae.downsample, pixels.shape[-1] // ae.downsample)
-                    eps = _draw(noise, group, "posterior", shape).to(pixels.device)
-                latents = self.autoencoder.encode(pixels, eps)
-            return latents_to_tokens(latents, self.config.latent_patch)
+        found = group.images.float() if group.encoded else self.encode("autoencoder", group.images)
+        channels, eps = self.config.autoencoder.latent_channels, None
+        if found.shape[1] > channels:
+            eps = _draw(noise, group, "posterior", (channels, *found.shape[2:])).to(found.device)
+        return latents_to_tokens(sampled(found, channels, eps), self.config.latent_patch)
+
+    @torch.no_grad()
+    def encode(self, encoder: str, images: Tensor) -> Tensor:
+        """Latents of uint8 or float pictures, followed by their deviation where the autoencoder has a posterior."""
+        return self.autoencoder.distribution(to_float(images))
 
     def _embed_latents(self, tokens: Tensor, t: Tensor, grid: tuple[int, int]) -> Float[Tensor, "N n d"]:
         places = grid_places(grid, self.config.latent_side, tokens.device, self.config.stretch)
@@ -377,7 +384,7 @@ class Bagel(UnifiedModel):
         last = sample.messages[-1].parts[-1:]
         asked = last[0].size if last and isinstance(last[0], Image) else None
         sources = _shown(sample)
-        width, height = asked or (self.config.draw(*sources[-1].pixels.size) if sources else self.config.size)
+        width, height = asked or (self.config.draw(*sources[-1].dimensions) if sources else self.config.size)
         stride, most = self.config.stride, self.config.stride * self.config.latent_side
         if width % stride or height % stride or not (0 < width <= most and 0 < height <= most):
             raise ValueError(f"size must be multiples of {stride} up to {most}, not {width}x{height}")

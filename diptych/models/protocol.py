@@ -6,10 +6,12 @@ inherit from one of these and from nothing else of ours.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -58,6 +60,13 @@ class Drawing:
         return self.step >= self.steps
 
 
+class Encoder(NamedTuple):
+    """A frozen encoder whose outputs may be computed once and kept: where it is, and what decides what it is shown."""
+
+    modules: tuple[str, ...]  # of the family
+    settings: tuple[str, ...]  # fields of its Config
+
+
 class Trainable(nn.Module, ABC):
     """A network that lays out its own samples and owns its loss."""
 
@@ -68,6 +77,7 @@ class Trainable(nn.Module, ABC):
     routes: ClassVar[int] = 1  # how many experts ``core.batch.pack`` prepares index lists for
     frozen: ClassVar[frozenset[str]] = frozenset()  # parts that no recipe may train
     conditions: ClassVar[tuple[str, ...]] = ()  # what ``lay_out`` can drop, such as "text" and "image"
+    encoders: ClassVar[Mapping[str, Encoder]] = {}  # frozen encoders that ``lay_out`` names (``Image.through``)
     config: Any
     tokenizer: Tokenizer
 
@@ -99,6 +109,26 @@ class Trainable(nn.Module, ABC):
     @abstractmethod
     def initialise(self, seed: int) -> None:
         """Fresh weights, the same for the same seed."""
+
+    def encode(self, encoder: str, images: Tensor) -> Tensor:
+        """What one of ``encoders`` makes of N pictures of one shape as segments hold them, (N, ...), before anything
+        that is trained or random: what segments hold with ``encoded``, and what ``diptych data precompute`` keeps."""
+        raise NotImplementedError(f"{self.family} declares encoders and lacks encode")
+
+    def digest(self, encoder: str) -> str:
+        """Hex digest of everything that decides what ``encoder`` makes of a picture: weights and settings."""
+        modules, settings = self.encoders[encoder]
+        values = {name: getattr(self.config, name) for name in settings}
+        plain = {name: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for name, v in values.items()}
+        made = hashlib.sha256(json.dumps([self.family, encoder, plain], sort_keys=True).encode())
+        for module in modules:
+            for name, tensor in sorted(self.get_submodule(module).state_dict().items()):
+                whole = (
+                    tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+                )  # shards of several processes
+                made.update(f"{module}.{name} {whole.dtype} {tuple(whole.shape)}".encode())
+                made.update(whole.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return made.hexdigest()[:32]
 
     @property
     def device(self) -> torch.device:

@@ -48,8 +48,17 @@ def build_autoencoder(config: AutoencoderConfig) -> Autoencoder | Identity | Dif
     return Identity() if config.kind == "identity" else Autoencoder(config)
 
 
+def sampled(distribution: Float[Tensor, "N zz h w"], channels: int, eps: Tensor | None) -> Float[Tensor, "N z h w"]:
+    """Latents of what ``distribution`` returns: its mean, moved by ``eps`` deviations where it has any."""
+    mean, deviation = distribution[:, :channels], distribution[:, channels:]
+    return mean if eps is None or not deviation.shape[1] else mean + deviation * eps
+
+
 class Identity(nn.Module):
     """Pixels are the latents."""
+
+    def distribution(self, images: Tensor) -> Tensor:
+        return images
 
     def encode(self, images: Tensor, eps: Tensor | None = None) -> Tensor:
         return images
@@ -73,10 +82,12 @@ class DiffusersAutoencoder(nn.Module):
             self.vae = AutoencoderKL.from_pretrained(config.folder)
         self.scale, self.shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
 
-    def encode(self, images: Tensor, eps: Tensor | None = None) -> Tensor:
+    def distribution(self, images: Tensor) -> Tensor:
         posterior = self.vae.encode(images).latent_dist
-        z = posterior.mean if eps is None else posterior.mean + posterior.std * eps
-        return self.scale * (z - self.shift)
+        return torch.cat([self.scale * (posterior.mean - self.shift), self.scale * posterior.std], 1)
+
+    def encode(self, images: Tensor, eps: Tensor | None = None) -> Tensor:
+        return sampled(self.distribution(images), self.vae.config.latent_channels, eps)
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.vae.decode(latents / self.scale + self.shift).sample
@@ -210,20 +221,23 @@ class Autoencoder(nn.Module):
 
     def encode(self, images: Float[Tensor, "N 3 H W"], eps: Tensor | None = None) -> Float[Tensor, "N z h w"]:
         """Scaled latents: of the posterior's mean, or of mean + std * ``eps`` when noise is given."""
+        return sampled(self.distribution(images), self.config.latent_channels, eps)
+
+    def distribution(self, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N zz h w"]:
+        """Everything that encoding knows before it samples: scaled latents, followed by their deviation where there is
+        a posterior."""
         if images.device.type == "cpu" and not torch.is_grad_enabled():
             # A few at a time, channels last: the widest activations stay in the processor's cache (1.8 x, measured).
             images = images.contiguous(memory_format=torch.channels_last)
             z = torch.cat([self.moments(some) for some in images.split(16)])
         else:
             z = self.moments(images)
-        if self.config.posterior:
-            z, logvar = z.chunk(2, 1)
-            if eps is not None:
-                z = z + (0.5 * logvar).exp() * eps
+        z, *logvar = z.chunk(2, 1) if self.config.posterior else (z,)
+        deviation = [(0.5 * v).exp() for v in logvar]
         if self.bn is None:
-            return self.config.scale * (z - self.config.shift)
+            return self.config.scale * torch.cat([z - self.config.shift, *deviation], 1)
         mean, std = self.statistics()
-        return (z - mean) / std
+        return torch.cat([z - mean, *deviation], 1) / std.repeat(1 + len(deviation), 1, 1)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """The measured mean and deviation of every latent channel, (z, 1, 1): constants, also in training mode."""

@@ -22,6 +22,7 @@ from diptych import models
 from diptych.core.batch import Batch
 from diptych.core.losses import add_counts, check_weights, combine
 from diptych.core.noise import Noise
+from diptych.data.encoded import encoders_of, refuse_stale
 from diptych.data.loader import Loader, Row, merge_states
 from diptych.models.protocol import Trainable
 from diptych.parts.tokenizer import Tokenizer
@@ -155,8 +156,10 @@ class _Job:
             checkpoint.restore_optimizer(state.optimizers, names, saved, "optimizer.")
             if state.average:
                 state.average.steps = checkpoint.read_meta(saved)["average"]
+        sources = self.sources(recipe, stage)
+        self._check_encoded(sources)
         loader = Loader(
-            self.sources(recipe, stage),
+            sources,
             stage.data,
             model.lay_out,
             routes=model.routes,
@@ -189,6 +192,17 @@ class _Job:
                     raise Interrupted(path, state.step)
         if state.average and state.stage < len(recipe.stages) - 1:
             state.average.hand_on()
+
+    def _check_encoded(self, sources: Mapping[str, Any]) -> None:
+        """Refuses data sets that another encoder made than the model's, or one that this stage would change."""
+        model = self.state.model
+        for encoder in encoders_of(sources) & model.encoders.keys():
+            modules = [model.get_submodule(m) for m in model.encoders[encoder].modules]
+            if any(p.requires_grad for m in modules for p in m.parameters()):
+                raise ValueError(
+                    f"this stage trains {encoder!r}, and its data sets hold what that made of pictures before"
+                )
+        refuse_stale(sources, lambda name: model.digest(name) if name in model.encoders else f"{model.family} has none")
 
     def save(self, loader: Loader, names: Mapping[int, str]) -> Path:
         """Writes the checkpoint of this step; every process must call it."""

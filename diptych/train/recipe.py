@@ -103,6 +103,7 @@ class Recipe:
     size: int = 64  # pixels on a side of the embedded pictures
     init: dict[str, str] = field(default_factory=dict)
     catalog: str | None = None
+    encoded: str | None = None  # folder of ``diptych data precompute``; its data sets stand in for those of their names
     workers: int = 1
     streams: int = 16
     precision: Literal["fp32", "bf16"] = "fp32"
