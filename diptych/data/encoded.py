@@ -108,7 +108,7 @@ def refuse_stale(sources: Mapping[str, Any], digest: Callable[[str], str]) -> No
             if made != (now := digest(encoder)):
                 raise ValueError(
                     f"data set {name!r} was encoded by another {encoder!r} (digest {made}) than this model's (digest "
-                    f"{now}): its weights or settings changed. Encode it again (diptych data precompute) or do without it"
+                    f"{now}): its weights or settings changed. Encode it again (diptych data precompute)"
                 )
 
 
