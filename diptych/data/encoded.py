@@ -63,7 +63,8 @@ class Encoded:
     def __getitem__(self, index: int, /) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name} has no row {index}; it has {len(self)}")
-        where, made = self.tar.where(index), {}
+        where = self.tar.where(index)
+        made: dict[str, dict[str, Tensor]] = {}
         try:
             for name, tensor in load(self.tar.member(index, "safetensors")).items():
                 picture, _, encoder = name.partition(".")
@@ -108,7 +109,7 @@ def refuse_stale(sources: Mapping[str, Any], digest: Callable[[str], str]) -> No
             if made != (now := digest(encoder)):
                 raise ValueError(
                     f"data set {name!r} was encoded by another {encoder!r} (digest {made}) than this model's (digest "
-                    f"{now}): its weights or settings changed. Encode it again (diptych data precompute) or do without it"
+                    f"{now}): its weights or settings changed. Encode it again (diptych data precompute)"
                 )
 
 
