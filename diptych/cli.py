@@ -14,6 +14,20 @@ from pathlib import Path
 from typing import Any
 
 OK, BAD, MEMORY, INTERRUPTED = 0, 2, 3, 4
+_EVALUATE = (
+    "diptych evaluate bagel/tiny mini --limit 4 --out runs/check",
+    "diptych evaluate bagel/tiny geneval=evaluation_metadata.jsonl --no-score --layout images",
+    "diptych evaluate folder:images geneval=evaluation_metadata.jsonl",
+    "diptych evaluate http://localhost:8000/v1 vqa-mini --remote-model NAME",
+    "diptych evaluate runs/mine wise=data --judge Qwen3.5-35B-A3B --judge-url http://localhost:8001/v1 --cache judged",
+    "diptych evaluate runs/mine lmms-eval:pope,mmbench_en_dev --limit 8",
+    "diptych evaluate list",
+    "diptych evaluate score runs/check",
+    "diptych evaluate compare runs/check runs/other --json",
+    "diptych evaluate read geneval=results.jsonl",
+    "diptych evaluate distance drawn/ photos/ --features efflite0",
+    "torchrun --nproc-per-node 2 -m diptych evaluate runs/mine mini --out runs/check",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,15 +128,36 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, default=Path("pictures"), help="where /draw saves (default: pictures/)")
     _say(p, json_too=False)
 
-    p = verb("evaluate", _evaluate, "score a model", "diptych evaluate bagel/tiny mini --limit 4", "diptych evaluate runs/mine geneval-mini --seed 1 --json")  # fmt: skip  # noqa: E501
+    p = verb("evaluate", _evaluate, "score a model; or list, score, compare, read, distance (see the examples)", *_EVALUATE)  # fmt: skip  # noqa: E501
     _model(p)
-    p.add_argument("benchmarks", nargs="+", metavar="BENCHMARK", help="mini, or one of its parts")
+    p.add_argument("benchmarks", nargs="*", metavar="BENCHMARK", help="names that `diptych evaluate list` shows; NAME=FILE where it needs your file; lmms-eval:TASK,TASK")  # fmt: skip  # noqa: E501
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--limit", type=int, help="items per category")
     p.add_argument(
         "--out", dest="folder", type=Path, help="folder of items, scores and pictures; continues one that is there"
     )
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    p.add_argument("--size", type=int, help="pixels on a side (default: 64 for what ships, else the model's own)")
+    p.add_argument("--steps", type=int, help="of drawing")
+    p.add_argument("--guidance", type=float, help="scale of guidance")
+    p.add_argument("-n", dest="pictures", type=int, help="pictures of each prompt, of geneval and dpg (default: 4)")
+    p.add_argument("--batch-size", type=int, default=32, help="items, or requests, at once (default: 32)")
+    p.add_argument("--no-score", action="store_true", help="only make the answers and pictures; `evaluate score` later")
+    p.add_argument("--layout", type=Path, metavar="DIR", help="also write the pictures as official scripts read them")
+    p.add_argument("--remote-model", default="", metavar="NAME", help="the model's name where MODEL is http://host/v1")
+    p.add_argument("--judge", metavar="NAME", help="the judge's name: a model behind --judge-url")
+    p.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible address; without it the cache is replayed")
+    p.add_argument("--rubrics", type=Path, metavar="DIR", help="what judges are told, NAME.txt, in place of ours")
+    p.add_argument("--cache", type=Path, metavar="DIR", help="keeps judges' replies and features of reference pictures")
+    p.add_argument("--detector", help="GenEval: Mask2Former, a folder or org/name")
+    p.add_argument("--clip", help="GenEval: CLIP, a folder or org/name")
+    p.add_argument("--features", help="fid, distance: efflite0 (default), inception, or its TorchScript file")
+    p.add_argument("--tasks", metavar="DIR", help="lmms-eval: a folder of your own task files")
+
+    p = verb("report", _report, "write evaluations as one page and as Markdown tables", "diptych report runs/mine/evaluate", "diptych report runs/a runs/b --out compared.html")  # fmt: skip  # noqa: E501
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that `evaluate --out` wrote")
+    p.add_argument("--out", type=Path, default=Path("report.html"), help="the page; its tables go beside it, .md")
+    p.add_argument("--per-category", type=int, default=6, help="pictures or questions of each category (default: 6)")
 
     p = verb(
         "study",
@@ -411,14 +446,158 @@ def _chat(a: argparse.Namespace) -> None:
 
 
 def _evaluate(a: argparse.Namespace) -> None:
-    from diptych.evaluate import evaluate
+    if a.model in (words := {"list": _benchmarks, "score": _score, "compare": _compare, "read": _read, "distance": _distance}):  # fmt: skip  # noqa: E501
+        return words[a.model](a)
+    from diptych.evaluate import harness, remote
+    from diptych.evaluate.table import resolve
+    from diptych.train.parallel import processes
 
-    result = evaluate(_load(a), a.benchmarks, seed=a.seed, limit=a.limit, folder=a.folder, progress=not a.json)
+    with processes() as (rank, _):
+        if a.model.startswith(("http://", "https://")):
+            engine: Any = remote.Endpoint(a.model, a.remote_model, _key())
+        elif a.model.startswith("folder:"):
+            engine = remote.Pictures(a.model.removeprefix("folder:"))
+        else:
+            engine = _load(a)
+        changes = {"num_inference_steps": a.steps, "guidance_scale": a.guidance}
+        changed = {k: v for k, v in changes.items() if v is not None}
+        tools, progress = _tools(a), not a.json
+        result = harness.evaluate(
+            engine, a.benchmarks, a.seed, a.limit, a.folder, progress, a.size,
+            engine.settings(changed) if changed else None, a.batch_size, tools, not a.no_score, a.tasks,
+        )  # fmt: skip
+        if rank == 0:
+            if a.layout:
+                own = [b for b in a.benchmarks if not b.startswith("lmms-eval:")]
+                for folder in harness.write_layout(a.layout, result, resolve(own, tools)[0]):
+                    print(folder, file=sys.stderr)
+            _show_result(a, result)
+
+
+def _key() -> str:
+    return os.environ.get("OPENAI_API_KEY", "none")
+
+
+def _tools(a: argparse.Namespace) -> Any:
+    from diptych.evaluate.judge import Judge
+    from diptych.evaluate.table import Tools
+
+    if a.judge_url and not a.judge:
+        raise ValueError("--judge-url needs --judge NAME: the judge stands in every score's name")
+    judge = Judge(a.judge, a.judge_url, a.cache, _key()) if a.judge else None
+    given = {"detector": a.detector, "clip": a.clip, "features": a.features}
+    from diptych.models import pick_device
+
+    device = str(pick_device(a.device))
+    more = {k: v for k, v in given.items() if v}
+    return Tools(judge=judge, rubrics=a.rubrics, cache=a.cache, device=device, pictures=a.pictures, **more)
+
+
+def _show_result(a: argparse.Namespace, result: Any) -> None:
     if a.json:
         print(json.dumps(result.to_json()))
+    elif a.no_score:
+        print(f"made, not scored: diptych evaluate score {a.folder}" if a.folder else "made, and gone: --out keeps it")
+    else:
+        _show_scores(a.model, result.scores, result.baselines)
+        if result.failures:
+            print(f"{result.failures} items failed; they count as wrong", file=sys.stderr)
+
+
+def _show_scores(title: str, scores: Any, baselines: Any = None) -> None:
+    rows = []
+    for name, s in scores.items():
+        beside = "  ".join(f"{k} {v:.2f}" for k, v in (baselines or {}).get(name, {}).items())
+        rows.append([name, f"{s.value:.3f}", f"{s.low:.3f} .. {s.high:.3f}", s.n, beside])
+    _table(title, ["score", "value", "95 % interval", "n", "to compare with"], rows)
+
+
+def _benchmarks(a: argparse.Namespace) -> None:
+    from diptych.evaluate.table import GROUPS, TABLE
+
+    if a.json:
+        print(json.dumps({name: {"file": entry.file, "what": entry.what} for name, entry in TABLE.items()}))
         return
-    rows = [[name, f"{s.value:.3f}", f"{s.low:.3f} .. {s.high:.3f}", s.n] for name, s in result.scores.items()]
-    _table(a.model, ["score", "value", "95 % interval", "n"], rows)
+    rows = [[name, "several", ", ".join(members)] for name, members in GROUPS.items()]
+    _table("benchmarks", ["name", "your file", "what"], rows + [[n, e.file, e.what] for n, e in TABLE.items()])
+
+
+def _score(a: argparse.Namespace) -> None:
+    from diptych.evaluate.harness import rescore, write_layout
+    from diptych.evaluate.table import resolve
+    from diptych.train.parallel import processes
+
+    if not a.benchmarks:
+        raise ValueError("score needs the folder of an evaluation: diptych evaluate score RUN [BENCHMARK ...]")
+    run, *names = a.benchmarks
+    tools = _tools(a)
+    with processes() as (rank, _):
+        result = rescore(run, names, tools, progress=not a.json)
+        if rank == 0:
+            if a.layout:
+                asked = list(dict.fromkeys(result.card["asked"].values()))
+                write_layout(a.layout, result, resolve(names or asked, tools)[0])
+            _show_result(a, result)
+
+
+def _compare(a: argparse.Namespace) -> None:
+    from diptych.evaluate.compare import compare
+
+    if len(a.benchmarks) != 2:
+        raise ValueError(f"compare takes the folders of two evaluations, not {len(a.benchmarks)}")
+    found = compare(*a.benchmarks)
+    if a.json:
+        print(json.dumps({name: d.to_json() for name, d in found.items()}))
+        return
+    rows = [
+        [name, f"{d.a:.3f}", f"{d.b:.3f}", f"{d.score.value:+.3f}", f"{d.score.low:+.3f} .. {d.score.high:+.3f}",
+         f"{d.p:.4f}", f"{d.better} / {d.worse}", d.score.n]
+        for name, d in found.items()
+    ]  # fmt: skip
+    head = ["benchmark", "A", "B", "B - A", "95 % interval", "p", "B better / worse", "n"]
+    _table(f"A {a.benchmarks[0]}   B {a.benchmarks[1]}", head, rows)
+
+
+def _read(a: argparse.Namespace) -> None:
+    from diptych.evaluate.interop import read
+
+    scores: dict = {}
+    for one in a.benchmarks:
+        kind, sign, file = one.partition("=")
+        if not sign:
+            raise ValueError(f"read takes KIND=FILE, such as geneval=results.jsonl, not {one!r}")
+        scores |= read(kind, file)
+    if not scores:
+        raise ValueError("read takes KIND=FILE, such as geneval=results.jsonl")
+    _show_only(a, "read", scores)
+
+
+def _distance(a: argparse.Namespace) -> None:
+    from diptych.evaluate.distances import compare_folders
+
+    if len(a.benchmarks) != 2:
+        raise ValueError(f"distance takes two folders, drawn and reference pictures, not {len(a.benchmarks)}")
+    _show_only(a, " against ".join(a.benchmarks), compare_folders(*a.benchmarks, _tools(a)))
+
+
+def _show_only(a: argparse.Namespace, title: str, scores: Any) -> None:
+    if a.json:
+        print(json.dumps({"scores": {name: s.to_json() for name, s in scores.items()}}))
+    else:
+        _show_scores(title, scores)
+
+
+def _report(a: argparse.Namespace) -> None:
+    from diptych.evaluate.harness import load_result
+    from diptych.evaluate.report import sections, write_markdown, write_report
+
+    if a.per_category < 1:
+        raise ValueError(f"per-category must be at least 1, not {a.per_category}")
+    results = {str(run): load_result(run) for run in a.runs}
+    made = sections(results, per_category=a.per_category)
+    named = ", ".join(dict.fromkeys(str(r.card["model"]) for r in results.values()))
+    print(write_report(a.out, made, f"Evaluation of {named}", " · ".join(results)))
+    print(write_markdown(a.out.with_suffix(".md"), made, f"Evaluation of {named}"))
 
 
 _ANALYZE_OPTIONS = {
