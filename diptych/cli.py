@@ -208,11 +208,11 @@ def parser() -> argparse.ArgumentParser:
     p = verb("doctor", _doctor, "what this machine can do: devices, dtypes, attention, extras", "diptych doctor --json")
     p.add_argument("--json", action="store_true")
 
-    p = verb("export", _export, "write a model: safetensors, config.json and tokenizer.json, or as its family publishes it", "diptych export runs/mine model --dtype bf16", "diptych export runs/mine model --format published")  # fmt: skip  # noqa: E501
+    p = verb("export", _export, "write a model: safetensors, config.json and tokenizer.json, or as its family publishes it", "diptych export runs/mine model --dtype bf16", "diptych export runs/mine model --format published", "diptych export bagel/tiny parts --format hf")  # fmt: skip  # noqa: E501
     _model(p, use=False)
     p.add_argument("folder", type=Path)
-    p.add_argument("--format", choices=["diptych", "published"], default="diptych", help="files and names (default: diptych)")  # fmt: skip  # noqa: E501
-    p.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: bf16; as stored with --format published")
+    p.add_argument("--format", choices=["diptych", "published", "hf"], default="diptych", help="files and names; hf: the language and vision parts for transformers (default: diptych)")  # fmt: skip  # noqa: E501
+    p.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: bf16; as stored in other formats")
     return top
 
 
@@ -612,6 +612,13 @@ def _export(a: argparse.Namespace) -> None:
 
     published = a.format == "published"
     model = models.load(a.model, base=a.base)
+    if a.format == "hf":
+        from diptych.models.hf import write_transformers
+
+        dtype = DTYPES[a.dtype] if a.dtype else None
+        models.write_folder(a.folder, lambda folder: write_transformers(model, folder, dtype))
+        print("\n".join(str(f) for f in sorted(a.folder.iterdir())))
+        return
     kind = a.dtype or (None if published else "bf16")
     cast = {k: v.to(DTYPES[kind]) for k, v in model.named_parameters()} if kind else {}  # statistics stay as they are
     models.save(model, a.folder, model.state_dict() | cast, published)

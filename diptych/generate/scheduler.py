@@ -20,6 +20,7 @@ import PIL.Image
 import torch
 
 from diptych.core.sample import Image, Message, Sample, Text, assistant, user
+from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import Tensor
 from diptych.generate.events import Event, ImageDone, ImagePreview, Stop, TextDelta, Usage, Word
 from diptych.generate.memory import Memory
@@ -74,6 +75,7 @@ class Talk:
         }  # fmt: skip
         self.generator = torch.Generator().manual_seed(r.seed)
         self.context: Context = model.open()
+        self.laid: Laid | None = None
         self.ids: list[int] = []
         self.words: list[Word] = []  # reported with the next text
         self.text = self.told = ""
@@ -161,17 +163,21 @@ class Scheduler:
 
     def _begin(self, job: Job) -> None:
         if isinstance(job, Talk):
-            job.context = self._read(job.opened, frozenset(), job)
+            job.laid = self.model.lay_out(job.opened)
+            job.context = self._read(job.laid, job)
             job.read = job.context.length
             return
         r = job.request
-        contexts = self._shared(job) or tuple(self._read(job.opened, drop, job) for drop in job.drops)
+        contexts = self._shared(job) or tuple(self._read(self._branch(job, drop), job) for drop in job.drops)
         [job.drawing] = self.model.start([contexts], [job.canvas], [r.settings], [r.seed])
 
-    def _read(self, opened: Sample, drop: Drop, job: Job) -> Context:
-        if isinstance(job, Sketch) and job.request.negative_prompt and "text" in drop:
-            opened, drop = _worded(opened, job.request.negative_prompt), drop - {"text"}
-        laid = self.model.lay_out(opened, drop)
+    def _branch(self, job: Sketch, drop: Drop) -> Laid:
+        """What a branch of guidance reads."""
+        if job.request.negative_prompt and "text" in drop:
+            return self.model.lay_out(_worded(job.opened, job.request.negative_prompt), drop - {"text"})
+        return self.model.lay_out(job.opened, drop)
+
+    def _read(self, laid: Laid, job: Job) -> Context:
         later = len(job.request.sample.messages) > 1
         return self.memory.read([laid], [later])[0] if len(laid) else self.model.open()
 
@@ -223,7 +229,8 @@ class Scheduler:
             talk.told, talk.words = ready, []
         if talk.reason:
             read = talk.context.length - talk.read  # the last word said need not have been read
-            self.memory.keep(self.model.lay_out(talk.opened), talk.ids[:read], talk.context)
+            assert talk.laid
+            self.memory.keep(talk.laid, talk.ids[:read], talk.context)
             events.append(Stop(talk.reason, Usage(talk.read, len(talk.ids)), talk.parameters))
         return events
 

@@ -295,7 +295,15 @@ busy($("#change"), async signal => {
       make("img", { src: before, alt: "Source" }), make("img", { src: one.uri, alt: `Edited: ${asked.prompt}`, className: "after" }));
     const range = make("input", { type: "range", min: 0, max: 100, value: 50 });
     range.setAttribute("aria-label", "How much of the source to show");
-    range.addEventListener("input", () => slider.style.setProperty("--at", `${range.value}%`));
+    const show = () => slider.style.setProperty("--at", `${range.value}%`);
+    range.addEventListener("input", show);
+    slider.addEventListener("pointermove", e => {
+      if (e.pointerType === "mouse" && !e.buttons) return;
+      const box = slider.getBoundingClientRect();
+      range.value = (e.clientX - box.left) / box.width * 100;
+      show();
+    });
+    slider.addEventListener("dragstart", e => e.preventDefault());
     const on = make("button", { type: "button", textContent: "Go on from this", className: "quiet" });
     on.addEventListener("click", () => { use(one.uri); $("#change").prompt.focus(); });
     const save = make("a", { href: one.uri, download: `edit-${row.seed}.png`, textContent: "Save" });
@@ -322,8 +330,11 @@ function curve(name, values) {
   const w = 400, h = 140, xs = values.map(v => v[0]), ys = values.map(v => v[1]);
   const [x0, x1, low, high] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
   const at = ([x, y]) => `${((x - x0) / (x1 - x0 || 1) * w).toFixed(1)} ${(h - 4 - (y - low) / (high - low || 1) * (h - 8)).toFixed(1)}`;
-  let mean = ys[0];
-  const smooth = values.map(([x, y]) => [x, mean += 0.1 * (y - mean)]);
+  const reach = Math.ceil(ys.length / 40);
+  const smooth = values.map(([x], i) => { // mean of the neighbours on both sides
+    const near = ys.slice(Math.max(0, i - reach), i + reach + 1);
+    return [x, near.reduce((sum, y) => sum + y, 0) / near.length];
+  });
   const path = (points, kind) => `<path class="${kind}" stroke="currentColor" d="M${points.map(at).join("L")}"/>`;
   const card = make("div", { className: "card curve" }, make("h2", { textContent: name }, make("span", { textContent: ys.at(-1).toPrecision(4) })));
   card.insertAdjacentHTML("beforeend", `<svg viewBox="0 0 ${w} ${h}" preserveAspectRatio="none" role="img">${path(values, "raw")}${path(smooth, "smooth")}</svg>`);
