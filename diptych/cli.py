@@ -128,6 +128,25 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, default=Path("pictures"), help="where /draw saves (default: pictures/)")
     _say(p, json_too=False)
 
+    p = verb("serve", _serve, "serve models: OpenAI's endpoints and a web page", "diptych serve bagel/tiny", "diptych serve bagel/tiny runs/mine --port 8080 --runs runs", "diptych serve bagel/tiny --host 0.0.0.0 --api-key-file keys.txt --rate 60")  # fmt: skip  # noqa: E501
+    p.add_argument("models", nargs="+", metavar="MODEL", help="names, model, run or published folders, or org/name")
+    p.add_argument("--base", help="the model whose files are taken where a published folder lacks them")
+    _device(p)
+    p.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights (default: as published)")
+    p.add_argument("--quantize", choices=["int8"], help="round the weights of the blocks to eight bits")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    p.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    p.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys that may use the server, one a line (default: everybody may)")  # fmt: skip  # noqa: E501
+    p.add_argument("--slots", type=int, default=16, help="requests that run together (default: 16)")
+    p.add_argument("--queue", type=int, default=64, help="requests that may wait (default: 64)")
+    p.add_argument("--timeout", type=float, default=120.0, help="seconds for one request (default: 120)")
+    p.add_argument("--grace", type=float, default=30.0, help="seconds to finish in when told to end (default: 30)")
+    p.add_argument("--rate", type=float, help="requests a minute for each key, or address (default: no limit)")
+    p.add_argument("--allow-host", action="append", default=[], metavar="HOST", help="fetch pictures by URL from this public host; * for any (default: none)")  # fmt: skip  # noqa: E501
+    p.add_argument("--runs", type=Path, metavar="DIR", help="show the training runs in this folder")
+    p.add_argument("--log-prompts", action="store_true", help="write prompts to the log")
+    p.add_argument("--quiet", action="store_true", help="no line for every request")
+
     p = verb("evaluate", _evaluate, "score a model; or list, score, compare, read, distance (see the examples)", *_EVALUATE)  # fmt: skip  # noqa: E501
     _model(p)
     p.add_argument("benchmarks", nargs="*", metavar="BENCHMARK", help="names that `diptych evaluate list` shows; NAME=FILE where it needs your file; lmms-eval:TASK,TASK")  # fmt: skip  # noqa: E501
@@ -241,11 +260,11 @@ def parser() -> argparse.ArgumentParser:
     p = verb("doctor", _doctor, "what this machine can do: devices, dtypes, attention, extras", "diptych doctor --json")
     p.add_argument("--json", action="store_true")
 
-    p = verb("export", _export, "write a model: safetensors, config.json and tokenizer.json, or as its family publishes it", "diptych export runs/mine model --dtype bf16", "diptych export runs/mine model --format published")  # fmt: skip  # noqa: E501
+    p = verb("export", _export, "write a model: safetensors, config.json and tokenizer.json, or as its family publishes it", "diptych export runs/mine model --dtype bf16", "diptych export runs/mine model --format published", "diptych export bagel/tiny parts --format hf")  # fmt: skip  # noqa: E501
     _model(p, use=False)
     p.add_argument("folder", type=Path)
-    p.add_argument("--format", choices=["diptych", "published"], default="diptych", help="files and names (default: diptych)")  # fmt: skip  # noqa: E501
-    p.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: bf16; as stored with --format published")
+    p.add_argument("--format", choices=["diptych", "published", "hf"], default="diptych", help="files and names; hf: the language and vision parts for transformers (default: diptych)")  # fmt: skip  # noqa: E501
+    p.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: bf16; as stored in other formats")
     return top
 
 
@@ -443,6 +462,31 @@ def _chat(a: argparse.Namespace) -> None:
                     print(event.text, end="", flush=True)
             print()
             messages.append(Message("assistant", (Text(said),)))
+
+
+def _serve(a: argparse.Namespace) -> None:
+    try:
+        from diptych.serve.app import Options, serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f"serving needs the package {error.name}: pip install 'diptych[serve]'") from error
+    from diptych.generate.engine import load
+
+    keys: tuple[str, ...] = ()
+    if a.api_key_file:
+        lines = a.api_key_file.read_text().split("\n")
+        keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+        if not keys:
+            raise ValueError(f"{a.api_key_file} holds no key; write one a line")
+    options = Options(
+        keys, a.slots, a.queue, a.timeout, a.grace, a.rate, frozenset(a.allow_host), a.runs, a.log_prompts, a.quiet
+    )
+    engines = [load(name, a.device, a.dtype, a.base, a.quantize) for name in a.models]
+    for engine in engines:
+        if Path(engine.name).is_dir():  # clients see what the folder is called, not where it is
+            folder = Path(engine.name).resolve()
+            engine.name = folder.parent.name if folder.name == "release" else folder.name
+    names = ", ".join(e.name for e in engines)
+    serve(engines, options, a.host, a.port, lambda url: print(f"{names} at {url}  (Ctrl-C ends)", flush=True))
 
 
 def _evaluate(a: argparse.Namespace) -> None:
@@ -804,6 +848,13 @@ def _export(a: argparse.Namespace) -> None:
 
     published = a.format == "published"
     model = models.load(a.model, base=a.base)
+    if a.format == "hf":
+        from diptych.models.hf import write_transformers
+
+        dtype = DTYPES[a.dtype] if a.dtype else None
+        models.write_folder(a.folder, lambda folder: write_transformers(model, folder, dtype))
+        print("\n".join(str(f) for f in sorted(a.folder.iterdir())))
+        return
     kind = a.dtype or (None if published else "bf16")
     cast = {k: v.to(DTYPES[kind]) for k, v in model.named_parameters()} if kind else {}  # statistics stay as they are
     models.save(model, a.folder, model.state_dict() | cast, published)

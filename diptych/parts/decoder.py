@@ -20,6 +20,7 @@ from torch import nn
 
 from diptych.core.tensors import Float, Int, Tensor
 from diptych.parts.attention import Attend
+from diptych.parts.linear import linear
 from diptych.parts.routed import Routed
 
 ROUTABLE = ("attention", "norms", "mlp")
@@ -174,4 +175,4 @@ class Decoder(nn.Module):
 
     def logits(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n V"]:
         """Scores of the next token for final normed states."""
-        return F.linear(x, self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
+        return linear(x, self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)

@@ -42,6 +42,11 @@ class Tokenizer:
             raise ValueError(f"the tokenizer has no token {token!r}")
         return found
 
+    def piece(self, number: int) -> str:
+        """The text of one token inside a text, its leading space kept; empty for an id without a token."""
+        token = self.inner.id_to_token(number)
+        return decoders.ByteLevel().decode([token]) if token else ""
+
     def save(self, folder: Path, split: bool = False) -> None:
         """Writes ``tokenizer.json``; with ``split`` also Qwen2's other files (vocab.json, merges.txt and
         tokenizer_config.json) where the tokenizer splits text as Qwen2's does."""
