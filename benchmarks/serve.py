@@ -169,7 +169,9 @@ def main() -> None:
                     (f"{a.clients} clients, one at a time", alone, a.clients),
                     (f"{a.clients} clients, continuous batching", together, a.clients),
                 ):
-                    rounds.setdefault((traffic, arm), []).append(load(http, kinds, clients))
+                    found = load(http, kinds, clients)
+                    rounds.setdefault((traffic, arm), []).append(found)
+                    print(f"{traffic}, {arm}: {found['good a second']:.2f} a second", file=sys.stderr, flush=True)
     rows = []
     for (traffic, arm), found in rounds.items():
         best = max(found, key=lambda r: r["good a second"])
