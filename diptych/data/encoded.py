@@ -144,7 +144,7 @@ class _Watch(Dataset):
             sample = self.source[index]
         except (ValueError, OSError) as error:  # what sources raise for rows and pictures that cannot be read
             return str(error)
-        watched = sample.map_images(lambda i: Watched(i.image, i.role, i.size, i.nearest))
+        watched = sample.map_images(lambda i: Watched(i.image, i.role, i.size, i.nearest, masked=i.masked))
         self.lay_out(watched)
         return sample, [i.shown for i in watched.images()]  # type: ignore[attr-defined]
 

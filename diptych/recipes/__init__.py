@@ -11,6 +11,7 @@ RECIPES = {
     "bagel/tiny": "diptych.recipes.tiny:bagel",
     "autoencoder/tiny": "diptych.recipes.tiny:autoencoder",
     "sgt/tiny": "diptych.recipes.sgt:tiny",
+    "iomm/reader": "diptych.recipes.iomm:reader",
     "sgt/bagel": "diptych.recipes.sgt:bagel",
 }
 
