@@ -93,6 +93,13 @@ def shake(made: UnifiedModel, seed: int = 1) -> UnifiedModel:
     return made
 
 
+def shake_only(made: UnifiedModel, *modules: str) -> UnifiedModel:
+    """``shake`` for some modules of a model."""
+    for module in modules:
+        shake(made.get_submodule(module))
+    return made
+
+
 def picture(seed: int, width: int = 32, height: int = 32) -> PIL.Image.Image:
     """Blocks of random colours."""
     colours = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)

@@ -266,9 +266,7 @@ class Bagel(UnifiedModel):
             columns = {"image": pixels(), "masked": image.masked}
         else:
             columns = dict(zip(("image", "encoded"), image.through("autoencoder", pixels), strict=True))
-        return Segment(
-            kind, ids, grid=grid, full=True, shared=True, advance=1, route=route, **columns
-        )
+        return Segment(kind, ids, grid=grid, full=True, shared=True, advance=1, route=route, **columns)
 
     # ---- network ------------------------------------------------------------------------------------------------
 

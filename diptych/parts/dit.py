@@ -73,16 +73,17 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Stream(nn.Module):
-    """One modality's half of a double-stream block."""
+    """One modality's half of a double-stream block; ``seen_only`` where nothing reads what it would become."""
 
-    def __init__(self, d: int, head: int) -> None:
+    def __init__(self, d: int, head: int, seen_only: bool = False) -> None:
         super().__init__()
         self.head = head
-        self.modulation = nn.Linear(d, 6 * d)
+        self.modulation = nn.Linear(d, (2 if seen_only else 6) * d)
         self.qkv = nn.Linear(d, 3 * d)
         self.q_norm, self.k_norm = nn.RMSNorm(head, eps=1e-6), nn.RMSNorm(head, eps=1e-6)
-        self.out_proj = nn.Linear(d, d)
-        self.fc1, self.fc2 = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+        if not seen_only:
+            self.out_proj = nn.Linear(d, d)
+            self.fc1, self.fc2 = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
 
     def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (y.unflatten(-1, (-1, self.head)) for y in self.qkv(_modulate(x, shift, scale)).chunk(3, -1))
@@ -94,20 +95,25 @@ class Stream(nn.Module):
 
 
 class DoubleBlock(nn.Module):
-    """Separate weights for the condition and the picture, one attention over both (FLUX)."""
+    """Separate weights for the condition and the picture, one attention over both (FLUX). In the ``last`` block the
+    condition is seen and goes no further."""
 
-    def __init__(self, d: int, head: int) -> None:
+    def __init__(self, d: int, head: int, last: bool) -> None:
         super().__init__()
-        self.condition, self.picture = Stream(d, head), Stream(d, head)
+        self.condition, self.picture, self.last = Stream(d, head, last), Stream(d, head), last
 
     def forward(self, x: Tensor, c: Tensor, time: Tensor, turn: Rotation, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        n, streams = c.shape[1], (self.condition, self.picture)
-        parts = [s.modulation(time)[:, None].chunk(6, -1) for s in streams]
-        (qc, kc, vc), (q, k, v) = (s.project(y, m[0], m[1]) for s, y, m in zip(streams, (c, x), parts, strict=True))
-        q, k, v = torch.cat([qc, turn(q)], 1), torch.cat([kc, turn(k)], 1), torch.cat([vc, v], 1)
-        seen = sdpa(q, k, v, mask=mask).flatten(-2)
-        c = self.condition.join(c, seen[:, :n], *parts[0][2:])
-        return self.picture.join(x, seen[:, n:], *parts[1][2:]), c
+        n = c.shape[1]
+        mine = self.picture.modulation(time)[:, None].chunk(6, -1)
+        other = self.condition.modulation(time)[:, None].chunk(2 if self.last else 6, -1)
+        q, k, v = self.picture.project(x, *mine[:2])
+        qc, kc, vc = self.condition.project(c, *other[:2])
+        q = turn(q) if self.last else torch.cat([qc, turn(q)], 1)
+        seen = sdpa(q, torch.cat([kc, turn(k)], 1), torch.cat([vc, v], 1), mask=mask).flatten(-2)
+        if self.last:
+            return self.picture.join(x, seen, *mine[2:]), c
+        c = self.condition.join(c, seen[:, :n], *other[2:])
+        return self.picture.join(x, seen[:, n:], *mine[2:]), c
 
 
 class DoubleStream(nn.Module):
@@ -118,7 +124,9 @@ class DoubleStream(nn.Module):
         d, self.config = config.hidden_size, config
         self.time = TimestepEmbedding(d)
         self.enter = nn.Linear(features, d)
-        self.layers = nn.ModuleList(DoubleBlock(d, d // config.heads) for _ in range(config.layers))
+        self.layers = nn.ModuleList(
+            DoubleBlock(d, d // config.heads, last=i == config.layers - 1) for i in range(config.layers)
+        )
         self.modulation = nn.Linear(d, 2 * d)
         self.leave = nn.Linear(d, features)
 
@@ -205,7 +213,7 @@ class SingleStream(nn.Module):
         # The picture stands at the first axis' place 0, so that a padded condition moves nothing.
         places = grid_coordinates(grid, device=x.device)
         x, c, mask = self.enter(x.to(self.enter.weight.dtype)), condition, _mask(valid, count)
-        alone = None if mask is None else valid[:, None, None].expand(-1, 1, length, -1)
+        alone = None if mask is None else valid[:, None, None]
         for layer in self.picture_refiner:
             x = layer(x, time, Rotation(places, axes, theta), None)
         for layer in self.condition_refiner:
@@ -225,8 +233,7 @@ def _mask(valid: Bool[Tensor, "N L"], pictures: int) -> Tensor | None:
     """Which of (condition, picture) tokens may be seen; None where all may."""
     if bool(valid.all()):
         return None
-    seen = torch.cat([valid, valid.new_ones(len(valid), pictures)], 1)
-    return seen[:, None, None].expand(-1, 1, seen.shape[1], -1)
+    return torch.cat([valid, valid.new_ones(len(valid), pictures)], 1)[:, None, None]
 
 
 def _initialise(model: nn.Module, generator: torch.Generator) -> None:

@@ -260,7 +260,9 @@ class Qwen25VL(Tower):
     def positions(self, positions: Tensor, pictures: list[Pictures]) -> Tensor:
         out = repeat(positions, "T -> a T", a=3).clone()
         for group in pictures:
-            rows, columns = (x.to(out.device).flatten() for x in torch.meshgrid(*map(torch.arange, group.grid), indexing="ij"))
+            rows, columns = (
+                x.to(out.device).flatten() for x in torch.meshgrid(*map(torch.arange, group.grid), indexing="ij")
+            )
             out[1, group.tokens] += rows
             out[2, group.tokens] += columns
         return out
@@ -277,7 +279,9 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError("vision-language models need transformers; install it with: pip install diptych[hf]") from error
+        raise ValueError(
+            "vision-language models need transformers; install it with: pip install diptych[hf]"
+        ) from error
     transformers.AttentionInterface.register(ATTENTION, _attention)
     return transformers
 
