@@ -185,9 +185,10 @@ def parser() -> argparse.ArgumentParser:
         "run a paper's table in miniature",
         "diptych study sgt-proxies --seeds 0",
         "diptych study sgt-ratio --steps 300 --limit 24",
+        "diptych study iomm-recipes --seeds 0 --steps 400 --limit 24",
     )
-    p.add_argument("study", help="sgt-proxies, sgt-ratio or sgt-amount")
-    p.add_argument("--model", default="bagel/tiny", help="where every arm starts (default: bagel/tiny)")
+    p.add_argument("study", help="sgt-proxies, sgt-ratio, sgt-amount, iomm-components, iomm-recipes, iomm-mask or iomm-tuning")  # fmt: skip  # noqa: E501
+    p.add_argument("--model", help="where every arm starts (default: the study's own, bagel/tiny or iomm/tiny)")
     p.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of every arm for each (default: 0 1 2)"
     )
@@ -710,20 +711,27 @@ def _keywords(a: argparse.Namespace, models: Any, size: int) -> Any:
 
 
 def model_rows() -> list[dict[str, Any]]:
-    """Every named model with its parameter counts, taken on the meta device."""
+    """Every named model with its parameter counts, taken on the meta device; None where what it needs is missing."""
     from diptych import models
     from diptych.parts.tokenizer import Tokenizer
+
+    def counts(size: Any, name: str) -> tuple[int | None, int | None]:
+        try:
+            model = models.create(size.family, models.config(name), Tokenizer.tiny(), "meta")
+        except ValueError:  # an extra that is not installed; whoever asks for the model is told
+            return None, None
+        return sum(p.numel() for p in model.parameters()), model.activated_parameters()
 
     rows = []
     for name, size in models.SIZES.items():
         shipped = bool(size.folder and (models.SHIPPED / size.folder / "config.json").is_file())
-        model = models.create(size.family, models.config(name), Tokenizer.tiny(), "meta")
+        parameters, activated = counts(size, name)
         rows.append(
             {
                 "name": name,
                 "family": size.family,
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "activated_parameters": model.activated_parameters(),
+                "parameters": parameters,
+                "activated_parameters": activated,
                 "shipped": shipped,
                 "source": size.source,
             }
@@ -744,9 +752,12 @@ def _models(a: argparse.Namespace) -> None:
         return
     counted = ("parameters", "activated_parameters")
     show = [
-        [r["name"], r["family"], *(f"{r[k]:,}" for k in counted), "yes" if r["shipped"] else "", r["source"]]
+        [
+            r["name"], r["family"], *("needs diptych[hf]" if r[k] is None else f"{r[k]:,}" for k in counted),
+            "yes" if r["shipped"] else "", r["source"],
+        ]
         for r in rows
-    ]
+    ]  # fmt: skip
     _table("models", ["name", "family", "parameters", "activated", "ships", "source"], show)
 
 

@@ -170,7 +170,7 @@ def sample_to_json(sample: Sample) -> dict:
             return {"type": "text", "text": p.text, "loss": p.loss}
         if isinstance(p.image, PIL.Image.Image) or p.encoded:
             raise ValueError(f"sample {sample.id!r} holds a decoded picture; save it and put its path in the sample")
-        more = ({"nearest": True} if p.nearest else {}) | ({"size": list(p.size)} if p.size else {})
+        more: dict[str, Any] = ({"nearest": True} if p.nearest else {}) | ({"size": list(p.size)} if p.size else {})
         more |= {"masked": p.masked} if p.masked else {}
         return {"type": "image", "image": p.image, "role": p.role} | more
 

@@ -343,18 +343,38 @@ class Iomm(UnifiedModel):
 
     def _condition(self, batch: Batch, s: _Stream, states: Tensor, memory: dict) -> tuple[Tensor, Tensor]:
         """The conditions of all pictures to draw, group after group: what stands before each in its document."""
-        first = torch.cat([g.tokens[:, 0] for g in batch.of(Kind.NOISED)])
-        starts = torch.tensor([0, *batch.lengths], device=first.device).cumsum(0)[batch.document[first]]
-        low, high = torch.searchsorted(s.places, starts), torch.searchsorted(s.places, first)
-        index = low[:, None] + torch.arange(int((high - low).max()), device=first.device)
-        valid = index < high[:, None]
-        index = torch.where(valid, index, low[:, None])
+        first, index, valid = _before(batch, s)
         where = self.mllm.positions(batch.positions, [])[..., first]
 
         def prefix(layer: int) -> tuple[Tensor, Tensor]:
             return tuple(x[index] for x in memory[layer])  # type: ignore[return-value]
 
         return self._queries(s.x[index], states[index], valid, valid & s.seen[index], where, prefix)
+
+    def reference(self, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
+        """The same conditions the plain way: g runs over c and its queries at once, with gradient through all of it.
+        What the kept prefix is tested against and measured against (benchmarks/iomm_prefix.py)."""
+        s = self._embed(batch, noise)
+        _, index, valid = _before(batch, s)
+        queries = self.adapter(s.x[index], valid & s.seen[index])
+        tokens = batch.of(Kind.QUERY)[0].tokens  # all of one shape, so in the order of the row
+        rank = torch.cat([g.tokens[:, 0] for g in batch.of(Kind.NOISED)]).argsort().argsort()
+        places = torch.cat([s.places, tokens.flatten()])
+        order = places.argsort()
+        x = torch.cat([s.x, queries[rank.argsort()].flatten(0, 1)])[order]
+        columns = batch.take(places[order])
+        hidden = torch.cat([~s.seen, s.seen.new_ones(tokens.numel())])[order]
+        segment = torch.cat([s.columns.segment, batch.segment[tokens.flatten()] + int(s.columns.segment.max()) + 1])[
+            order
+        ]
+        positions = self.mllm.positions(batch.positions, batch.of(Kind.VISION))[..., places[order]]
+        states = self.mllm(x, positions, documents(replace(columns, hidden=hidden, segment=segment)))
+        back = order.argsort()
+        own = states[back[len(s.places) :].view(len(tokens), -1)[rank]]
+        everything = self.config.cond_tokens == "all"
+        whole = torch.cat([states[back[: len(s.places)]][index], own], 1) if everything else own
+        seen = torch.cat([valid, valid.new_ones(own.shape[:2])], 1) if everything else valid.new_ones(own.shape[:2])
+        return self.connector(whole, seen), seen
 
     def counts(self, batch: Batch) -> dict[str, float]:
         return {
@@ -563,6 +583,17 @@ class _Stream:
     positions: Tensor  # (T,) or (3, T)
     seen: Tensor  # (T,) whether others may look at it
     columns: Batch
+
+
+def _before(batch: Batch, s: _Stream) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every picture to draw, group after group: its first place in the row, the places in the stream of what stands
+    before it in its document (N, L), and which of these are real."""
+    first = torch.cat([g.tokens[:, 0] for g in batch.of(Kind.NOISED)])
+    starts = torch.tensor([0, *batch.lengths], device=first.device).cumsum(0)[batch.document[first]]
+    low, high = torch.searchsorted(s.places, starts), torch.searchsorted(s.places, first)
+    index = low[:, None] + torch.arange(int((high - low).max()), device=first.device)
+    valid = index < high[:, None]
+    return first, torch.where(valid, index, low[:, None]), valid
 
 
 @dataclass(frozen=True, eq=False)

@@ -79,15 +79,19 @@ class Stream(nn.Module):
         super().__init__()
         self.head = head
         self.modulation = nn.Linear(d, (2 if seen_only else 6) * d)
-        self.qkv = nn.Linear(d, 3 * d)
-        self.q_norm, self.k_norm = nn.RMSNorm(head, eps=1e-6), nn.RMSNorm(head, eps=1e-6)
+        self.qkv = nn.Linear(d, (2 if seen_only else 3) * d)
+        self.k_norm = nn.RMSNorm(head, eps=1e-6)
         if not seen_only:
+            self.q_norm = nn.RMSNorm(head, eps=1e-6)
             self.out_proj = nn.Linear(d, d)
             self.fc1, self.fc2 = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
 
-    def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (y.unflatten(-1, (-1, self.head)) for y in self.qkv(_modulate(x, shift, scale)).chunk(3, -1))
-        return self.q_norm(q), self.k_norm(k), v
+    def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """([queries], or nothing where the stream is only seen; keys; values)."""
+        *q, k, v = (
+            self.qkv(_modulate(x, shift, scale)).unflatten(-1, (-1, x.shape[-1] // self.head, self.head)).unbind(-3)
+        )
+        return [self.q_norm(y) for y in q], self.k_norm(k), v
 
     def join(self, x: Tensor, seen: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, gate_mlp: Tensor) -> Tensor:
         x = x + gate * self.out_proj(seen)
@@ -106,10 +110,10 @@ class DoubleBlock(nn.Module):
         n = c.shape[1]
         mine = self.picture.modulation(time)[:, None].chunk(6, -1)
         other = self.condition.modulation(time)[:, None].chunk(2 if self.last else 6, -1)
-        q, k, v = self.picture.project(x, *mine[:2])
+        [q], k, v = self.picture.project(x, *mine[:2])
         qc, kc, vc = self.condition.project(c, *other[:2])
-        q = turn(q) if self.last else torch.cat([qc, turn(q)], 1)
-        seen = sdpa(q, torch.cat([kc, turn(k)], 1), torch.cat([vc, v], 1), mask=mask).flatten(-2)
+        q, k, v = torch.cat([*qc, turn(q)], 1), torch.cat([kc, turn(k)], 1), torch.cat([vc, v], 1)
+        seen = sdpa(q, k, v, mask=mask).flatten(-2)
         if self.last:
             return self.picture.join(x, seen, *mine[2:]), c
         c = self.condition.join(c, seen[:, :n], *other[2:])

@@ -52,9 +52,10 @@ def tiny(
     share: float = 0.5,
     masked: float = TINY_MASK,
     changes: Mapping[str, Any] | None = None,
+    tokens: int = 4096,
 ) -> Recipe:
     """IOMM at a size that one CPU core trains, on the frozen reader of the model that ships. ``share`` is λ;
-    ``changes`` are fields of the model's Config.
+    ``changes`` are fields of the model's Config, ``tokens`` the budget of a row.
 
     diptych train iomm/tiny
     diptych train iomm/tiny --data images=FOLDER       # your own pictures, no words needed
@@ -65,8 +66,8 @@ def tiny(
         model={**config_to_json("iomm", config("iomm/tiny")), **(changes or {})},
         init={"mllm": "iomm/tiny", "autoencoder": "autoencoder/tiny"},
         stages=(
-            _tiny_stage(f"{pretrain} pre-training", 3000, pretrain, {"images": 1.0}, POOL, share, masked),
-            _tiny_stage(f"{tune} tuning", 5000, tune, None, CURATED, share, masked),
+            _tiny_stage(f"{pretrain} pre-training", 2500, pretrain, {"images": 1.0}, POOL, share, masked, tokens),
+            _tiny_stage(f"{tune} tuning", 4500, tune, None, CURATED, share, masked, tokens),
         ),
     )
 
@@ -79,6 +80,7 @@ def _tiny_stage(
     pairs: dict[str, float],
     share: float,
     masked: float,
+    tokens: int,
 ) -> Stage:
     return Stage(
         name,
@@ -88,7 +90,7 @@ def _tiny_stage(
         loss={"image": 1.0, "text": 0.0},
         optimizer=Optimizer("muon"),
         schedule=Schedule(warmup=50, decay=0.4),
-        limits=Limits(tokens=6144, pictures=192),
+        limits=Limits(tokens, pictures=192),
         dropout={"text": 0.1, "image": 0.1},
         ema=0.998,
         self_condition=SelfCondition(masked),
