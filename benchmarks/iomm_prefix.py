@@ -4,7 +4,7 @@ Plain: the frozen language model runs over the condition and its queries at once
 runs without gradient, its keys and values stay, and the queries alone run with gradient (models/iomm.py). Both give the
 same condition and the same gradients (tests/test_iomm.py); the difference here is printed too.
 
-    python benchmarks/iomm_prefix.py [--width 512] [--layers 12] [--prefix 280] [--queries 64] [--samples 8]
+    python benchmarks/iomm_prefix.py [--width 256] [--layers 8] [--prefix 280] [--queries 64] [--samples 4]
 """
 
 import argparse
@@ -70,7 +70,7 @@ def step(model, batch, way: str) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser()
-    for name, value in (("width", 512), ("layers", 12), ("prefix", 280), ("queries", 64), ("samples", 8)):
+    for name, value in (("width", 256), ("layers", 8), ("prefix", 280), ("queries", 64), ("samples", 4)):
         p.add_argument(f"--{name}", type=int, default=value)
     p.add_argument("--way", choices=list(WAYS), help="one way only; prints what it added to the peak, in MiB")
     a = p.parse_args()

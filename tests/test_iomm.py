@@ -22,7 +22,7 @@ from diptych.parts.adapters import Connector, QueryBlock, ResidualQueries, Stati
 from diptych.parts.dit import DitConfig, build_dit
 from diptych.parts.flow import FlowSettings, TimeDraw, warp
 from diptych.recipes import iomm as recipes
-from diptych.recipes.run import stage_sources
+from diptych.recipes.run import precompute, stage_sources
 from diptych.train import loop
 from diptych.train.parameters import Average, by_part
 from diptych.train.recipe import Limits, Recipe, SelfCondition
@@ -474,14 +474,17 @@ def test_crops_are_the_same_for_what_is_read_and_drawn():
     assert torch.equal(again.segments[1].image, seen) and torch.equal(again.segments[-1].image, drawn)
 
 
-def test_features_and_latents_may_come_encoded(model):
-    """What ``diptych data precompute`` keeps trains the same."""
-    sample = alone()
-    laid = model.lay_out(sample)
-    pixels = {s.kind: s.image for s in laid.segments if s.image is not None}
-    held = {"autoencoder": model.encode("autoencoder", pixels[Kind.NOISED][None])[0],
-            "vision": model.encode("vision", pixels[Kind.VISION][None])[0]}  # fmt: skip
-    encoded = model.lay_out(sample.map_images(lambda i: replace(i, encoded=held, image=None, size=(32, 32))))
-    assert all(s.encoded for s in encoded.segments if s.image is not None)
-    a, b = (image_loss(model, pack([x])) for x in (laid, encoded))
-    assert a == pytest.approx(b, rel=SUM)
+def test_features_and_latents_computed_once_train_the_same(tmp_path):
+    recipe = short(tmp_path)
+    told = precompute(recipe, tmp_path / "encoded", data=["images"], limit=3)
+    assert told["images"]["pictures"] == 6  # read and drawn
+    once = replace(recipe, encoded=str(tmp_path / "encoded"))
+    model = loop.build(recipe).eval()
+    stage = replace(recipe.stages[0], self_condition=SelfCondition(0.7))  # r may change afterwards
+    fresh, kept = (stage_sources(r, stage)["images"] for r in (recipe, once))
+    assert len(kept) == 3
+    for i in range(3):
+        a, b = model.lay_out(fresh[i]), model.lay_out(kept[i])
+        assert [s.encoded for s in b.segments if s.image is not None] == [True, True] and a.id == b.id
+        assert [s.masked for s in b.segments] == [s.masked for s in a.segments] and b.segments[1].masked == 0.7
+        assert image_loss(model, pack([a])) == pytest.approx(image_loss(model, pack([b])), rel=SUM)

@@ -262,10 +262,9 @@ class Bagel(UnifiedModel):
         def pixels() -> Tensor:
             return to_tensor(image.pixels, (width, height), image.nearest)
 
-        if kind == Kind.VISION:
-            columns = {"image": pixels(), "masked": image.masked}
-        else:
-            columns = dict(zip(("image", "encoded"), image.through("autoencoder", pixels), strict=True))
+        seen = kind == Kind.VISION
+        held, encoded = (pixels(), False) if seen else image.through("autoencoder", pixels)
+        columns = {"image": held, "encoded": encoded, "masked": image.masked if seen else 0.0}
         return Segment(kind, ids, grid=grid, full=True, shared=True, advance=1, route=route, **columns)
 
     # ---- network ------------------------------------------------------------------------------------------------

@@ -66,8 +66,8 @@ def tiny(
         model={**config_to_json("iomm", config("iomm/tiny")), **(changes or {})},
         init={"mllm": "iomm/tiny", "autoencoder": "autoencoder/tiny"},
         stages=(
-            _tiny_stage(f"{pretrain} pre-training", 2500, pretrain, {"images": 1.0}, POOL, share, masked, tokens),
-            _tiny_stage(f"{tune} tuning", 4500, tune, None, CURATED, share, masked, tokens),
+            _tiny_stage(f"{pretrain} pre-training", 2000, pretrain, {"images": 1.0}, POOL, share, masked, tokens),
+            _tiny_stage(f"{tune} tuning", 4000, tune, None, CURATED, share, masked, tokens),
         ),
     )
 
