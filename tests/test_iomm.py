@@ -356,8 +356,14 @@ def test_published_rows_hold_their_pictures():
 
 def test_mixed_tuning_of_another_family(tmp_path):
     """Table 6's strategy on BAGEL: pairs, and masked pictures without words (specs: IOMM 3.5)."""
-    recipe = recipes.tuning()
-    assert recipe.stages[0].self_condition == SelfCondition(0.85, recipes.SAME)
+    [stage], recipe = recipes.bagel().stages, recipes.tuning()
+    o = stage.optimizer
+    assert (o.name, o.betas, o.clip, o.weight_decay, stage.ema) == ("adamw", (0.9, 0.95), 1.0, 0.0, 0.999)
+    assert set(stage.train.values()) == {1e-4} and stage.data == {"pairs/pictures": 0.5, "pairs": 0.5}
+    assert stage.limits.pictures // 2 * stage.limits.accumulate * recipes.PROCESSES == 256
+    assert stage.steps * 256 == pytest.approx(12 * 210_000, rel=0.01)
+    assert recipe.stages[0].train.keys() == stage.train.keys() == {"decoder.image", "head"}  # understanding is frozen
+    assert recipe.stages[0].self_condition == stage.self_condition == SelfCondition(0.85, recipes.SAME)
     model = tiny.shake(tiny.model("bagel"))
     stage = recipe.stages[0]
     found = stage_sources(recipe, stage)

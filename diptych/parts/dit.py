@@ -107,17 +107,15 @@ class DoubleBlock(nn.Module):
         self.condition, self.picture, self.last = Stream(d, head, last), Stream(d, head), last
 
     def forward(self, x: Tensor, c: Tensor, time: Tensor, turn: Rotation, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        n = c.shape[1]
+        n = x.shape[1]
         mine = self.picture.modulation(time)[:, None].chunk(6, -1)
         other = self.condition.modulation(time)[:, None].chunk(2 if self.last else 6, -1)
         [q], k, v = self.picture.project(x, *mine[:2])
         qc, kc, vc = self.condition.project(c, *other[:2])
-        q, k, v = torch.cat([*qc, turn(q)], 1), torch.cat([kc, turn(k)], 1), torch.cat([vc, v], 1)
+        q, k, v = torch.cat([turn(q), *qc], 1), torch.cat([turn(k), kc], 1), torch.cat([v, vc], 1)
         seen = sdpa(q, k, v, mask=mask).flatten(-2)
-        if self.last:
-            return self.picture.join(x, seen, *mine[2:]), c
-        c = self.condition.join(c, seen[:, :n], *other[2:])
-        return self.picture.join(x, seen[:, n:], *mine[2:]), c
+        x = self.picture.join(x, seen[:, :n], *mine[2:])
+        return x, c if self.last else self.condition.join(c, seen[:, n:], *other[2:])
 
 
 class DoubleStream(nn.Module):
@@ -222,10 +220,10 @@ class SingleStream(nn.Module):
             x = layer(x, time, Rotation(places, axes, theta), None)
         for layer in self.condition_refiner:
             c = layer(c, time, Rotation(words, axes, theta), alone)
-        turn, joint = Rotation(torch.cat([words, places]), axes, theta), torch.cat([c, x], 1)
+        turn, joint = Rotation(torch.cat([places, words]), axes, theta), torch.cat([x, c], 1)
         for layer in self.layers:
             joint = layer(joint, time, turn, mask)
-        x = F.layer_norm(joint[:, length:], joint.shape[-1:], eps=1e-6)
+        x = F.layer_norm(joint[:, :count], joint.shape[-1:], eps=1e-6)
         return self.leave(x * (1 + self.modulation(F.silu(time))[:, None]))
 
     def initialise(self, generator: torch.Generator) -> None:
@@ -234,10 +232,11 @@ class SingleStream(nn.Module):
 
 
 def _mask(valid: Bool[Tensor, "N L"], pictures: int) -> Tensor | None:
-    """Which of (condition, picture) tokens may be seen; None where all may."""
-    if bool(valid.all()):
+    """Which of (picture, condition) tokens may be seen; None in training where all may. Padding stands last and what is
+    drawn always has a mask: then not a bit of a picture depends on how long its neighbours' conditions are."""
+    if torch.is_grad_enabled() and bool(valid.all()):
         return None
-    return torch.cat([valid, valid.new_ones(len(valid), pictures)], 1)[:, None, None]
+    return torch.cat([valid.new_ones(len(valid), pictures), valid], 1)[:, None, None]
 
 
 def _initialise(model: nn.Module, generator: torch.Generator) -> None:

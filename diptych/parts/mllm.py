@@ -21,6 +21,7 @@ from diptych.core.sequence import Kind, Segment
 from diptych.core.tensors import NONE, Float, Int, Tensor, to_float
 from diptych.parts.attention import Attend
 from diptych.parts.images import SizeRule
+from diptych.parts.linear import linear
 
 ATTENTION = "diptych"  # the name under which transformers finds ``_attention``
 
@@ -138,7 +139,7 @@ class Mllm(nn.Module):
     def logits(self, states: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
         """Scores of the next word."""
         head = self.lm_head or self.language.embed_tokens
-        return nn.functional.linear(states, head.weight)
+        return linear(states, head.weight)
 
     def initialise(self, generator: torch.Generator) -> None:
         """Fresh weights: of variance 1 / inputs, less where a residual stream is written to."""

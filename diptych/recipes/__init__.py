@@ -17,6 +17,7 @@ RECIPES = {
     "iomm/l": "diptych.recipes.iomm:l",
     "iomm/xl": "diptych.recipes.iomm:xl",
     "iomm/tuning": "diptych.recipes.iomm:tuning",
+    "iomm/bagel": "diptych.recipes.iomm:bagel",
     "sgt/bagel": "diptych.recipes.sgt:bagel",
 }
 
