@@ -5,6 +5,7 @@ A new family is one line in ``FAMILIES``.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -14,8 +15,10 @@ import torch
 from diptych import models
 from diptych.core.sample import Image, Sample, Text, assistant, user
 from diptych.models import bagel as bagel_family
+from diptych.models import iomm as iomm_family
 from diptych.models.protocol import UnifiedModel
 from diptych.parts.autoencoder import AutoencoderConfig
+from diptych.parts.dit import DitConfig
 from diptych.parts.vision import VisionConfig
 from diptych.train.recipe import Limits, Optimizer, Recipe, Stage
 
@@ -48,8 +51,28 @@ def bagel() -> bagel_family.Config:
     )
 
 
+def iomm() -> iomm_family.Config:
+    """IOMM with two layers of width 32 everywhere; 64 pixels are 16 tokens."""
+    c = iomm_family.Config.tiny()
+    model = deepcopy(c.mllm.model)
+    model["vision_config"] |= {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32
+    }  # fmt: skip
+    model["text_config"] |= {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+    return replace(
+        c,
+        mllm=replace(c.mllm, model=model),
+        dit=DitConfig("double", 32, 2, 2, (0, 8, 8)),
+        autoencoder=bagel().autoencoder,
+        queries=4,
+        size=(32, 32),
+        settings=replace(c.settings, num_inference_steps=4),
+    )
+
+
 FAMILIES = {
     "bagel": bagel,
+    "iomm": iomm,
 }
 
 
@@ -67,6 +90,13 @@ def shake(made: UnifiedModel, seed: int = 1) -> UnifiedModel:
     with torch.no_grad():
         for p in made.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * (0.2 if p.dim() > 1 else 0.1))
+    return made
+
+
+def shake_only(made: UnifiedModel, *modules: str) -> UnifiedModel:
+    """``shake`` for some modules of a model."""
+    for module in modules:
+        shake(made.get_submodule(module))
     return made
 
 

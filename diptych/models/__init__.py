@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FAMILIES = {
     "bagel": "diptych.models.bagel:Bagel",
     "autoencoder": "diptych.models.autoencoder:AutoencoderTraining",
+    "iomm": "diptych.models.iomm:Iomm",
 }
 
 
@@ -43,6 +44,10 @@ SIZES: dict[str, Size] = {
     "bagel/7b-mot": Size("bagel", "b7_mot", "ByteDance-Seed/BAGEL-7B-MoT"),
     "bagel/7b-sgt": Size("bagel", "b7_mot", "Two-hot/SGT-BAGEL", base="bagel/7b-mot"),
     "autoencoder/tiny": Size("autoencoder", "tiny", "ships with diptych", "autoencoder-tiny"),
+    "iomm/tiny": Size("iomm", "tiny", "ships with diptych", "iomm-tiny"),
+    "iomm/b": Size("iomm", "b", "arXiv 2603.16139, not released"),
+    "iomm/l": Size("iomm", "l", "arXiv 2603.16139, not released"),
+    "iomm/xl": Size("iomm", "xl", "arXiv 2603.16139, not released"),
 }
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
 

@@ -40,14 +40,14 @@ from diptych.models.protocol import NOTHING, Context, Drawing, Drop, Encoder, Un
 from diptych.models.weights import BAGEL, FLUX_AUTOENCODER, count, decoder_config, flux_config, side
 from diptych.parts.adapters import Projector
 from diptych.parts.attention import Attend, Cache, Cached, Fixed, documents, inverse_permutation, permute
-from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, sampled
+from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, sampled, tiny_autoencoder
 from diptych.parts.decoder import Decoder, DecoderConfig
-from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, guide, mix, schedule, squared_error, velocity
+from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, check_step, euler, mix, squared_error, velocity
 from diptych.parts.images import SizeRule, latents_to_tokens, to_tensor, tokens_to_latents
 from diptych.parts.positions import TimestepEmbedding, grid_places, grid_table
 from diptych.parts.routed import Routed
 from diptych.parts.tokenizer import Tokenizer
-from diptych.parts.vision import VisionConfig, VisionEncoder
+from diptych.parts.vision import VisionConfig, VisionEncoder, kept
 
 READ, DRAW = 0, 1  # the two routes
 
@@ -121,13 +121,6 @@ def position_tables(c: Config) -> dict[str, Tensor]:
     """The frozen tables that are added to latents and to features; a published checkpoint may lack them."""
     d = c.decoder.hidden_size
     return {"latent_positions": grid_table(c.latent_side, d), "vision_positions": grid_table(c.seen_side, d)}
-
-
-def tiny_autoencoder() -> AutoencoderConfig:
-    """FLUX's autoencoder at 8 channels of latents, with measured statistics in place of scale and shift."""
-    return AutoencoderConfig(
-        channels=16, multipliers=(1, 1, 2, 4), blocks=1, latent_channels=8, groups=8, posterior=False, statistics=True
-    )
 
 
 def _shown(sample: Sample) -> list[Image]:
@@ -269,10 +262,10 @@ class Bagel(UnifiedModel):
         def pixels() -> Tensor:
             return to_tensor(image.pixels, (width, height), image.nearest)
 
-        held, encoded = (pixels(), False) if kind == Kind.VISION else image.through("autoencoder", pixels)
-        return Segment(
-            kind, ids, image=held, grid=grid, full=True, shared=True, advance=1, route=route, encoded=encoded
-        )
+        seen = kind == Kind.VISION
+        held, encoded = (pixels(), False) if seen else image.through("autoencoder", pixels)
+        columns = {"image": held, "encoded": encoded, "masked": image.masked if seen else 0.0}
+        return Segment(kind, ids, grid=grid, full=True, shared=True, advance=1, route=route, **columns)
 
     # ---- network ------------------------------------------------------------------------------------------------
 
@@ -294,9 +287,10 @@ class Bagel(UnifiedModel):
         tokens = tokens.to(self.latent_in.weight.dtype)
         return self.latent_in(tokens) + self.time(t)[:, None] + self.latent_positions[places]
 
-    def _embed_vision(self, group: Pictures) -> Float[Tensor, "N n d"]:
+    def _embed_vision(self, group: Pictures, noise: Noise) -> Float[Tensor, "N n d"]:
         places = grid_places(group.grid, self.config.seen_side, group.images.device, self.config.stretch)
-        return self.projector(self.vision(to_float(group.images), places)) + self.vision_positions[places]
+        seen = self.projector(self.vision(to_float(group.images), places)) + self.vision_positions[places]
+        return seen * kept(group, noise)[..., None] if group.masked else seen
 
     def _run(
         self, batch: Batch, pictures: list[tuple[Tensor, Tensor]], positions: Tensor, order: Tensor, attend: Attend
@@ -321,7 +315,7 @@ class Bagel(UnifiedModel):
         counts = self.counts(batch)
         order = torch.cat(batch.routes)
         rank = inverse_permutation(order)
-        pictures = [(g.tokens, self._embed_vision(g)) for g in batch.of(Kind.VISION)]
+        pictures = [(g.tokens, self._embed_vision(g, noise)) for g in batch.of(Kind.VISION)]
         for g in batch.of(Kind.CLEAN):
             latents = self._latents(g, noise)
             pictures.append((g.tokens, self._embed_latents(latents, latents.new_zeros(len(latents)), g.grid)))
@@ -358,7 +352,7 @@ class Bagel(UnifiedModel):
         order, start, noise = torch.cat(batch.routes), batch.positions, Noise()
         positions = start + torch.tensor([c.position for c in contexts], device=self.device)[batch.document]
         caches = [c.cache.room(c.length, len(s)) for c, s in zip(contexts, sequences, strict=True)]
-        pictures = [(g.tokens, self._embed_vision(g)) for g in batch.of(Kind.VISION)]
+        pictures = [(g.tokens, self._embed_vision(g, noise)) for g in batch.of(Kind.VISION)]
         for g in batch.of(Kind.CLEAN):
             latents = self._latents(g, noise)
             pictures.append((g.tokens, self._embed_latents(latents, latents.new_zeros(len(latents)), g.grid)))
@@ -417,28 +411,10 @@ class Bagel(UnifiedModel):
     @torch.inference_mode()
     def step(self, drawings: Sequence[Drawing]) -> list[Drawing]:
         """One Euler step each. Branches of guidance are one batch; outside the interval they are not computed."""
-        if len({d.canvas for d in drawings}) != 1 or len({len(d.contexts) for d in drawings}) != 1:
-            raise ValueError("one step takes drawings of one canvas size and one number of branches")
-        if any(d.done for d in drawings):
-            raise ValueError("a finished drawing takes no further step")
-        times = [schedule(d.steps, d.settings.timestep_shift)[d.step : d.step + 2] for d in drawings]
-        guided = [d.settings.guidance_interval[0] < t[0] <= d.settings.guidance_interval[1]
-                  for d, t in zip(drawings, times, strict=True)]  # fmt: skip
-        branches = len(drawings[0].contexts) if any(guided) else 1
-        now = torch.stack([t[0] for t in times]).to(self.device)
-        x_t = torch.stack([d.state for d in drawings])
+        check_step(drawings)
         table = self._fixed(drawings)
-        v = self._velocity(x_t, now, drawings, table, branches)
-        out = []
-        for i, (d, t) in enumerate(zip(drawings, times, strict=True)):
-            s, own = d.settings, v[0, i : i + 1]
-            if guided[i] and branches > 1:
-                no_image = v[2, i : i + 1] if branches > 2 else None
-                own = guide(
-                    own, v[1, i : i + 1], no_image, s.guidance_scale, s.image_guidance_scale, s.renorm, s.renorm_min
-                )
-            out.append(advance(d, d.state - own[0] * float(t[0] - t[1]), slot=(table, own[0])))
-        return out
+        moved = euler(drawings, lambda x_t, t, branches: self._velocity(x_t, t, drawings, table, branches))
+        return [advance(d, state, (table, v)) for d, (state, v) in zip(drawings, moved, strict=True)]
 
     def _fixed(self, drawings: Sequence[Drawing]) -> Fixed:
         """The contexts' keys and values side by side, branch-major; kept while the same drawings go on together."""
@@ -476,7 +452,7 @@ class Bagel(UnifiedModel):
         """x_t - t v: the picture that the last velocity points to."""
         states = []
         for d in drawings:
-            t = float(schedule(d.steps, d.settings.timestep_shift)[d.step])
+            t = float(d.settings.times(d.steps)[d.step])
             states.append(d.state - t * d.slot[1] if d.slot else d.state)
         return self._decode(states, drawings)
 

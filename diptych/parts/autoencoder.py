@@ -41,6 +41,13 @@ class AutoencoderConfig:
         return {"flux": 2 ** (len(self.multipliers) - 1), "identity": 1, "kl": 8}[self.kind]
 
 
+def tiny_autoencoder() -> AutoencoderConfig:
+    """FLUX's autoencoder at 8 channels of latents, with measured statistics in place of scale and shift."""
+    return AutoencoderConfig(
+        channels=16, multipliers=(1, 1, 2, 4), blocks=1, latent_channels=8, groups=8, posterior=False, statistics=True
+    )
+
+
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder | Identity | DiffusersAutoencoder:
     """The autoencoder that the config names."""
     if config.kind == "kl":

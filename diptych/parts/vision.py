@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from diptych.core.tensors import Float, Int, Tensor
+from diptych.core.batch import Pictures
+from diptych.core.noise import Noise
+from diptych.core.tensors import Bool, Float, Int, Tensor
 from diptych.parts.attention import sdpa
 from diptych.parts.positions import grid_places
 
@@ -33,6 +36,16 @@ class VisionConfig:
     def side(self) -> int:
         """Patches on a side of the position table."""
         return self.image_size // self.patch_size
+
+
+def kept(group: Pictures, noise: Noise) -> Bool[Tensor, "N n"]:
+    """Which tokens of a group's pictures are not blanked: each of a picture ``masked`` by r stays with probability
+    1 - r, drawn from the picture's own noise (arXiv 2603.16139, 3.4; specs: IOMM 2.5, U5)."""
+    draws = [
+        noise.uniform(o, f"mask{i}", (group.tokens.shape[1],))
+        for o, i in zip(group.owners, group.ordinals, strict=True)
+    ]
+    return (torch.stack(draws) >= group.masked).to(group.tokens.device)
 
 
 def patchify(images: Float[Tensor, "N c H W"], patch: int) -> Float[Tensor, "N n f"]:

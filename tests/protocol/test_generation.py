@@ -211,8 +211,10 @@ def test_every_branch_drops_what_it_says(model):
     for request in (to_draw(), edit):
         first, *rest = model.branches(request, settings)
         assert first == frozenset() and rest and all(b <= set(model.conditions) for b in rest)
-        whole = len(model.lay_out(request))
-        assert all(len(model.lay_out(request, drop)) < whole for drop in rest)
+        told = [model.lay_out(request, drop).describe(model.tokenizer.decode) for drop in (first, *rest)]
+        assert len(set(told)) == len(told)
+        words = "a blue star" if request is not edit else "make the star red"
+        assert all((words in t) == ("text" not in drop) for t, drop in zip(told, (first, *rest)))
     assert model.branches(edit, replace(settings, guidance_scale=1.0, image_guidance_scale=1.0)) == (frozenset(),)
 
 
@@ -320,10 +322,11 @@ def test_a_conversation_is_read_once(model, monkeypatch):
         laid = len(model.lay_out(Sample("", (*going, assistant()))))
         monkeypatch.setattr(type(model), "extend", counted)
         if text in ("a red circle", "make it blue"):
-            *_, done, _ = talk.stream_picture(going, seed=1, num_inference_steps=2)
+            how = {"seed": 1, "num_inference_steps": 2, "guidance_scale": 1.0}  # one branch: the conversation itself
+            *_, done, _ = talk.stream_picture(going, **how)
             first = read_lengths[0]
             monkeypatch.setattr(type(model), "extend", extend)
-            *_, expected, _ = fresh.stream_picture(going, seed=1, num_inference_steps=2)
+            *_, expected, _ = fresh.stream_picture(going, **how)
             assert np.allclose(np.asarray(done.image, int), np.asarray(expected.image, int), atol=1)
             going.append(assistant(Image(done.image, "target")))
         else:
