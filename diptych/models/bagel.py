@@ -36,10 +36,23 @@ from diptych.core.sequence import Kind, Segment
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, Float, Tensor, to_float
 from diptych.models.folders import Json, Layout, States
-from diptych.models.protocol import NOTHING, Context, Drawing, Drop, Encoder, UnifiedModel, advance
+from diptych.models.protocol import (
+    NOTHING,
+    Context,
+    Drawing,
+    Drop,
+    Encoder,
+    UnifiedModel,
+    advance,
+    draw_noise,
+    draw_weights,
+    flow_branches,
+    read_on,
+    shown,
+)
 from diptych.models.weights import BAGEL, FLUX_AUTOENCODER, count, decoder_config, flux_config, side
 from diptych.parts.adapters import Projector
-from diptych.parts.attention import Attend, Cache, Cached, Fixed, documents, inverse_permutation, permute
+from diptych.parts.attention import Attend, Cache, Cached, Fixed, documents, inverse_permutation
 from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, sampled, tiny_autoencoder
 from diptych.parts.decoder import Decoder, DecoderConfig
 from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, check_step, euler, mix, squared_error, velocity
@@ -123,11 +136,6 @@ def position_tables(c: Config) -> dict[str, Tensor]:
     return {"latent_positions": grid_table(c.latent_side, d), "vision_positions": grid_table(c.seen_side, d)}
 
 
-def _shown(sample: Sample) -> list[Image]:
-    """The pictures of a request's conversation, in order."""
-    return [p for p in sample.images() if not p.blank]
-
-
 class Bagel(UnifiedModel):
     """BAGEL of any size."""
 
@@ -194,18 +202,7 @@ class Bagel(UnifiedModel):
         trainer has them). The autoencoder is left alone."""
         generator = torch.Generator().manual_seed(seed)
         depth = {"decoder": self.config.decoder.num_hidden_layers, "vision": self.config.vision.num_hidden_layers}
-        for name, module in self.named_modules():
-            if name.startswith("autoencoder"):
-                continue
-            if isinstance(module, nn.Linear):
-                std = module.in_features**-0.5
-                if name.endswith((".out_proj", ".fc2", ".down_proj")) or ".o_proj." in name:
-                    std /= (2 * depth.get(name.split(".")[0], 0.5)) ** 0.5
-                nn.init.normal_(module.weight, std=std, generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.3, generator=generator)
+        draw_weights(self, generator, depth)
         for routed in (m for m in self.decoder.modules() if isinstance(m, Routed)):
             routed[DRAW].load_state_dict(routed[READ].state_dict())
         nn.init.zeros_(self.latent_out.weight)
@@ -274,7 +271,7 @@ class Bagel(UnifiedModel):
         found = group.images.float() if group.encoded else self.encode("autoencoder", group.images)
         channels, eps = self.config.autoencoder.latent_channels, None
         if found.shape[1] > channels:
-            eps = _draw(noise, group, "posterior", (channels, *found.shape[2:])).to(found.device)
+            eps = draw_noise(noise, group, "posterior", (channels, *found.shape[2:])).to(found.device)
         return latents_to_tokens(sampled(found, channels, eps), self.config.latent_patch)
 
     @torch.no_grad()
@@ -296,11 +293,7 @@ class Bagel(UnifiedModel):
         self, batch: Batch, pictures: list[tuple[Tensor, Tensor]], positions: Tensor, order: Tensor, attend: Attend
     ) -> Float[Tensor, "T d"]:
         """Final states in stream order, from the pictures' (places, embeddings) and the batch's words."""
-        words = (batch.ids != NONE).nonzero()[:, 0]
-        places = torch.cat([words, *(p.flatten() for p, _ in pictures)])
-        embedded = self.decoder.embed_tokens(batch.ids[words])
-        values = torch.cat([embedded, *(e.flatten(0, 1).to(embedded.dtype) for _, e in pictures)])
-        stream = permute(values, inverse_permutation(places)[order])
+        stream = self.decoder.embed(batch, pictures, order)
         return self.decoder(stream, positions[order], attend, [len(r) for r in batch.routes])
 
     def counts(self, batch: Batch) -> dict[str, float]:
@@ -322,7 +315,7 @@ class Bagel(UnifiedModel):
         drawn = []
         for g in batch.of(Kind.NOISED):
             data = self._latents(g, noise)
-            eps = _draw(noise, g, "noise", tuple(data.shape[1:])).to(data.device)
+            eps = draw_noise(noise, g, "noise", tuple(data.shape[1:])).to(data.device)
             t = self.config.times(noise, g.owners, g.ordinals).to(data.device)
             pictures.append((g.tokens, self._embed_latents(mix(data, eps, t), t, g.grid)))
             drawn.append((g, data, eps, t))
@@ -360,10 +353,7 @@ class Bagel(UnifiedModel):
         states = self._run(batch, pictures, positions, order, attend)
         last = torch.tensor(batch.lengths, device=self.device).cumsum(0) - 1
         logits = self.decoder.logits(states[inverse_permutation(order)[last]]).float()
-        return [
-            Context(cache, c.length + len(s), c.position + sum(x.moves for x in s.segments), scores)
-            for cache, c, s, scores in zip(caches, contexts, sequences, logits, strict=True)
-        ]
+        return read_on(contexts, sequences, caches, logits)
 
     def reply(self, ids: Sequence[int], drop: Drop = NOTHING) -> Laid:
         return Laid("reply", (Segment(Kind.TEXT, tuple(ids)),))
@@ -377,7 +367,7 @@ class Bagel(UnifiedModel):
     def canvas(self, sample: Sample) -> tuple[int, int]:
         last = sample.messages[-1].parts[-1:]
         asked = last[0].size if last and isinstance(last[0], Image) else None
-        sources = _shown(sample)
+        sources = shown(sample)
         width, height = asked or (self.config.draw(*sources[-1].dimensions) if sources else self.config.size)
         stride, most = self.config.stride, self.config.stride * self.config.latent_side
         if width % stride or height % stride or not (0 < width <= most and 0 < height <= most):
@@ -385,14 +375,7 @@ class Bagel(UnifiedModel):
         return height, width
 
     def branches(self, sample: Sample, settings: FlowSettings) -> tuple[Drop, ...]:
-        """Full; without text when its scale exceeds 1; without pictures when the conversation shows some and their
-        scale exceeds 1. As published, there is no guidance at all when the text scale is at most 1."""
-        if settings.guidance_scale <= 1:
-            return (NOTHING,)
-        shows = bool(_shown(sample))
-        if shows and settings.image_guidance_scale > 1:
-            return (NOTHING, frozenset({"text"}), frozenset({"image"}))
-        return (NOTHING, frozenset({"text"}))
+        return flow_branches(sample, settings)
 
     def start(
         self,
@@ -464,12 +447,6 @@ class Bagel(UnifiedModel):
         grid = (drawings[0].canvas[0] // self.config.stride, drawings[0].canvas[1] // self.config.stride)
         latents = tokens_to_latents(torch.stack(states), grid, self.config.latent_patch)
         return self.autoencoder.decode(latents).float().clamp(-1, 1)
-
-
-def _draw(noise: Noise, group: Pictures, name: str, shape: tuple[int, ...]) -> Tensor:
-    return torch.stack(
-        [noise.normal(o, f"{name}{i}", shape) for o, i in zip(group.owners, group.ordinals, strict=True)]
-    )
 
 
 # ---- published folders ------------------------------------------------------------------------------------------

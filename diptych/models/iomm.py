@@ -40,7 +40,7 @@ from diptych.core.sample import Image, Message, Sample, Text
 from diptych.core.sequence import Kind, Segment
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, Bool, Float, Tensor, to_float
-from diptych.models.protocol import NOTHING, Context, Drawing, Drop, Encoder, UnifiedModel, advance
+from diptych.models.protocol import NOTHING, Context, Drawing, Drop, Encoder, UnifiedModel, advance, draw_noise, shown
 from diptych.parts.adapters import Connector, NoQueries, ResidualQueries, StaticQueries
 from diptych.parts.attention import Cache, Cached, Continued, Recorded, documents
 from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, sampled, tiny_autoencoder
@@ -399,7 +399,7 @@ class Iomm(UnifiedModel):
             rows = iter(zip(*(x.split([len(g.tokens) for g in drawn]) for x in (conditions, valid)), strict=True))
         for g in drawn:
             data = self._latents(g, noise)
-            eps = _draw(noise, g, "noise", tuple(data.shape[1:])).to(data.device)
+            eps = draw_noise(noise, g, "noise", tuple(data.shape[1:])).to(data.device)
             t = self.config.times(noise, g.owners, g.ordinals).to(data.device)
             prediction = self.dit(mix(data, eps, t), t, *next(rows), g.grid).float()
             image = image + squared_error(prediction, data, eps, t, self.config.prediction).mean(-1).sum()
@@ -416,7 +416,7 @@ class Iomm(UnifiedModel):
         found = group.images.float() if group.encoded else self.encode("autoencoder", group.images)
         channels, eps = self.config.autoencoder.latent_channels, None
         if found.shape[1] > channels:
-            eps = _draw(noise, group, "posterior", (channels, *found.shape[2:])).to(found.device)
+            eps = draw_noise(noise, group, "posterior", (channels, *found.shape[2:])).to(found.device)
         return latents_to_tokens(sampled(found, channels, eps), self.config.latent_patch)
 
     @torch.no_grad()
@@ -469,7 +469,7 @@ class Iomm(UnifiedModel):
     def canvas(self, sample: Sample) -> tuple[int, int]:
         last = sample.messages[-1].parts[-1:]
         asked = last[0].size if last and isinstance(last[0], Image) else None
-        sources = [] if self.config.crop else [p for p in sample.images() if not p.blank]
+        sources = [] if self.config.crop else shown(sample)
         width, height = asked or (self.config.draw(*sources[-1].dimensions) if sources else self.config.size)
         if min(width, height) <= 0 or width % self.config.stride or height % self.config.stride:
             raise ValueError(f"size must be multiples of {self.config.stride}, not {width}x{height}")
@@ -478,7 +478,7 @@ class Iomm(UnifiedModel):
     def branches(self, sample: Sample, settings: FlowSettings) -> tuple[Drop, ...]:
         """Full; without words when their scale is not 1; without pictures when the conversation shows some and their
         scale is not 1."""
-        shows = any(not p.blank for p in sample.images())
+        shows = bool(shown(sample))
         if shows and settings.image_guidance_scale != 1:
             return (NOTHING, frozenset({"text"}), frozenset({"image"}))
         return (NOTHING,) if settings.guidance_scale == 1 else (NOTHING, frozenset({"text"}))
@@ -561,12 +561,6 @@ def _draws(message: Message, at: int = 0) -> bool:
     """Whether a message of the assistant begins (or ends) with a picture that is drawn."""
     part = message.parts[at] if message.role == "assistant" and message.parts else None
     return isinstance(part, Image) and part.role == "target"
-
-
-def _draw(noise: Noise, group: Pictures, name: str, shape: tuple[int, ...]) -> Tensor:
-    return torch.stack(
-        [noise.normal(o, f"{name}{i}", shape) for o, i in zip(group.owners, group.ordinals, strict=True)]
-    )
 
 
 def _cropped(image: Image, size: tuple[int, int]) -> PIL.Image.Image:

@@ -50,6 +50,18 @@ class FlowSettings:
         """The steps + 1 times from 1 to 0 between which a drawing moves."""
         return warp(steps) if self.warped else schedule(steps, self.timestep_shift)
 
+    def guided(self, t: float) -> bool:
+        """Whether guidance is active at this time; an interval that begins at 0 holds the 0."""
+        low, high = self.guidance_interval
+        return low < t <= high or t == low == 0 < high
+
+    def combine(self, branches: Float[Tensor, "R n f"]) -> Float[Tensor, "n f"]:
+        """The guided velocity of one picture from those of its branches: full, without text, without pictures."""
+        full, *others = branches.split(1)
+        no_text, no_image = (*others, None, None)[:2]
+        scales = self.guidance_scale, self.image_guidance_scale
+        return guide(full, no_text, no_image, *scales, self.renorm, self.renorm_min)[0]
+
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """s t / (1 + (s - 1) t): more of [0, 1] spent near noise when s > 1."""
@@ -72,12 +84,13 @@ class TimeDraw:
         return shift_time(draws if self.uniform else torch.sigmoid(self.mean + self.std * draws), self.shift)
 
 
-def schedule(steps: int, shift: float) -> Float[Tensor, " steps_1"]:
-    """The steps + 1 times from 1 to 0 between which the sampler moves; it evaluates the model at all but the last."""
+def schedule(steps: int, shift: float, first: float = 1.0) -> Float[Tensor, " steps_1"]:
+    """The steps + 1 times from ``first`` (before the shift) to 0 between which the sampler moves; it evaluates the
+    model at all but the last."""
     if steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, not {steps}")
     # In float64, so that the first time is 1 for every shift: a guidance interval up to 1 includes it.
-    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
+    return shift_time(torch.linspace(first, 0, steps + 1, dtype=torch.float64), shift).float()
 
 
 def warp(steps: int) -> Float[Tensor, " steps_1"]:
@@ -131,24 +144,21 @@ def check_step(drawings: Sequence[Drawn]) -> None:
 def euler(
     drawings: Sequence[Drawn],
     velocities: Callable[[Float[Tensor, "B n f"], Float[Tensor, " B"], int], Float[Tensor, "R B n f"]],
+    times: Sequence[Float[Tensor, " steps_1"]] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """The next state of every drawing, and the velocity without guidance. ``velocities(x_t, t, branches)`` gives those
-    of the first ``branches`` contexts; outside the guidance interval only the full one is asked for."""
-    times = [d.settings.times(d.steps)[d.step : d.step + 2] for d in drawings]
-    guided = [d.settings.guidance_interval[0] < t[0] <= d.settings.guidance_interval[1]
-              for d, t in zip(drawings, times, strict=True)]  # fmt: skip
+    of the first ``branches`` contexts; outside the guidance interval only the full one is asked for. ``times`` of each
+    drawing are those of its settings unless given."""
+    whole = [d.settings.times(d.steps) for d in drawings] if times is None else times
+    now = [t[d.step : d.step + 2] for d, t in zip(drawings, whole, strict=True)]
+    guided = [d.settings.guided(float(t[0])) for d, t in zip(drawings, now, strict=True)]
     branches = len(drawings[0].contexts) if any(guided) else 1
     x_t = torch.stack([d.state for d in drawings])
-    v = velocities(x_t, torch.stack([t[0] for t in times]).to(x_t.device), branches)
+    v = velocities(x_t, torch.stack([t[0] for t in now]).to(x_t.device), branches)
     out = []
-    for i, (d, t) in enumerate(zip(drawings, times, strict=True)):
-        s, own = d.settings, v[0, i : i + 1]
-        if guided[i] and branches > 1:
-            no_image = v[2, i : i + 1] if branches > 2 else None
-            own = guide(
-                own, v[1, i : i + 1], no_image, s.guidance_scale, s.image_guidance_scale, s.renorm, s.renorm_min
-            )
-        out.append((d.state - own[0] * float(t[0] - t[1]), own[0]))
+    for i, (d, t) in enumerate(zip(drawings, now, strict=True)):
+        own = d.settings.combine(v[:, i] if guided[i] else v[:1, i])
+        out.append((d.state - own * float(t[0] - t[1]), own))
     return out
 
 

@@ -42,6 +42,15 @@ class Tokenizer:
         """The text of ids, special tokens left out."""
         return self.inner.decode(list(ids), skip_special_tokens=True)
 
+    def adding(self, tokens: Iterable[str]) -> Tokenizer:
+        """The same tokenizer with these special tokens, the new ones at its end in this order."""
+        lacking = [t for t in tokens if self.inner.token_to_id(t) is None]
+        if not lacking:
+            return self
+        inner = tokenizers.Tokenizer.from_str(self.inner.to_str())
+        inner.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in lacking])
+        return Tokenizer(inner)
+
     def id(self, token: str) -> int:
         """The id of a special token. Raises ``ValueError`` when the vocabulary lacks it."""
         found = self.inner.token_to_id(token)
