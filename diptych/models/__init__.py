@@ -25,6 +25,7 @@ FAMILIES = {
     "bagel": "diptych.models.bagel:Bagel",
     "autoencoder": "diptych.models.autoencoder:AutoencoderTraining",
     "iomm": "diptych.models.iomm:Iomm",
+    "cheers": "diptych.models.cheers:Cheers",
 }
 
 
@@ -48,6 +49,8 @@ SIZES: dict[str, Size] = {
     "iomm/b": Size("iomm", "b", "arXiv 2603.16139, not released"),
     "iomm/l": Size("iomm", "l", "arXiv 2603.16139, not released"),
     "iomm/xl": Size("iomm", "xl", "arXiv 2603.16139, not released"),
+    "cheers/tiny": Size("cheers", "tiny", "ships with diptych", "cheers-tiny"),
+    "cheers/1.5b": Size("cheers", "b1_5", "ai9stars/Cheers"),
 }
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
 
@@ -278,7 +281,7 @@ def open_source(name_or_path: str | Path, base: str | Path | None = None) -> Sou
         return folders.Source(name, settings, tokenizer, weights, str(where), torch.float32)
     layouts = {name: layout for name in FAMILIES if (layout := published_layout(name))}
     for name, layout in layouts.items():
-        if all(where.find(file) for file in layout.json):
+        if folders.tells(layout, where):
             return folders.open_published(name, layout, where)
     lacks = [f"as a published {n} folder it lacks {', '.join(folders.missing(x, where))}" for n, x in layouts.items()]
     raise ValueError(

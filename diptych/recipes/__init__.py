@@ -19,6 +19,8 @@ RECIPES = {
     "iomm/tuning": "diptych.recipes.iomm:tuning",
     "iomm/bagel": "diptych.recipes.iomm:bagel",
     "sgt/bagel": "diptych.recipes.sgt:bagel",
+    "cheers/tiny": "diptych.recipes.cheers:tiny",
+    "cheers/1.5b": "diptych.recipes.cheers:b1_5",
 }
 
 
