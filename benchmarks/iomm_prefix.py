@@ -1,4 +1,4 @@
-"""What the kept prefix saves an IOMM training step: time and peak memory against the plain way, in one run.
+"""What the kept prefix saves an IOMM training step: time, and what is held for the backward, against the plain way.
 
 Plain: the frozen language model runs over the condition and its queries at once, with gradient. Kept: the condition
 runs without gradient, its keys and values stay, and the queries alone run with gradient (models/iomm.py). Both give the
@@ -8,9 +8,6 @@ same condition and the same gradients (tests/test_iomm.py); the difference here 
 """
 
 import argparse
-import resource
-import subprocess
-import sys
 from dataclasses import replace
 
 import torch
@@ -68,33 +65,39 @@ def step(model, batch, way: str) -> None:
     (condition.square() * valid[..., None]).mean().backward()
 
 
+def held(model, batch, way: str) -> float:
+    """MiB of activations that one forward holds for its backward."""
+    weights, storages = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = WAYS[way](model, batch)
+    del out
+    return sum(n for place, n in storages.items() if place not in weights) / 2**20
+
+
 def main() -> None:
     p = argparse.ArgumentParser()
     for name, value in (("width", 256), ("layers", 8), ("prefix", 280), ("queries", 64), ("samples", 4)):
         p.add_argument(f"--{name}", type=int, default=value)
-    p.add_argument("--way", choices=list(WAYS), help="one way only; prints what it added to the peak, in MiB")
     a = p.parse_args()
     torch.manual_seed(0)
     model = build(a.width, a.layers, a.queries)
     batch = rows(model, a.samples, a.prefix)
-    if a.way:  # a process of its own, so that one way's peak does not hide the other's
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        step(model, batch, a.way)
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-        return
     seconds = {way: best(lambda way=way: step(model, batch, way), repeat=3) for way in WAYS}
-    again = [sys.executable, *sys.argv, "--way"]
-    memory = {w: float(subprocess.run([*again, w], capture_output=True, text=True, check=True).stdout) for w in WAYS}
+    memory = {way: held(model, batch, way) for way in WAYS}
     (one, valid), (other, _) = (way(model, batch) for way in WAYS.values())
-    table = [{"way": w, "seconds a step": seconds[w], "memory over the weights (MiB)": memory[w]} for w in WAYS]
     finish(
         "the kept prefix",
-        table,
+        [{"way": w, "seconds a step": seconds[w], "held for the backward (MiB)": memory[w]} for w in WAYS],
         tokens=sum(batch.lengths) // len(batch.lengths),
         queries=a.queries,
         faster=seconds["plain"] / seconds["kept"],
         memory=memory["plain"] / memory["kept"],
-        difference=float((one - other)[valid].abs().max()),
+        difference=float((one - other)[valid].detach().abs().max()),
     )
 
 

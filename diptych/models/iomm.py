@@ -51,6 +51,8 @@ from diptych.parts.mllm import Mllm, MllmConfig, Template
 from diptych.parts.tokenizer import Tokenizer
 from diptych.parts.vision import kept
 
+WHOLE = 16  # attention over a multiple of this many keys gives the same bits however many of them are padding (CPU)
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -530,8 +532,10 @@ class Iomm(UnifiedModel):
     ) -> Float[Tensor, "R B n f"]:
         each = [d.slot[0][b] for b in range(branches) for d in drawings]
         lengths = torch.tensor([len(c) for c in each], device=self.device)
-        valid = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]
-        condition = pad_sequence(each, batch_first=True)
+        longest = int(lengths.max())
+        longest += -(longest + x_t.shape[1]) % WHOLE
+        valid = torch.arange(longest, device=self.device) < lengths[:, None]
+        condition = torch.stack([F.pad(c, (0, 0, 0, longest - len(c))) for c in each])
         x, times = x_t.repeat(branches, 1, 1), t.repeat(branches)
         prediction = self.dit(x, times, condition, valid, self._grid(drawings)).float()
         return velocity(prediction, x, times, self.config.prediction).unflatten(0, (branches, -1))
