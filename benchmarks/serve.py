@@ -60,6 +60,11 @@ def generate(http: httpx.Client, i: int, **how) -> tuple[float, bool]:
     return streamed(http, "/v1/images/generations", json=DRAW | {"seed": i, "stream": True, "partial_images": 1} | how)
 
 
+def plain(http: httpx.Client, i: int) -> tuple[float, bool]:
+    """A picture without previews."""
+    return generate(http, i, partial_images=0)
+
+
 def edit(http: httpx.Client, i: int) -> tuple[float, bool]:
     fields = {"prompt": "make the square blue", "steps": 20, "seed": i, "stream": "true", "partial_images": 1}
     return streamed(http, "/v1/images/edits", data=fields, files={"image": ("a.png", PNG)})
@@ -159,11 +164,11 @@ def main() -> None:
         return
     mixed = [chat, generate, edit, chat] * (a.each // 4)
     random.Random(0).shuffle(mixed)
-    pictures = [generate] * a.each
+    traffics = {"pictures": [plain] * a.each, "mixed": mixed}
     rounds: dict[tuple[str, str], list[dict]] = {}
     with server(a.model, 16) as together, server(a.model, 1) as alone:
         for _ in range(a.rounds):
-            for traffic, kinds in (("pictures", pictures), ("mixed", mixed)):
+            for traffic, kinds in traffics.items():
                 for arm, http, clients in (
                     ("one client, one at a time", alone, 1),
                     (f"{a.clients} clients, one at a time", alone, a.clients),
