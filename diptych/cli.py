@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns the exit code."""
     arguments = parser().parse_args(argv)
     try:
-        return arguments.run(arguments) or OK
+        return arguments.call(arguments) or OK
     except (ValueError, ArithmeticError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD
@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog="examples:\n" + "\n".join(f"  {e}" for e in examples),
         )
-        p.set_defaults(run=run)
+        p.set_defaults(call=run)
         return p
 
     p = verb("demo", _demo, "see the shipped model work, train one from scratch, read the report", "diptych demo", "diptych demo --minutes 10 --out report.html")  # fmt: skip  # noqa: E501
@@ -86,13 +86,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=int, default=4, help="items per category in the evaluations (default: 4)")
     p.add_argument("--seed", type=int, default=0)
 
-    p = verb("train", _train, "train a recipe (a name or a .json/.yaml file)", "diptych train bagel/tiny --steps 500", "diptych train runs/mine/recipe.json --run runs/again --seed 1", "diptych train bagel/tiny --set stages.0.train.vision=1e-3", "torchrun --nproc-per-node 2 -m diptych train bagel/tiny --run runs/two")  # fmt: skip  # noqa: E501
+    p = verb("train", _train, "train a recipe (a name or a .json/.yaml file)", "diptych train bagel/tiny --steps 500", "diptych train runs/mine/recipe.json --run runs/again --seed 1", "diptych train bagel/tiny --set stages.0.train.vision=1e-3", "diptych train iomm/tiny --data images=FOLDER", "torchrun --nproc-per-node 2 -m diptych train bagel/tiny --run runs/two")  # fmt: skip  # noqa: E501
     p.add_argument("recipe", help="a name that `diptych recipes` lists, or a file")
     p.add_argument("--model", help="go on from this model (a folder or shipped name) in place of the recipe's own")
     p.add_argument("--steps", type=int, help="cut or stretch all stages to this many steps, in proportion")
     p.add_argument("--run", dest="folder", type=Path, help="run folder (default: a new one under runs/)")
     p.add_argument("--seed", type=int, help="seed of weights, data order and noise")
     p.add_argument("--catalog", help="YAML file that says where your own data sets are")
+    p.add_argument("--data", action="append", default=[], metavar="NAME=FOLDER", help="read a data set of the recipe from a plain folder of pictures, without words")  # fmt: skip  # noqa: E501
+    p.add_argument("--encoded", metavar="FOLDER", help="data sets that `diptych data precompute` wrote stand in for their originals")  # fmt: skip  # noqa: E501
     p.add_argument("--set", dest="override", action="append", default=[], metavar="PATH=VALUE", help="change any leaf of the recipe")  # fmt: skip  # noqa: E501
     p.add_argument("--json", action="store_true", help="print {run, release} as JSON at the end")
     _device(p)
@@ -126,6 +128,25 @@ def parser() -> argparse.ArgumentParser:
     _model(p)
     p.add_argument("--out", type=Path, default=Path("pictures"), help="where /draw saves (default: pictures/)")
     _say(p, json_too=False)
+
+    p = verb("serve", _serve, "serve models: OpenAI's endpoints and a web page", "diptych serve bagel/tiny", "diptych serve bagel/tiny runs/mine --port 8080 --runs runs", "diptych serve bagel/tiny --host 0.0.0.0 --api-key-file keys.txt --rate 60")  # fmt: skip  # noqa: E501
+    p.add_argument("models", nargs="+", metavar="MODEL", help="names, model, run or published folders, or org/name")
+    p.add_argument("--base", help="the model whose files are taken where a published folder lacks them")
+    _device(p)
+    p.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights (default: as published)")
+    p.add_argument("--quantize", choices=["int8"], help="round the weights of the blocks to eight bits")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    p.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    p.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys that may use the server, one a line (default: everybody may)")  # fmt: skip  # noqa: E501
+    p.add_argument("--slots", type=int, default=16, help="requests that run together (default: 16)")
+    p.add_argument("--queue", type=int, default=64, help="requests that may wait (default: 64)")
+    p.add_argument("--timeout", type=float, default=120.0, help="seconds for one request (default: 120)")
+    p.add_argument("--grace", type=float, default=30.0, help="seconds to finish in when told to end (default: 30)")
+    p.add_argument("--rate", type=float, help="requests a minute for each key, or address (default: no limit)")
+    p.add_argument("--allow-host", action="append", default=[], metavar="HOST", help="fetch pictures by URL from this public host; * for any (default: none)")  # fmt: skip  # noqa: E501
+    p.add_argument("--runs", type=Path, metavar="DIR", help="show the training runs in this folder")
+    p.add_argument("--log-prompts", action="store_true", help="write prompts to the log")
+    p.add_argument("--quiet", action="store_true", help="no line for every request")
 
     p = verb("evaluate", _evaluate, "score a model; or list, score, compare, read, distance (see the examples)", *_EVALUATE)  # fmt: skip  # noqa: E501
     _model(p)
@@ -164,9 +185,10 @@ def parser() -> argparse.ArgumentParser:
         "run a paper's table in miniature",
         "diptych study sgt-proxies --seeds 0",
         "diptych study sgt-ratio --steps 300 --limit 24",
+        "diptych study iomm-recipes --seeds 0 --steps 400 --limit 24",
     )
-    p.add_argument("study", help="sgt-proxies, sgt-ratio or sgt-amount")
-    p.add_argument("--model", default="bagel/tiny", help="where every arm starts (default: bagel/tiny)")
+    p.add_argument("study", help="sgt-proxies, sgt-ratio, sgt-amount, iomm-components, iomm-recipes, iomm-mask or iomm-tuning")  # fmt: skip  # noqa: E501
+    p.add_argument("--model", help="where every arm starts (default: the study's own, bagel/tiny or iomm/tiny)")
     p.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of every arm for each (default: 0 1 2)"
     )
@@ -221,14 +243,30 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--source", type=Path, help="an unpacked folder of stamps (default: the Debian package)")
     p.add_argument("--out", type=Path, help="destination (default: the folder that the data set reads)")
 
+    p = verb("precompute", _data_precompute, "encode the pictures of a recipe's data sets once, with its frozen encoders", "diptych data precompute bagel/tiny --limit 2000 --out encoded && diptych train bagel/tiny --encoded encoded", "diptych data precompute mine.yaml --catalog data.yaml --data photos --dtype bf16", "torchrun --nproc-per-node 8 -m diptych data precompute mine.yaml --out encoded", into=kinds)  # fmt: skip  # noqa: E501
+    p.add_argument("recipe", help="a name that `diptych recipes` lists, or a file")
+    p.add_argument("--model", help="the model whose encoders are used, in place of the recipe's own")
+    p.add_argument("--data", nargs="+", metavar="NAME", help="which data sets (default: all of the recipe's)")
+    p.add_argument("--limit", type=int, help="rows per data set (embedded ones are endless)")
+    p.add_argument("--encoders", nargs="+", metavar="NAME", help="which of the family's encoders (default: all)")
+    p.add_argument("--out", type=Path, default=Path("encoded"), help="folder to write (default: encoded/)")
+    p.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of what is kept (default: as computed)")
+    p.add_argument("--batch", type=int, default=16, help="pictures of one shape encoded together (default: 16)")
+    p.add_argument("--shard", type=int, default=1000, help="rows of a shard (default: 1000)")
+    p.add_argument("--workers", type=int, default=0, help="processes that read and resize (default: 0)")
+    p.add_argument("--catalog", help="YAML file that says where your own data sets are")
+    p.add_argument("--set", dest="override", action="append", default=[], metavar="PATH=VALUE", help="change any leaf of the recipe")  # fmt: skip  # noqa: E501
+    p.add_argument("--json", action="store_true", help="print what was done by data set as JSON")
+    _device(p)
+
     p = verb("doctor", _doctor, "what this machine can do: devices, dtypes, attention, extras", "diptych doctor --json")
     p.add_argument("--json", action="store_true")
 
-    p = verb("export", _export, "write a model: safetensors, config.json and tokenizer.json, or as its family publishes it", "diptych export runs/mine model --dtype bf16", "diptych export runs/mine model --format published")  # fmt: skip  # noqa: E501
+    p = verb("export", _export, "write a model: safetensors, config.json and tokenizer.json, or as its family publishes it", "diptych export runs/mine model --dtype bf16", "diptych export runs/mine model --format published", "diptych export bagel/tiny parts --format hf")  # fmt: skip  # noqa: E501
     _model(p, use=False)
     p.add_argument("folder", type=Path)
-    p.add_argument("--format", choices=["diptych", "published"], default="diptych", help="files and names (default: diptych)")  # fmt: skip  # noqa: E501
-    p.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: bf16; as stored with --format published")
+    p.add_argument("--format", choices=["diptych", "published", "hf"], default="diptych", help="files and names; hf: the language and vision parts for transformers (default: diptych)")  # fmt: skip  # noqa: E501
+    p.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: bf16; as stored in other formats")
     return top
 
 
@@ -319,12 +357,6 @@ def _finish_run(a: argparse.Namespace, go: Callable[[], Path]) -> int:
 def _train(a: argparse.Namespace) -> int:
     from diptych.recipes.run import train
 
-    override = {}
-    for item in a.override:
-        path, sign, value = item.partition("=")
-        if not sign:
-            raise ValueError(f"--set takes PATH=VALUE, not {item!r}")
-        override[path] = value
     return _finish_run(
         a,
         lambda: train(
@@ -333,11 +365,23 @@ def _train(a: argparse.Namespace) -> int:
             steps=a.steps,
             seed=a.seed,
             catalog=a.catalog,
-            override=override,
+            override=_pairs(a.override, "--set", "PATH=VALUE"),
             device=a.device,
             model=a.model,
+            encoded=a.encoded,
+            folders=_pairs(a.data, "--data", "NAME=FOLDER"),
         ),
     )
+
+
+def _pairs(items: list[str], option: str, form: str) -> dict[str, str]:
+    pairs = {}
+    for item in items:
+        key, sign, value = item.partition("=")
+        if not sign:
+            raise ValueError(f"{option} takes {form}, not {item!r}")
+        pairs[key] = value
+    return pairs
 
 
 def _resume(a: argparse.Namespace) -> int:
@@ -421,6 +465,31 @@ def _chat(a: argparse.Namespace) -> None:
                     print(event.text, end="", flush=True)
             print()
             messages.append(Message("assistant", (Text(said),)))
+
+
+def _serve(a: argparse.Namespace) -> None:
+    try:
+        from diptych.serve.app import Options, serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f"serving needs the package {error.name}: pip install 'diptych[serve]'") from error
+    from diptych.generate.engine import load
+
+    keys: tuple[str, ...] = ()
+    if a.api_key_file:
+        lines = a.api_key_file.read_text().split("\n")
+        keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+        if not keys:
+            raise ValueError(f"{a.api_key_file} holds no key; write one a line")
+    options = Options(
+        keys, a.slots, a.queue, a.timeout, a.grace, a.rate, frozenset(a.allow_host), a.runs, a.log_prompts, a.quiet
+    )
+    engines = [load(name, a.device, a.dtype, a.base, a.quantize) for name in a.models]
+    for engine in engines:
+        if Path(engine.name).is_dir():  # clients see what the folder is called, not where it is
+            folder = Path(engine.name).resolve()
+            engine.name = folder.parent.name if folder.name == "release" else folder.name
+    names = ", ".join(e.name for e in engines)
+    serve(engines, options, a.host, a.port, lambda url: print(f"{names} at {url}  (Ctrl-C ends)", flush=True))
 
 
 def _evaluate(a: argparse.Namespace) -> None:
@@ -642,20 +711,27 @@ def _keywords(a: argparse.Namespace, models: Any, size: int) -> Any:
 
 
 def model_rows() -> list[dict[str, Any]]:
-    """Every named model with its parameter counts, taken on the meta device."""
+    """Every named model with its parameter counts, taken on the meta device; None where what it needs is missing."""
     from diptych import models
     from diptych.parts.tokenizer import Tokenizer
+
+    def counts(size: Any, name: str) -> tuple[int | None, int | None]:
+        try:
+            model = models.create(size.family, models.config(name), Tokenizer.tiny(), "meta")
+        except ValueError:  # an extra that is not installed; whoever asks for the model is told
+            return None, None
+        return sum(p.numel() for p in model.parameters()), model.activated_parameters()
 
     rows = []
     for name, size in models.SIZES.items():
         shipped = bool(size.folder and (models.SHIPPED / size.folder / "config.json").is_file())
-        model = models.create(size.family, models.config(name), Tokenizer.tiny(), "meta")
+        parameters, activated = counts(size, name)
         rows.append(
             {
                 "name": name,
                 "family": size.family,
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "activated_parameters": model.activated_parameters(),
+                "parameters": parameters,
+                "activated_parameters": activated,
                 "shipped": shipped,
                 "source": size.source,
             }
@@ -676,9 +752,12 @@ def _models(a: argparse.Namespace) -> None:
         return
     counted = ("parameters", "activated_parameters")
     show = [
-        [r["name"], r["family"], *(f"{r[k]:,}" for k in counted), "yes" if r["shipped"] else "", r["source"]]
+        [
+            r["name"], r["family"], *("needs diptych[hf]" if r[k] is None else f"{r[k]:,}" for k in counted),
+            "yes" if r["shipped"] else "", r["source"],
+        ]
         for r in rows
-    ]
+    ]  # fmt: skip
     _table("models", ["name", "family", "parameters", "activated", "ships", "source"], show)
 
 
@@ -731,6 +810,41 @@ def _data_prepare(a: argparse.Namespace) -> None:
     print("\n".join(f"{number:6d}  {what}" for what, number in counts.items()))
 
 
+def _data_precompute(a: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from diptych.models import pick_device
+    from diptych.recipes.run import precompute
+
+    for option in ("limit", "batch", "shard"):
+        if (value := getattr(a, option)) is not None and value < 1:
+            raise ValueError(f"--{option} must be at least 1, not {value}")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(a.device)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" and world > 1 else device
+    with Progress(console=Console(stderr=True), disable=a.json or rank > 0, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def progress(name: str, done: int, rows: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=rows)
+            bar.update(tasks[name], completed=done)
+
+        told = precompute(
+            a.recipe, a.out, data=a.data, limit=a.limit, model=a.model, catalog=a.catalog,
+            override=_pairs(a.override, "--set", "PATH=VALUE"), device=device, progress=progress,
+            encoders=a.encoders, dtype=a.dtype, batch=a.batch, shard=a.shard, workers=a.workers, rank=rank, world=world,
+        )  # fmt: skip
+    if a.json:
+        print(json.dumps(told))
+        return
+    rows = [[n, t["rows"], t["pictures"], f"{t['bytes'] / 2**20:.1f}", len(t["skipped"])] for n, t in told.items()]
+    _table(str(a.out), ["data set", "rows", "pictures", "MiB", "skipped"], rows)
+    for row, why in (item for t in told.values() for item in t["skipped"].items()):
+        print(f"skipped {row}: {why}")
+
+
 def _doctor(a: argparse.Namespace) -> None:
     from diptych.doctor import report
 
@@ -747,6 +861,13 @@ def _export(a: argparse.Namespace) -> None:
 
     published = a.format == "published"
     model = models.load(a.model, base=a.base)
+    if a.format == "hf":
+        from diptych.models.hf import write_transformers
+
+        dtype = DTYPES[a.dtype] if a.dtype else None
+        models.write_folder(a.folder, lambda folder: write_transformers(model, folder, dtype))
+        print("\n".join(str(f) for f in sorted(a.folder.iterdir())))
+        return
     kind = a.dtype or (None if published else "bf16")
     cast = {k: v.to(DTYPES[kind]) for k, v in model.named_parameters()} if kind else {}  # statistics stay as they are
     models.save(model, a.folder, model.state_dict() | cast, published)

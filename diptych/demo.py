@@ -82,7 +82,7 @@ def show_off(engine: Engine, run: Path, console: Console, seed: int) -> list[Gal
     asked = []
     source = shapes.source("shapes/ask", "test", engine.model.config.size[0])
     for sample in (source[i] for i in range(6)):
-        [answer] = engine.answers([sample])
+        [answer] = engine.answers([replace(sample, messages=sample.messages[:-1])])
         question = sample.messages[0].parts[-1].text  # type: ignore[union-attr]
         picture = next(sample.images()).pixels
         asked.append(Asked(picture, question, answer.text, sample.info["answer"], answer.text == sample.info["answer"]))

@@ -289,7 +289,7 @@ def test_sets_are_labelled_pictures(name):
 def test_intervals():
     assert intervals.wilson(8, 10) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)
     value, low, high = intervals.mean([1.0, 2.0, 3.0])
-    assert (value, low, high) == pytest.approx((2, 2 - 1.96 / 3**0.5, 2 + 1.96 / 3**0.5), abs=1e-3)
+    assert (value, low, high) == pytest.approx((2, 2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5), abs=1e-3)
 
 
 # ---- keywords --------------------------------------------------------------------------------------------------------

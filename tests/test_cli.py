@@ -60,6 +60,7 @@ def test_help_lists_every_verb(call):
         "edit",
         "ask",
         "chat",
+        "serve",
         "evaluate",
         "analyze",
         "models",
@@ -216,6 +217,7 @@ def test_what_cannot_be_done_is_said_in_one_line_with_exit_code_2(call, tiny_mod
     refused(call("dance"), "invalid choice: 'dance'")
     refused(call("data", "check", "nowhere.yaml"), "nowhere.yaml")
     refused(call("export", "nowhere", "out"), "no model 'nowhere'")
+    refused(call("study", "nothing", "--run", "runs"), "unknown study 'nothing'")
 
 
 def test_a_bad_recipe_names_file_line_and_field(call, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from diptych.data import embedded, stamps
+from diptych.data import embedded, stamps, tasks
 
 NOUNS = ("frog", "red apple", "owl", "brown hen", "saw", "trumpet", "lion", "zebra", "goat", "key", "fox", "onion")
 
@@ -104,3 +104,16 @@ def test_unprepared_stamps_name_the_command(tmp_path):
         embedded.source("stamps/draw", root=tmp_path)
     with pytest.raises(ValueError, match="no folder 'stamps'"):
         stamps.prepare(tmp_path / "out", tmp_path)
+
+
+@pytest.mark.parametrize("task", ["segment", "referring", "semantic", "detect", "denoise"])
+def test_stamps_are_pictures_of_sgt_tasks(root, task):
+    sample = embedded.source(f"stamps/sgt/{task}", "train", 64, root=root)[3]
+    shown, target = sample.images()
+    assert (shown.role, target.role, target.nearest) == ("understand", "target", tasks.TASKS[task].nearest)
+    assert shown.pixels.size == target.pixels.size == (64, 64) and sample.info["type"] == task
+    if task == "referring":
+        drawn = tasks.TASKS[task].decode(target.pixels)
+        assert 0 < drawn.mean() < 1 and sample.info["phrase"] in sample.messages[0].parts[-1].text
+    with pytest.raises(ValueError, match="unknown source 'stamps/sgt/depth'"):
+        embedded.source("stamps/sgt/depth", root=root)

@@ -18,12 +18,14 @@ A request is a sample whose last message is an *open turn* of the assistant: ``a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import PIL.Image
+
+from diptych.core.tensors import Tensor
 
 Speaker = Literal["system", "user", "assistant"]
 ImageRole = Literal["understand", "condition", "target"]
@@ -43,17 +45,43 @@ class Image:
 
     ``size`` (width, height in pixels) may be asked of a target that has no pixels yet: a picture to be drawn.
     ``nearest`` says that colours are labels: it is resized to the nearest pixel, so that no colour is made up.
+    ``encoded`` is what frozen encoders of a family made of it beforehand (``diptych data precompute``), by the
+    encoder's name; such a picture keeps its ``size`` and may have no pixels.
+    ``masked`` is the share of its tokens, in [0, 1], that a model is to read as blanks.
     """
 
     image: str | PIL.Image.Image | None
     role: ImageRole = "understand"
     size: tuple[int, int] | None = None
     nearest: bool = False
+    encoded: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    masked: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.masked <= 1:
+            raise ValueError(f"the masked share of a picture's tokens must lie in [0, 1], not {self.masked}")
+
+    @property
+    def blank(self) -> bool:
+        """Whether there is nothing to see yet: a picture that is to be drawn."""
+        return self.image is None and not self.encoded
+
+    @property
+    def dimensions(self) -> tuple[int, int]:
+        """(width, height) in pixels, also of a picture whose pixels were left out once it was encoded."""
+        return self.size if self.image is None and self.size else self.pixels.size
+
+    def through(self, encoder: str, see: Callable[[], Tensor]) -> tuple[Tensor, bool]:
+        """(``image``, ``encoded``) of a segment whose picture goes through the family's frozen ``encoder``: what that
+        made of it beforehand, else ``see()``, the tensor it will be shown."""
+        return (self.encoded[encoder], True) if encoder in self.encoded else (see(), False)
 
     @property
     def pixels(self) -> PIL.Image.Image:
         """The decoded RGB picture. Raises ``ValueError`` while it is still a path."""
         if not isinstance(self.image, PIL.Image.Image):
+            if self.encoded:
+                raise ValueError(f"picture has no pixels, only what {', '.join(self.encoded)} made of it")
             raise ValueError(
                 f"picture {self.image!r} has not been decoded; open it with diptych.data.images.open_image"
             )
@@ -109,7 +137,7 @@ class Sample:
 
 
 def _to_draw(part: Part) -> bool:
-    return isinstance(part, Image) and part.image is None
+    return isinstance(part, Image) and part.blank
 
 
 def user(*parts: str | Part) -> Message:
@@ -140,9 +168,10 @@ def sample_to_json(sample: Sample) -> dict:
     def part(p: Part) -> dict:
         if isinstance(p, Text):
             return {"type": "text", "text": p.text, "loss": p.loss}
-        if isinstance(p.image, PIL.Image.Image):
+        if isinstance(p.image, PIL.Image.Image) or p.encoded:
             raise ValueError(f"sample {sample.id!r} holds a decoded picture; save it and put its path in the sample")
-        more = ({"nearest": True} if p.nearest else {}) | ({"size": list(p.size)} if p.size else {})
+        more: dict[str, Any] = ({"nearest": True} if p.nearest else {}) | ({"size": list(p.size)} if p.size else {})
+        more |= {"masked": p.masked} if p.masked else {}
         return {"type": "image", "image": p.image, "role": p.role} | more
 
     messages = [{"role": m.role, "content": [part(p) for p in m.parts]} for m in sample.messages]
@@ -170,7 +199,7 @@ def _part(row: Any, speaker: Speaker, where: str) -> Part:
         if not isinstance(loss, bool):
             raise ValueError(f"{where}.loss must be true or false, not {loss!r}")
         return Text(row["text"], loss)
-    _keys(row, where, required={"type", "image"}, optional={"role", "size", "nearest"})
+    _keys(row, where, required={"type", "image"}, optional={"role", "size", "nearest", "masked"})
     if not isinstance(row["image"], (str, Path)) or not str(row["image"]):
         raise ValueError(f"{where}.image must be a path, not {row['image']!r}")
     role = row.get("role", "target" if speaker == "assistant" else "understand")
@@ -183,7 +212,10 @@ def _part(row: Any, speaker: Speaker, where: str) -> Part:
     nearest = row.get("nearest", False)
     if not isinstance(nearest, bool):
         raise ValueError(f"{where}.nearest must be true or false, not {nearest!r}")
-    return Image(str(row["image"]), role, size, nearest)
+    masked = row.get("masked", 0.0)
+    if not (isinstance(masked, (int, float)) and 0 <= masked <= 1):
+        raise ValueError(f"{where}.masked must be a number in [0, 1], not {masked!r}")
+    return Image(str(row["image"]), role, size, nearest, masked=float(masked))
 
 
 def _keys(row: Any, where: str, required: set[str], optional: set[str] = frozenset()) -> None:  # type: ignore[assignment]

@@ -287,7 +287,7 @@ class Loader:
             batch_size=None,
             num_workers=self.workers,
             collate_fn=_same,
-            worker_init_fn=_one_thread,
+            worker_init_fn=one_thread,
             generator=torch.Generator(),  # DataLoader draws a seed nobody uses; not from the global state
             multiprocessing_context="fork" if self.workers else None,
         )
@@ -374,7 +374,7 @@ def _same(row: Any) -> Any:
     return row
 
 
-def _one_thread(worker: int) -> None:
+def one_thread(worker: int) -> None:
     """A worker keeps to one thread and gives way: one of the trainer's threads interrupted makes all of them wait."""
     torch.set_num_threads(1)
     os.nice(5)

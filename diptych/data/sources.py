@@ -292,8 +292,11 @@ class Tar:
         file, key, _ = self.members[index]
         return f"{self.files[file]}:{key}"
 
-    def _bytes(self, index: int, extension: str) -> bytes:
-        file, _, places = self.members[index]
+    def member(self, index: int, extension: str) -> bytes:
+        """The content of a member. Raises ``ValueError`` when the sample lacks it or the shard ends inside it."""
+        file, key, places = self.members[index]
+        if extension not in places:
+            raise ValueError(f"{key} has no member .{extension}; it has {', '.join(places)}")
         offset, size = places[extension]
         with self.files[file].open("rb") as stream:
             stream.seek(offset)
@@ -309,7 +312,7 @@ class Tar:
         if self.read == "rows":
             if "json" not in places:
                 raise ValueError(f"{where}: has no .json member; it has {', '.join(places)}")
-            return _parse(self._bytes(index, "json"), where, default)
+            return _parse(self.member(index, "json"), where, default)
         shown = [e for e in places if f".{e.rsplit('.', 1)[-1]}" in SUFFIXES]
         if len(shown) != 1:
             raise ValueError(f"{where}: needs one picture to be read as {self.read!r}; it has {shown or 'none'}")
@@ -317,14 +320,14 @@ class Tar:
             return Sample(default, _messages(self.read, shown[0], ""))
         if "txt" not in places:
             raise ValueError(f"{where}: has no .txt member; it has {', '.join(places)}")
-        return Sample(default, _messages(self.read, shown[0], _utf8(self._bytes(index, "txt"), where).strip()))
+        return Sample(default, _messages(self.read, shown[0], _utf8(self.member(index, "txt"), where).strip()))
 
     def picture(self, index: int, reference: str) -> PIL.Image.Image:
         """The picture in the member of that extension."""
         _, key, places = self.members[index]
         if reference not in places:
             raise ValueError(f"picture {reference!r} is not a member; {key} has {', '.join(places)}")
-        return open_image(self._bytes(index, reference), f"{key}.{reference}", self.max_pixels)
+        return open_image(self.member(index, reference), f"{key}.{reference}", self.max_pixels)
 
 
 def webdataset(name: str, path: Path, read: Read = "rows", max_pixels: int = MAX_PIXELS) -> Tar:

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -26,6 +26,7 @@ import numpy as np
 import PIL.Image
 
 from diptych.core.sample import Image, assistant, user
+from diptych.data import tasks
 from diptych.data.render import Generated, Made, pick
 
 PACKAGES = ("tuxpaint-stamps-default", "tuxpaint-data")
@@ -357,7 +358,36 @@ def make_scene(rng: np.random.Generator, split: str, size: int, root: str | None
     return messages, {"type": "scene", "scene": scene.to_json()}
 
 
-SOURCES = {"stamps/draw": make_draw, "stamps/ask": make_ask, "stamps/scenes": make_scene}
+def annotated(scene: Scene, stamps: Stamps, size: int) -> tasks.Annotated:
+    """The picture of a scene with its masks; classes are all nouns of the prepared stamps."""
+    classes = tuple(sorted({s.noun for s in stamps.stamps}))
+    names = [t.noun for t in scene.things]
+    found = masks(scene, stamps, size)
+    phrases = tasks.phrases_of(names, tasks.boxes_of(found))
+    return tasks.Annotated(
+        render(scene, stamps, size), found, tuple(map(classes.index, names)), classes, phrases=phrases
+    )
+
+
+def make_task(rng: np.random.Generator, split: str, size: int, task: str, root: str | None = None) -> Made:
+    """A composed photograph and the target of a task of SGT."""
+    stamps = load(root)
+    scene = random_scene(rng, stamps, split)
+    messages, info = tasks.make(tasks.find(task), annotated(scene, stamps, size), rng)
+    return messages, info | {"scene": scene.to_json()}
+
+
+_KNOWN = {"masks", "labels", "things", "boxes", "phrases"}  # of a composed photograph; its depth is not
+SOURCES: dict[str, Callable[..., Made]] = {
+    "stamps/draw": make_draw,
+    "stamps/ask": make_ask,
+    "stamps/scenes": make_scene,
+    **{
+        f"stamps/sgt/{n}": partial(make_task, task=n)
+        for n, task in tasks.TASKS.items()
+        if _KNOWN.issuperset(task.needs)
+    },
+}
 
 
 def source(name: str, split: str = "train", size: int = 64, seed: int = 0, root: str | Path | None = None) -> Generated:

@@ -246,8 +246,8 @@ def paired(
 
 
 def ratio(over: Sequence[float], under: Sequence[float], clusters: Sequence[str], seed: int = 0) -> Score:
-    """The ratio of two sums over items (a precision, an F score), 0 over nothing: percentile bootstrap of clusters, no
-    narrower than Wilson's interval of the items that count below the line."""
+    """The ratio of two sums over items (a precision, an F score), 0 over nothing: percentile bootstrap over clusters,
+    no narrower than Wilson's interval of the items that count below the line."""
     if not len(over) == len(under) == len(clusters) or not len(over):
         raise ValueError(f"a ratio of {len(over)} and {len(under)} values of {len(clusters)} clusters")
     index = {c: i for i, c in enumerate(dict.fromkeys(clusters))}

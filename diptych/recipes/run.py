@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diptych import recipes
 from diptych.core.sample import Sample, user
-from diptych.data.catalog import sources
+from diptych.data import encoded as precomputed
+from diptych.data.catalog import origin, read_catalog, sources
+from diptych.data.mixture import First
+from diptych.data.selfcondition import SelfConditioned
 from diptych.generate.engine import Engine
 from diptych.models import pick_device
 from diptych.models.protocol import Trainable, UnifiedModel
@@ -37,11 +40,35 @@ def train(
     device: str = "auto",
     show: bool = True,
     model: str | Path | None = None,
+    encoded: str | None = None,
+    folders: Mapping[str, str] | None = None,
 ) -> Path:
     """Trains a recipe (an object, a name or a file) into the folder ``run`` and returns its released model's folder.
 
     ``model`` is a folder or shipped name to go on training, of any family that has the recipe's parts, in place of the
-    recipe's own; ``steps`` cuts or stretches all stages in proportion; ``override`` changes leaves by dotted path."""
+    recipe's own; ``steps`` cuts or stretches all stages in proportion; ``override`` changes leaves by dotted path;
+    ``encoded`` is the folder of ``diptych data precompute``, ``folders`` plain folders of pictures by data set."""
+    recipe = configured(
+        recipe, model=model, steps=steps, seed=seed, catalog=catalog, encoded=encoded, override=override,
+        folders=folders,
+    )  # fmt: skip
+    if run is None:
+        run = Path("runs") / f"{recipe.name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return loop.train(recipe, run, stage_sources, pick_device(device), show=show, hook=draw_samples)
+
+
+def configured(
+    recipe: Recipe | str | Path,
+    *,
+    model: str | Path | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    catalog: str | None = None,
+    encoded: str | None = None,
+    override: Mapping[str, str] | None = None,
+    folders: Mapping[str, str] | None = None,
+) -> Recipe:
+    """A recipe (an object, a name or a file) with the changes that ``train`` takes."""
     recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe)
     if model is not None:
         recipe = recipe.on(model)
@@ -49,13 +76,8 @@ def train(
         recipe = recipe.override(override)
     if steps is not None:
         recipe = recipe.with_steps(steps)
-    if seed is not None:
-        recipe = replace(recipe, seed=seed)
-    if catalog is not None:
-        recipe = replace(recipe, catalog=catalog)
-    if run is None:
-        run = Path("runs") / f"{recipe.name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return loop.train(recipe, run, stage_sources, pick_device(device), show=show, hook=draw_samples)
+    given = {"seed": seed, "catalog": catalog, "encoded": encoded, "folders": dict(folders) if folders else None}
+    return replace(recipe, **{name: value for name, value in given.items() if value is not None})
 
 
 def resume(run: str | Path, *, device: str = "auto", show: bool = True) -> Path:
@@ -68,8 +90,55 @@ def resume(run: str | Path, *, device: str = "auto", show: bool = True) -> Path:
 
 
 def stage_sources(recipe: Recipe, stage: Stage) -> Mapping[str, Any]:
-    """The data sets of a stage: from the recipe's catalog, else embedded."""
-    return sources(stage.data, catalog=recipe.catalog, size=recipe.size)
+    """The data sets of a stage: encoded beforehand, else the user's (folders, catalog), else embedded."""
+    how = {"catalog": recipe.catalog, "size": recipe.size, "encoded": recipe.encoded, "folders": recipe.folders}
+    return _self_conditioned(sources(stage.data, **how), stage)
+
+
+def _self_conditioned(found: Mapping[str, Any], stage: Stage) -> Mapping[str, Any]:
+    s = stage.self_condition
+    return {name: SelfConditioned(source, s.masked, s.prompt) for name, source in found.items()} if s else found
+
+
+def precompute(
+    recipe: Recipe | str | Path,
+    folder: str | Path,
+    *,
+    data: Sequence[str] | None = None,
+    limit: int | None = None,
+    model: str | Path | None = None,
+    catalog: str | None = None,
+    override: Mapping[str, str] | None = None,
+    device: str = "auto",
+    progress: Callable[[str, int, int], None] = lambda name, done, rows: None,
+    **how: Any,
+) -> dict[str, dict[str, Any]]:
+    """Encodes the data sets of a recipe with the frozen encoders of its model into ``folder``, one folder a data set.
+
+    Returns what was done by data set (``diptych.data.encoded.precompute``, which takes ``how``). The recipe then trains
+    on them with ``encoded=folder``.
+
+    ``data`` chooses data sets (default: all of the recipe's); ``limit`` cuts each to its first rows."""
+    recipe = configured(recipe, model=model, catalog=catalog, override=override)
+    stages = {name: stage for stage in reversed(recipe.stages) for name in stage.data}
+    made = loop.build(recipe, pick_device(device)).eval()
+    entries = read_catalog(recipe.catalog) if recipe.catalog else {}
+    told = {}
+    found = sources(data or stages, catalog=recipe.catalog, size=recipe.size, folders=recipe.folders)
+    for name, source in found.items():
+        source = _self_conditioned({name: source}, stages[name])[name] if name in stages else source
+        cut = First(source, min(limit, len(source))) if limit else source
+        done = 0
+
+        def said(rows: int, name: str = name, total: int = len(cut)) -> None:
+            nonlocal done
+            done += rows
+            progress(name, done, total)
+
+        told[name] = precomputed.precompute(
+            cut, made, Path(folder) / name, origin=origin(name, entries, recipe.size), progress=said, **how
+        )
+    return told
 
 
 def draw_samples(model: Trainable, step: int, run: Path) -> None:

@@ -23,7 +23,8 @@ ARMS = {  # the proxies of the paper's central table, of the embedded pictures
 
 def tiny(proxy: str | None = "segment", ratio: float = 2.0, amount: int | None = None, steps: int = 1000) -> Recipe:
     """Post-training of a tiny model on the embedded data: ``ratio`` proxies to one question, of ``amount`` different
-    pictures (default: all). No proxy is questions alone, as many as stand beside a proxy at 2:1.
+    pictures (default: all). No proxy is questions alone, as many as stand beside a proxy at 2:1: a proxy measures 54
+    tokens on average and a question 30, so 896 of 4,096 tokens are questions there.
 
     diptych train sgt/tiny
     diptych train sgt/tiny --model runs/mine
@@ -44,7 +45,7 @@ def tiny(proxy: str | None = "segment", ratio: float = 2.0, amount: int | None =
                 loss={"text": 1.5, "image": 1.0},
                 optimizer=Optimizer("muon"),
                 schedule=Schedule(warmup=50, decay=0.4),
-                limits=Limits(tokens=4096 if proxy else 1088, pictures=192),
+                limits=Limits(tokens=4096 if proxy else 896, pictures=192),
                 dropout={"text": 0.1} if proxy else {},
                 ema=0.99,
             ),

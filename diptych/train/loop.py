@@ -22,6 +22,7 @@ from diptych import models
 from diptych.core.batch import Batch
 from diptych.core.losses import add_counts, check_weights, combine
 from diptych.core.noise import Noise
+from diptych.data.encoded import encoders_of, refuse_stale
 from diptych.data.loader import Loader, Row, merge_states
 from diptych.models.protocol import Trainable
 from diptych.parts.tokenizer import Tokenizer
@@ -30,6 +31,8 @@ from diptych.train.log import Log, memory
 from diptych.train.parallel import add_gradients, any_of, gather, processes, total
 from diptych.train.parameters import Average, freeze, release_state, select
 from diptych.train.recipe import Recipe, Stage
+
+FOREIGN = "transformers:"  # begins a source of ``init`` that transformers reads
 
 Sources = Callable[[Recipe, Stage], Mapping[str, Any]]  # the data sets of a stage, by name
 Hook = Callable[[Trainable, int, Path], None]  # called with the model, the step and the run after every checkpoint
@@ -60,13 +63,15 @@ def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = Non
     """The recipe's model with fresh weights, and with the parts that ``init`` names taken from other models."""
     name, config = models.config_from_json(recipe.model)
     if tokenizer is None:
-        others = [m for part, m in recipe.init.items() if part == "model"]
-        tokenizer = models.places(others[0]).tokenizer() if others else Tokenizer.tiny()
+        tokenizer = _tokenizer(recipe)
     with torch.random.fork_rng(devices=[]):  # what ``initialise`` leaves alone belongs to the seed too
         torch.manual_seed(recipe.seed)
         model = models.create(name, config, tokenizer)
     model.initialise(recipe.seed)
     for path, source in recipe.init.items():
+        if source.startswith(FOREIGN):
+            _foreign(model, path, name, source)
+            continue
         where, _, other_path = source.partition("#")
         other = models.load(where)
         if path == "model":
@@ -75,6 +80,22 @@ def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = Non
         mine, theirs = _module(model, path, name), _module(other, other_path or path, where)
         models.load_strict(mine, theirs.state_dict(), f"{source}, taken over as {path!r},")
     return model.to(device)
+
+
+def _tokenizer(recipe: Recipe) -> Tokenizer:
+    """The tokenizer of the model that a recipe goes on from, or of the library's model inside it; else the tiny one."""
+    whole = recipe.init.get("model")
+    inner = next((s.removeprefix(FOREIGN) for s in recipe.init.values() if s.startswith(FOREIGN)), None)
+    if whole:
+        return models.places(whole).tokenizer()
+    return Tokenizer.load(Path(inner) if Path(inner).is_dir() else models.fetch(inner)) if inner else Tokenizer.tiny()
+
+
+def _foreign(model: Trainable, path: str, name: str, source: str) -> None:
+    module = _module(model, path, name)
+    if not hasattr(module, "load_pretrained"):
+        raise ValueError(f"init: module {path!r} of {name} is not one of transformers; {source!r} cannot fill it")
+    module.load_pretrained(source.removeprefix(FOREIGN))
 
 
 def _module(model: Trainable, path: str, name: str) -> nn.Module:
@@ -155,8 +176,10 @@ class _Job:
             checkpoint.restore_optimizer(state.optimizers, names, saved, "optimizer.")
             if state.average:
                 state.average.steps = checkpoint.read_meta(saved)["average"]
+        sources = self.sources(recipe, stage)
+        self._check_encoded(sources)
         loader = Loader(
-            self.sources(recipe, stage),
+            sources,
             stage.data,
             model.lay_out,
             routes=model.routes,
@@ -189,6 +212,17 @@ class _Job:
                     raise Interrupted(path, state.step)
         if state.average and state.stage < len(recipe.stages) - 1:
             state.average.hand_on()
+
+    def _check_encoded(self, sources: Mapping[str, Any]) -> None:
+        """Refuses data sets that another encoder made than the model's, or one that this stage would change."""
+        model = self.state.model
+        for encoder in encoders_of(sources) & model.encoders.keys():
+            modules = [model.get_submodule(m) for m in model.encoders[encoder].modules]
+            if any(p.requires_grad for m in modules for p in m.parameters()):
+                raise ValueError(
+                    f"this stage trains {encoder!r}, and its data sets hold what that made of pictures before"
+                )
+        refuse_stale(sources, lambda name: model.digest(name) if name in model.encoders else f"{model.family} has none")
 
     def save(self, loader: Loader, names: Mapping[int, str]) -> Path:
         """Writes the checkpoint of this step; every process must call it."""

@@ -1,0 +1,328 @@
+"""What frozen encoders make of pictures, computed once: ``precompute`` writes it, ``Encoded`` reads it.
+
+A folder is one data set: webdataset shards and ``encoded.json``, which names the encoders by digests of their weights
+and settings. A member group is a sample: its row (``.json``), what the encoders made of its pictures
+(``.safetensors``, named ``<picture>.<encoder>``), and the pictures whose pixels the family still asks for
+(``.<picture>.png``). Shard k holds rows k S .. (k + 1) S - 1 of the data set, so shards are made by any number of
+processes and a killed run goes on.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch.utils.data import DataLoader, Dataset
+
+from diptych.core.sample import Image, Sample, sample_to_json
+from diptych.core.tensors import Tensor
+from diptych.data.loader import one_thread
+from diptych.data.mixture import Source
+from diptych.data.sources import Tar, webdataset
+
+INDEX = "encoded.json"
+WINDOW = 64  # samples in memory at a time
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Family(Protocol):
+    """What is asked of a model here: a ``Trainable`` has it."""
+
+    family: Any
+    encoders: Any
+    device: torch.device
+
+    def lay_out(self, sample: Sample) -> Any: ...
+    def encode(self, encoder: str, images: Tensor) -> Tensor: ...
+    def digest(self, encoder: str) -> str: ...
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A data set whose pictures carry what frozen encoders made of them (``Image.encoded``)."""
+
+    name: str
+    tar: Tar
+    digests: Mapping[str, str]
+
+    def __len__(self) -> int:
+        return len(self.tar)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name} has no row {index}; it has {len(self)}")
+        where = self.tar.where(index)
+        made: dict[str, dict[str, Tensor]] = {}
+        try:
+            for name, tensor in load(self.tar.member(index, "safetensors")).items():
+                picture, _, encoder = name.partition(".")
+                made.setdefault(picture, {})[encoder] = tensor
+        except SafetensorError as error:
+            raise ValueError(f"{where}: member .safetensors is damaged: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+        def filled(image: Image) -> Image:
+            picture, _, kept = str(image.image).partition(".")
+            pixels = self.tar.picture(index, str(image.image)) if kept else None
+            return replace(image, image=pixels, encoded=made.get(picture, {}))
+
+        return self.tar.row(index).map_images(filled)
+
+
+def there(folder: Path) -> bool:
+    """Whether a folder holds an encoded data set."""
+    return (folder / INDEX).is_file()
+
+
+def encoded(name: str, folder: Path, origin: Mapping[str, Any]) -> Encoded:
+    """The data set that ``precompute`` wrote into ``folder``. Raises ``ValueError`` when shards lack, and when its
+    pictures were made otherwise than ``origin`` says."""
+    index = _read(folder / INDEX)
+    if index["origin"] != dict(origin):
+        raise ValueError(f"{folder} was encoded from {index['origin']}, not from {dict(origin)}; encode it again")
+    files = [folder / _shard(k) for k in range(-(-index["rows"] // index["shard"]))]
+    if lacking := [file.name for file in files if not file.is_file()]:
+        raise ValueError(
+            f"{folder} lacks {len(lacking)} of {len(files)} shards ({lacking[0]} ...); encode it to its end"
+        )
+    return Encoded(name, webdataset(name, folder / "*.tar"), index["digests"])
+
+
+def refuse_stale(sources: Mapping[str, Any], digest: Callable[[str], str]) -> None:
+    """Raises ``ValueError`` for a data set that another encoder made than the one that ``digest(name)`` describes."""
+    for name, source in sources.items():
+        source = _inner(source)
+        for encoder, made in source.digests.items() if isinstance(source, Encoded) else ():
+            if made != (now := digest(encoder)):
+                raise ValueError(
+                    f"data set {name!r} was encoded by another {encoder!r} (digest {made}) than this model's (digest "
+                    f"{now}): its weights or settings changed. Encode it again (diptych data precompute)"
+                )
+
+
+def encoders_of(sources: Mapping[str, Any]) -> set[str]:
+    """The names of all encoders whose outputs some of the data sets hold."""
+    inner = map(_inner, sources.values())
+    return {encoder for s in inner if isinstance(s, Encoded) for encoder in s.digests}
+
+
+def _inner(source: Any) -> Any:
+    """What a source is made from, if it is made from another."""
+    while not isinstance(source, Encoded) and hasattr(source, "source"):
+        source = source.source
+    return source
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Watched(Image):
+    """A picture that remembers which encoders ``lay_out`` asked for, and what each would have been shown."""
+
+    shown: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def through(self, encoder: str, see: Callable[[], Tensor]) -> tuple[Tensor, bool]:
+        self.shown[encoder] = see()
+        return self.shown[encoder], False
+
+
+class _Watch(Dataset):
+    """Row -> (the sample, encoder -> what it is to be shown, for each picture), or why it cannot be read."""
+
+    def __init__(self, source: Source, lay_out: Callable[[Sample], Any]) -> None:
+        self.source, self.lay_out = source, lay_out
+
+    def __getitem__(self, index: int) -> tuple[Sample, list[dict[str, Tensor]]] | str:
+        try:
+            sample = self.source[index]
+        except (ValueError, OSError) as error:  # what sources raise for rows and pictures that cannot be read
+            return str(error)
+        watched = sample.map_images(
+            lambda i: Watched(**{f.name: getattr(i, f.name) for f in fields(Image) if f.name != "encoded"})
+        )
+        self.lay_out(watched)
+        return sample, [i.shown for i in watched.images()]  # type: ignore[attr-defined]
+
+
+def precompute(
+    source: Source,
+    model: Family,
+    folder: Path,
+    *,
+    origin: Mapping[str, Any],
+    encoders: Sequence[str] | None = None,
+    dtype: str | None = None,
+    batch: int = 16,
+    shard: int = 1000,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> dict[str, Any]:
+    """Encodes a data set into ``folder`` and returns what this process did: rows, pictures, bytes, skipped (by row).
+
+    ``encoders``  which of the family's (default: all); a picture goes through those that its layout names
+    ``dtype``     what floating outputs are kept in (default: as they come)
+    ``batch``     pictures of one shape that are encoded together
+    ``shard``     rows of a shard; shards that are there are kept
+    ``origin``    what else decided the pictures, compared when the folder is read
+    ``rank``      of ``world`` processes, which share the shards
+
+    Raises ``ValueError`` for unknown encoders and for a folder that something else was encoded into."""
+    names = list(model.encoders) if encoders is None else list(encoders)
+    if unknown := sorted(set(names) - set(model.encoders)):
+        raise ValueError(f"unknown encoders {unknown}; {model.family} has: {', '.join(model.encoders) or 'none'}")
+    if not names:
+        raise ValueError(f"{model.family} has no frozen encoder whose outputs could be kept")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
+    index = {
+        "name": source.name, "family": model.family, "origin": dict(origin), "rows": len(source), "shard": shard,
+        "dtype": dtype, "digests": {name: model.digest(name) for name in names},
+    }  # fmt: skip
+    if there(folder) and (other := _read(folder / INDEX)) != index:
+        changed = ", ".join(f"{k} was {other.get(k)} and is {v}" for k, v in index.items() if other.get(k) != v)
+        raise ValueError(f"{folder} holds something else ({changed}); remove it or name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / INDEX, json.dumps(index, indent=1).encode())
+    told: dict[str, Any] = {"rows": 0, "pictures": 0, "bytes": 0, "skipped": {}}
+    for k in range(rank, -(-len(source) // shard), world):
+        rows = range(k * shard, min((k + 1) * shard, len(source)))
+        if (folder / _shard(k)).is_file():
+            progress(len(rows))
+            continue
+        with _written(folder / _shard(k)) as tar:
+            seen = iter(
+                DataLoader(
+                    _Watch(source, model.lay_out), sampler=rows, batch_size=None, num_workers=workers,
+                    collate_fn=lambda x: x, worker_init_fn=one_thread, generator=torch.Generator(),
+                    multiprocessing_context="fork" if workers else None,
+                )
+            )  # fmt: skip
+            for at in range(rows.start, rows.stop, WINDOW):
+                window, good = range(at, min(at + WINDOW, rows.stop)), {}
+                for number in window:
+                    if isinstance(found := next(seen), str):
+                        told["skipped"][f"{source.name}/{number}"] = found
+                    else:
+                        good[number] = found
+                made = _encode(model, {i: shown for i, (_, shown) in good.items()}, set(names), dtype, batch)
+                for number, (sample, _) in good.items():
+                    told["pictures"] += sum(map(bool, made[number]))
+                    _add(tar, f"{number:09d}", sample, made[number], model.lay_out)
+                told["rows"] += len(good)
+                progress(len(window))
+        told["bytes"] += (folder / _shard(k)).stat().st_size
+    return told
+
+
+@torch.inference_mode()
+def _encode(
+    model: Family, shown: Mapping[int, list[dict[str, Tensor]]], names: set[str], dtype: str | None, batch: int
+) -> dict[int, list[dict[str, Tensor]]]:
+    """row -> [encoder -> its output] for each picture; pictures of one shape go together."""
+    groups: dict[tuple, list[tuple[int, int]]] = {}
+    for row, pictures in shown.items():
+        for number, inputs in enumerate(pictures):
+            for encoder in inputs.keys() & names:
+                groups.setdefault((encoder, inputs[encoder].shape, inputs[encoder].dtype), []).append((row, number))
+    made: dict[int, list[dict[str, Tensor]]] = {row: [{} for _ in pictures] for row, pictures in shown.items()}
+    for (encoder, *_), places in sorted(groups.items(), key=str):
+        for at in range(0, len(places), batch):
+            some = places[at : at + batch]
+            out = model.encode(encoder, torch.stack([shown[r][n][encoder] for r, n in some]).to(model.device)).cpu()
+            for (row, number), tensor in zip(some, out, strict=True):
+                kept = DTYPES[dtype] if dtype and tensor.is_floating_point() else tensor.dtype
+                made[row][number][encoder] = tensor.to(kept).clone()
+    return made
+
+
+def _add(
+    tar: tarfile.TarFile, key: str, sample: Sample, made: list[dict[str, Tensor]], lay_out: Callable[[Sample], Any]
+) -> None:
+    """Writes a sample; pixels go where laying out does without them."""
+    encodings = iter(made)
+    filled = [replace(image, encoded=next(encodings)) for image in sample.images()]
+    bare = [replace(i, image=None, size=i.pixels.size) if i.encoded else i for i in filled]
+    if not _lays_out(sample, bare, lay_out):
+        for n, image in enumerate(filled):  # one by one
+            if not _lays_out(sample, [*bare[:n], bare[n], *filled[n + 1 :]], lay_out):
+                bare[n] = image
+    tensors = {f"{n}.{encoder}": t for n, i in enumerate(filled) for encoder, t in i.encoded.items()}
+    members = {"safetensors": save({k: t.contiguous() for k, t in tensors.items()})}
+    named = []
+    for n, image in enumerate(bare):
+        named.append(replace(image, image=f"{n}.png" if image.image else str(n), encoded={}))
+        if image.image:
+            file = io.BytesIO()
+            image.pixels.save(file, "PNG", compress_level=1)
+            members[f"{n}.png"] = file.getvalue()
+    numbered = iter(named)
+    row = sample_to_json(sample.map_images(lambda _: next(numbered)))
+    for extension, data in {"json": json.dumps(row).encode(), **members}.items():
+        add_member(tar, f"{key}.{extension}", data)
+
+
+def _lays_out(sample: Sample, images: list[Image], lay_out: Callable[[Sample], Any]) -> bool:
+    numbered = iter(images)
+    try:
+        lay_out(sample.map_images(lambda _: next(numbered)))
+    except ValueError:  # Image.pixels raises it where there are none
+        return False
+    return True
+
+
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """A file of a shard; without times and owners, so that equal content is equal bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+class _written:
+    """A tar that appears whole or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.tmp = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> tarfile.TarFile:
+        self.tar = tarfile.open(self.tmp, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        return self.tar
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        self.tar.close()
+        if kind is None:
+            self.tmp.rename(self.path)
+        else:
+            self.tmp.unlink()
+
+
+def _write(path: Path, data: bytes) -> None:
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp.write_bytes(data)
+    tmp.rename(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _shard(number: int) -> str:
+    return f"{number:06d}.tar"
