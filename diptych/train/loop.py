@@ -92,10 +92,10 @@ def _tokenizer(recipe: Recipe) -> Tokenizer:
 
 
 def _foreign(model: Trainable, path: str, name: str, source: str) -> None:
-    module = _module(model, path, name)
-    if not hasattr(module, "load_pretrained"):
+    load = getattr(_module(model, path, name), "load_pretrained", None)
+    if load is None:
         raise ValueError(f"init: module {path!r} of {name} is not one of transformers; {source!r} cannot fill it")
-    module.load_pretrained(source.removeprefix(FOREIGN))
+    load(source.removeprefix(FOREIGN))
 
 
 def _module(model: Trainable, path: str, name: str) -> nn.Module:
