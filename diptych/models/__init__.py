@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FAMILIES = {
     "bagel": "diptych.models.bagel:Bagel",
     "autoencoder": "diptych.models.autoencoder:AutoencoderTraining",
+    "synergen": "diptych.models.synergen:SynerGen",
 }
 
 
@@ -43,6 +44,10 @@ SIZES: dict[str, Size] = {
     "bagel/7b-mot": Size("bagel", "b7_mot", "ByteDance-Seed/BAGEL-7B-MoT"),
     "bagel/7b-sgt": Size("bagel", "b7_mot", "Two-hot/SGT-BAGEL", base="bagel/7b-mot"),
     "autoencoder/tiny": Size("autoencoder", "tiny", "ships with diptych", "autoencoder-tiny"),
+    "synergen/tiny": Size("synergen", "tiny", "ships with diptych", "synergen-tiny"),
+    "synergen/2b": Size("synergen", "b2", "no weights were published"),
+    "synergen/qwen2-0.5b": Size("synergen", "qwen2", "no weights were published"),
+    "autoencoder/vq-tiny": Size("autoencoder", "vq_tiny", "ships with diptych", "vq-tiny"),
 }
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
 

@@ -11,7 +11,7 @@ Any of the modules can be ``Routed``: ``routes`` names which of attention, norms
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -139,7 +139,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = Routed(lambda: RMSNorm(c.hidden_size, c.rms_norm_eps), c.copies("norms"))
         self.mlp = Routed(lambda: MLP(c), c.copies("mlp"))
 
-    def forward(self, x: Tensor, rope: Rope, counts: Sequence[int], attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, rope: Callable[[Tensor], Tensor], counts: Sequence[int], attend: Attend) -> Tensor:
         H, K = self.heads
         qkv = self.self_attn(self.input_layernorm(x, counts), counts)
         q, k = rope(qkv[:, : H + K]).split([H, K], 1)
@@ -174,4 +174,9 @@ class Decoder(nn.Module):
 
     def logits(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n V"]:
         """Scores of the next token for final normed states."""
-        return F.linear(x, self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
+        return F.linear(x, self.head_weight)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "V d"]:
+        """The language head: a table of its own, or that of the embeddings."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight

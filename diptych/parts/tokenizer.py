@@ -7,6 +7,7 @@ Reads ``tokenizer.json``, or ``vocab.json`` with ``merges.txt`` (Qwen2's files) 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,12 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of a text."""
         return self.inner.encode(text, add_special_tokens=False).ids
+
+    def template(self, text: str) -> list[int]:
+        """The ids of a chat template's own words, in which special tokens are markers; never for what users write."""
+        special = [t.content for t in self.inner.get_added_tokens_decoder().values() if t.special]
+        pieces = re.split("|".join(f"({re.escape(t)})" for t in sorted(special, key=len, reverse=True)), text)
+        return [i for p in pieces if p for i in ([self.id(p)] if p in special else self.encode(p))]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens left out."""

@@ -12,6 +12,7 @@ RECIPES = {
     "autoencoder/tiny": "diptych.recipes.tiny:autoencoder",
     "sgt/tiny": "diptych.recipes.sgt:tiny",
     "sgt/bagel": "diptych.recipes.sgt:bagel",
+    "autoencoder/vq-tiny": "diptych.recipes.synergen:tokenizer",
 }
 
 
