@@ -282,7 +282,7 @@ class Quantised(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    def _column(self, values: list[float], like: Tensor) -> Tensor:
+    def _column(self, values: list, like: Tensor) -> Tensor:
         return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
 
     def digits(self, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N c h w"]:
