@@ -206,10 +206,10 @@ def parser() -> argparse.ArgumentParser:
     p = verb("doctor", _doctor, "what this machine can do: devices, dtypes, attention, extras", "diptych doctor --json")
     p.add_argument("--json", action="store_true")
 
-    p = verb("export", _export, "write a model: safetensors, config.json and tokenizer.json, or as its family publishes it", "diptych export runs/mine model --dtype bf16", "diptych export runs/mine model --format published")  # fmt: skip  # noqa: E501
+    p = verb("export", _export, "write a model: safetensors, config.json and tokenizer.json, or as its family publishes it", "diptych export runs/mine model --dtype bf16", "diptych export runs/mine model --format published", "diptych export runs/mine words --format language")  # fmt: skip  # noqa: E501
     _model(p, use=False)
     p.add_argument("folder", type=Path)
-    p.add_argument("--format", choices=["diptych", "published"], default="diptych", help="files and names (default: diptych)")  # fmt: skip  # noqa: E501
+    p.add_argument("--format", choices=["diptych", "published", "language"], default="diptych", help="files and names: ours, those of the family's authors, or the words' path alone as a language model of transformers (default: diptych)")  # fmt: skip  # noqa: E501
     p.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: bf16; as stored with --format published")
     return top
 
@@ -627,6 +627,9 @@ def _export(a: argparse.Namespace) -> None:
     model = models.load(a.model, base=a.base)
     kind = a.dtype or (None if published else "bf16")
     cast = {k: v.to(DTYPES[kind]) for k, v in model.named_parameters()} if kind else {}  # statistics stay as they are
-    models.save(model, a.folder, model.state_dict() | cast, published)
+    if a.format == "language":
+        models.save_language_model(model, a.folder, model.state_dict() | cast)
+    else:
+        models.save(model, a.folder, model.state_dict() | cast, published)
     size = sum(f.stat().st_size for f in a.folder.iterdir())
     print(f"{a.folder}: {size / 2**20:.1f} MiB")

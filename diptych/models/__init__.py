@@ -155,6 +155,29 @@ def save(model: Trainable, folder: str | Path, state: Mapping[str, Any] | None =
     write_folder(Path(folder), write)
 
 
+def save_language_model(model: Trainable, folder: str | Path, state: Mapping[str, Any] | None = None) -> None:
+    """Writes the words' path of a model as transformers reads it (a Qwen2, Qwen3 or Llama folder), for any tool that
+    scores language models. ``state`` overrides the weights. Raises ``ValueError`` for a family without a decoder."""
+    from diptych.models.folders import write_language_model
+    from diptych.parts.decoder import Decoder
+
+    decoder = getattr(model, "decoder", None)
+    if not isinstance(decoder, Decoder):
+        raise ValueError(f"family {model.family!r} has no decoder of its own that could be written as a language model")
+    held = state or model.state_dict()
+    own = {n: held[f"decoder.{n}"] for n in decoder.state_dict()}
+    write_folder(Path(folder), lambda tmp: write_language_model(decoder, model.tokenizer, tmp, own))
+
+
+def language_model(name_or_path: str | Path) -> Path | None:
+    """The folder of a plain language model of transformers (Qwen2, Qwen3, Llama, InternLM2), on disk or in the hub's
+    cache; None for a model of ours. Raises ``ValueError`` as ``resolve`` does."""
+    from diptych.models import folders
+
+    folder = resolve(name_or_path)
+    return folder if folders.language_model(folder) else None
+
+
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Calls ``write`` on a temporary folder, then renames it ``folder``: a kill leaves the old one or the new one."""
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,9 @@ class AutoencoderTraining(Trainable):
         self.autoencoder = build_autoencoder(config.autoencoder)
         trained = isinstance(self.autoencoder, Quantised) or config.autoencoder.statistics
         if not trained:
-            raise ValueError("an autoencoder with 'statistics' or 'levels' is trained here; a published one has its own")
+            raise ValueError(
+                "an autoencoder with 'statistics' or 'levels' is trained here; a published one has its own"
+            )
 
     def initialise(self, seed: int) -> None:
         """Kaiming-normal convolutions."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diptych.models.protocol import Trainable
-from diptych.models.weights import Rules, State, Step, export, names, plan, raise_all
+from diptych.models.weights import (
+    DECODERS,
+    Rules,
+    State,
+    Step,
+    decoder_config,
+    decoder_json,
+    decoder_rules,
+    export,
+    names,
+    plan,
+    raise_all,
+)
+from diptych.parts.decoder import Decoder
 from diptych.parts.quantize import to_int8
 from diptych.parts.tokenizer import Tokenizer
 
@@ -254,3 +267,50 @@ def write_published(model: Trainable, layout: Layout, folder: Path, state: State
     for name, row in rows.items():
         (folder / name).write_text(json.dumps(row, indent=2))
     model.tokenizer.save(folder, split=True)
+
+
+# ---- language models of transformers ----------------------------------------------------------------------------
+
+
+def language_model(folder: Path) -> bool:
+    """Whether a folder holds a plain language model as transformers writes it: Qwen2, Qwen3, Llama or InternLM2."""
+    file = folder / "config.json"
+    row = read_json(file) if file.is_file() else {}
+    return "family" not in row and row.get("model_type") in DECODERS and Places((folder,)).weights("model") is not None
+
+
+def read_language_model(decoder: Decoder, folder: Path) -> None:
+    """Fills a decoder from a language model's folder; every one of several FFNs a layer becomes a copy of theirs.
+
+    Raises ``ValueError`` where sizes differ and for every missing, unknown and misshapen tensor."""
+    hf, mine = read_json(folder / "config.json"), decoder.config
+    theirs = replace(decoder_config(hf), routes=mine.routes, routed=mine.routed)
+    wrong = [
+        f"{f.name} is {getattr(theirs, f.name)} there, {getattr(mine, f.name)} here"
+        for f in fields(mine)
+        if getattr(theirs, f.name) != getattr(mine, f.name) and (f.name != "head_dim" or theirs.width != mine.width)
+    ]
+    raise_all(wrong, f"{folder} does not fit the decoder")
+    path = Places((folder,)).weights("model")
+    assert path is not None
+    tensors, own = Tensors(path), decoder.state_dict()
+    steps, _, wrong = plan(decoder_rules(hf, mine.copies("mlp")), tensors.shapes, own)
+    raise_all(wrong, f"{folder} does not fit the decoder")
+    with torch.no_grad():
+        for step in steps:
+            for name, tensor in step.apply(tensors.read).items():
+                own[name].copy_(tensor)
+
+
+def write_language_model(decoder: Decoder, tokenizer: Tokenizer, folder: Path, state: State) -> None:
+    """Writes the words' path of a decoder into an existing folder as transformers reads it (Qwen2, Qwen3 or Llama), so
+    that any tool for language models can score it. ``state`` are the decoder's own tensors."""
+    from safetensors.torch import save_file
+
+    row = decoder_json(decoder.config)
+    tensors = export(decoder_rules(row, decoder.config.copies("mlp")), state)
+    held = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
+    (folder / "config.json").write_text(json.dumps(row, indent=1))
+    tokenizer.save(folder, split=True)

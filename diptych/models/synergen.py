@@ -13,8 +13,8 @@
     p(v(i,j) | v(i,<j), h_i), h_i the final state one token before i             (Eq. 3)
     loss = w_text CE + w_image CE of codes, w_image / w_text = 2                 (Eq. 4)
 
-Layout: chat messages, each picture <boi> tokens <eoi> in its place. A picture to understand is tiled (InternVL 1.5), its
-tiles follow one another between one pair of markers. A drawn picture is the same tokens, so what follows reads it.
+Layout: chat messages, each picture <boi> tokens <eoi> in its place. A picture to understand is tiled (InternVL 1.5),
+its tiles one after another between one pair of markers. A drawn picture is the same tokens, so what follows reads it.
 Everything is causal and every token has a position of its own. Without text, a request's words are "Here is a random
 image <UNCOND>:". The three markers have a table of their own, after the vocabulary's last id.
 """
@@ -36,7 +36,7 @@ from diptych.core.sample import Image, Message, Sample, Text
 from diptych.core.sequence import Kind, Segment
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, Float, Int, Tensor, to_float
-from diptych.models.protocol import NOTHING, Context, Drawing, Drop, UnifiedModel
+from diptych.models.protocol import NOTHING, Context, Drawing, Drop, Encoder, UnifiedModel
 from diptych.parts.attention import Attend, Cache, Cached, Streams, documents, inverse_permutation, permute
 from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder
 from diptych.parts.codes import CodeHead, CodeSettings, linear_cross_entropy
@@ -52,7 +52,7 @@ UNCONDITIONAL = ("Here is a random image", ":")  # around <UNCOND>
 
 @dataclass(frozen=True)
 class Chat:
-    """How messages are written: ``begin`` once, then for each ``role`` (with the role's name), its parts and ``end``."""
+    """How messages are written: ``begin`` once, then of each ``role`` (with the role's name), its parts and ``end``."""
 
     begin: str = ""
     role: str = "<|im_start|>{role}\n"
@@ -61,7 +61,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes and settings; ``b2`` (InternLM2-1.8B), ``qwen2`` (the ablations' Qwen2-0.5B) and ``tiny`` are the named ones.
+    """Sizes and settings; ``b2`` (InternLM2-1.8B), ``qwen2`` (the ablations' Qwen2-0.5B) and ``tiny`` are named.
 
     ``grid`` are the (rows, columns) of the table of code positions, resized for pictures of another grid;
     ``image_loss_on_und`` lets pictures that are read carry the picture loss too (specs: SynerGen-VL 7, Q11).
@@ -192,6 +192,7 @@ class SynerGen(UnifiedModel):
     routes = 2
     frozen = frozenset({"autoencoder"})
     conditions = ("text", "image")
+    encoders: ClassVar = {"autoencoder": Encoder(("autoencoder",), ("autoencoder", "see", "draw"))}
     parts: ClassVar = {
         "decoder.text": ("decoder.embed_tokens.*", "decoder.lm_head.*", "decoder.layers.*.mlp.0.*"),
         "decoder.attention": ("decoder.layers.*.self_attn.*", "decoder.layers.*.o_proj.*"),
@@ -258,8 +259,8 @@ class SynerGen(UnifiedModel):
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
-        """Messages in order. ``text`` puts the unconditional words in place of the last user message's; ``image`` leaves
-        every picture to read out."""
+        """Messages in order. ``text`` puts the unconditional words in place of the last user message's; ``image``
+        leaves every picture to read out."""
         segments = [Segment(Kind.TEXT, tuple(self.begin))] if self.begin else []
         seen = sum(image.role == "understand" for image in sample.images())
         for message in sample.messages:
@@ -282,7 +283,7 @@ class SynerGen(UnifiedModel):
                     words = [] if self.uncond in ids else [*before, self.uncond, *after]
                 ids += words
                 said += [part.loss] * len(words)
-            elif part.image is None:
+            elif part.blank:
                 if not (opens and part is message.parts[-1]):
                     raise ValueError(f"sample {sample.id!r} has a picture without pixels that is not the one to draw")
                 ids.append(self.boi)
@@ -312,17 +313,20 @@ class SynerGen(UnifiedModel):
         return out
 
     def _picture(self, image: Image, drawn: bool, most: int) -> Segment:
-        """A picture between its markers, as tiles (to understand) or as one (condition and target): (tiles, 3, H, W)."""
+        """A picture between its markers, (tiles, 3, H, W): tiles to understand, one for a condition and a target."""
         c = self.config
         if image.role == "understand":
-            height = width = c.see.side
-            pixels = c.see(image.pixels, most, image.nearest)
+            width = height = c.see.side
+            tiles = c.see.count(*image.dimensions, most)
+            held, encoded = image.through("autoencoder", lambda: c.see(image.pixels, most, image.nearest))
         else:
-            width, height = c.draw(*image.pixels.size)
-            pixels = fit(image.pixels, (width, height), image.nearest)[None]
+            (width, height), tiles = c.draw(*image.dimensions), 1
+            held, encoded = image.through(
+                "autoencoder", lambda: fit(image.pixels, (width, height), image.nearest)[None]
+            )
         grid = self._grid(height, width)
-        ids = (self.boi, *[NONE] * (len(pixels) * grid[0] * grid[1]), self.eoi)
-        return Segment(Kind.CODES, ids, image=pixels, grid=grid, route=PICTURES, drawn=drawn)
+        ids = (self.boi, *[NONE] * (tiles * grid[0] * grid[1]), self.eoi)
+        return Segment(Kind.CODES, ids, image=held, grid=grid, route=PICTURES, drawn=drawn, encoded=encoded)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of the tokens of a picture."""
@@ -334,11 +338,14 @@ class SynerGen(UnifiedModel):
     @torch.no_grad()
     def _codes(self, group: Pictures) -> Int[Tensor, "N t n s"]:
         """Folded codes of a group's pictures, tile by tile."""
-        shape = group.images.shape
-        codes = group.images.flatten(0, 1)
-        if not group.encoded:
-            codes = self.autoencoder.encode(to_float(codes))
-        return fold(codes.long(), self.config.fold).unflatten(0, shape[:2])
+        codes = group.images if group.encoded else self.encode("autoencoder", group.images)
+        return fold(codes.long().flatten(0, 1), self.config.fold).unflatten(0, codes.shape[:2])
+
+    @torch.no_grad()
+    def encode(self, encoder: str, images: Tensor) -> Tensor:
+        """Codes (N, tiles, h, w) of uint8 or float pictures (N, tiles, 3, H, W), as int16: it holds 32768 of them."""
+        codes = self.autoencoder.encode(to_float(images.flatten(0, 1)))
+        return codes.to(torch.int16).unflatten(0, images.shape[:2])
 
     def _embed_codes(self, codes: Int[Tensor, "N t n s"], grid: tuple[int, int]) -> Float[Tensor, "N m d"]:
         m, n = self.config.fold
@@ -373,8 +380,8 @@ class SynerGen(UnifiedModel):
         }
 
     def losses(self, batch: Batch, noise: Noise) -> Losses:
-        """``text``: cross-entropy summed over supervised words; ``image``: over codes (Eq. 4), in nats. A picture's first
-        token is predicted from <boi>, every other from the token before it. Nothing is random."""
+        """``text``: cross-entropy summed over supervised words; ``image``: over codes (Eq. 4), in nats. A picture's
+        first token is predicted from <boi>, every other from the token before it. Nothing is random."""
         counts, order = self.counts(batch), torch.cat(batch.routes)
         rank = inverse_permutation(order)
         codes = {id(g): self._codes(g) for g in batch.of(Kind.CODES)}
@@ -428,8 +435,8 @@ class SynerGen(UnifiedModel):
     def canvas(self, sample: Sample) -> tuple[int, int]:
         last = sample.messages[-1].parts[-1:]
         asked = last[0].size if last and isinstance(last[0], Image) else None
-        sources = [i for i in sample.images() if i.image is not None]
-        width, height = asked or (self.config.draw(*sources[-1].pixels.size) if sources else self.config.size)
+        sources = [i for i in sample.images() if not i.blank]
+        width, height = asked or (self.config.draw(*sources[-1].dimensions) if sources else self.config.size)
         stride, most = self.config.stride, self.config.draw.longest
         if width % stride or height % stride or not (0 < width <= most and 0 < height <= most):
             raise ValueError(f"size must be multiples of {stride} up to {most}, not {width}x{height}")
@@ -440,7 +447,7 @@ class SynerGen(UnifiedModel):
         scale exceeds 1. There is no guidance at all when the text scale is at most 1."""
         if settings.guidance_scale <= 1:
             return (NOTHING,)
-        if settings.image_guidance_scale > 1 and any(i.image is not None for i in sample.images()):
+        if settings.image_guidance_scale > 1 and not all(i.blank for i in sample.images()):
             return (NOTHING, frozenset({"text"}), frozenset({"image"}))
         return (NOTHING, frozenset({"text"}))
 
@@ -461,7 +468,7 @@ class SynerGen(UnifiedModel):
 
     @torch.inference_mode()
     def step(self, drawings: Sequence[Drawing]) -> list[Drawing]:
-        """The codes of one token each, and the token read by every branch: through the vision experts, as in training."""
+        """The codes of one token each; every branch reads the token, through the vision experts, as in training."""
         if len({d.canvas for d in drawings}) != 1 or len({len(d.contexts) for d in drawings}) != 1:
             raise ValueError("one step takes drawings of one canvas size and one number of branches")
         if any(d.done for d in drawings):
@@ -489,7 +496,7 @@ class SynerGen(UnifiedModel):
         ]
 
     def _streams(self, drawings: Sequence[Drawing]) -> Streams:
-        """Keys and values of every branch of every drawing, branch-major; kept while the same drawings go on together."""
+        """Keys and values of every branch of every drawing, branch-major; kept while the same drawings go on."""
         R, B = len(drawings[0].contexts), len(drawings)
         lengths = [d.contexts[b].length + d.step for b in range(R) for d in drawings]
         first = drawings[0].slot and drawings[0].slot.streams

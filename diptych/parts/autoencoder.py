@@ -25,8 +25,8 @@ from diptych.core.tensors import Float, Int, Tensor
 @dataclass(frozen=True)
 class AutoencoderConfig:
     """Sizes. ``statistics`` normalises every latent channel by measured mean and variance instead of scale and shift;
-    ``posterior`` says that the encoder yields a mean and a log-variance and that encoding may sample; ``levels`` are the
-    values that each latent channel of a ``vq`` is rounded to."""
+    ``posterior`` says that the encoder yields a mean and a log-variance and that encoding may sample; ``levels`` are
+    how many values each latent channel of a ``vq`` is rounded to."""
 
     kind: Literal["flux", "identity", "kl", "vq", "emu3"] = "flux"
     channels: int = 128
@@ -303,7 +303,11 @@ class Quantised(nn.Module):
         """Codes: the digits of a place in one number, the first channel counting ones."""
         some = images.contiguous(memory_format=torch.channels_last).split(16)  # as Autoencoder.encode
         digits = torch.cat([self.digits(x) for x in some])
-        return (digits * self._column([prod(self.config.levels[:i]) for i in range(digits.shape[1])], digits)).sum(1).long()
+        return (
+            (digits * self._column([prod(self.config.levels[:i]) for i in range(digits.shape[1])], digits))
+            .sum(1)
+            .long()
+        )
 
     def decode(self, codes: Int[Tensor, "N h w"]) -> Float[Tensor, "N 3 H W"]:
         """Pictures in about [-1, 1]."""

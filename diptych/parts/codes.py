@@ -1,5 +1,5 @@
-"""Picture codes one after another: a small causal transformer over the slots of a token (SynerGen-VL Eq. 3), guidance on
-the logits of each code, and cross-entropy whose logits never exist whole.
+"""Picture codes one after another: a small causal transformer over the slots of a token (SynerGen-VL Eq. 3), guidance
+on the logits of each code, and cross-entropy whose logits never exist whole.
 
 ::
 
@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from diptych.core.tensors import Float, Int, Tensor

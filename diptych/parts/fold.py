@@ -29,6 +29,4 @@ def fold(x: Tensor, ratio: Ratio) -> Tensor:
 def unfold(x: Tensor, grid: tuple[int, int], ratio: Ratio) -> Tensor:
     """The inverse of ``fold`` for a grid of (rows, columns) tokens."""
     rows, columns = folded(grid, ratio)
-    return rearrange(
-        x, "N (r c) (m n) ... -> N (r m) (c n) ...", r=rows, c=columns, m=ratio[0], n=ratio[1]
-    )
+    return rearrange(x, "N (r c) (m n) ... -> N (r m) (c n) ...", r=rows, c=columns, m=ratio[0], n=ratio[1])

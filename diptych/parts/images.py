@@ -46,9 +46,8 @@ class SizeRule:
 
 @dataclass(frozen=True)
 class Tiling:
-    """InternVL 1.5's dynamic resolution: a picture as up to ``most`` square tiles of ``side`` pixels, cut from it where
-    it is stretched to the nearest aspect ratio, and as a whole once more where there are several (specs: SynerGen-VL 5.2;
-    arXiv 2404.16821)."""
+    """InternVL 1.5's dynamic resolution (arXiv 2404.16821; specs: SynerGen-VL 5.2): a picture as up to ``most`` square
+    tiles of ``side`` pixels, stretched to the nearest aspect ratio, and as a whole once more where there are several."""
 
     side: int
     most: int = 1
@@ -75,7 +74,9 @@ class Tiling:
         c, r = self.grid(width, height, most)
         return c * r + (self.thumbnail and c * r > 1)
 
-    def __call__(self, image: PIL.Image.Image, most: int | None = None, nearest: bool = False) -> UInt8[Tensor, "t 3 S S"]:
+    def __call__(
+        self, image: PIL.Image.Image, most: int | None = None, nearest: bool = False
+    ) -> UInt8[Tensor, "t 3 S S"]:
         """The tiles row by row, then the whole; ``most`` stands in for the rule's own (several pictures share it)."""
         (c, r), side = self.grid(*image.size, most), self.side
         whole = to_tensor(image, (c * side, r * side), nearest)

@@ -13,6 +13,10 @@ RECIPES = {
     "sgt/tiny": "diptych.recipes.sgt:tiny",
     "sgt/bagel": "diptych.recipes.sgt:bagel",
     "autoencoder/vq-tiny": "diptych.recipes.synergen:tokenizer",
+    "synergen/tiny": "diptych.recipes.synergen:tiny",
+    "synergen/stage1": "diptych.recipes.synergen:stage1",
+    "synergen/stage2": "diptych.recipes.synergen:stage2",
+    "synergen/tune": "diptych.recipes.synergen:tune",
 }
 
 

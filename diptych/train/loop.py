@@ -24,7 +24,9 @@ from diptych.core.losses import add_counts, check_weights, combine
 from diptych.core.noise import Noise
 from diptych.data.encoded import encoders_of, refuse_stale
 from diptych.data.loader import Loader, Row, merge_states
+from diptych.models import folders
 from diptych.models.protocol import Trainable
+from diptych.parts.decoder import Decoder
 from diptych.parts.tokenizer import Tokenizer
 from diptych.train import checkpoint, optim
 from diptych.train.log import Log, memory
@@ -58,10 +60,11 @@ class State:
 
 
 def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = None) -> Trainable:
-    """The recipe's model with fresh weights, and with the parts that ``init`` names taken from other models."""
+    """The recipe's model with fresh weights, and with the parts that ``init`` names taken from other models, or a
+    decoder from a language model of transformers (whose tokenizer comes with it)."""
     name, config = models.config_from_json(recipe.model)
     if tokenizer is None:
-        others = [m for part, m in recipe.init.items() if part == "model"]
+        others = [m for part, m in recipe.init.items() if part == "model" or models.language_model(m.partition("#")[0])]
         tokenizer = models.places(others[0]).tokenizer() if others else Tokenizer.tiny()
     with torch.random.fork_rng(devices=[]):  # what ``initialise`` leaves alone belongs to the seed too
         torch.manual_seed(recipe.seed)
@@ -69,6 +72,14 @@ def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = Non
     model.initialise(recipe.seed)
     for path, source in recipe.init.items():
         where, _, other_path = source.partition("#")
+        if base := models.language_model(where):
+            decoder = _module(model, path, name)
+            if not isinstance(decoder, Decoder):
+                raise ValueError(
+                    f"init: {source} is a language model, which can become a decoder, not {path!r} of {name}"
+                )
+            folders.read_language_model(decoder, base)
+            continue
         other = models.load(where)
         if path == "model":
             models.load_strict(model, other.state_dict(), source)

@@ -92,7 +92,8 @@ class Recipe:
     """Everything that decides a run: the model, where frozen parts come from, the stages, the seed.
 
     ``init`` maps a module of the model -> what it starts from: ``model`` (a folder or shipped name: its module of the
-    same path) or ``model#path`` (another path). The key ``model`` takes everything over.
+    same path) or ``model#path`` (another path); a decoder also starts from a language model's folder of transformers.
+    The key ``model`` takes everything over.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")

@@ -178,7 +178,9 @@ def test_a_picture_drawn_alone_equals_one_drawn_in_a_batch(model):
 def test_a_picture_may_be_joined_late_and_left_early(model):
     longer = having(model, num_inference_steps=6)
     first, second = begin(model, "a blue star", 0), begin(model, "two red squares", 1, **longer)
-    alone = [finish(model, d)[0] for d in (begin(model, "a blue star", 0), begin(model, "two red squares", 1, **longer))]
+    alone = [
+        finish(model, d)[0] for d in (begin(model, "a blue star", 0), begin(model, "two red squares", 1, **longer))
+    ]
     [first] = model.step([first])
     [first] = model.step([first])
     while not first.done:
