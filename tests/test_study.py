@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from diptych import study
+from diptych.evaluate import harness
 from diptych.recipes import sgt
 
 
 @pytest.fixture
 def small(monkeypatch):
-    arms = {arm: (lambda steps, proxy=proxy: sgt.tiny(proxy, steps=steps)) for arm, proxy in list(sgt.ARMS.items())[:2]}
+    arms = {arm: study._sgt(proxy=proxy) for arm, proxy in list(sgt.ARMS.items())[:2]}
     monkeypatch.setitem(study.STUDIES, "small", study.Study("A small table", arms, "none"))
     monkeypatch.setattr(study, "BENCHMARKS", ("vqa-mini",))
 
@@ -40,5 +41,8 @@ def test_bad_studies_are_refused(tmp_path):
 def test_every_arm_is_a_recipe_and_the_base_is_one_of_them(name):
     this = study.STUDIES[name]
     assert this.base in this.arms
-    made = {arm: make(7) for arm, make in this.arms.items()}
-    assert all(r.steps == 7 for r in made.values()) and len({str(r.stages[0].data) for r in made.values()}) == len(made)
+    model = this.model if isinstance(this.model, str) else "runs/start/run/release"
+    made = {arm: make(8, model) for arm, make in this.arms.items()}
+    assert all(r.steps in (4, 8) for r in made.values())
+    assert len({(str(r.stages), str(r.model)) for r in made.values()}) == len(made)
+    assert set(this.benchmarks) <= set(harness.BENCHMARKS)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from diptych import models, recipes
+from diptych.analyze import layers
+from diptych.analyze import run as analyze
+from diptych.analyze.keywords import keywords
+from diptych.analyze.separability import points
 from diptych.core.batch import pack
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Sample, assistant, user
@@ -498,3 +504,50 @@ def test_the_ablations_size():
 def test_the_shipped_size_fits():
     counts, _ = counted("synergen/tiny")
     assert 2 * sum(counts.values()) < 12e6
+
+
+# ---- analyses ---------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_read_and_drawn_is_the_same_at_the_inputs_and_parts_later(model):
+    pictures = [tiny.draw(f"d{i}", i, prompt) for i, prompt in enumerate(("a blue star", "two red squares", "a cross"))]
+    found = layers.similarity(model, pictures)
+    assert [r["layer"] for r in found] == [0, 1, 2]
+    assert found[0]["same"]["value"] == pytest.approx(1.0, abs=1e-5) and found[0]["centred"] == pytest.approx(
+        1, abs=1e-5
+    )
+    assert found[2]["same"]["value"] < 0.99 and all(r["other"] < r["same"]["value"] for r in found)
+    twin = [replace(s, messages=(user(layers.INSTRUCTION), s.messages[1])) for s in pictures]
+    assert layers.similarity(model, twin)[2]["same"]["value"] != found[2]["same"]["value"]
+    with pytest.raises(ValueError, match="does not ask for one picture in words"):
+        layers.similarity(model, [tiny.ask(), tiny.ask()])
+    with pytest.raises(ValueError, match="family 'bagel' does not read this picture as the tokens"):
+        layers.similarity(tiny.model("bagel"), pictures)
+
+
+def test_locality_of_known_attention(model):
+    at = torch.arange(8)
+    row, column = at // 2, at % 2
+    near = ((row[:, None] - row).abs() <= 1) & ((column[:, None] - column).abs() <= 1)
+    far = torch.cdist(torch.stack([row, column], 1).float()[None], torch.stack([row, column], 1).float()[None])[0]
+    itself, up = torch.eye(8).double(), torch.roll(torch.eye(8).double(), -2, 1).tril()
+    up[:2] = torch.eye(8).double()[:2]
+    assert layers._measure(itself, near, far, 2) == {"locality": 1.0, "distance": 0.0, "periodicity": 0.0}
+    assert layers._measure(up, near, far, 2)["distance"] == pytest.approx(6 / 8)
+    assert layers._lags(up)[2] == 1.0 and layers._lags(itself)[0] == 1.0
+    found = layers.locality(model, [tiny.draw("a", 1), tiny.draw("b", 2)])
+    assert found.first.grid == (4, 2) and set(found.rows) == set(layers.TASKS)
+    for task in layers.TASKS:
+        assert found.maps[task].shape[0] == 2 and np.allclose(found.maps[task].sum(-1), 1, atol=1e-5)
+        for r in found.rows[task]:
+            assert 0 < r["locality"] <= 1 and 0 < r["to text"] < 1 and r["distance"] > 0
+    made = analyze.run_locality({"m": model}, [tiny.draw("a", 1)], "draw")
+    assert set(made.figures) == {"locality", "regions"} and all(len(png) > 5000 for png in made.figures.values())
+    json.dumps(made.numbers)
+
+
+def test_probes_of_other_families_look_at_this_one_too(model):
+    """Attention to words while drawing: the head's own attention is not taken for the sequence's."""
+    found = keywords(model, ["a blue star"], {"object": frozenset({"star"})}, steps=2)
+    assert found.share.shape == (1, 2, 2, 2) and found.times == (None, None)
+    assert points(model) == ("projector", "layer.0", "layer.1")

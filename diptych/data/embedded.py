@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diptych.data import emoji, shapes, stamps
+from diptych.data import emoji, glyphs, shapes, stamps
 from diptych.data.render import Generated
 
 
 def names() -> tuple[str, ...]:
     """The names that ``source`` knows; those of stamps need ``diptych data prepare stamps`` once."""
-    return (*shapes.SOURCES, *emoji.SOURCES, *stamps.SOURCES)
+    return (*shapes.SOURCES, *emoji.SOURCES, *glyphs.SOURCES, *stamps.SOURCES)
 
 
 def source(name: str, split: str = "train", size: int = 64, seed: int = 0, root: str | Path | None = None) -> Generated:
@@ -21,7 +21,7 @@ def source(name: str, split: str = "train", size: int = 64, seed: int = 0, root:
     """
     if name in stamps.SOURCES:
         return stamps.source(name, split, size, seed, root)
-    for world in (shapes, emoji):
+    for world in (shapes, emoji, glyphs):
         if name in world.SOURCES:
             return world.source(name, split, size, seed)
     raise ValueError(f"unknown source {name!r}; embedded: {', '.join(names())}")

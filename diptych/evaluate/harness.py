@@ -36,9 +36,11 @@ from torch import nn
 
 from diptych.core.sample import Sample
 from diptych.data.render import rgb
-from diptych.evaluate.mini import BENCHMARKS, GROUPS
+from diptych.evaluate import glyphs, mini
+from diptych.evaluate.mini import GROUPS
 from diptych.evaluate.scores import Baselines, Benchmark, Item, Outcome, Score, Verdict
 
+BENCHMARKS = {**mini.BENCHMARKS, **glyphs.BENCHMARKS}
 MAX_NEW_TOKENS = 48
 TEMPERATURE = 0.0
 

@@ -25,7 +25,7 @@ GUESSES = 100  # of each tag or type, from which the baselines are measured
 HELD_OUT = ("position", "color_attr")
 
 
-def _seed(seed: int, address: str) -> int:
+def item_seed(seed: int, address: str) -> int:
     """The seed of one picture: its own, so that pictures do not share their luck."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{address}".encode(), digest_size=4).digest(), "big") >> 1
 
@@ -46,7 +46,7 @@ def _geneval_items(name: str, seed: int) -> list[Item]:
                 key = f"{name}/{category}/{i}/{picture}"
                 sample = Sample(key, (user(prompt.text),))
                 items.append(
-                    Item(key, name, category, prompt.text, sample, _seed(seed, key), prompt.text, prompt.to_json())
+                    Item(key, name, category, prompt.text, sample, item_seed(seed, key), prompt.text, prompt.to_json())
                 )
     return items
 
@@ -59,7 +59,7 @@ def _judge_drawing(item: Item, image: PIL.Image.Image) -> Verdict:
 def _geneval_scores(name: str, outcomes: Sequence[Outcome]) -> dict[str, Score]:
     groups = {
         category: ([float(o.verdict.ok) for o in of], [o.item.cluster for o in of])
-        for category, of in _by_category(outcomes).items()
+        for category, of in by_category(outcomes).items()
     }
     stamp = f"{name}@strict"
     scores = {f"{stamp}/overall": macro({k: v for k, v in groups.items() if k in shapes.TAGS})}
@@ -73,7 +73,7 @@ def _geneval_baselines(name: str, items: Sequence[Item], size: int) -> Baselines
     """``chance``: a right picture of another prompt of the tag; ``truth``: the checker on pictures drawn by rules."""
     stamp = f"{name}@strict"
     rows: Baselines = {f"{stamp}/{tag}": {"chance": rate} for tag, rate in _chance(size).items()}
-    for category, of in _by_category(items).items():
+    for category, of in by_category(items).items():
         rng = np.random.default_rng(0)
         prompts = {item.prompt: shapes.Prompt.from_json(item.reference) for item in of}.values()
         right = [shapes.check(shapes.render(shapes.scene_for(rng, p), size), p).ok for p in prompts]
@@ -98,7 +98,7 @@ def _geneval(name: str) -> Benchmark:
 # --- questions --------------------------------------------------------------------------------------------------------
 
 
-def _asked(name: str, source: str, n: int, seed: int, size: int) -> list[Item]:
+def asked(name: str, source: str, n: int, seed: int, size: int) -> list[Item]:
     """The first ``n`` samples of a test split without their answers."""
     samples = embedded.source(source, "test", size, seed)
     items = []
@@ -108,28 +108,28 @@ def _asked(name: str, source: str, n: int, seed: int, size: int) -> list[Item]:
         key = f"{name}/{category}/{i}"
         asked = Sample(key, sample.messages[:-1])
         prompt = " ".join(p.text for p in sample.messages[-2].parts if isinstance(p, Text))
-        items.append(Item(key, name, category, prompt, asked, _seed(seed, key), sample.id, sample.info))
+        items.append(Item(key, name, category, prompt, asked, item_seed(seed, key), sample.id, sample.info))
     return items
 
 
-def _words(text: str) -> str:
+def words(text: str) -> str:
     return text.strip().lower().removesuffix(".").rstrip()
 
 
 def _judge_answer(item: Item, text: str) -> Verdict:
     answer = item.reference["answer"]
-    return Verdict(_words(text) == answer, "" if _words(text) == answer else f"the answer is {answer}")
+    return Verdict(words(text) == answer, "" if words(text) == answer else f"the answer is {answer}")
 
 
 def _vqa_scores(outcomes: Sequence[Outcome]) -> dict[str, Score]:
-    scores = {"vqa-mini@exact/overall": _share(outcomes)}
-    return scores | {f"vqa-mini@exact/{k}": _share(of) for k, of in _by_category(outcomes).items()}
+    scores = {"vqa-mini@exact/overall": share(outcomes)}
+    return scores | {f"vqa-mini@exact/{k}": share(of) for k, of in by_category(outcomes).items()}
 
 
 def _vqa_baselines(items: Sequence[Item], size: int) -> Baselines:
     """``majority``: always the most frequent answer of the question's type, on these very questions."""
     best = _majority()
-    right = {k: [i.reference["answer"] == best[k] for i in of] for k, of in _by_category(items).items()}
+    right = {k: [i.reference["answer"] == best[k] for i in of] for k, of in by_category(items).items()}
     overall = {"majority": float(np.mean([r for of in right.values() for r in of]))}
     rows = {f"vqa-mini@exact/{k}": {"majority": float(np.mean(of))} for k, of in right.items()}
     return {"vqa-mini@exact/overall": overall} | rows
@@ -170,10 +170,10 @@ def _judge_edit(item: Item, image: PIL.Image.Image) -> Verdict:
 
 def _edit_scores(outcomes: Sequence[Outcome]) -> dict[str, Score]:
     stamp, n = "edit-mini@strict", len(outcomes)
-    scores = {f"{stamp}/overall": _share(outcomes)}
+    scores = {f"{stamp}/overall": share(outcomes)}
     for part in ("instruction", "preserved"):
         scores[f"{stamp}/{part}"] = wilson(sum(o.verdict.parts.get(part, False) for o in outcomes), n)
-    return scores | {f"{stamp}/{k}": _share(of) for k, of in _by_category(outcomes).items()}
+    return scores | {f"{stamp}/{k}": share(of) for k, of in by_category(outcomes).items()}
 
 
 def _edit_baselines(items: Sequence[Item], size: int) -> Baselines:
@@ -191,7 +191,7 @@ def _edit_baselines(items: Sequence[Item], size: int) -> Baselines:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def _by_category(rows: Sequence) -> dict[str, list]:
+def by_category(rows: Sequence) -> dict[str, list]:
     """Items or outcomes by category, in order."""
     groups: dict[str, list] = {}
     for row in rows:
@@ -199,22 +199,22 @@ def _by_category(rows: Sequence) -> dict[str, list]:
     return groups
 
 
-def _share(outcomes: Sequence[Outcome]) -> Score:
+def share(outcomes: Sequence[Outcome]) -> Score:
     return wilson(sum(o.verdict.ok for o in outcomes), len(outcomes))
 
 
 BENCHMARKS: dict[str, Benchmark] = {
     "geneval-mini": _geneval("geneval-mini"),
     "vqa-mini": Benchmark(
-        "vqa-mini", "answer", lambda seed, size: _asked("vqa-mini", "shapes/ask", QUESTIONS, seed, size),
+        "vqa-mini", "answer", lambda seed, size: asked("vqa-mini", "shapes/ask", QUESTIONS, seed, size),
         _judge_answer, None, _vqa_scores, _vqa_baselines,
     ),
     "caption-mini": Benchmark(
-        "caption-mini", "answer", lambda seed, size: _asked("caption-mini", "shapes/caption", CAPTIONS, seed, size),
-        _judge_caption, None, lambda outcomes: {"caption-mini@strict/overall": _share(outcomes)}, _caption_baselines,
+        "caption-mini", "answer", lambda seed, size: asked("caption-mini", "shapes/caption", CAPTIONS, seed, size),
+        _judge_caption, None, lambda outcomes: {"caption-mini@strict/overall": share(outcomes)}, _caption_baselines,
     ),
     "edit-mini": Benchmark(
-        "edit-mini", "draw", lambda seed, size: _asked("edit-mini", "shapes/edit", EDITS, seed, size),
+        "edit-mini", "draw", lambda seed, size: asked("edit-mini", "shapes/edit", EDITS, seed, size),
         None, _judge_edit, _edit_scores, _edit_baselines,
     ),
     "geneval-dev": _geneval("geneval-dev"),

@@ -152,6 +152,19 @@ def tiny_tokenizer() -> AutoencoderConfig:
     )
 
 
+class FoldMLP(nn.Module):
+    """Norm, linear, GELU, linear: from the features of a fold to the decoder's width (specs: SynerGen-VL 7, Q3)."""
+
+    def __init__(self, wide: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(wide)
+        self.fc1 = nn.Linear(wide, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, x: Float[Tensor, "*n f"]) -> Float[Tensor, "*n d"]:
+        return self.fc2(F.gelu(self.fc1(self.norm(x))))
+
+
 class VisualEmbed(nn.Module):
     """Codes to tokens (Eq. 1): embedding, learned 2-D position, folding, MLP."""
 
@@ -160,8 +173,7 @@ class VisualEmbed(nn.Module):
         self.ratio, d = c.fold, c.decoder.hidden_size
         self.tok = nn.Embedding(c.autoencoder.codebook, c.embed_size)
         self.pos = nn.Parameter(torch.zeros(*c.grid, c.embed_size))
-        wide = c.slots * c.embed_size
-        self.proj = nn.ModuleDict({"norm": nn.LayerNorm(wide), "fc1": nn.Linear(wide, d), "fc2": nn.Linear(d, d)})
+        self.proj = FoldMLP(c.slots * c.embed_size, d)
 
     def positions(self, grid: tuple[int, int]) -> Float[Tensor, "n s e"]:
         """The position table of a grid of codes, folded; resized (bicubic) for a grid that is not its own."""
@@ -172,8 +184,7 @@ class VisualEmbed(nn.Module):
 
     def forward(self, codes: Int[Tensor, "*n s"], positions: Float[Tensor, "*n s e"]) -> Float[Tensor, "*n d"]:
         """Tokens of folded codes."""
-        x = (self.tok(codes) + positions).flatten(-2)
-        return self.proj["fc2"](F.gelu(self.proj["fc1"](self.proj["norm"](x))))
+        return self.proj((self.tok(codes) + positions).flatten(-2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -477,22 +488,22 @@ class SynerGen(UnifiedModel):
         h = torch.stack([d.slot.h if d.slot else torch.stack([c.slot for c in d.contexts]) for d in drawings], 1)
         chance = [Noise(d.settings[1], d.step).uniform("drawing", "codes", (slots,)) for d in drawings]
         codes = self.unfold.sample(h, [d.settings[0] for d in drawings], torch.stack(chance).to(self.device))
-        states = [d.state.index_copy(0, torch.tensor([d.step], device=self.device), row[None])
-                  for d, row in zip(drawings, codes, strict=True)]  # fmt: skip
-        going: list[_Going | None] = [None] * B
-        if any(d.step + 1 < d.steps for d in drawings):
-            at = torch.tensor([d.step for d in drawings], device=self.device)
-            grid, (m, n) = self._grid(*drawings[0].canvas), self.config.fold
-            token = self.visual_embed(codes, self.visual_embed.positions((grid[0] * m, grid[1] * n))[at])
-            streams = self._streams(drawings)
-            position = [d.contexts[b].position + d.step for b in range(R) for d in drawings]
-            positions = torch.tensor(position, device=self.device)
-            token = token.to(self.decoder.embed_tokens.weight.dtype).repeat(R, 1)
-            new = self.decoder(token, positions, streams.grow(), [0, R * B]).unflatten(0, (R, B))
-            going = [_Going(streams, tuple(b * B + i for b in range(R)), new[:, i]) for i in range(B)]
+        at = torch.tensor([d.step for d in drawings], device=self.device)
+        grid, (m, n) = self._grid(*drawings[0].canvas), self.config.fold
+        token = self.visual_embed(codes, self.visual_embed.positions((grid[0] * m, grid[1] * n))[at])
+        streams = self._streams(drawings)
+        position = [d.contexts[b].position + d.step for b in range(R) for d in drawings]
+        positions = torch.tensor(position, device=self.device)
+        token = token.to(self.decoder.embed_tokens.weight.dtype).repeat(R, 1)
+        new = self.decoder(token, positions, streams.grow(), [0, R * B]).unflatten(0, (R, B))
         return [
-            replace(d, state=state, step=d.step + 1, slot=slot)
-            for d, state, slot in zip(drawings, states, going, strict=True)
+            replace(
+                d,
+                state=d.state.index_copy(0, at[i : i + 1], codes[i : i + 1]),
+                step=d.step + 1,
+                slot=_Going(streams, tuple(b * B + i for b in range(R)), new[:, i]),
+            )
+            for i, d in enumerate(drawings)
         ]
 
     def _streams(self, drawings: Sequence[Drawing]) -> Streams:

@@ -47,7 +47,7 @@ class SizeRule:
 @dataclass(frozen=True)
 class Tiling:
     """InternVL 1.5's dynamic resolution (arXiv 2404.16821; specs: SynerGen-VL 5.2): a picture as up to ``most`` square
-    tiles of ``side`` pixels, stretched to the nearest aspect ratio, and as a whole once more where there are several."""
+    tiles of ``side`` pixels, stretched to the nearest aspect ratio, and as a whole once more if there are several."""
 
     side: int
     most: int = 1

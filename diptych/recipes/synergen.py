@@ -9,6 +9,7 @@ draw in ten is read without its words (specs: SynerGen-VL 3). The tokenizer's co
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from diptych.models import config, config_to_json
 from diptych.recipes import tiny as tiny_recipes
@@ -105,4 +106,111 @@ def _published(
         ),
         precision="bf16",
         checkpoint_every=1000,
+    )
+
+
+# ---- miniatures (specs: SynerGen-VL 8) --------------------------------------------------------------------------
+
+READERS = {  # side of a tile, most tiles, fold: the arms of table 6
+    "24 px, no folding: 36 tokens": (24, 1, (1, 1)),
+    "64 px, folded 2x4: 32 tokens": (64, 1, (2, 4)),
+    "64 px, no folding: 256 tokens": (64, 1, (1, 1)),
+    "24 px, folded 1x2: 18 tokens": (24, 1, (1, 2)),
+    "4 tiles and thumbnail of 32 px, folded 2x4: 40 tokens": (32, 4, (2, 4)),
+}
+ARMS = {  # the arms of table 7, and one for figure 4
+    "S1+S2 full": {"full": True},
+    "S1": {"stages": (1,)},
+    "S2": {"stages": (2,)},
+    "S1+S2": {},
+    "S1+S2, loss on read pictures too": {"image_loss_on_und": True},
+}
+
+
+def _small(layers: int, side: int, ratio: tuple[int, int], experts: bool = True, **more: Any) -> dict[str, Any]:
+    """A SynerGen-VL of width 96 over the tiny tokenizer's codes."""
+    tiny_size = config("synergen/tiny")
+    routes: dict[str, Any] = {"routes": 2, "routed": ("mlp",)} if experts else {"routes": 1, "routed": ()}
+    decoder = replace(
+        tiny_size.decoder, hidden_size=96, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, qk_norm=False, qkv_bias=False, **routes,
+    )  # fmt: skip
+    head = replace(tiny_size.head, hidden_size=96, num_attention_heads=4, qk_norm=False, qkv_bias=False)
+    made = replace(
+        tiny_size, decoder=decoder, head=head, fold=ratio, embed_size=32, grid=(side // 4, side // 4),
+        see=replace(tiny_size.see, side=side, **more.pop("tiles", {})), size=(side, side),
+        draw=replace(tiny_size.draw, longest=side, shortest=side, stride=side), **more,
+    )  # fmt: skip
+    return config_to_json("synergen", made)
+
+
+def reader(steps: int, side: int, tiles: int, ratio: tuple[int, int]) -> Recipe:
+    """One arm of table 6: reads numbers and shapes on pictures of 64 pixels, seen at ``side``, in up to ``tiles``."""
+    more = {"tiles": {"most": tiles, "thumbnail": tiles > 1}}
+    stage = Stage(
+        "read",
+        steps=steps,
+        train=dict.fromkeys(("decoder", "vision", "projector", "special"), 2e-3),
+        data={"glyphs/number": 0.77, "glyphs/shape": 0.23},
+        loss=LOSS,
+        optimizer=Optimizer("adamw"),
+        schedule=Schedule("cosine", warmup=50),
+        limits=Limits(tokens=100_000, pictures=52),
+    )
+    return Recipe(
+        "synergen/reader", _small(3, side, ratio, **more), (stage,), init={"autoencoder": "autoencoder/vq-tiny"},
+        checkpoint_every=steps,
+    )  # fmt: skip
+
+
+def words() -> Recipe:
+    """The language model of the miniature of table 7: facts, sums and reversals, no pictures."""
+    stage = Stage(
+        "words",
+        steps=1000,
+        train={"decoder": 3e-3},
+        data={"words/fact": 0.5, "words/sum": 0.2, "words/reverse": 0.3},
+        loss=LOSS,
+        optimizer=Optimizer("adamw"),
+        schedule=Schedule("cosine", warmup=50),
+        limits=Limits(tokens=1536),
+    )
+    return Recipe(
+        "synergen/words", _small(6, 32, (1, 1), experts=False), (stage,), init={"autoencoder": "autoencoder/vq-tiny"},
+        size=32, checkpoint_every=1000,
+    )  # fmt: skip
+
+
+def miniature(
+    base: str, steps: int, stages: tuple[int, ...] = (1, 2), full: bool = False, image_loss_on_und: bool = False
+) -> Recipe:
+    """One arm of table 7 on the language model in the folder ``base``: stage 1 from noisy pairs, stage 2 from clean
+    ones, half of the steps each; 24 pictures to read and 24 to draw a step. ``full`` trains everything, without
+    vision experts (specs: SynerGen-VL 7, Q9)."""
+    made = _small(6, 32, (1, 1), experts=not full, image_loss_on_und=image_loss_on_und)
+    plan = {
+        1: (VISUAL, 2e-3, {"glyphs/say/noisy": 1.0, "glyphs/draw/noisy": 1.0}),
+        2: (ALIGNED, 1e-3, {"glyphs/say": 1.0, "glyphs/draw": 1.0}),
+    }
+    return Recipe(
+        "synergen/miniature",
+        made,
+        tuple(
+            Stage(
+                f"S{n}",
+                steps=steps // 2,
+                train=dict.fromkeys(EVERYTHING if full else parts, rate),
+                data=data,
+                loss=LOSS,
+                optimizer=Optimizer("adamw"),
+                schedule=Schedule("constant" if n == 1 else "cosine", warmup=20),
+                limits=Limits(tokens=100_000, pictures=48),
+                dropout={"text": 0.1},
+            )
+            for n, (parts, rate, data) in plan.items()
+            if n in stages
+        ),
+        init={"decoder": base, "autoencoder": "autoencoder/vq-tiny"},
+        size=32,
+        checkpoint_every=steps,
     )
