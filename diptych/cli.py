@@ -132,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
         "diptych study sgt-ratio --steps 300 --limit 24",
         "diptych study synergen-stages --seeds 0",
     )
-    p.add_argument("study", help="sgt-proxies, sgt-ratio, sgt-amount, synergen-folding or synergen-stages")
+    p.add_argument("study", help="sgt-proxies, sgt-ratio, sgt-amount, synergen-folding, synergen-unfolded or synergen-stages")  # noqa: E501
     p.add_argument("--model", help="where every arm starts (default: bagel/tiny for sgt; synergen's make their own)")
     p.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of every arm for each (default: 0 1 2)"

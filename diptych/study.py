@@ -48,6 +48,10 @@ def _sgt(**how: Any) -> Arm:
     return lambda steps, model: sgt.tiny(**how, steps=steps).on(model)
 
 
+def _reader(how: tuple) -> Arm:
+    return lambda steps, model: synergen.reader(steps, *how)
+
+
 def _words(folder: Path) -> str:
     """Trains the language model that the stages start from; returns its model's folder."""
     release = _trained(synergen.words(), folder / "run")
@@ -80,8 +84,16 @@ STUDIES = {
     ),
     "synergen-folding": Study(
         "Detail at equal length: token folding (SynerGen-VL, table 6)",
-        {arm: (lambda steps, model, how=how: synergen.reader(steps, *how)) for arm, how in synergen.READERS.items()},
+        {arm: _reader(how) for arm, how in synergen.READERS.items()},
         "24 px, no folding: 36 tokens",
+        model=None,
+        steps=1500,
+        benchmarks=("glyphs-read",),
+    ),
+    "synergen-unfolded": Study(
+        "The same pixels with and without folding (SynerGen-VL, table 6, control)",
+        {arm: _reader(how) for arm, how in synergen.UNFOLDED.items()},
+        "64 px, folded 2x4: 32 tokens",
         model=None,
         steps=1500,
         benchmarks=("glyphs-read",),

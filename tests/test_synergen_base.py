@@ -11,13 +11,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from diptych import cli, models
+from diptych.data.catalog import sources
 from diptych.models.weights import decoder_config
 from diptych.parts.autoencoder import AutoencoderConfig, Emu3, build_autoencoder
 from diptych.parts.tokenizer import Tokenizer
+from diptych.recipes.run import precompute
 from diptych.train.loop import build
 from tests import tiny
 from tests.protocol.test_generation import read
 from tests.test_decoder_parity import to_internlm2
+from tests.test_training import losses, train
 
 SIZES = {
     "vocab_size": 1030,
@@ -197,3 +200,15 @@ def test_quantised_gradients_pass_the_rounding():
 def test_bad_levels_are_named(bad, told):
     with pytest.raises(ValueError, match=told):
         AutoencoderConfig(**bad)
+
+
+def test_codes_are_made_once_and_training_on_them_is_training_on_pictures(tmp_path):
+    sets = {"shapes/draw#8": 0.5, "shapes/ask#6": 0.3, "shapes/edit#4": 0.2}
+    plain = tiny.recipe(steps=2, data=sets, train={"decoder": 1e-3, "vision": 1e-3, "projector": 1e-3, "head": 1e-3})
+    plain = replace(plain, model=models.config_to_json("synergen", tiny.synergen()))
+    told = precompute(plain, tmp_path / "codes", device="cpu", dtype="bf16", shard=4)
+    assert [t["pictures"] for t in told.values()] == [8, 6, 8]  # every picture, read or drawn, goes through the codes
+    image = next(sources(["shapes/ask#6"], size=32, encoded=tmp_path / "codes")["shapes/ask#6"][1].images())
+    assert image.image is None and image.encoded["autoencoder"].dtype == torch.int16
+    read = replace(plain, encoded=str(tmp_path / "codes"))
+    assert losses(train(plain, tmp_path / "a")) == losses(train(read, tmp_path / "b"))

@@ -114,9 +114,12 @@ def _published(
 READERS = {  # side of a tile, most tiles, fold: the arms of table 6
     "24 px, no folding: 36 tokens": (24, 1, (1, 1)),
     "64 px, folded 2x4: 32 tokens": (64, 1, (2, 4)),
-    "64 px, no folding: 256 tokens": (64, 1, (1, 1)),
     "24 px, folded 1x2: 18 tokens": (24, 1, (1, 2)),
     "4 tiles and thumbnail of 32 px, folded 2x4: 40 tokens": (32, 4, (2, 4)),
+}
+UNFOLDED = {  # the upper bound, and what it costs
+    "64 px, folded 2x4: 32 tokens": (64, 1, (2, 4)),
+    "64 px, no folding: 256 tokens": (64, 1, (1, 1)),
 }
 ARMS = {  # the arms of table 7, and one for figure 4
     "S1+S2 full": {"full": True},
