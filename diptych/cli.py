@@ -14,6 +14,20 @@ from pathlib import Path
 from typing import Any
 
 OK, BAD, MEMORY, INTERRUPTED = 0, 2, 3, 4
+_EVALUATE = (
+    "diptych evaluate bagel/tiny mini --limit 4 --out runs/check",
+    "diptych evaluate bagel/tiny geneval=evaluation_metadata.jsonl --no-score --layout images",
+    "diptych evaluate folder:images geneval=evaluation_metadata.jsonl",
+    "diptych evaluate http://localhost:8000/v1 vqa-mini --remote-model NAME",
+    "diptych evaluate runs/mine wise=data --judge Qwen3.5-35B-A3B --judge-url http://localhost:8001/v1 --cache judged",
+    "diptych evaluate runs/mine lmms-eval:pope,mmbench_en_dev --limit 8",
+    "diptych evaluate list",
+    "diptych evaluate score runs/check",
+    "diptych evaluate compare runs/check runs/other --json",
+    "diptych evaluate read geneval=results.jsonl",
+    "diptych evaluate distance drawn/ photos/ --features efflite0",
+    "torchrun --nproc-per-node 2 -m diptych evaluate runs/mine mini --out runs/check",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,13 +86,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=int, default=4, help="items per category in the evaluations (default: 4)")
     p.add_argument("--seed", type=int, default=0)
 
-    p = verb("train", _train, "train a recipe (a name or a .json/.yaml file)", "diptych train bagel/tiny --steps 500", "diptych train runs/mine/recipe.json --run runs/again --seed 1", "diptych train bagel/tiny --set stages.0.train.vision=1e-3", "torchrun --nproc-per-node 2 -m diptych train bagel/tiny --run runs/two")  # fmt: skip  # noqa: E501
+    p = verb("train", _train, "train a recipe (a name or a .json/.yaml file)", "diptych train bagel/tiny --steps 500", "diptych train runs/mine/recipe.json --run runs/again --seed 1", "diptych train bagel/tiny --set stages.0.train.vision=1e-3", "diptych train iomm/tiny --data images=FOLDER", "torchrun --nproc-per-node 2 -m diptych train bagel/tiny --run runs/two")  # fmt: skip  # noqa: E501
     p.add_argument("recipe", help="a name that `diptych recipes` lists, or a file")
     p.add_argument("--model", help="go on from this model (a folder or shipped name) in place of the recipe's own")
     p.add_argument("--steps", type=int, help="cut or stretch all stages to this many steps, in proportion")
     p.add_argument("--run", dest="folder", type=Path, help="run folder (default: a new one under runs/)")
     p.add_argument("--seed", type=int, help="seed of weights, data order and noise")
     p.add_argument("--catalog", help="YAML file that says where your own data sets are")
+    p.add_argument("--data", action="append", default=[], metavar="NAME=FOLDER", help="read a data set of the recipe from a plain folder of pictures, without words")  # fmt: skip  # noqa: E501
     p.add_argument("--encoded", metavar="FOLDER", help="data sets that `diptych data precompute` wrote stand in for their originals")  # fmt: skip  # noqa: E501
     p.add_argument("--set", dest="override", action="append", default=[], metavar="PATH=VALUE", help="change any leaf of the recipe")  # fmt: skip  # noqa: E501
     p.add_argument("--json", action="store_true", help="print {run, release} as JSON at the end")
@@ -114,15 +129,55 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, default=Path("pictures"), help="where /draw saves (default: pictures/)")
     _say(p, json_too=False)
 
-    p = verb("evaluate", _evaluate, "score a model", "diptych evaluate bagel/tiny mini --limit 4", "diptych evaluate runs/mine geneval-mini --seed 1 --json")  # fmt: skip  # noqa: E501
+    p = verb("serve", _serve, "serve models: OpenAI's endpoints and a web page", "diptych serve bagel/tiny", "diptych serve bagel/tiny runs/mine --port 8080 --runs runs", "diptych serve bagel/tiny --host 0.0.0.0 --api-key-file keys.txt --rate 60")  # fmt: skip  # noqa: E501
+    p.add_argument("models", nargs="+", metavar="MODEL", help="names, model, run or published folders, or org/name")
+    p.add_argument("--base", help="the model whose files are taken where a published folder lacks them")
+    _device(p)
+    p.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights (default: as published)")
+    p.add_argument("--quantize", choices=["int8"], help="round the weights of the blocks to eight bits")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    p.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    p.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys that may use the server, one a line (default: everybody may)")  # fmt: skip  # noqa: E501
+    p.add_argument("--slots", type=int, default=16, help="requests that run together (default: 16)")
+    p.add_argument("--queue", type=int, default=64, help="requests that may wait (default: 64)")
+    p.add_argument("--timeout", type=float, default=120.0, help="seconds for one request (default: 120)")
+    p.add_argument("--grace", type=float, default=30.0, help="seconds to finish in when told to end (default: 30)")
+    p.add_argument("--rate", type=float, help="requests a minute for each key, or address (default: no limit)")
+    p.add_argument("--allow-host", action="append", default=[], metavar="HOST", help="fetch pictures by URL from this public host; * for any (default: none)")  # fmt: skip  # noqa: E501
+    p.add_argument("--runs", type=Path, metavar="DIR", help="show the training runs in this folder")
+    p.add_argument("--log-prompts", action="store_true", help="write prompts to the log")
+    p.add_argument("--quiet", action="store_true", help="no line for every request")
+
+    p = verb("evaluate", _evaluate, "score a model; or list, score, compare, read, distance (see the examples)", *_EVALUATE)  # fmt: skip  # noqa: E501
     _model(p)
-    p.add_argument("benchmarks", nargs="+", metavar="BENCHMARK", help="mini, or one of its parts")
+    p.add_argument("benchmarks", nargs="*", metavar="BENCHMARK", help="names that `diptych evaluate list` shows; NAME=FILE where it needs your file; lmms-eval:TASK,TASK")  # fmt: skip  # noqa: E501
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--limit", type=int, help="items per category")
     p.add_argument(
         "--out", dest="folder", type=Path, help="folder of items, scores and pictures; continues one that is there"
     )
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    p.add_argument("--size", type=int, help="pixels on a side (default: 64 for what ships, else the model's own)")
+    p.add_argument("--steps", type=int, help="of drawing")
+    p.add_argument("--guidance", type=float, help="scale of guidance")
+    p.add_argument("-n", dest="pictures", type=int, help="pictures of each prompt, of geneval and dpg (default: 4)")
+    p.add_argument("--batch-size", type=int, default=32, help="items, or requests, at once (default: 32)")
+    p.add_argument("--no-score", action="store_true", help="only make the answers and pictures; `evaluate score` later")
+    p.add_argument("--layout", type=Path, metavar="DIR", help="also write the pictures as official scripts read them")
+    p.add_argument("--remote-model", default="", metavar="NAME", help="the model's name where MODEL is http://host/v1")
+    p.add_argument("--judge", metavar="NAME", help="the judge's name: a model behind --judge-url")
+    p.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible address; without it the cache is replayed")
+    p.add_argument("--rubrics", type=Path, metavar="DIR", help="what judges are told, NAME.txt, in place of ours")
+    p.add_argument("--cache", type=Path, metavar="DIR", help="keeps judges' replies and features of reference pictures")
+    p.add_argument("--detector", help="GenEval: Mask2Former, a folder or org/name")
+    p.add_argument("--clip", help="GenEval: CLIP, a folder or org/name")
+    p.add_argument("--features", help="fid, distance: efflite0 (default), inception, or its TorchScript file")
+    p.add_argument("--tasks", metavar="DIR", help="lmms-eval: a folder of your own task files")
+
+    p = verb("report", _report, "write evaluations as one page and as Markdown tables", "diptych report runs/mine/evaluate", "diptych report runs/a runs/b --out compared.html")  # fmt: skip  # noqa: E501
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that `evaluate --out` wrote")
+    p.add_argument("--out", type=Path, default=Path("report.html"), help="the page; its tables go beside it, .md")
+    p.add_argument("--per-category", type=int, default=6, help="pictures or questions of each category (default: 6)")
 
     p = verb(
         "study",
@@ -130,10 +185,11 @@ def parser() -> argparse.ArgumentParser:
         "run a paper's table in miniature",
         "diptych study sgt-proxies --seeds 0",
         "diptych study sgt-ratio --steps 300 --limit 24",
+        "diptych study iomm-recipes --seeds 0 --steps 400 --limit 24",
         "diptych study synergen-stages --seeds 0",
     )
-    p.add_argument("study", help="sgt-proxies, sgt-ratio, sgt-amount, synergen-folding, synergen-unfolded or synergen-stages")  # noqa: E501
-    p.add_argument("--model", help="where every arm starts (default: bagel/tiny for sgt; synergen's make their own)")
+    p.add_argument("study", help="sgt-proxies, sgt-ratio, sgt-amount, iomm-components, iomm-recipes, iomm-mask, iomm-tuning, synergen-folding, synergen-unfolded or synergen-stages")  # fmt: skip  # noqa: E501
+    p.add_argument("--model", help="where every arm starts (default: the study's own, bagel/tiny or iomm/tiny; synergen's make theirs)")  # fmt: skip  # noqa: E501
     p.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of every arm for each (default: 0 1 2)"
     )
@@ -211,11 +267,11 @@ def parser() -> argparse.ArgumentParser:
     p = verb("doctor", _doctor, "what this machine can do: devices, dtypes, attention, extras", "diptych doctor --json")
     p.add_argument("--json", action="store_true")
 
-    p = verb("export", _export, "write a model: safetensors, config.json and tokenizer.json, or as its family publishes it", "diptych export runs/mine model --dtype bf16", "diptych export runs/mine model --format published", "diptych export runs/mine words --format language")  # fmt: skip  # noqa: E501
+    p = verb("export", _export, "write a model: safetensors, config.json and tokenizer.json, or as its family publishes it", "diptych export runs/mine model --dtype bf16", "diptych export runs/mine model --format published", "diptych export bagel/tiny parts --format hf")  # fmt: skip  # noqa: E501
     _model(p, use=False)
     p.add_argument("folder", type=Path)
-    p.add_argument("--format", choices=["diptych", "published", "language"], default="diptych", help="files and names: ours, those of the family's authors, or the words' path alone as a language model of transformers (default: diptych)")  # fmt: skip  # noqa: E501
-    p.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: bf16; as stored with --format published")
+    p.add_argument("--format", choices=["diptych", "published", "hf"], default="diptych", help="files and names; hf: the language and vision parts for transformers (default: diptych)")  # fmt: skip  # noqa: E501
+    p.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: bf16; as stored in other formats")
     return top
 
 
@@ -314,22 +370,23 @@ def _train(a: argparse.Namespace) -> int:
             steps=a.steps,
             seed=a.seed,
             catalog=a.catalog,
-            override=_overrides(a),
+            override=_pairs(a.override, "--set", "PATH=VALUE"),
             device=a.device,
             model=a.model,
             encoded=a.encoded,
+            folders=_pairs(a.data, "--data", "NAME=FOLDER"),
         ),
     )
 
 
-def _overrides(a: argparse.Namespace) -> dict[str, str]:
-    override = {}
-    for item in a.override:
-        path, sign, value = item.partition("=")
+def _pairs(items: list[str], option: str, form: str) -> dict[str, str]:
+    pairs = {}
+    for item in items:
+        key, sign, value = item.partition("=")
         if not sign:
-            raise ValueError(f"--set takes PATH=VALUE, not {item!r}")
-        override[path] = value
-    return override
+            raise ValueError(f"{option} takes {form}, not {item!r}")
+        pairs[key] = value
+    return pairs
 
 
 def _resume(a: argparse.Namespace) -> int:
@@ -415,15 +472,184 @@ def _chat(a: argparse.Namespace) -> None:
             messages.append(Message("assistant", (Text(said),)))
 
 
-def _evaluate(a: argparse.Namespace) -> None:
-    from diptych.evaluate import evaluate
+def _serve(a: argparse.Namespace) -> None:
+    try:
+        from diptych.serve.app import Options, serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f"serving needs the package {error.name}: pip install 'diptych[serve]'") from error
+    from diptych.generate.engine import load
 
-    result = evaluate(_load(a), a.benchmarks, seed=a.seed, limit=a.limit, folder=a.folder, progress=not a.json)
+    keys: tuple[str, ...] = ()
+    if a.api_key_file:
+        lines = a.api_key_file.read_text().split("\n")
+        keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+        if not keys:
+            raise ValueError(f"{a.api_key_file} holds no key; write one a line")
+    options = Options(
+        keys, a.slots, a.queue, a.timeout, a.grace, a.rate, frozenset(a.allow_host), a.runs, a.log_prompts, a.quiet
+    )
+    engines = [load(name, a.device, a.dtype, a.base, a.quantize) for name in a.models]
+    for engine in engines:
+        if Path(engine.name).is_dir():  # clients see what the folder is called, not where it is
+            folder = Path(engine.name).resolve()
+            engine.name = folder.parent.name if folder.name == "release" else folder.name
+    names = ", ".join(e.name for e in engines)
+    serve(engines, options, a.host, a.port, lambda url: print(f"{names} at {url}  (Ctrl-C ends)", flush=True))
+
+
+def _evaluate(a: argparse.Namespace) -> None:
+    if a.model in (words := {"list": _benchmarks, "score": _score, "compare": _compare, "read": _read, "distance": _distance}):  # fmt: skip  # noqa: E501
+        return words[a.model](a)
+    from diptych.evaluate import harness, remote
+    from diptych.evaluate.table import resolve
+    from diptych.train.parallel import processes
+
+    with processes() as (rank, _):
+        if a.model.startswith(("http://", "https://")):
+            engine: Any = remote.Endpoint(a.model, a.remote_model, _key())
+        elif a.model.startswith("folder:"):
+            engine = remote.Pictures(a.model.removeprefix("folder:"))
+        else:
+            engine = _load(a)
+        changes = {"num_inference_steps": a.steps, "guidance_scale": a.guidance}
+        changed = {k: v for k, v in changes.items() if v is not None}
+        tools, progress = _tools(a), not a.json
+        result = harness.evaluate(
+            engine, a.benchmarks, a.seed, a.limit, a.folder, progress, a.size,
+            engine.settings(changed) if changed else None, a.batch_size, tools, not a.no_score, a.tasks,
+        )  # fmt: skip
+        if rank == 0:
+            if a.layout:
+                own = [b for b in a.benchmarks if not b.startswith("lmms-eval:")]
+                for folder in harness.write_layout(a.layout, result, resolve(own, tools)[0]):
+                    print(folder, file=sys.stderr)
+            _show_result(a, result)
+
+
+def _key() -> str:
+    return os.environ.get("OPENAI_API_KEY", "none")
+
+
+def _tools(a: argparse.Namespace) -> Any:
+    from diptych.evaluate.judge import Judge
+    from diptych.evaluate.table import Tools
+
+    if a.judge_url and not a.judge:
+        raise ValueError("--judge-url needs --judge NAME: the judge stands in every score's name")
+    judge = Judge(a.judge, a.judge_url, a.cache, _key()) if a.judge else None
+    given = {"detector": a.detector, "clip": a.clip, "features": a.features}
+    from diptych.models import pick_device
+
+    device = str(pick_device(a.device))
+    more = {k: v for k, v in given.items() if v}
+    return Tools(judge=judge, rubrics=a.rubrics, cache=a.cache, device=device, pictures=a.pictures, **more)
+
+
+def _show_result(a: argparse.Namespace, result: Any) -> None:
     if a.json:
         print(json.dumps(result.to_json()))
+    elif a.no_score:
+        print(f"made, not scored: diptych evaluate score {a.folder}" if a.folder else "made, and gone: --out keeps it")
+    else:
+        _show_scores(a.model, result.scores, result.baselines)
+        if result.failures:
+            print(f"{result.failures} items failed; they count as wrong", file=sys.stderr)
+
+
+def _show_scores(title: str, scores: Any, baselines: Any = None) -> None:
+    rows = []
+    for name, s in scores.items():
+        beside = "  ".join(f"{k} {v:.2f}" for k, v in (baselines or {}).get(name, {}).items())
+        rows.append([name, f"{s.value:.3f}", f"{s.low:.3f} .. {s.high:.3f}", s.n, beside])
+    _table(title, ["score", "value", "95 % interval", "n", "to compare with"], rows)
+
+
+def _benchmarks(a: argparse.Namespace) -> None:
+    from diptych.evaluate.table import GROUPS, TABLE
+
+    if a.json:
+        print(json.dumps({name: {"file": entry.file, "what": entry.what} for name, entry in TABLE.items()}))
         return
-    rows = [[name, f"{s.value:.3f}", f"{s.low:.3f} .. {s.high:.3f}", s.n] for name, s in result.scores.items()]
-    _table(a.model, ["score", "value", "95 % interval", "n"], rows)
+    rows = [[name, "several", ", ".join(members)] for name, members in GROUPS.items()]
+    _table("benchmarks", ["name", "your file", "what"], rows + [[n, e.file, e.what] for n, e in TABLE.items()])
+
+
+def _score(a: argparse.Namespace) -> None:
+    from diptych.evaluate.harness import rescore, write_layout
+    from diptych.evaluate.table import resolve
+    from diptych.train.parallel import processes
+
+    if not a.benchmarks:
+        raise ValueError("score needs the folder of an evaluation: diptych evaluate score RUN [BENCHMARK ...]")
+    run, *names = a.benchmarks
+    tools = _tools(a)
+    with processes() as (rank, _):
+        result = rescore(run, names, tools, progress=not a.json)
+        if rank == 0:
+            if a.layout:
+                asked = list(dict.fromkeys(result.card["asked"].values()))
+                write_layout(a.layout, result, resolve(names or asked, tools)[0])
+            _show_result(a, result)
+
+
+def _compare(a: argparse.Namespace) -> None:
+    from diptych.evaluate.compare import compare
+
+    if len(a.benchmarks) != 2:
+        raise ValueError(f"compare takes the folders of two evaluations, not {len(a.benchmarks)}")
+    found = compare(*a.benchmarks)
+    if a.json:
+        print(json.dumps({name: d.to_json() for name, d in found.items()}))
+        return
+    rows = [
+        [name, f"{d.a:.3f}", f"{d.b:.3f}", f"{d.score.value:+.3f}", f"{d.score.low:+.3f} .. {d.score.high:+.3f}",
+         f"{d.p:.4f}", f"{d.better} / {d.worse}", d.score.n]
+        for name, d in found.items()
+    ]  # fmt: skip
+    head = ["benchmark", "A", "B", "B - A", "95 % interval", "p", "B better / worse", "n"]
+    _table(f"A {a.benchmarks[0]}   B {a.benchmarks[1]}", head, rows)
+
+
+def _read(a: argparse.Namespace) -> None:
+    from diptych.evaluate.interop import read
+
+    scores: dict = {}
+    for one in a.benchmarks:
+        kind, sign, file = one.partition("=")
+        if not sign:
+            raise ValueError(f"read takes KIND=FILE, such as geneval=results.jsonl, not {one!r}")
+        scores |= read(kind, file)
+    if not scores:
+        raise ValueError("read takes KIND=FILE, such as geneval=results.jsonl")
+    _show_only(a, "read", scores)
+
+
+def _distance(a: argparse.Namespace) -> None:
+    from diptych.evaluate.distances import compare_folders
+
+    if len(a.benchmarks) != 2:
+        raise ValueError(f"distance takes two folders, drawn and reference pictures, not {len(a.benchmarks)}")
+    _show_only(a, " against ".join(a.benchmarks), compare_folders(*a.benchmarks, _tools(a)))
+
+
+def _show_only(a: argparse.Namespace, title: str, scores: Any) -> None:
+    if a.json:
+        print(json.dumps({"scores": {name: s.to_json() for name, s in scores.items()}}))
+    else:
+        _show_scores(title, scores)
+
+
+def _report(a: argparse.Namespace) -> None:
+    from diptych.evaluate.harness import load_result
+    from diptych.evaluate.report import sections, write_markdown, write_report
+
+    if a.per_category < 1:
+        raise ValueError(f"per-category must be at least 1, not {a.per_category}")
+    results = {str(run): load_result(run) for run in a.runs}
+    made = sections(results, per_category=a.per_category)
+    named = ", ".join(dict.fromkeys(str(r.card["model"]) for r in results.values()))
+    print(write_report(a.out, made, f"Evaluation of {named}", " · ".join(results)))
+    print(write_markdown(a.out.with_suffix(".md"), made, f"Evaluation of {named}"))
 
 
 _ANALYZE_OPTIONS = {
@@ -522,20 +748,27 @@ _PROBES = {
 
 
 def model_rows() -> list[dict[str, Any]]:
-    """Every named model with its parameter counts, taken on the meta device."""
+    """Every named model with its parameter counts, taken on the meta device; None where what it needs is missing."""
     from diptych import models
     from diptych.parts.tokenizer import Tokenizer
+
+    def counts(size: Any, name: str) -> tuple[int | None, int | None]:
+        try:
+            model = models.create(size.family, models.config(name), Tokenizer.tiny(), "meta")
+        except ValueError:  # an extra that is not installed; whoever asks for the model is told
+            return None, None
+        return sum(p.numel() for p in model.parameters()), model.activated_parameters()
 
     rows = []
     for name, size in models.SIZES.items():
         shipped = bool(size.folder and (models.SHIPPED / size.folder / "config.json").is_file())
-        model = models.create(size.family, models.config(name), Tokenizer.tiny(), "meta")
+        parameters, activated = counts(size, name)
         rows.append(
             {
                 "name": name,
                 "family": size.family,
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "activated_parameters": model.activated_parameters(),
+                "parameters": parameters,
+                "activated_parameters": activated,
                 "shipped": shipped,
                 "source": size.source,
             }
@@ -556,9 +789,12 @@ def _models(a: argparse.Namespace) -> None:
         return
     counted = ("parameters", "activated_parameters")
     show = [
-        [r["name"], r["family"], *(f"{r[k]:,}" for k in counted), "yes" if r["shipped"] else "", r["source"]]
+        [
+            r["name"], r["family"], *("needs diptych[hf]" if r[k] is None else f"{r[k]:,}" for k in counted),
+            "yes" if r["shipped"] else "", r["source"],
+        ]
         for r in rows
-    ]
+    ]  # fmt: skip
     _table("models", ["name", "family", "parameters", "activated", "ships", "source"], show)
 
 
@@ -633,9 +869,9 @@ def _data_precompute(a: argparse.Namespace) -> None:
             bar.update(tasks[name], completed=done)
 
         told = precompute(
-            a.recipe, a.out, data=a.data, limit=a.limit, model=a.model, catalog=a.catalog, override=_overrides(a),
-            device=device, progress=progress, encoders=a.encoders, dtype=a.dtype, batch=a.batch, shard=a.shard,
-            workers=a.workers, rank=rank, world=world,
+            a.recipe, a.out, data=a.data, limit=a.limit, model=a.model, catalog=a.catalog,
+            override=_pairs(a.override, "--set", "PATH=VALUE"), device=device, progress=progress,
+            encoders=a.encoders, dtype=a.dtype, batch=a.batch, shard=a.shard, workers=a.workers, rank=rank, world=world,
         )  # fmt: skip
     if a.json:
         print(json.dumps(told))
@@ -662,11 +898,15 @@ def _export(a: argparse.Namespace) -> None:
 
     published = a.format == "published"
     model = models.load(a.model, base=a.base)
+    if a.format == "hf":
+        from diptych.models.hf import write_transformers
+
+        dtype = DTYPES[a.dtype] if a.dtype else None
+        models.write_folder(a.folder, lambda folder: write_transformers(model, folder, dtype))
+        print("\n".join(str(f) for f in sorted(a.folder.iterdir())))
+        return
     kind = a.dtype or (None if published else "bf16")
     cast = {k: v.to(DTYPES[kind]) for k, v in model.named_parameters()} if kind else {}  # statistics stay as they are
-    if a.format == "language":
-        models.save_language_model(model, a.folder, model.state_dict() | cast)
-    else:
-        models.save(model, a.folder, model.state_dict() | cast, published)
+    models.save(model, a.folder, model.state_dict() | cast, published)
     size = sum(f.stat().st_size for f in a.folder.iterdir())
     print(f"{a.folder}: {size / 2**20:.1f} MiB")

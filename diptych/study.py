@@ -1,8 +1,10 @@
 """``diptych study``: a paper's table in miniature. Arms differ in one thing; all start from one model and share steps,
-data order, noise, prompts and scorer. Every run resumes, so a stopped study goes on where it was."""
+data order, noise, prompts and scorer. Arms of several stages that agree in the first share its run. Every run resumes,
+so a stopped study goes on where it was."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,77 +12,130 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from diptych import models
+from diptych.analyze.copying import copying
 from diptych.core.intervals import mean
 from diptych.evaluate import evaluate
 from diptych.evaluate.figures import intervals
 from diptych.evaluate.scores import Score, macro, paired
-from diptych.generate.engine import load
-from diptych.recipes import sgt, synergen
+from diptych.generate.engine import Engine, load
+from diptych.models.hf import write_transformers
+from diptych.recipes import iomm, sgt, synergen
 from diptych.recipes.run import resume, train
 from diptych.train.recipe import Recipe
 
 BENCHMARKS = ("vqa-mini", "geneval-mini")
 
 
-Arm = Callable[[int, str], Recipe]  # (steps, the model that arms start from) -> what the arm trains
-
-
 @dataclass(frozen=True)
 class Study:
-    """Arms by name, and the arm that differences are taken from.
+    """Arms by name, each a recipe for a number of steps, and the arm that differences are taken from.
 
-    ``model`` is where arms start (a name or folder), or what makes it in a folder; None where every arm is a model of
-    its own. ``benchmarks`` (default: questions and drawings) are scored on pictures of ``size`` pixels."""
+    ``takes``    modules that every arm takes from the model given and leaves as they are; the rest begins anew. None:
+                 arms go on from the whole model
+    ``measure``  more to know of every arm's model: numbers by name
+    ``model``    where arms start, or what makes it in a folder; None where every arm is a model of its own
+    ``fill``     how an arm starts from the model, where it is in neither of these ways
+    ``benchmarks``  what arms are scored on (default: questions and drawings)
+    """
 
     title: str
-    arms: Mapping[str, Arm]
+    arms: Mapping[str, Callable[[int], Recipe]]
     base: str
+    takes: tuple[str, ...] | None = None
+    measure: Callable[[Engine], dict[str, float]] | None = None
     model: str | Callable[[Path], str] | None = "bagel/tiny"
+    fill: Callable[[Recipe, str], Recipe] | None = None
     steps: int = 600
     benchmarks: tuple[str, ...] = ()
-    size: int = 64
+
+    def on(self, recipe: Recipe, model: str) -> Recipe:
+        """An arm's recipe, started from ``model``."""
+        if self.fill or not model:
+            return self.fill(recipe, model) if self.fill else recipe
+        return recipe.on(model) if self.takes is None else replace(recipe, init=dict.fromkeys(self.takes, model))
 
 
-def _sgt(**how: Any) -> Arm:
-    return lambda steps, model: sgt.tiny(**how, steps=steps).on(model)
+def _iomm(**changes: Any) -> Callable[[int], Recipe]:
+    return lambda steps: iomm.tiny(**changes, tokens=2560).with_steps(steps)
 
 
-def _reader(how: tuple) -> Arm:
-    return lambda steps, model: synergen.reader(steps, *how)
+def _reader(how: tuple) -> Callable[[int], Recipe]:
+    return lambda steps: synergen.reader(steps, *how)
 
 
 def _words(folder: Path) -> str:
-    """Trains the language model that the stages start from; returns its model's folder."""
-    release = _trained(synergen.words(), folder / "run")
-    words = folder / "words"
+    """Trains the language model that the stages start from; returns its model's folder. What transformers reads of it
+    stands beside the run."""
+    release, words = _trained(synergen.words(), folder / "run"), folder / "words"
     if not words.exists():
-        models.save_language_model(models.load(release), words)
+        models.write_folder(words, lambda into: write_transformers(models.load(release), into, None))
     return str(release)
 
 
-def _stages(**how: Any) -> Arm:
-    """An arm on the language model that stands beside the start's run (``_words``)."""
-    return lambda steps, model: synergen.miniature(str(Path(model).parent.parent / "words"), steps, **how)
+def _on_words(recipe: Recipe, model: str) -> Recipe:
+    words = Path(model).parent.parent / "words" / "language"
+    return replace(recipe, init=recipe.init | {"decoder": f"transformers:{words}"})
+
+
+READER = {"takes": ("mllm", "autoencoder"), "model": "iomm/tiny"}
 
 
 STUDIES = {
     "sgt-proxies": Study(
         "What is drawn beside the questions (SGT, table 1.3)",
-        {arm: _sgt(proxy=proxy) for arm, proxy in sgt.ARMS.items()},
+        {arm: (lambda steps, proxy=proxy: sgt.tiny(proxy, steps=steps)) for arm, proxy in sgt.ARMS.items()},
         "none",
     ),
     "sgt-ratio": Study(
         "Segmentation to questions, by samples (SGT, table 1.5)",
-        {f"{a}:{b}": _sgt(ratio=a / b) for a, b in ((1, 2), (1, 1), (2, 1), (4, 1))},
+        {
+            f"{a}:{b}": (lambda steps, ratio=a / b: sgt.tiny(ratio=ratio, steps=steps))
+            for a, b in ((1, 2), (1, 1), (2, 1), (4, 1))
+        },
         "2:1",
     ),
     "sgt-amount": Study(
         "How many segmentation pictures there are (SGT, table 1.5)",
-        {str(n): _sgt(proxy="segment" if n else None, amount=n or None) for n in (0, 200, 2000, 20_000)},
+        {
+            str(n): (lambda steps, amount=n: sgt.tiny("segment" if amount else None, amount=amount, steps=steps))
+            for n in (0, 200, 2000, 20_000)
+        },
         "0",
+    ),
+    "iomm-components": Study(
+        "What joins reader and generator (IOMM, figure 2b), beside controls of the adapter's size",
+        {
+            "raw": _iomm(masked=0.0, changes={"adapter": "none"}),
+            "raw + block": _iomm(masked=0.0, changes={"adapter": "none", "connector_layers": 1}),
+            "static queries": _iomm(masked=0.0, changes={"adapter": "static"}),
+            "static queries + block": _iomm(masked=0.0, changes={"adapter": "static", "connector_layers": 1}),
+            "residual queries": _iomm(masked=0.0),
+            "residual queries + mask": _iomm(),
+        },
+        "raw",
+        **READER,
+    ),
+    "iomm-recipes": Study(
+        "Pre-training and tuning on pictures alone, on pairs, on a mix (IOMM, table 9)",
+        {f"{a} to {b}": _iomm(pretrain=a, tune=b) for a in ("pair", "image") for b in ("image", "pair", "mix")},
+        "pair to mix",
+        **READER,
+    ),
+    "iomm-mask": Study(
+        "The share of a picture's tokens that is masked (IOMM, figure 4b), and what is copied",
+        {f"r = {r}": _iomm(masked=r) for r in (0.0, 0.25, 0.45, 0.65, 0.85, 0.95)},
+        "r = 0.0",
+        measure=copying,
+        **READER,
+    ),
+    "iomm-tuning": Study(
+        "Mixed tuning of BAGEL (IOMM, table 2)",
+        {kind: (lambda steps, kind=kind: iomm.tuning(kind=kind, steps=steps)) for kind in ("image", "pair", "mix")},
+        "pair",
     ),
     "synergen-folding": Study(
         "Detail at equal length: token folding (SynerGen-VL, table 6)",
@@ -100,12 +155,12 @@ STUDIES = {
     ),
     "synergen-stages": Study(
         "Two stages beside a language model (SynerGen-VL, table 7)",
-        {arm: _stages(**how) for arm, how in synergen.ARMS.items()},
+        {arm: (lambda steps, how=how: synergen.miniature(steps, **how)) for arm, how in synergen.ARMS.items()},
         "S1+S2 full",
         model=_words,
+        fill=_on_words,
         steps=500,
         benchmarks=("words", "glyphs-say", "glyphs-draw"),
-        size=32,
     ),
 }
 
@@ -121,39 +176,38 @@ def study(
 ) -> Path:
     """Runs what is missing of a study and returns the page that it writes, with one table and one plot.
 
-    ``folder`` keeps the runs, ``folder/ARM/seed-S``; ``limit`` is the evaluation's items per category. Model and steps
-    are the study's own by default. Raises ``ValueError`` for an unknown study, for a model where every arm is its own,
-    and for a folder that was begun with other settings."""
+    ``folder`` keeps the runs, ``folder/ARM/seed-S``; ``model`` is where arms start (default: the study's own);
+    ``steps`` are those of an arm (default: the study's own); ``limit`` is the evaluation's items per category.
+    Raises ``ValueError`` for an unknown study, for a model where a study makes its own, and for a folder that was begun with other settings."""
     if name not in STUDIES:
         raise ValueError(f"unknown study {name!r}; choose from {', '.join(STUDIES)}")
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"a study needs different seeds, at least one, not {list(seeds)}")
     this, console = STUDIES[name], Console()
     if model is not None and not isinstance(this.model, str):
-        raise ValueError(f"{name} makes its own models; it starts from no other")
+        raise ValueError(f"{name} makes its own models; it cannot start from {model!r}")
     steps = steps or this.steps
     told = model or (this.model if isinstance(this.model, str) else None)
     settings = {"study": name, "model": told and models.read_config(told), "from": told, "steps": steps, "limit": limit}
     _agree(folder, settings)
-    start = this.model(folder / "start") if callable(this.model) else told or ""
+    model = this.model(folder / "start") if callable(this.model) else told or ""
     rights: dict[str, list[dict]] = {}
-    if start:
+    measures: dict[str, list[dict[str, float]]] = {}
+    if model:
         console.rule("start")
-        rights["start"] = [_rights(this, start, folder / "start" / "evaluate", limit)]
+        rights["start"] = [_rights(this, model, folder / "start", limit)]
     for arm, make in this.arms.items():
         for seed in seeds:
             console.rule(f"{arm}, seed {seed}")
-            run = folder / _folder(arm) / f"seed-{seed}"
-            recipe = replace(make(steps, start), seed=seed)
-            rights.setdefault(arm, []).append(_rights(this, str(_trained(recipe, run)), run / "evaluate", limit))
-    page = _page(this, name, rights, told, seeds, steps, out)
+            run = folder / re.sub(r"[^\w.+-]+", "-", arm) / f"seed-{seed}"
+            release = _stages(replace(this.on(make(steps), model), seed=seed), run, folder / "stage-1")
+            _untouched(this, model, release)
+            rights.setdefault(arm, []).append(_rights(this, str(release), run / "evaluate", limit))
+            if this.measure:
+                measures.setdefault(arm, []).append(this.measure(load(release)))
+    page = _page(this, name, rights, measures, told, seeds, steps, out)
     console.print(page.read_text(), highlight=False)
     return page
-
-
-def _folder(arm: str) -> str:
-    """An arm's name as a folder's."""
-    return re.sub(r"[^\w.+-]+", "-", arm)
 
 
 def _agree(folder: Path, settings: Mapping) -> None:
@@ -168,6 +222,24 @@ def _agree(folder: Path, settings: Mapping) -> None:
     file.write_text(json.dumps(dict(settings), indent=1))
 
 
+def _stages(recipe: Recipe, run: Path, shared: Path) -> Path:
+    """The release of a recipe. Of several stages the first has a run of its own under ``shared``, for all that agree in
+    it; the rest goes on from there."""
+    if len(recipe.stages) > 1:
+        first = replace(recipe, stages=recipe.stages[:1])
+        place = shared / hashlib.sha256(first.to_json().encode()).hexdigest()[:12]
+        recipe = replace(recipe, stages=recipe.stages[1:], init={"model": str(_trained(first, place))})
+    return _trained(recipe, run)
+
+
+def _untouched(this: Study, model: str, release: Path) -> None:
+    """Raises ``ValueError`` where a module that arms were to leave as it is has other weights than the model's."""
+    for module in this.takes or ():
+        before, after = (models.load(m).get_submodule(module).state_dict() for m in (model, release))
+        if changed := sorted(n for n in before if not torch.equal(before[n], after[n])):
+            raise ValueError(f"{release} changed {module}: {', '.join(changed[:4])}")
+
+
 def _trained(recipe: Recipe, run: Path) -> Path:
     if not (run / "recipe.json").exists():
         return train(recipe, run)
@@ -177,28 +249,41 @@ def _trained(recipe: Recipe, run: Path) -> Path:
 
 def _rights(this: Study, model: str, folder: Path, limit: int | None) -> dict[tuple[str, str, str], tuple[float, str]]:
     """Of every item (benchmark, category, id): whether it was right, and its cluster."""
-    names = this.benchmarks or BENCHMARKS
-    result = evaluate(load(model), names, seed=0, limit=limit, folder=folder, size=this.size)
+    result = evaluate(load(model), this.benchmarks or BENCHMARKS, seed=0, limit=limit, folder=folder)
     return {
         (o.item.benchmark, o.item.category, o.item.id): (float(o.verdict.ok), o.item.cluster) for o in result.outcomes
     }
 
 
 def _page(
-    this: Study, name: str, rights: Mapping, model: str | None, seeds: Sequence[int], steps: int, out: Path
+    this: Study,
+    name: str,
+    rights: Mapping,
+    measures: Mapping[str, list[dict[str, float]]],
+    model: str | None,
+    seeds: Sequence[int],
+    steps: int,
+    out: Path,
 ) -> Path:
     first = next(iter(rights.values()))[0]
-    from_ = f" --model {model}" if model else ""
-    goes = f"goes on from `{model}`" if model else "starts from one language model" if this.model else "starts afresh"
-    half = " (an arm of one stage takes half)" if callable(this.model) else ""
+    begins = f"Every arm goes on from `{model}` for {steps} steps."
+    if model is None:
+        begins = f"Every arm is trained for {steps} steps" + (
+            ", one stage alone for half of them." if this.fill else "."
+        )
+    if this.takes:
+        begins = (
+            f"Every arm has {' and '.join(f'`{m}`' for m in this.takes)} of `{model}` (**start**) and leaves them bit "
+            f"for bit as they are; the rest begins anew and is trained for {steps} steps in all."
+        )
     lines = [
         f"# {this.title}",
         "",
-        f"`diptych study {name}{from_} --steps {steps} --seeds {' '.join(map(str, seeds))}`",
+        f"`diptych study {name}{f' --model {model}' if model else ''} --steps {steps} --seeds "
+        f"{' '.join(map(str, seeds))}`",
         "",
-        f"Every arm {goes}, {steps} steps{half}. Brackets are 95 % intervals: over seeds (Student's t) where there "
-        "are several, else over items. Δ is the difference to "
-        f"**{this.base}** on the same items, with a bootstrap over prompts.",
+        f"{begins} Brackets are 95 % intervals: over seeds (Student's t) where there are several, else over items. "
+        f"Δ is the difference to **{this.base}** on the same items, with a bootstrap over prompts.",
     ]
     plots = {}
     for benchmark in this.benchmarks or BENCHMARKS:
@@ -211,6 +296,11 @@ def _page(
             cells.append("" if arm in ("start", this.base) else _cell(_gain(rights[this.base], of, benchmark), "+"))
             cells += [f"{_score(of, benchmark, [c]).value:.3f}" for c in categories]
             lines.append(f"| {arm} | {' | '.join(cells)} |")
+    if measures:
+        names = list(next(iter(measures.values()))[0])
+        lines += ["", f"| arm | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+        for arm, of in measures.items():
+            lines.append(f"| {arm} | {' | '.join(f'{mean([m[n] for m in of])[0]:.3f}' for n in names)} |")
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.png").write_bytes(intervals(plots))
     page = out / f"{name}.md"

@@ -9,12 +9,13 @@ import PIL.Image
 import pytest
 import torch
 
-from diptych.data import shapes
+from diptych.data import embedded, emoji, shapes
 from diptych.evaluate import evaluate, mini
 from diptych.evaluate.figures import curves, enlarge, grid
 from diptych.evaluate.harness import Engine
 from diptych.evaluate.mini import BENCHMARKS
 from diptych.evaluate.scores import clustered, macro, paired, wilson
+from diptych.evaluate.table import Tools, resolve
 from diptych.parts.flow import FlowSettings
 
 
@@ -36,7 +37,8 @@ class Drawn:
 
 @cache
 def _items():
-    return {item.id: item for benchmark in BENCHMARKS.values() for item in benchmark.items(0, 64)}
+    every = resolve(("mini", "geneval-dev"), Tools())[0]
+    return {item.id: item for benchmark in every for item in benchmark.items(0, 64)}
 
 
 class Net(torch.nn.Module):
@@ -76,6 +78,11 @@ class Fake:
         rng, reference = np.random.default_rng(seed), self.items[sample.id].reference
         if not self.truth:
             return PIL.Image.fromarray(rng.integers(0, 256, (self.size, self.size, 3), np.uint8))
+        if "source" in reference:
+            name, size, seed, i = reference["source"]
+            return list(embedded.source(name, "test", size, seed)[i].images())[-1].pixels
+        if "ids" in reference:
+            return emoji.render_scene(emoji.scene_for(rng, emoji.Prompt.from_json(reference)), self.size)
         if "after" in reference:
             return shapes.render(shapes.Edit.from_json(reference).after, self.size)
         return shapes.render(shapes.scene_for(rng, shapes.Prompt.from_json(reference)), self.size)
@@ -106,10 +113,10 @@ def test_the_truth_scores_one_and_noise_scores_nothing(tmp_path):
     assert truth.baselines["edit-mini@strict/overall"] == {"copy": 0.0, "truth": 1.0}
 
     row = json.loads(json.dumps(truth.to_json()))
-    assert set(row) == {"scores", "baselines", "failures", "items", "card"}
+    assert set(row) == {"scores", "baselines", "failures", "items", "card", "scorers"}
     assert all(set(s) == {"value", "low", "high", "n"} for s in row["scores"].values())
     assert json.loads((tmp_path / "a/summary.json").read_text()) == row
-    assert row["card"]["settings"]["num_inference_steps"] == 3 and row["card"]["size"] == [64, 64]
+    assert row["card"]["settings"]["num_inference_steps"] == 3 and row["card"]["size"]["vqa-mini"] == [64, 64]
     lines = [json.loads(line) for line in (tmp_path / "a/items.jsonl").read_text().splitlines()]
     assert len(lines) == row["items"] == len(truth.outcomes) == len({line["id"] for line in lines})
     assert all((tmp_path / "a" / line["file"]).is_file() for line in lines if "file" in line)
@@ -174,7 +181,7 @@ def test_failures_are_counted_as_wrong():
 
 
 @pytest.mark.parametrize("wrong, text", [
-    (dict(benchmarks=("geneval",)), "unknown benchmark 'geneval'; choose from mini, geneval-mini"),
+    (dict(benchmarks=("genevel",)), "unknown benchmark 'genevel'; choose from mini, geneval-mini"),
     (dict(benchmarks=()), "no benchmark"),
     (dict(limit=0), "limit is 0"),
     (dict(batch_size=0), "batch_size is 0"),

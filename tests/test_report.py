@@ -32,10 +32,11 @@ HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)>{title}&amp;'
 class Markup(HTMLParser):
     def __init__(self):
         super().__init__()
-        self.tags, self.links, self.text = [], [], ""
+        self.tags, self.links, self.ids, self.text = [], [], [], ""
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, [name for name, _ in attributes]))
+        self.ids += [value for name, value in attributes if name == "id"]
         self.links += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "poster")]
 
     def handle_data(self, data):
@@ -52,7 +53,9 @@ def self_contained(path):
     html = path.read_text("utf-8")
     assert not re.search(r"https?://|@import|url\(|<link|<script|<iframe", html)
     page = parse(path)
-    assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
+    pictures = [link for link in page.links if not link.startswith("#")]
+    assert pictures and all(link.startswith("data:image/png;base64,") for link in pictures)
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids), "a link leads nowhere"
     assert not [names for _, names in page.tags if any(n.startswith("on") for n in names)]
     return page
 
@@ -100,7 +103,7 @@ def result(rate, seed=0):
             ok = bool(rng.random() < rate)
             verdict = Verdict(ok, "" if ok else "found a green cross instead", {"instruction": ok, "preserved": True})
             if BENCHMARKS[name].task == "draw":
-                outcomes.append(Outcome(item, verdict, image=picture(len(outcomes))))
+                outcomes.append(Outcome(item, verdict, picture=picture(len(outcomes))))
             else:
                 outcomes.append(Outcome(item, verdict, text=item.reference["answer"] if ok else "four"))
     item = items("vqa-mini")[1]
@@ -128,4 +131,4 @@ def test_the_usual_page_shows_everything(tmp_path):
     for text in ("geneval-mini@strict/overall", "untrained", "chance 0.07 · truth 1.00", "color_attr", "✗", "--seed 0",
                  "guidance_scale", "failed: too long", "found a green cross instead", "counted as wrong"):  # fmt: skip
         assert text in page.text, text
-    assert curves(rows) in [base64.b64decode(link[22:]) for link in page.links]
+    assert curves(rows) in [base64.b64decode(link[22:]) for link in page.links if link.startswith("data:")]

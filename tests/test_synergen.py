@@ -176,7 +176,7 @@ def test_chat_headers_carry_no_loss():
     laid = made.lay_out(tiny.say())
     ids = [i for s in laid.segments for i in s.ids]
     targets = [t for s in laid.segments for t in (s.targets or [NONE] * len(s))]
-    template, words = made.tokenizer.template, made.tokenizer.encode
+    template, words = made.tokenizer.encode_markup, made.tokenizer.encode
     header = template("<|im_start|>assistant\n")
     expected = [*template("<|endoftext|><|im_start|>user\n"), *words("hello"), *template("<|im_end|>\n"), *header]
     assert ids == [*expected, *words("a red circle"), *template("<|im_end|>\n")]

@@ -64,7 +64,7 @@ def recipe(folder):
     base = tiny.synergen()
     config = replace(base, decoder=replace(decoder_config(hf), routes=2, routed=("mlp",)))
     row = models.config_to_json("synergen", config)
-    return replace(tiny.recipe(), model=row, init={"decoder": str(folder)})
+    return replace(tiny.recipe(), model=row, init={"decoder": f"transformers:{folder}"})
 
 
 def words(model) -> tuple[torch.Tensor, list[int]]:
@@ -90,12 +90,14 @@ def test_logits_equal_transformers_and_come_back(kind, tmp_path):
     assert torch.equal(words(model)[0], scores)
 
     models.save(model, tmp_path / "ours")
-    command = ["export", str(tmp_path / "ours"), str(tmp_path / "words"), "--format", "language", "--dtype", "fp32"]
+    command = ["export", str(tmp_path / "ours"), str(tmp_path / "words"), "--format", "hf"]
     assert cli.main(command) == 0
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "words", attn_implementation="eager").eval()
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "words/language", attn_implementation="eager"
+    ).eval()
     assert type(again) is type(theirs)
     torch.testing.assert_close(again(torch.tensor([ids])).logits[0, -1], expected, atol=1e-4, rtol=1e-4)
-    assert len(Tokenizer.load(tmp_path / "words")) == len(model.tokenizer)
+    assert len(Tokenizer.load(tmp_path / "words/language")) == len(model.tokenizer)
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
 
@@ -109,8 +111,8 @@ def test_a_base_that_does_not_fit_is_named(tmp_path):
         ValueError, match=r"num_hidden_layers is 3 there, 2 here\n  rope_theta is 10000.0 there, 500000"
     ):
         build(replace(good, model=row))
-    with pytest.raises(ValueError, match="is a language model, which can become a decoder, not 'unfold' of synergen"):
-        build(replace(good, init={"unfold": str(tmp_path / "base")}))
+    with pytest.raises(ValueError, match="module 'unfold' of synergen is neither a decoder nor one of transformers"):
+        build(replace(good, init={"unfold": f"transformers:{tmp_path / 'base'}"}))
     tensors = load_file(tmp_path / "base" / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "base" / "model.safetensors")
@@ -118,9 +120,10 @@ def test_a_base_that_does_not_fit_is_named(tmp_path):
         build(good)
 
 
-def test_what_has_no_decoder_is_no_language_model(tmp_path):
-    with pytest.raises(ValueError, match="family 'autoencoder' has no decoder"):
-        models.save_language_model(models.create("autoencoder", models.config("autoencoder/vq-tiny")), tmp_path / "x")
+def test_a_folder_without_a_language_model_is_named(tmp_path):
+    Tokenizer.tiny().save(tmp_path)
+    with pytest.raises(ValueError, match="is no language model of transformers: it lacks config.json or model"):
+        build(replace(tiny.recipe(), init={"decoder": f"transformers:{tmp_path}"}))
 
 
 # ---- picture tokenizers -----------------------------------------------------------------------------------------

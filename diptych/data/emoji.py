@@ -16,7 +16,7 @@ import lzma
 import re
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache, partial
 from importlib.resources import files
@@ -589,6 +589,52 @@ _SCENE_QUESTIONS: dict[str, Callable[[np.random.Generator], tuple[str, str, tupl
     "position": _ask_position,
     "which": _ask_which,
 }
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+TAGS = ("single_object", "two_object", "counting", "position")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to draw, in words and exactly: an emoji id for each thing, and with a ``relation`` how the first stands to
+    the second."""
+
+    tag: str
+    text: str
+    ids: tuple[str, ...]
+    relation: str | None = None
+
+    @staticmethod
+    def from_json(row: Mapping[str, Any]) -> Prompt:
+        return Prompt(row["tag"], row["text"], tuple(row["ids"]), row["relation"])
+
+
+def prompts(tag: str, n: int, seed: int = 0) -> list[Prompt]:
+    """``n`` evaluation prompts of one of ``TAGS``, all of different things as far as there are as many. Raises
+    ``ValueError`` for an unknown tag."""
+    if tag not in TAGS:
+        raise ValueError(f"tag is {tag!r}; choose from {', '.join(TAGS)}")
+    rng = np.random.default_rng((seed, TAGS.index(tag)))
+    found: dict[tuple, Prompt] = {}
+    while len(found) < n:
+        first, second = _ids(rng, 2)
+        relation = pick(rng, RELATIONS) if tag == "position" else None
+        many = int(rng.integers(2, 5)) if tag == "counting" else 1
+        ids = (first, second) if tag in ("two_object", "position") else (first,) * many
+        text = f"{_phrase([first])} {relation} {_phrase([second])}" if relation else _phrase(list(ids))
+        key = (ids, relation) if tag != "single_object" or len(found) < len(NOUNS) else (len(found),)
+        found.setdefault(key, Prompt(tag, text, ids, relation))
+    return list(found.values())
+
+
+def scene_for(rng: np.random.Generator, prompt: Prompt) -> tuple[Placed, ...]:
+    """A scene that satisfies a prompt strictly."""
+    while True:
+        cells = [int(c) for c in rng.permutation(4)[: len(prompt.ids)]]
+        if not prompt.relation or _relation(*cells[:2]) == prompt.relation:
+            return _place(rng, list(prompt.ids), cells)
 
 
 # --- the task ladder --------------------------------------------------------------------------------------------------

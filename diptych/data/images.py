@@ -61,6 +61,21 @@ def open_labels(source: str | Path | bytes, name: str = "", max_pixels: int = MA
         return np.array(image) if image.mode != "1" else np.array(image).astype(np.uint8)
 
 
+def open_alpha(source: str | Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
+    """The transparency of a picture as greys: 0 transparent, 255 opaque; upright. Raises ``ValueError`` as
+    ``open_image`` does, and for a picture without transparency."""
+    name = name or str(source)[:80]
+    with _open(source, name, max_pixels) as image:
+        try:
+            image.load()
+            upright = PIL.ImageOps.exif_transpose(image)
+        except BROKEN as error:
+            raise ValueError(f"picture {name!r} is corrupt or truncated: {_reason(error)}") from error
+        if "transparency" not in upright.info and upright.mode not in ("RGBA", "LA", "PA"):
+            raise ValueError(f"picture {name!r} has no transparency (mode {upright.mode})")
+        return upright.convert("RGBA").getchannel("A")
+
+
 def image_size(source: str | Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(width, height) in pixels as stored, without decoding. Raises ``ValueError`` as ``open_image`` does."""
     with _open(source, name or str(source)[:80], max_pixels) as image:

@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import permutations
 from typing import Any
 
@@ -578,9 +578,9 @@ class Question:
     scene: Scene
 
 
-def random_question(rng: np.random.Generator) -> Question:
-    """A question of a random type about a scene made for it, so that answers are balanced."""
-    return QUESTIONS[pick(rng, tuple(QUESTIONS))](rng)
+def random_question(rng: np.random.Generator, types: tuple[str, ...] = ()) -> Question:
+    """A question of a random type (of ``types``, or any) about a scene made for it, so that answers are balanced."""
+    return QUESTIONS[pick(rng, types or tuple(QUESTIONS))](rng)
 
 
 def _unlike(rng: np.random.Generator, n: int, avoid: Callable[[Kind], bool]) -> list[Kind]:
@@ -692,9 +692,9 @@ QUESTIONS: dict[str, Callable[[np.random.Generator], Question]] = {
 }
 
 
-def make_ask(rng: np.random.Generator, split: str, size: int) -> Made:
-    """A picture and a question, and the answer; info: type, answer, scene."""
-    question = random_question(rng)
+def make_ask(rng: np.random.Generator, split: str, size: int, types: tuple[str, ...] = ()) -> Made:
+    """A picture and a question (of ``types``, or any), and the answer; info: type, answer, scene."""
+    question = random_question(rng, types)
     messages = user(Image(render(question.scene, size)), question.text), assistant(question.answer)
     return messages, {"type": question.type, "answer": question.answer, "scene": question.scene.to_json()}
 
@@ -893,9 +893,10 @@ def _annotated(rng: np.random.Generator, size: int, task: str) -> tasks.Annotate
     return annotated(random_scene(rng), size)
 
 
-SOURCES = {
+SOURCES: dict[str, Callable[..., Made]] = {
     "shapes/draw": make_draw,
     "shapes/ask": make_ask,
+    "shapes/ask-where": partial(make_ask, types=("position", "which")),
     "shapes/caption": make_caption,
     "shapes/edit": make_edit,
     **tasks.sources("shapes", _annotated),

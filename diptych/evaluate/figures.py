@@ -149,6 +149,32 @@ def intervals(scores: Mapping[str, Mapping[str, Score]]) -> bytes:
     return out.getvalue()
 
 
+def bars(categories: Sequence[str], scores: Mapping[str, Mapping[str, Score]]) -> bytes:
+    """PNG bytes: a bar with its interval for each category, side by side for each model (name -> category -> score)."""
+    from matplotlib.figure import Figure
+
+    n, thick = len(scores), 0.8 / len(scores)
+    figure = Figure(figsize=(7.6, 0.7 + 0.26 * len(categories) * max(1.0, 0.7 * n)), dpi=140, layout="constrained")
+    ax = figure.subplots()
+    for k, (model, of) in enumerate(scores.items()):
+        rows = [i for i, c in enumerate(categories) if c in of]
+        some = [of[categories[i]] for i in rows]
+        y = np.array(rows) + (k - (n - 1) / 2) * thick
+        arms = [[max(0.0, s.value - s.low) for s in some], [max(0.0, s.high - s.value) for s in some]]
+        ax.barh(y, [s.value for s in some], thick * 0.9, color=f"C{k}", label=model, alpha=0.85)
+        ax.errorbar([s.value for s in some], y, xerr=arms, fmt="none", ecolor="0.2", elinewidth=1, capsize=2)
+    ax.set_yticks(range(len(categories)), categories, fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlim(left=0)
+    ax.grid(axis="x", alpha=0.25, linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    if n > 1:
+        ax.legend(frameon=False, fontsize=8, loc="lower right")
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
 Line = tuple[np.ndarray, np.ndarray]
 
 

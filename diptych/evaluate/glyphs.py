@@ -10,8 +10,8 @@ import PIL.Image
 
 from diptych.core.sample import Sample, user
 from diptych.data import glyphs
-from diptych.evaluate.mini import asked, by_category, item_seed, share, words
-from diptych.evaluate.scores import Baselines, Benchmark, Item, Outcome, Score, Verdict
+from diptych.evaluate.mini import asked, seed_of, words
+from diptych.evaluate.scores import Baselines, Benchmark, Item, Outcome, Score, Verdict, by_category, each, share
 
 DRAWN = 3  # pictures of each of the thirty prompts
 
@@ -53,7 +53,7 @@ def _draw_items(seed: int, size: int) -> list[Item]:
                         "read back",
                         prompt,
                         sample,
-                        item_seed(seed, key),
+                        seed_of(seed, key),
                         prompt,
                         {"answer": prompt},
                     )
@@ -86,19 +86,20 @@ def _chance(name: str, items: Sequence[Item], size: int) -> Baselines:
     return rows
 
 
-def _benchmark(name: str, task, items, judge_text=None, judge_image=None, pictures: int = 1) -> Benchmark:
+def _benchmark(name: str, task, items, judge, side: int, pictures: int = 1) -> Benchmark:
     return Benchmark(
-        name, task, items, judge_text, judge_image,
-        lambda outcomes: _scores(name, outcomes), lambda some, size: _chance(name, some, size), pictures,
+        name, task, items, each(judge), lambda outcomes: _scores(name, outcomes),
+        lambda some, size: _chance(name, some, size), pictures, side=side,
     )  # fmt: skip
 
 
 LANGUAGE = (("words/fact", 200), ("words/sum", 100), ("words/reverse", 100))
+SAYING = (("glyphs/say", 120),)
 BENCHMARKS: dict[str, Benchmark] = {
-    "glyphs-read": _benchmark("glyphs-read", "answer", _read_items, _judge),
+    "glyphs-read": _benchmark("glyphs-read", "answer", _read_items, _judge, 64),
     "glyphs-say": _benchmark(
-        "glyphs-say", "answer", lambda seed, size: _items("glyphs-say", [("glyphs/say", 120)], seed, size), _judge
+        "glyphs-say", "answer", lambda seed, size: _items("glyphs-say", SAYING, seed, size), _judge, 32
     ),
-    "glyphs-draw": _benchmark("glyphs-draw", "draw", _draw_items, None, _judge_picture, DRAWN),
-    "words": _benchmark("words", "answer", lambda seed, size: _items("words", LANGUAGE, seed, size), _judge),
+    "glyphs-draw": _benchmark("glyphs-draw", "draw", _draw_items, _judge_picture, 32, DRAWN),
+    "words": _benchmark("words", "answer", lambda seed, size: _items("words", LANGUAGE, seed, size), _judge, 32),
 }

@@ -10,44 +10,44 @@
 
 A line is written when its item is finished; a last line cut off by a crash is dropped and its item made again. An item
 that the model refuses stays in the count as wrong, with the reason; no blank picture or empty answer replaces it.
+
+Under torchrun every process takes every n-th batch, of the generation and of the scoring; the files and the scores are
+those of one process.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
-from importlib import metadata
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-import PIL
 import PIL.Image
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
 
-from diptych.core.sample import Sample
+from diptych.core.sample import Sample, user
 from diptych.data.render import rgb
-from diptych.evaluate import glyphs, mini
-from diptych.evaluate.mini import GROUPS
+from diptych.evaluate import card as cards
+from diptych.evaluate import files
+from diptych.evaluate.judge import Judge
+from diptych.evaluate.remote import Pictures
 from diptych.evaluate.scores import Baselines, Benchmark, Item, Outcome, Score, Verdict
+from diptych.evaluate.table import LMMS, Tools, resolve
+from diptych.train import parallel
 
-BENCHMARKS = {**mini.BENCHMARKS, **glyphs.BENCHMARKS}
-MAX_NEW_TOKENS = 48
 TEMPERATURE = 0.0
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """What can be evaluated: ``diptych.generate.engine.Engine``, or whatever answers and draws like it."""
+    """What can be evaluated: ``diptych.generate.engine.Engine``, an endpoint, a folder of pictures, or whatever answers
+    and draws like them. ``model`` is a network, or a dataclass that says what it is (``family``, ``settings``)."""
 
     model: Any
     name: str
@@ -68,9 +68,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Result:
-    """Scores by name, what to compare them with, the sampling card, and every outcome.
+    """Scores by name, what to compare them with, the sampling card, how it was scored, and every outcome.
 
-    ``failures`` counts the items for which the model gave nothing: they are wrong in every score.
+    ``failures`` counts the items for which the model gave nothing, or the judge nothing that can be read: they are
+    wrong in every score.
     """
 
     scores: Mapping[str, Score]
@@ -78,357 +79,358 @@ class Result:
     card: Mapping[str, Any]
     failures: int
     outcomes: tuple[Outcome, ...]
+    scorers: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict:
-        """One JSON object: scores (name -> value, low, high, n), baselines, failures, items, card."""
+        """One JSON object: scores (name -> value, low, high, n), baselines, failures, items, card, scorers."""
         return {
             "scores": {name: score.to_json() for name, score in self.scores.items()},
             "baselines": {name: {k: round(v, 6) for k, v in row.items()} for name, row in self.baselines.items()},
             "failures": self.failures,
             "items": len(self.outcomes),
             "card": dict(self.card),
+            "scorers": dict(self.scorers or {}),
         }
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One evaluation: what is asked, where it lies, who does it."""
+
+    folder: Path
+    benchmarks: list[Benchmark]
+    items: Mapping[str, list[Item]]
+    sides: Mapping[str, int | None]
+    card: dict
+    rank: int
+    world: int
+    bar: Progress
+
+    def file(self, stem: str) -> Path:
+        """The jsonl file that this process appends to."""
+        return self.folder / (f"{stem}.jsonl" if self.world == 1 else f"{stem}.{self.rank}.jsonl")
+
+    def chunks(self, benchmark: Benchmark, n: int) -> Iterator[list[Item]]:
+        """This process's batches, always cut at the same places, so that a run that goes on makes the batches that an
+        unbroken one makes."""
+        of = self.items[benchmark.name]
+        return (of[i : i + n] for i in range(self.rank * n, len(of), n * self.world))
+
+    def join(self, stem: str) -> None:
+        """Waits for every process, then makes one file of what they wrote."""
+        parallel.gather(None)
+        if self.rank == 0:
+            files.merge(self.folder / f"{stem}.jsonl", [i.id for b in self.benchmarks for i in self.items[b.name]])
+        parallel.gather(None)
 
 
 def evaluate(
     engine: Engine,
-    benchmarks: Sequence[str] = ("mini",),
+    benchmarks: Sequence[str | Benchmark] = ("mini",),
     seed: int = 0,
     limit: int | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
-    size: int = 64,
+    size: int | None = None,
     settings: Any = None,
     batch_size: int = 32,
+    tools: Tools | None = None,
+    score: bool = True,
+    lmms_tasks: str | None = None,
 ) -> Result:
     """The scores of a model on benchmarks, with intervals, baselines and the settings that produced them.
 
+    A benchmark is a name ("mini", "geneval"), a name with the user's files ("wise=FOLDER"), a ``Benchmark``, or tasks
+    of lmms-eval ("lmms-eval:pope,mmbench_en_dev"; ``lmms_tasks`` is a folder of the user's own).
     ``limit`` keeps the first so many items of each category; ``folder`` keeps everything and lets a stopped evaluation
-    go on (default: a temporary one); ``size`` is the side of the pictures in pixels; ``settings`` replaces the model's
-    own settings. A progress bar goes to a terminal's stderr unless ``progress`` is false. Raises ``ValueError``
-    for an unknown benchmark, and for a folder that was made with other settings.
+    go on (default: a temporary one); ``size`` is the side of the pictures in pixels (default: 64 for what ships, else
+    the model's own); ``settings`` replaces the model's own settings; ``tools`` are the judges and networks that score.
+    Without ``score`` it stops when everything is made. A progress bar goes to a terminal's stderr unless ``progress``
+    is false. Raises ``ValueError`` for an unknown benchmark, and for a folder that was made with other settings.
     """
-    chosen = _choose(benchmarks)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; it must be at least 1, or None for every item")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    items = {b.name: _cut(b.items(seed, size), limit) for b in chosen}
+    names = [benchmarks] if isinstance(benchmarks, str) else benchmarks
+    foreign = [t for n in names if isinstance(n, str) and n.startswith(LMMS) for t in n.removeprefix(LMMS).split(",")]
+    own = [n for n in names if not (isinstance(n, str) and n.startswith(LMMS))]
+    chosen, asked = resolve(own, tools or Tools()) if own or not foreign else ([], {})
+    for name, value in (("limit", limit), ("batch_size", batch_size), ("size", size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1, or None for the default")
+    sides = {b.name: size or b.side for b in chosen}
+    items = {b.name: _cut(b, b.items(seed, sides[b.name] or 0), limit) for b in chosen}
+    if isinstance(engine, Pictures):
+        engine.expect([item for of in items.values() for item in of])
     settings = settings or engine.model.settings
-    card = sampling_card(engine, chosen, items, seed, limit, size, settings)
-    if folder is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            return _run(engine, chosen, items, card, settings, size, batch_size, Path(temporary), progress)
-    return _run(engine, chosen, items, card, settings, size, batch_size, Path(folder), progress)
+    card = cards.sampling_card(engine, asked, chosen, items, sides, seed, limit, TEMPERATURE, settings)
+    with _somewhere(folder) as where:
+        with _opened(where, chosen, items, sides, card, progress) as work:
+            for benchmark in chosen:
+                _generate(work, engine, benchmark, settings, batch_size)
+            work.join("items")
+            result = _scored(work) if score else Result({}, {}, work.card, 0, ())
+            if foreign:
+                result = _with_lmms(work, result, engine, foreign, limit, batch_size, lmms_tasks)
+        if folder is None:  # the pictures do not outlive the folder
+            result = replace(result, outcomes=tuple(replace(o, picture=o.image) for o in result.outcomes))
+        return result
 
 
-def _choose(names: Sequence[str]) -> list[Benchmark]:
-    names = [names] if isinstance(names, str) else names
-    choices = (*GROUPS, *BENCHMARKS)
-    if unknown := [n for n in names if n not in choices]:
-        raise ValueError(f"unknown benchmark {unknown[0]!r}; choose from {', '.join(choices)}")
-    if not names:
-        raise ValueError(f"no benchmark named; choose from {', '.join(choices)}")
-    return [BENCHMARKS[n] for n in dict.fromkeys(m for name in names for m in GROUPS.get(name, (name,)))]
+def _with_lmms(
+    work: _Work, result: Result, engine: Engine, tasks: Sequence[str], limit: int | None, batch_size: int, include: Any
+) -> Result:
+    """The result with the scores of lmms-eval's tasks."""
+    from diptych.evaluate import interop  # a heavy package, when there
+
+    if work.world > 1:
+        raise ValueError("lmms-eval has its own way with several processes: evaluate its tasks in one")
+    scores = interop.run_lmms(engine, tasks, work.folder, limit, batch_size, include)
+    result = replace(result, scores={**result.scores, **scores})
+    files.replace(work.folder / "summary.json", json.dumps(result.to_json(), indent=2) + "\n")
+    return result
 
 
-def _cut(items: list[Item], limit: int | None) -> list[Item]:
-    if limit is None:
-        return items
-    taken: Counter[str] = Counter()
+def rescore(
+    folder: str | Path,
+    benchmarks: Sequence[str | Benchmark] = (),
+    tools: Tools | None = None,
+    progress: bool = True,
+) -> Result:
+    """The scores of what lies in the folder of an evaluation, without its model; with another judge also.
+
+    ``benchmarks`` default to those of the folder. Raises ``ValueError`` for a folder of other prompts."""
+    folder = Path(folder)
+    old = cards.load(folder)
+    chosen, asked = resolve(benchmarks or list(dict.fromkeys(old["asked"].values())), tools or Tools())
+    sizes = {b.name: old["size"].get(b.name, "") for b in chosen}
+    sides = {name: None if isinstance(size, str) else size[0] for name, size in sizes.items()}
+    items = {b.name: _cut(b, b.items(old["seed"], sides[b.name] or 0), old["limit"]) for b in chosen}
+    for b in chosen:
+        same = b.name not in old["prompts"] or cards.prompts_hash(items[b.name]) == old["prompts"][b.name]
+        if b.name not in old["prompts"] or not same:
+            raise ValueError(f"{folder} was not made with the prompts of {b.name}; it has {', '.join(old['prompts'])}")
+    with _opened(folder, chosen, items, sides, old, progress) as work:
+        return _scored(work)
+
+
+def load_result(folder: str | Path) -> Result:
+    """The result of a finished evaluation, read from its folder; nothing is judged. Where the user's files have gone,
+    the outcomes lack the pictures that were shown to the model. Raises ``ValueError`` for what is not scored."""
+    folder = Path(folder)
+    card, file = cards.load(folder), folder / "summary.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} is not scored yet: diptych evaluate score {folder}")
+    summary = json.loads(file.read_text("utf-8"))
+    known: dict[str, Item] = {}
+    for name, asked in card["asked"].items():
+        try:  # a judge is not asked, but some must be there
+            [benchmark], _ = resolve([asked], Tools(judge=Judge("none", cache=folder)))
+        except ValueError:
+            continue
+        size = card["size"].get(name, "")
+        known |= {i.id: i for i in benchmark.items(card["seed"], 0 if isinstance(size, str) else size[0])}
+    verdicts = {row["id"]: row for row in files.read(folder / "scores.jsonl")}
+    outcomes = []
+    for row in files.read(folder / "items.jsonl"):
+        if row["id"] in verdicts:
+            sample = Sample(row["id"], (user(row["prompt"]),))
+            item = Item(
+                row["id"], row["benchmark"], row["category"], row["prompt"], sample, row["seed"], row["cluster"], {}
+            )
+            outcomes.append(_outcome(folder, known.get(row["id"], item), row, verdicts[row["id"]]))
+    scores = {name: Score(**score) for name, score in summary["scores"].items()}
+    more = summary["baselines"], summary["card"], summary["failures"], tuple(outcomes), summary["scorers"]
+    return Result(scores, *more)
+
+
+def _outcome(folder: Path, item: Item, row: Mapping[str, Any], said: Mapping[str, Any]) -> Outcome:
+    verdict = Verdict(said["ok"], said["reason"], said["parts"], said.get("value"), said.get("failed", False))
+    return Outcome(item, verdict, row.get("text"), folder / row["file"] if "file" in row else None, row.get("error"))
+
+
+def _cut(benchmark: Benchmark, items: list[Item], limit: int | None) -> list[Item]:
+    taken: dict[str, dict[str, None]] = {}
     kept = []
     for item in items:
-        taken[item.category] += 1
-        if taken[item.category] <= limit:
+        of = taken.setdefault(item.category, {})
+        of.setdefault(item.cluster if benchmark.whole else item.id)
+        if limit is None or len(of) <= limit:
             kept.append(item)
+    if len({item.id for item in kept}) != len(kept):
+        twice = next(id for id, n in Counter(i.id for i in kept).items() if n > 1)
+        raise ValueError(f"{benchmark.name} has two items called {twice}")
     return kept
 
 
-def _run(
-    engine: Engine,
+@contextmanager
+def _somewhere(folder: str | Path | None) -> Iterator[Path]:
+    """The folder, or a temporary one that every process shares."""
+    if folder is not None:
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory() as own:
+        yield Path(parallel.gather(own)[0])
+        parallel.gather(None)
+
+
+@contextmanager
+def _opened(
+    folder: Path,
     benchmarks: list[Benchmark],
     items: Mapping[str, list[Item]],
+    sides: Mapping[str, int | None],
     card: dict,
-    settings: Any,
-    size: int,
-    batch_size: int,
-    folder: Path,
     progress: bool,
-) -> Result:
+) -> Iterator[_Work]:
+    """An evaluation over its folder: the cards agree, and what a stopped run left in parts is put together."""
     folder.mkdir(parents=True, exist_ok=True)
-    card = _agree(folder, card)
-    seed = card["seed"]
-    with _bar(progress) as bar:
-        for benchmark in benchmarks:
-            made = _finished(folder, {i.id for i in items[benchmark.name]})
-            task = bar.add_task(benchmark.name, total=len(items[benchmark.name]), completed=len(made))
-            for chunk in _chunks(items[benchmark.name], batch_size):
-                todo = [item for item in chunk if item.id not in made]
-                if todo:
-                    rows = _make(engine, benchmark, todo, seed, size, settings, batch_size, folder, bool(made))
-                    _append(folder / "items.jsonl", rows)
-                    made |= {row["id"]: row for row in rows}
-                    bar.advance(task, len(rows))
-    outcomes = score(folder, benchmarks, items)
-    scores: dict[str, Score] = {}
-    baselines: Baselines = {}
-    for benchmark in benchmarks:
-        scores |= benchmark.scores([o for o in outcomes if o.item.benchmark == benchmark.name])
-        baselines |= benchmark.baselines(items[benchmark.name], size)
-    result = Result(scores, baselines, card, sum(o.error is not None for o in outcomes), tuple(outcomes))
-    _replace(folder / "summary.json", json.dumps(result.to_json(), indent=2) + "\n")
-    return result
+    rank, world = parallel.place()
+    card = cards.agree(folder, card)
+    parallel.gather(None)
+    if rank == 0:
+        cards.write(folder, card)
+    with _bar(progress and rank == 0) as bar:
+        work = _Work(folder, benchmarks, items, sides, card, rank, world, bar)
+        for stem in ("items", "scores"):
+            work.join(stem)
+        yield work
 
 
 # --- step one: what the model makes -----------------------------------------------------------------------------------
 
 
-def _make(
-    engine: Engine,
-    benchmark: Benchmark,
-    items: list[Item],
-    seed: int,
-    size: int,
-    settings: Any,
-    batch_size: int,
-    folder: Path,
-    worked: bool,
-) -> list[dict]:
-    """The lines of these items. One that the model refuses gets its reason; if nothing has ``worked`` yet and it
-    refuses them all, the fault is not the items': the ``ValueError`` goes to the user."""
+def _generate(work: _Work, engine: Engine, benchmark: Benchmark, settings: Any, batch_size: int) -> None:
+    """Makes what is missing of a benchmark. One item that the model refuses gets its reason; if nothing has worked yet
+    and it refuses them all, the fault is not the items': the ``ValueError`` goes to the user."""
+    made = _finished(work.folder, {i.id for i in work.items[benchmark.name]})
+    worked, side = any("error" not in row for row in made.values()), work.sides[benchmark.name]
 
     def attempt(some: list[Item]) -> list[dict]:
-        samples = [item.sample for item in some]
+        samples = [item.sample.map_images(lambda i: replace(i, image=files.picture(i.image))) for item in some]
         if benchmark.task == "answer":
-            answers = engine.answers(samples, MAX_NEW_TOKENS, TEMPERATURE, seed, batch_size)
+            answers = engine.answers(samples, benchmark.max_new_tokens, TEMPERATURE, work.card["seed"], batch_size)
             return [
                 _row(item, len(some), a.parameters, text=a.text, finish_reason=a.finish_reason)
                 for item, a in zip(some, answers, strict=True)
             ]
-        pictures = engine.draw(samples, [item.seed for item in some], (size, size), settings, batch_size)
+        size = (side, side) if side else None
+        pictures = engine.draw(samples, [item.seed for item in some], size, settings, batch_size)
         rows = []
         for item, picture in zip(some, pictures, strict=True):
             file = f"pictures/{item.id}.png"
-            _save(picture.image, folder / file)
+            files.save(picture.image, work.folder / file)
             rows.append(_row(item, len(some), picture.parameters, file=file))
         return rows
 
-    try:
-        return attempt(items)
-    except ValueError as refusal:
-        rows, first = [], refusal
-    for item in items:
+    todo = [[i for i in chunk if i.id not in made] for chunk in work.chunks(benchmark, batch_size)]
+    task = work.bar.add_task(benchmark.name, total=sum(map(len, todo)))
+    for some in todo:
+        if not some:
+            continue
         try:
-            rows += attempt([item])
+            rows = attempt(some)
         except ValueError as refusal:
-            rows.append(_row(item, 1, {}, error=str(refusal)))
-    if not worked and all("error" in row for row in rows):
-        raise first
-    return rows
+            rows, first = [], refusal
+            for item in some:
+                try:
+                    rows += attempt([item])
+                except ValueError as refusal:
+                    rows.append(_row(item, 1, {}, error=str(refusal)))
+            if not worked and all("error" in row for row in rows):
+                raise first from None
+        worked = worked or any("error" not in row for row in rows)
+        files.append(work.file("items"), rows)
+        work.bar.advance(task, len(rows))
 
 
 def _row(item: Item, batch: int, parameters: Mapping[str, Any], **made: str) -> dict:
     row = {"id": item.id, "benchmark": item.benchmark, "category": item.category, "prompt": item.prompt}
-    return row | {"seed": item.seed, **made, "batch": batch, "parameters": dict(parameters)}
-
-
-def _save(image: PIL.Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    image.convert("RGB").save(part, "PNG")
-    os.replace(part, path)
+    return row | {"seed": item.seed, "cluster": item.cluster, **made, "batch": batch, "parameters": dict(parameters)}
 
 
 def _finished(folder: Path, ids: set[str]) -> dict[str, dict]:
     """The finished lines of these items; a line whose picture is gone is not finished."""
-    rows = {row["id"]: row for row in _read(folder / "items.jsonl") if row["id"] in ids}
+    rows = {row["id"]: row for row in files.read(folder / "items.jsonl") if row["id"] in ids}
     return {k: row for k, row in rows.items() if "file" not in row or (folder / row["file"]).is_file()}
-
-
-def _chunks(items: list[Item], n: int) -> Iterator[list[Item]]:
-    """Always cut at the same places, so that a run that goes on makes the batches that an unbroken one makes."""
-    return (items[i : i + n] for i in range(0, len(items), n))
 
 
 # --- step two: verdicts -----------------------------------------------------------------------------------------------
 
 
-def score(folder: Path, benchmarks: Sequence[Benchmark], items: Mapping[str, Sequence[Item]]) -> list[Outcome]:
-    """The outcome of every item, judged from the folder alone; verdicts already in ``scores.jsonl`` are kept.
-
-    Delete ``scores.jsonl`` to judge again. Raises ``ValueError`` when an item is not finished.
-    """
-    known = {row["id"]: row for row in _read(folder / "scores.jsonl")}
-    outcomes = []
-    for benchmark in benchmarks:
-        of = items[benchmark.name]
-        made = _finished(folder, {i.id for i in of})
-        if missing := [i.id for i in of if i.id not in made]:
+def _scored(work: _Work) -> Result:
+    """The outcome of every item, judged from the folder alone, and what they come to; verdicts in ``scores.jsonl`` of
+    the same making and the same scorer are kept. Raises ``ValueError`` when an item is not finished."""
+    made: dict[str, dict] = {}
+    for benchmark in work.benchmarks:
+        of = work.items[benchmark.name]
+        done = _finished(work.folder, {i.id for i in of})
+        if missing := [i.id for i in of if i.id not in done]:
             raise ValueError(f"{len(missing)} items of {benchmark.name} are not finished, first {missing[0]}")
-        for chunk in _chunks(list(of), 64):
-            rows = []
-            for item in chunk:
-                row = made[item.id]
-                image = None
-                if "file" in row:
-                    with PIL.Image.open(folder / row["file"]) as opened:
-                        image = opened.convert("RGB")
-                if item.id in known and known[item.id]["made"] == _hash(row, image):
-                    old = known[item.id]
-                    verdict = Verdict(old["ok"], old["reason"], old["parts"])
-                else:
-                    verdict = _judge(benchmark, item, row, image)
-                    rows.append({"id": item.id, "made": _hash(row, image), **asdict(verdict)})
-                outcomes.append(Outcome(item, verdict, row.get("text"), image, row.get("error")))
-            _append(folder / "scores.jsonl", rows)
-    return outcomes
+        made |= done
+    known = {row["id"]: row for row in files.read(work.folder / "scores.jsonl")}
+    for benchmark in work.benchmarks:
+        task = work.bar.add_task(f"scoring {benchmark.name}", total=len(work.items[benchmark.name]))
+        for chunk in work.chunks(benchmark, 64):
+            _judge(work, benchmark, chunk, made, known)
+            work.bar.advance(task, len(chunk))
+    work.join("scores")
+    known = {row["id"]: row for row in files.read(work.folder / "scores.jsonl")}
+    outcomes: list[Outcome] = []
+    scores: dict[str, Score] = {}
+    baselines: Baselines = {}
+    for benchmark in work.benchmarks:
+        some = [_outcome(work.folder, i, made[i.id], known[i.id]) for i in work.items[benchmark.name]]
+        scores |= benchmark.scores(some)
+        baselines |= benchmark.baselines(work.items[benchmark.name], work.sides[benchmark.name] or 0)
+        outcomes += some
+    scorers = {b.name: dict(b.scorer) for b in work.benchmarks if b.scorer}
+    failures = sum(o.verdict.failed for o in outcomes)
+    result = Result(scores, baselines, work.card, failures, tuple(outcomes), scorers)
+    if work.rank == 0:
+        files.replace(work.folder / "summary.json", json.dumps(result.to_json(), indent=2) + "\n")
+    return result
 
 
-def _judge(benchmark: Benchmark, item: Item, row: Mapping[str, Any], image: PIL.Image.Image | None) -> Verdict:
-    if "error" in row:
-        return Verdict(False, f"failed: {row['error']}")
-    if benchmark.judge_image is not None and image is not None:
-        if image.width != image.height:
-            return Verdict(False, f"the picture is {image.width}x{image.height}, not square")
-        return benchmark.judge_image(item, image)
-    assert benchmark.judge_text is not None
-    return benchmark.judge_text(item, row["text"])
+def _judge(
+    work: _Work, benchmark: Benchmark, items: list[Item], made: Mapping[str, dict], known: Mapping[str, dict]
+) -> None:
+    """Writes the verdicts that these items lack."""
+    rows, waiting, things, hashes = [], [], [], {}
+    for item in items:
+        row = made[item.id]
+        image = None
+        if "file" in row:
+            with PIL.Image.open(work.folder / row["file"]) as opened:
+                image = opened.convert("RGB")
+        hashes[item.id] = _hash(benchmark, row, image)
+        if item.id in known and known[item.id]["made"] == hashes[item.id]:
+            continue
+        if "error" in row:
+            verdict = Verdict(False, f"failed: {row['error']}", {}, benchmark.worst or None, True)
+            rows.append({"id": item.id, "made": hashes[item.id], **asdict(verdict)})
+        else:
+            waiting.append(item)
+            things.append(row["text"] if image is None else image)
+    if waiting:
+        for item, verdict in zip(waiting, benchmark.judge(waiting, things), strict=True):
+            rows.append({"id": item.id, "made": hashes[item.id], **asdict(verdict)})
+    order = {item.id: i for i, item in enumerate(items)}
+    files.append(work.file("scores"), sorted(rows, key=lambda row: order[row["id"]]))
 
 
-def _hash(row: Mapping[str, Any], image: PIL.Image.Image | None) -> str:
-    """What a verdict was about: an item made again is judged again."""
+def _hash(benchmark: Benchmark, row: Mapping[str, Any], image: PIL.Image.Image | None) -> str:
+    """What a verdict was about and who gave it: an item made again is judged again, and so it is by another judge."""
     made = row.get("text", row.get("error", "")).encode() if image is None else rgb(image).tobytes()
-    return hashlib.sha256(made).hexdigest()[:16]
+    scorer = json.dumps(benchmark.scorer, sort_keys=True).encode() if benchmark.scorer else b""
+    return hashlib.sha256(made + scorer).hexdigest()[:16]
 
 
-# --- the sampling card ------------------------------------------------------------------------------------------------
-
-
-def sampling_card(
-    engine: Engine,
-    benchmarks: Sequence[Benchmark],
-    items: Mapping[str, Sequence[Item]],
-    seed: int,
-    limit: int | None,
-    size: int,
-    settings: Any,
-) -> dict:
-    """Everything that moves a score and is not the model's doing, and which model it was; JSON-able."""
-    parameter = next(engine.model.parameters())
-    device = parameter.device.type
-    if device == "cuda":
-        device = f"cuda ({torch.cuda.get_device_name(parameter.device)})"
-    card = {
-        "model": engine.name,
-        "family": engine.model.family,
-        "weights": _fingerprint(engine.model),
-        "seed": seed,
-        "seeds": "one per picture, from (seed, item id)",
-        "limit": limit,
-        "size": [size, size],
-        "settings": asdict(settings),
-        "max_new_tokens": MAX_NEW_TOKENS,
-        "temperature": TEMPERATURE,
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "device": device,
-        "versions": _versions(),
-        "prompts": {b.name: _prompts_hash(items[b.name]) for b in benchmarks},
-        "pictures_per_prompt": {b.name: b.pictures_per_prompt for b in benchmarks if b.task == "draw"},
-        "items": {b.name: len(items[b.name]) for b in benchmarks},
-    }
-    return json.loads(json.dumps(card))
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """A hash of every parameter's name, shape and 64 of its values: other weights, other hash."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        some = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _versions() -> dict[str, str]:
-    try:
-        own = metadata.version("diptych")
-    except metadata.PackageNotFoundError:
-        own = "not installed"
-    ours = {"diptych": own, "python": platform.python_version(), "torch": torch.__version__}
-    return ours | {"numpy": np.__version__, "pillow": PIL.__version__}
-
-
-def _prompts_hash(items: Sequence[Item]) -> str:
-    rows = [[i.id, i.category, i.prompt, i.seed, i.reference] for i in items]
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _agree(folder: Path, card: dict) -> dict:
-    """The card of this folder, with benchmarks that it did not name before; raises when any field differs."""
-    path = folder / "card.json"
-    if path.is_file():
-        old = json.loads(path.read_text("utf-8"))
-        for name, value in _flat(card).items():
-            known = _flat(old)
-            if name in known and known[name] != value:
-                raise ValueError(
-                    f"{folder} was made with {name} = {known[name]!r}, not {value!r}; use another folder: "
-                    "two settings are not mixed in one"
-                )
-        per_benchmark = {k: {**old[k], **card[k]} for k in ("prompts", "pictures_per_prompt", "items")}
-        card = card | per_benchmark
-    elif (folder / "items.jsonl").exists():
-        raise ValueError(f"{folder} holds items.jsonl without its card.json; use another folder")
-    _replace(path, json.dumps(card, indent=2) + "\n")
-    return card
-
-
-def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in row.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> list[dict]:
-    """The rows of a jsonl file. A last line without its end is cut off the file; raises for any other broken line."""
-    if not path.is_file():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if whole != data:
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    rows = []
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path} line {number} is not JSON: {error}") from None
-    return rows
-
-
-def _append(path: Path, rows: Sequence[dict]) -> None:
-    if rows:
-        with path.open("ab") as file:
-            file.write("".join(json.dumps(row, default=_plain) + "\n" for row in rows).encode())
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    raise TypeError(f"an engine's parameters must be JSON, not {value!r}")
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text, "utf-8")
-    os.replace(part, path)
+def write_layout(folder: str | Path, result: Result, benchmarks: Sequence[Benchmark]) -> list[Path]:
+    """Writes each benchmark's pictures as its official scorer reads them, into FOLDER/NAME; the folders."""
+    written = []
+    for b in benchmarks:
+        if b.layout is not None:
+            b.layout(Path(folder) / b.name, [o for o in result.outcomes if o.item.benchmark == b.name])
+            written.append(Path(folder) / b.name)
+    return written
 
 
 def _bar(progress: bool) -> Progress:

@@ -1,4 +1,5 @@
-"""The benchmark "mini": GenEval's six tags, questions, captions and edits in the shapes world, judged by rules.
+"""The older half of the benchmark "mini": GenEval's tags, questions, captions and edits in the shapes world, judged by
+rules (the other half is ``scenes.py``).
 
 Every judge wants the whole truth and nothing more (``@strict``: exactly the objects asked for; ``@exact``: the answer
 and no other word). ``geneval-dev`` is for choosing sampler settings: its prompts are not those of ``geneval-mini``
@@ -16,8 +17,22 @@ import PIL.Image
 
 from diptych.core.sample import Sample, Text, user
 from diptych.data import embedded, shapes
-from diptych.evaluate.scores import Baselines, Benchmark, Item, Outcome, Score, Verdict, clustered, macro, wilson
+from diptych.evaluate.scores import (
+    Baselines,
+    Benchmark,
+    Item,
+    Outcome,
+    Score,
+    Verdict,
+    by_category,
+    clustered,
+    each,
+    macro,
+    share,
+    wilson,
+)
 
+SIDE = 64  # pixels on a side of every picture, unless asked for otherwise
 PROMPTS = 24  # of each tag
 PICTURES = 4  # of each prompt
 QUESTIONS, CAPTIONS, EDITS = 300, 150, 60
@@ -25,7 +40,7 @@ GUESSES = 100  # of each tag or type, from which the baselines are measured
 HELD_OUT = ("position", "color_attr")
 
 
-def item_seed(seed: int, address: str) -> int:
+def seed_of(seed: int, address: str) -> int:
     """The seed of one picture: its own, so that pictures do not share their luck."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{address}".encode(), digest_size=4).digest(), "big") >> 1
 
@@ -46,12 +61,20 @@ def _geneval_items(name: str, seed: int) -> list[Item]:
                 key = f"{name}/{category}/{i}/{picture}"
                 sample = Sample(key, (user(prompt.text),))
                 items.append(
-                    Item(key, name, category, prompt.text, sample, item_seed(seed, key), prompt.text, prompt.to_json())
+                    Item(key, name, category, prompt.text, sample, seed_of(seed, key), prompt.text, prompt.to_json())
                 )
     return items
 
 
+def unsquare(image: PIL.Image.Image) -> Verdict | None:
+    """The verdict on a picture that is not square: the drawn worlds are."""
+    square = image.width == image.height
+    return None if square else Verdict(False, f"the picture is {image.width}x{image.height}, not square")
+
+
 def _judge_drawing(item: Item, image: PIL.Image.Image) -> Verdict:
+    if wrong := unsquare(image):
+        return wrong
     verdict = shapes.check(image, shapes.Prompt.from_json(item.reference))
     return Verdict(verdict.ok, verdict.reason)
 
@@ -89,9 +112,9 @@ def _chance(size: int) -> dict[str, float]:
 
 def _geneval(name: str) -> Benchmark:
     return Benchmark(
-        name, "draw", lambda seed, size: _geneval_items(name, seed), None, _judge_drawing,
+        name, "draw", lambda seed, size: _geneval_items(name, seed), each(_judge_drawing),
         lambda outcomes: _geneval_scores(name, outcomes), lambda items, size: _geneval_baselines(name, items, size),
-        PICTURES,
+        PICTURES, SIDE, macro=True,
     )  # fmt: skip
 
 
@@ -108,7 +131,7 @@ def asked(name: str, source: str, n: int, seed: int, size: int) -> list[Item]:
         key = f"{name}/{category}/{i}"
         asked = Sample(key, sample.messages[:-1])
         prompt = " ".join(p.text for p in sample.messages[-2].parts if isinstance(p, Text))
-        items.append(Item(key, name, category, prompt, asked, item_seed(seed, key), sample.id, sample.info))
+        items.append(Item(key, name, category, prompt, asked, seed_of(seed, key), sample.id, sample.info))
     return items
 
 
@@ -163,6 +186,8 @@ def _caption_baselines(items: Sequence[Item], size: int) -> Baselines:
 
 
 def _judge_edit(item: Item, image: PIL.Image.Image) -> Verdict:
+    if wrong := unsquare(image):
+        return wrong
     edit = shapes.Edit.from_json(item.reference)
     verdict = shapes.check_edit(image, edit.before, edit.after, edit.side)
     return Verdict(verdict.ok, verdict.reason, {"instruction": verdict.done, "preserved": verdict.kept})
@@ -191,32 +216,20 @@ def _edit_baselines(items: Sequence[Item], size: int) -> Baselines:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def by_category(rows: Sequence) -> dict[str, list]:
-    """Items or outcomes by category, in order."""
-    groups: dict[str, list] = {}
-    for row in rows:
-        groups.setdefault(row.category if isinstance(row, Item) else row.item.category, []).append(row)
-    return groups
-
-
-def share(outcomes: Sequence[Outcome]) -> Score:
-    return wilson(sum(o.verdict.ok for o in outcomes), len(outcomes))
-
-
 BENCHMARKS: dict[str, Benchmark] = {
     "geneval-mini": _geneval("geneval-mini"),
     "vqa-mini": Benchmark(
         "vqa-mini", "answer", lambda seed, size: asked("vqa-mini", "shapes/ask", QUESTIONS, seed, size),
-        _judge_answer, None, _vqa_scores, _vqa_baselines,
+        each(_judge_answer), _vqa_scores, _vqa_baselines, side=SIDE,
     ),
     "caption-mini": Benchmark(
         "caption-mini", "answer", lambda seed, size: asked("caption-mini", "shapes/caption", CAPTIONS, seed, size),
-        _judge_caption, None, lambda outcomes: {"caption-mini@strict/overall": share(outcomes)}, _caption_baselines,
+        each(_judge_caption), lambda outcomes: {"caption-mini@strict/overall": share(outcomes)}, _caption_baselines,
+        side=SIDE,
     ),
     "edit-mini": Benchmark(
         "edit-mini", "draw", lambda seed, size: asked("edit-mini", "shapes/edit", EDITS, seed, size),
-        None, _judge_edit, _edit_scores, _edit_baselines,
+        each(_judge_edit), _edit_scores, _edit_baselines, side=SIDE,
     ),
     "geneval-dev": _geneval("geneval-dev"),
 }  # fmt: skip
-GROUPS = {"mini": ("geneval-mini", "vqa-mini", "caption-mini", "edit-mini")}

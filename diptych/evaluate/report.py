@@ -9,15 +9,17 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 import PIL.Image
 
+from diptych.evaluate import files
 from diptych.evaluate.harness import Result
 from diptych.evaluate.scores import Outcome, Score
+from diptych.evaluate.scores import by_category as _by_category
 
 # --- sections ---------------------------------------------------------------------------------------------------------
 
@@ -52,12 +54,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture, or several in order (before, after), with its caption, verdict and the reason for it."""
+    """A picture, or several in order (before, after), with its caption, verdict and the reason for it. ``id`` is what
+    verdicts link to."""
 
     images: tuple[PIL.Image.Image, ...]
     caption: str
     ok: bool | None = None
     note: str = ""
+    id: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Asked:
     answer: str
     expected: str
     ok: bool | None = None
+    id: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,15 @@ class Questions:
     note: str = ""
 
 
-Section = Text | Table | Figure | Gallery | Questions
+@dataclass(frozen=True)
+class Verdicts:
+    """A folded list of every verdict: (item, whether it is shown on the page, right, grade, reason)."""
+
+    title: str
+    items: tuple[tuple[str, bool, bool, float, str], ...]
+
+
+Section = Text | Table | Figure | Gallery | Questions | Verdicts
 
 
 # --- sections from results --------------------------------------------------------------------------------------------
@@ -98,20 +111,26 @@ Section = Text | Table | Figure | Gallery | Questions
 def sections(
     results: Mapping[str, Result], metrics: str | Path | None = None, commands: str = "", per_category: int = 6
 ) -> list[Section]:
-    """The usual page: the score table of all models, then curves, drawings, answers, edits and the card of the last.
+    """The usual page: the score table of all models, bars by category, then curves, and of the last model drawings,
+    answers and edits, every verdict, and the card.
 
     ``results`` maps a column's name ("untrained", "trained") to its result; ``metrics`` is a training run's jsonl.
-    Right and wrong outcomes are shown as they come, the first ``per_category`` of each category.
+    Of each category ``per_category`` outcomes are shown: failures first, then wrong ones, then right ones.
     """
     if not results:
         raise ValueError("a report needs at least one result")
     name, last = list(results.items())[-1]
-    found: list[Section] = [score_table(results)]
+    found: list[Section] = [score_table(results), *charts(results)]
     if metrics is not None:
         from diptych.evaluate.figures import curves
 
         found.append(Figure("Training", curves(metrics), "Faint: every logged step. Bold: smoothed."))
-    found += [*drawings(last, name, per_category), *answers(last, name, per_category), *edits(last, name, per_category)]
+    for benchmark, of in _by_benchmark(last).items():
+        if any(o.text is not None for o in of):
+            found += answers(benchmark, of, name, per_category)
+        else:
+            found += drawings(benchmark, of, name, per_category)
+        found.append(verdicts(benchmark, of, per_category))
     found.append(card_table(last))
     if commands:
         found.append(Text("Reproduce", "", commands))
@@ -133,67 +152,90 @@ def score_table(results: Mapping[str, Result]) -> Table:
     return Table("Scores", ("score", *results, "to compare with"), tuple(rows), note)
 
 
-def drawings(result: Result, name: str, per_category: int = 6) -> list[Gallery]:
-    """One gallery per tag of a drawing benchmark: the first prompts, right or wrong."""
-    return [
-        Gallery(f"{category} · {name}", tuple(Shown((o.image,), o.item.prompt, o.verdict.ok, o.verdict.reason)
-                for o in of[:per_category] if o.image is not None), _tally(of))
-        for category, of in _grouped(result, "geneval").items()
-    ]  # fmt: skip
+def charts(results: Mapping[str, Result]) -> list[Figure]:
+    """Of each score with three categories or more: bars by category with intervals, one colour for each model."""
+    from diptych.evaluate.figures import bars
 
-
-def answers(result: Result, name: str, per_category: int = 6) -> list[Questions]:
-    """The first questions of each type, and the first captions."""
+    groups: dict[str, list[str]] = {}
+    for result in results.values():
+        for name in result.scores:
+            stamp, slash, category = name.partition("/")
+            if slash and category not in groups.setdefault(stamp, []):
+                groups[stamp].append(category)
     found = []
-    for benchmark, title in (("vqa", "Questions"), ("caption", "Captions")):
-        groups = list(_grouped(result, benchmark).values())
-        if groups:
-            asked = [_asked(o) for of in groups for o in of[: per_category if benchmark == "vqa" else 2 * per_category]]
-            found.append(Questions(f"{title} · {name}", tuple(asked), _tally([o for of in groups for o in of])))
+    for stamp, categories in groups.items():
+        scores = {
+            model: {c: r.scores[f"{stamp}/{c}"] for c in categories if f"{stamp}/{c}" in r.scores}
+            for model, r in results.items()
+        }
+        if len(categories) >= 3 and any(scores.values()):
+            found.append(Figure(f"{stamp} by category", bars(categories, scores)))
     return found
 
 
-def edits(result: Result, name: str, per_category: int = 6) -> list[Gallery]:
-    """The first edits of each kind, before and after."""
-    groups = _grouped(result, "edit")
-    items = []
-    for of in groups.values():
-        for o in of[:per_category]:
-            before = [image.pixels for image in o.item.sample.images()]
-            if o.image is not None:
-                items.append(Shown((*before, o.image), o.item.prompt, o.verdict.ok, o.verdict.reason))
-    every = [o for of in groups.values() for o in of]
-    return [Gallery(f"Edits · {name}", tuple(items), f"Before and after. {_tally(every)}")] if items else []
+def drawings(benchmark: str, outcomes: Sequence[Outcome], name: str, per_category: int = 6) -> list[Gallery]:
+    """One gallery for each category of a drawing benchmark; edits, and whatever was shown, before what was drawn."""
+    found = []
+    for category, of in _by_category(outcomes).items():
+        shown = []
+        for o in _worst_first(of)[:per_category]:
+            before = [files.picture(i.image) for i in o.item.sample.images() if i.image is not None]
+            images = (*before, *([o.image] if o.image is not None else []))
+            shown.append(Shown(images, o.item.prompt, o.verdict.ok, o.verdict.reason, o.item.id))
+        found.append(Gallery(f"{benchmark}: {category} · {name}", tuple(shown), _tally(of)))
+    return found
+
+
+def answers(benchmark: str, outcomes: Sequence[Outcome], name: str, per_category: int = 6) -> list[Questions]:
+    """Questions of each category, with what was answered and expected."""
+    groups = _by_category(outcomes).values()
+    asked = [_asked(o) for of in groups for o in _worst_first(of)[:per_category]]
+    return [Questions(f"{benchmark} · {name}", tuple(asked), _tally(outcomes))]
+
+
+def verdicts(benchmark: str, outcomes: Sequence[Outcome], per_category: int = 6) -> Verdicts:
+    """Every verdict of a benchmark, failures first; those that are shown on the page are linked."""
+    seen = {o.item.id for of in _by_category(outcomes).values() for o in _worst_first(of)[:per_category]}
+    rows = [
+        (o.item.id, o.item.id in seen, o.verdict.ok, o.verdict.grade, o.verdict.reason or (o.text or ""))
+        for o in _worst_first(outcomes)
+    ]
+    return Verdicts(f"{benchmark}: every verdict", tuple(rows))
 
 
 def card_table(result: Result) -> Table:
-    """The sampling card: everything that moves a score and is not the model's doing."""
+    """The sampling card and the scorers: everything that moves a score and is not the model's doing."""
     rows = []
-    for key, value in result.card.items():
+    for key, value in {**result.card, "scorers": result.scorers or "none but the rules"}.items():
         shown = value.items() if isinstance(value, Mapping) else [("", value)]
         rows += [(f"{key} {k}".strip(), v if isinstance(v, str) else json.dumps(v)) for k, v in shown]
     return Table("Sampling card", ("setting", "value"), tuple(rows))
 
 
-def _grouped(result: Result, benchmark: str) -> dict[str, list[Outcome]]:
+def _by_benchmark(result: Result) -> dict[str, list[Outcome]]:
     groups: dict[str, list[Outcome]] = {}
     for outcome in result.outcomes:
-        if outcome.item.benchmark.startswith(benchmark):
-            groups.setdefault(outcome.item.category, []).append(outcome)
+        groups.setdefault(outcome.item.benchmark, []).append(outcome)
     return groups
 
 
+def _worst_first(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Failures, then wrong ones by their grade, then right ones; equals as they come."""
+    return sorted(outcomes, key=lambda o: (not o.verdict.failed and o.error is None, o.verdict.ok, o.verdict.grade))
+
+
 def _asked(outcome: Outcome) -> Asked:
-    image = next((i.pixels for i in outcome.item.sample.images()), None)
+    image = next((files.picture(i.image) for i in outcome.item.sample.images() if i.image is not None), None)
     said = outcome.text if outcome.error is None else f"failed: {outcome.error}"
-    expected = str(outcome.item.reference["answer"])
-    return Asked(image, outcome.item.prompt, said or "", expected, outcome.verdict.ok)
+    expected = str(outcome.item.reference.get("answer", outcome.verdict.reason))
+    return Asked(image, outcome.item.prompt, said or "", expected, outcome.verdict.ok, outcome.item.id)
 
 
 def _tally(outcomes: Sequence[Outcome]) -> str:
-    failed = sum(o.error is not None for o in outcomes)
+    failed = sum(o.error is not None or o.verdict.failed for o in outcomes)
     right = sum(o.verdict.ok for o in outcomes)
-    return f"{right} of {len(outcomes)} right{f', {failed} failed' if failed else ''}; the first are shown."
+    told = f"{right} of {len(outcomes)} right{f', {failed} failed' if failed else ''}"
+    return f"{told}; the worst are shown first."
 
 
 # --- HTML -------------------------------------------------------------------------------------------------------------
@@ -242,6 +284,9 @@ figure { margin: 0; } figcaption { overflow-wrap: anywhere; }
 .asked img { width: 88px; height: 88px; object-fit: contain; border-radius: 4px; image-rendering: pixelated;
   flex: none; border: 1px solid var(--line); }
 .asked div { min-width: 0; overflow-wrap: anywhere; } .asked p { margin: 0 0 2px; }
+a { color: inherit; } a.back { text-decoration: none; } summary { cursor: pointer; color: var(--soft); }
+details table { margin-top: 10px; } details td { padding: 3px 14px 3px 0; }
+:target { outline: 3px solid var(--bar); outline-offset: 3px; border-radius: 6px; }
 pre { overflow-x: auto; background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 12px;
   margin: 0; font-size: .85rem; }
 @media (max-width: 640px) {
@@ -286,6 +331,41 @@ def write_report(
     return path
 
 
+def write_markdown(path: str | Path, sections: Sequence[Section], title: str = "Evaluation report") -> Path:
+    """The path of a Markdown file with the tables of the sections, and nothing of their pictures."""
+    lines = [f"# {_cellular(title)}"]
+    for section in sections:
+        if isinstance(section, Table):
+            lines += [
+                "",
+                f"## {_cellular(section.title)}",
+                "",
+                _row(section.columns),
+                _row(["---"] * len(section.columns)),
+            ]
+            lines += [_row(map(_told, row)) for row in section.rows]
+            lines += ["", section.note] if section.note else []
+        elif isinstance(section, (Gallery, Questions)) and section.note:
+            lines += ["", f"{_cellular(section.title)}: {section.note}"]
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return path
+
+
+def _told(cell: str | Score) -> str:
+    return f"{cell.value:.3f} [{cell.low:.3f}, {cell.high:.3f}] n {cell.n}" if isinstance(cell, Score) else cell
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(map(_cellular, cells)) + " |"
+
+
+def _cellular(text: str) -> str:
+    """The text on one line, with nothing that ends a cell or opens a tag."""
+    return str(text).replace("\n", " ").replace("|", "\\|").replace("<", "&lt;")
+
+
 def _render(section: Section) -> str:
     match section:
         case Text():
@@ -302,7 +382,9 @@ def _render(section: Section) -> str:
         case Questions():
             items = "\n".join(map(_question, section.items))
             return f'<div class="questions">\n{items}\n</div>{_note(section.note)}'
-    raise ValueError(f"{section!r} is no section; choose from Text, Table, Figure, Gallery, Questions")
+        case Verdicts():
+            return _verdicts(section)
+    raise ValueError(f"{section!r} is no section; choose from Text, Table, Figure, Gallery, Questions, Verdicts")
 
 
 def _note(text: str) -> str:
@@ -324,7 +406,8 @@ def _table(table: Table) -> str:
 def _cell(cell: str | Score) -> str:
     if not isinstance(cell, Score):
         return f'<td class="text">{escape(str(cell)).replace("/", "/<wbr>").replace("@", "<wbr>@")}</td>'
-    low, value, high = (100 * min(max(x, 0), 1) for x in (cell.low, cell.value, cell.high))
+    top = next(t for t in (1, 10, 100, 200, 2000, 2800, max(cell.high, cell.value, 1)) if cell.value <= t)
+    low, value, high = (100 * min(max(x / top, 0), 1) for x in (cell.low, cell.value, cell.high))
     return (
         f'<td class="score">{cell.value:.3f} <small>{cell.low:.2f}–{cell.high:.2f} · n {cell.n}</small>'
         f'<div class="bar"><b style="width:{value:.1f}%"></b>'
@@ -339,20 +422,49 @@ def _verdict(ok: bool | None) -> tuple[str, str]:
     return (" right", '<span class="mark">✓</span> ') if ok else (" wrong", '<span class="mark">✗</span> ')
 
 
+def _verdicts(section: Verdicts) -> str:
+    rows = ""
+    for id, shown, ok, grade, reason in section.items:
+        kind, mark = _verdict(ok)
+        name = f'<a href="#{_anchor(id)}">{escape(id)}</a>' if shown else escape(id)
+        at = f' id="{_anchor("verdict/" + id)}"' if shown else ""
+        cells = f"<td>{name}</td><td>{mark}</td><td>{grade:.3g}</td>"
+        rows += f'<tr{at} class="{kind.strip()}">{cells}<td class="text">{escape(reason)}</td></tr>\n'
+    right = sum(ok for _, _, ok, _, _ in section.items)
+    head = "<thead><tr><th>item</th><th></th><th>grade</th><th>reason, or reply</th></tr></thead>"
+    table = f'<div class="wide"><table>{head}<tbody>\n{rows}</tbody></table></div>'
+    return f"<details><summary>{len(section.items)} items, {right} right</summary>{table}</details>"
+
+
+def _anchor(id: str) -> str:
+    """The id as a link's target: letters, digits and marks that need no escaping."""
+    return "i-" + "".join(c if c.isascii() and c.isalnum() else f"_{ord(c):x}_" for c in id)
+
+
+def _linked(id: str, inner: str) -> tuple[str, str]:
+    """(attribute, the verdict's mark as a link to its row) of an item that has an id."""
+    if not id:
+        return "", inner
+    back = f'<a class="back" href="#{_anchor("verdict/" + id)}">{inner.strip() or "·"}</a> '
+    return f' id="{_anchor(id)}"', back
+
+
 def _shown(shown: Shown) -> str:
     kind, mark = _verdict(shown.ok)
+    at, mark = _linked(shown.id, mark)
     images = "".join(_img(image, shown.caption) for image in shown.images)
     note = f"<small>{escape(shown.note)}</small>" if shown.note else ""
     caption = f"<figcaption>{mark}{escape(shown.caption)}{note}</figcaption>"
-    return f'<figure class="shown{kind}"><div class="frame">{images}</div>{caption}</figure>'
+    return f'<figure class="shown{kind}"{at}><div class="frame">{images}</div>{caption}</figure>'
 
 
 def _question(asked: Asked) -> str:
     kind, mark = _verdict(asked.ok)
+    at, mark = _linked(asked.id, mark)
     image = _img(asked.image, asked.question) if asked.image is not None else ""
     expected = "" if asked.ok else f"<small>expected: {escape(asked.expected)}</small>"
     text = f"<p>{escape(asked.question)}</p><p>{mark}<strong>{escape(asked.answer) or '(nothing)'}</strong></p>"
-    return f'<div class="asked{kind}">{image}<div>{text}{expected}</div></div>'
+    return f'<div class="asked{kind}"{at}>{image}<div>{text}{expected}</div></div>'
 
 
 def _img(image: PIL.Image.Image | bytes, alt: str) -> str:

@@ -12,10 +12,20 @@ import PIL.Image
 
 
 @dataclass(frozen=True)
-class TextDelta:
-    """More of the answer's text."""
+class Word:
+    """A word said, how likely it was (log-probability), and the likeliest words in its place with theirs."""
 
     text: str
+    logprob: float
+    likeliest: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """More of the answer's text; ``words`` where their probabilities were asked for."""
+
+    text: str
+    words: tuple[Word, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,7 +46,8 @@ class Memory:
 
     def keep(self, laid: Laid, said: Sequence[int], context: Context) -> None:
         """Remembers the context that has read ``laid`` and then the words ``said``."""
-        self.known = [*self.known, ([*units(laid.segments), *said], context)][-self.most :]
+        if self.most:
+            self.known = [*self.known, ([*units(laid.segments), *said], context)][-self.most :]
 
     def _rewound(self, context: Context, read: list[Unit]) -> Context:
         length = sum(1 if isinstance(u, int) else len(u) for u in read)

@@ -7,12 +7,17 @@ import torch
 from diptych.core.tensors import Float, Tensor
 
 
+def check_sampling(temperature: float, top_p: float) -> None:
+    """Raises ``ValueError`` for what ``next_word`` cannot sample with."""
+    if not temperature >= 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature must be at least 0 and top_p in (0, 1], not {temperature} and {top_p}")
+
+
 def next_word(
     logits: Float[Tensor, " V"], temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None
 ) -> int:
     """The likeliest word at temperature 0; else a draw from the smallest set that holds ``top_p`` of the mass."""
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature must be at least 0 and top_p in (0, 1], not {temperature} and {top_p}")
+    check_sampling(temperature, top_p)
     if temperature == 0:
         return int(logits.argmax())
     probabilities, order = (logits.float().cpu() / temperature).softmax(-1).sort(descending=True)

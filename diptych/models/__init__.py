@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 FAMILIES = {
     "bagel": "diptych.models.bagel:Bagel",
     "autoencoder": "diptych.models.autoencoder:AutoencoderTraining",
+    "iomm": "diptych.models.iomm:Iomm",
+    "cheers": "diptych.models.cheers:Cheers",
     "synergen": "diptych.models.synergen:SynerGen",
 }
 
@@ -44,6 +46,12 @@ SIZES: dict[str, Size] = {
     "bagel/7b-mot": Size("bagel", "b7_mot", "ByteDance-Seed/BAGEL-7B-MoT"),
     "bagel/7b-sgt": Size("bagel", "b7_mot", "Two-hot/SGT-BAGEL", base="bagel/7b-mot"),
     "autoencoder/tiny": Size("autoencoder", "tiny", "ships with diptych", "autoencoder-tiny"),
+    "iomm/tiny": Size("iomm", "tiny", "ships with diptych", "iomm-tiny"),
+    "iomm/b": Size("iomm", "b", "arXiv 2603.16139, not released"),
+    "iomm/l": Size("iomm", "l", "arXiv 2603.16139, not released"),
+    "iomm/xl": Size("iomm", "xl", "arXiv 2603.16139, not released"),
+    "cheers/tiny": Size("cheers", "tiny", "ships with diptych", "cheers-tiny"),
+    "cheers/1.5b": Size("cheers", "b1_5", "ai9stars/Cheers"),
     "synergen/tiny": Size("synergen", "tiny", "ships with diptych", "synergen-tiny"),
     "synergen/2b": Size("synergen", "b2", "no weights were published"),
     "synergen/qwen2-0.5b": Size("synergen", "qwen2", "no weights were published"),
@@ -153,29 +161,6 @@ def save(model: Trainable, folder: str | Path, state: Mapping[str, Any] | None =
         model.tokenizer.save(tmp)
 
     write_folder(Path(folder), write)
-
-
-def save_language_model(model: Trainable, folder: str | Path, state: Mapping[str, Any] | None = None) -> None:
-    """Writes the words' path of a model as transformers reads it (a Qwen2, Qwen3 or Llama folder), for any tool that
-    scores language models. ``state`` overrides the weights. Raises ``ValueError`` for a family without a decoder."""
-    from diptych.models.folders import write_language_model
-    from diptych.parts.decoder import Decoder
-
-    decoder = getattr(model, "decoder", None)
-    if not isinstance(decoder, Decoder):
-        raise ValueError(f"family {model.family!r} has no decoder of its own that could be written as a language model")
-    held = state or model.state_dict()
-    own = {n: held[f"decoder.{n}"] for n in decoder.state_dict()}
-    write_folder(Path(folder), lambda tmp: write_language_model(decoder, model.tokenizer, tmp, own))
-
-
-def language_model(name_or_path: str | Path) -> Path | None:
-    """The folder of a plain language model of transformers (Qwen2, Qwen3, Llama, InternLM2), on disk or in the hub's
-    cache; None for a model of ours. Raises ``ValueError`` as ``resolve`` does."""
-    from diptych.models import folders
-
-    folder = resolve(name_or_path)
-    return folder if folders.language_model(folder) else None
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -301,7 +286,7 @@ def open_source(name_or_path: str | Path, base: str | Path | None = None) -> Sou
         return folders.Source(name, settings, tokenizer, weights, str(where), torch.float32)
     layouts = {name: layout for name in FAMILIES if (layout := published_layout(name))}
     for name, layout in layouts.items():
-        if all(where.find(file) for file in layout.json):
+        if folders.tells(layout, where):
             return folders.open_published(name, layout, where)
     lacks = [f"as a published {n} folder it lacks {', '.join(folders.missing(x, where))}" for n, x in layouts.items()]
     raise ValueError(

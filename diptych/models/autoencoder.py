@@ -23,10 +23,14 @@ from diptych.core.sample import Sample
 from diptych.core.sequence import Kind, Segment
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, Tensor, to_float
-from diptych.models.bagel import tiny_autoencoder
 from diptych.models.protocol import NOTHING, Drop, Trainable
-from diptych.models.synergen import tiny_tokenizer
-from diptych.parts.autoencoder import AutoencoderConfig, Quantised, build_autoencoder
+from diptych.parts.autoencoder import (
+    AutoencoderConfig,
+    Quantised,
+    build_autoencoder,
+    tiny_autoencoder,
+    tiny_tokenizer,
+)
 from diptych.parts.images import to_tensor
 from diptych.parts.tokenizer import Tokenizer
 

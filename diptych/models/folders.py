@@ -20,12 +20,10 @@ from torch import Tensor
 
 from diptych.models.protocol import Trainable
 from diptych.models.weights import (
-    DECODERS,
     Rules,
     State,
     Step,
     decoder_config,
-    decoder_json,
     decoder_rules,
     export,
     names,
@@ -57,6 +55,9 @@ class Layout:
     ``describe``  the JSON files of a Config, the inverse
     ``free``      fields of the Config that the layout does not say: how to train and draw, not what the weights are
     ``computed``  values of the tensors that a checkpoint may lack
+    ``mine``      whether the JSON files are this family's, where others name theirs alike
+    ``exact``     globs over our names: kept in float32 (or whole numbers) whatever they are stored in, and stored in
+                  the type of the other tensors where that is narrower
     """
 
     weights: Mapping[str, Callable[[Any], Rules]]
@@ -66,6 +67,8 @@ class Layout:
     optional: tuple[str, ...] = ()
     free: tuple[str, ...] = ()
     computed: Callable[[Any], dict[str, Tensor]] = lambda config: {}
+    mine: Callable[[Json], bool] = lambda json: True
+    exact: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,16 @@ class Places:
 
 
 def missing(layout: Layout, places: Places) -> list[str]:
-    """The files of a layout that are not there, the tokenizer's aside."""
-    return [n for n in layout.json if not places.find(n)] + [
-        f"{stem}.safetensors" for stem in layout.weights if not places.weights(stem)
-    ]
+    """The files of a layout that are not there (or are another family's), the tokenizer's aside."""
+    lacks = [n for n in layout.json if not places.find(n)]
+    lacks += [f"{stem}.safetensors" for stem in layout.weights if not places.weights(stem)]
+    return lacks if lacks or tells(layout, places) else [f"{' and '.join(layout.json)} of its own"]
+
+
+def tells(layout: Layout, places: Places) -> bool:
+    """Whether the JSON files of this layout are there."""
+    found = {name: path for name in layout.json if (path := places.find(name))}
+    return len(found) == len(layout.json) and layout.mine({name: read_json(path) for name, path in found.items()})
 
 
 def read_json(path: Path) -> dict:
@@ -170,6 +179,7 @@ class Source:
     where: str
     dtype: torch.dtype | None
     computed: Callable[[Any], dict[str, Tensor]] = lambda config: {}
+    exact: tuple[str, ...] = ()
 
 
 def open_published(family: str, layout: Layout, places: Places) -> Source:
@@ -184,7 +194,7 @@ def open_published(family: str, layout: Layout, places: Places) -> Source:
     except ValueError as error:
         raise ValueError(f"{places}: {error}") from error
     weights = tuple((tensors[stem], rules(config)) for stem, rules in layout.weights.items())
-    return Source(family, config, tokenizer, weights, str(places), None, layout.computed)
+    return Source(family, config, tokenizer, weights, str(places), None, layout.computed, layout.exact)
 
 
 def make(
@@ -211,6 +221,8 @@ def make(
     parameters = {n for n, _ in model.named_parameters()}
 
     def chosen(own: str) -> torch.dtype | None:
+        if _among(own, source.exact):
+            return torch.float32
         kept = own not in parameters or any(fnmatchcase(own, g) for g in exact)
         return dtype and (torch.float32 if kept else dtype)
 
@@ -223,6 +235,10 @@ def make(
         _place(model, own, values[own], device, chosen(own))
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     return model.eval()
+
+
+def _among(name: str, globs: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, g) for g in globs)
 
 
 def _copy(
@@ -251,6 +267,10 @@ def write_published(model: Trainable, layout: Layout, folder: Path, state: State
     theirs = {}
     for stem, rules in layout.weights.items():
         mine = {n: state[n] for n in names(rules(model.config), state)}
+        exact = {n: t for n, t in mine.items() if _among(n, layout.exact)}
+        stored = {t.dtype for n, t in mine.items() if n not in exact}
+        if len(stored) == 1 and (narrow := stored.pop()) != torch.float32:
+            mine |= {n: t.to(narrow) for n, t in exact.items()}
         theirs[stem] = export(rules(model.config), mine)
     back = layout.config(rows, theirs)
     lost = [
@@ -272,17 +292,13 @@ def write_published(model: Trainable, layout: Layout, folder: Path, state: State
 # ---- language models of transformers ----------------------------------------------------------------------------
 
 
-def language_model(folder: Path) -> bool:
-    """Whether a folder holds a plain language model as transformers writes it: Qwen2, Qwen3, Llama or InternLM2."""
-    file = folder / "config.json"
-    row = read_json(file) if file.is_file() else {}
-    return "family" not in row and row.get("model_type") in DECODERS and Places((folder,)).weights("model") is not None
-
-
 def read_language_model(decoder: Decoder, folder: Path) -> None:
-    """Fills a decoder from a language model's folder; every one of several FFNs a layer becomes a copy of theirs.
+    """Fills a decoder from a folder of transformers (Qwen2, Qwen3, Llama, InternLM2); every one of several FFNs a layer
+    becomes a copy of theirs.
 
     Raises ``ValueError`` where sizes differ and for every missing, unknown and misshapen tensor."""
+    if not (folder / "config.json").is_file() or not (path := Places((folder,)).weights("model")):
+        raise ValueError(f"{folder} is no language model of transformers: it lacks config.json or model.safetensors")
     hf, mine = read_json(folder / "config.json"), decoder.config
     theirs = replace(decoder_config(hf), routes=mine.routes, routed=mine.routed)
     wrong = [
@@ -291,8 +307,6 @@ def read_language_model(decoder: Decoder, folder: Path) -> None:
         if getattr(theirs, f.name) != getattr(mine, f.name) and (f.name != "head_dim" or theirs.width != mine.width)
     ]
     raise_all(wrong, f"{folder} does not fit the decoder")
-    path = Places((folder,)).weights("model")
-    assert path is not None
     tensors, own = Tensors(path), decoder.state_dict()
     steps, _, wrong = plan(decoder_rules(hf, mine.copies("mlp")), tensors.shapes, own)
     raise_all(wrong, f"{folder} does not fit the decoder")
@@ -300,17 +314,3 @@ def read_language_model(decoder: Decoder, folder: Path) -> None:
         for step in steps:
             for name, tensor in step.apply(tensors.read).items():
                 own[name].copy_(tensor)
-
-
-def write_language_model(decoder: Decoder, tokenizer: Tokenizer, folder: Path, state: State) -> None:
-    """Writes the words' path of a decoder into an existing folder as transformers reads it (Qwen2, Qwen3 or Llama), so
-    that any tool for language models can score it. ``state`` are the decoder's own tensors."""
-    from safetensors.torch import save_file
-
-    row = decoder_json(decoder.config)
-    tensors = export(decoder_rules(row, decoder.config.copies("mlp")), state)
-    held = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
-    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
-    (folder / "config.json").write_text(json.dumps(row, indent=1))
-    tokenizer.save(folder, split=True)

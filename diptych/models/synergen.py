@@ -36,9 +36,20 @@ from diptych.core.sample import Image, Message, Sample, Text
 from diptych.core.sequence import Kind, Segment
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, Float, Int, Tensor, to_float
-from diptych.models.protocol import NOTHING, Context, Drawing, Drop, Encoder, UnifiedModel
-from diptych.parts.attention import Attend, Cache, Cached, Streams, documents, inverse_permutation, permute
-from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder
+from diptych.models.protocol import (
+    NOTHING,
+    Context,
+    Drawing,
+    Drop,
+    Encoder,
+    UnifiedModel,
+    draw_weights,
+    flow_branches,
+    read_on,
+    shown,
+)
+from diptych.parts.attention import Attend, Cache, Cached, Streams, documents, inverse_permutation
+from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, tiny_tokenizer
 from diptych.parts.codes import CodeHead, CodeSettings, linear_cross_entropy
 from diptych.parts.decoder import Decoder, DecoderConfig
 from diptych.parts.fold import Ratio, fold, folded, unfold
@@ -145,13 +156,6 @@ class Config:
         )
 
 
-def tiny_tokenizer() -> AutoencoderConfig:
-    """FLUX's network, small, around 8 x 5 x 5 x 5 codes of 4 x 4 pixels."""
-    return AutoencoderConfig(
-        "vq", 16, (1, 2, 2), blocks=1, latent_channels=4, groups=8, posterior=False, levels=(8, 5, 5, 5)
-    )
-
-
 class FoldMLP(nn.Module):
     """Norm, linear, GELU, linear: from the features of a fold to the decoder's width (specs: SynerGen-VL 7, Q3)."""
 
@@ -233,8 +237,8 @@ class SynerGen(UnifiedModel):
         if len(tokenizer) > c.decoder.vocab_size:
             raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the decoder {c.decoder.vocab_size}")
         self.boi, self.eoi, self.uncond = (c.decoder.vocab_size + i for i in range(3))
-        self.begin, self.end = tokenizer.template(c.chat.begin), tokenizer.template(c.chat.end)
-        self.roles = {r: tokenizer.template(c.chat.role.format(role=r)) for r in ("system", "user", "assistant")}
+        self.begin, self.end = tokenizer.encode_markup(c.chat.begin), tokenizer.encode_markup(c.chat.end)
+        self.roles = {r: tokenizer.encode_markup(c.chat.role.format(role=r)) for r in ("system", "user", "assistant")}
         if not self.end or not all(self.roles.values()):
             raise ValueError(f"a chat needs words for role and end: {c.chat}")
 
@@ -244,18 +248,7 @@ class SynerGen(UnifiedModel):
         generator = torch.Generator().manual_seed(seed)
         depth = {"decoder": self.config.decoder.num_hidden_layers, "unfold": self.config.head.num_hidden_layers}
         nn.init.normal_(self.visual_embed.pos, std=self.config.embed_std, generator=generator)
-        for name, module in self.named_modules():
-            if name.startswith("autoencoder"):
-                continue
-            if isinstance(module, nn.Linear):
-                std = module.in_features**-0.5
-                if name.endswith(".down_proj") or ".o_proj." in name:
-                    std /= (2 * depth[name.split(".")[0]]) ** 0.5
-                nn.init.normal_(module.weight, std=std, generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=self.config.embed_std, generator=generator)
+        draw_weights(self, generator, depth, self.config.embed_std)
         self.copy_experts()
 
     def copy_experts(self) -> None:
@@ -373,11 +366,7 @@ class SynerGen(UnifiedModel):
         self, batch: Batch, pictures: list[tuple[Tensor, Tensor]], positions: Tensor, order: Tensor, attend: Attend
     ) -> Float[Tensor, "T d"]:
         """Final states in stream order, from the pictures' (places, tokens) and the batch's words."""
-        words = (batch.ids != NONE).nonzero()[:, 0]
-        places = torch.cat([words, *(p.flatten() for p, _ in pictures)])
-        embedded = self._embed_words(batch.ids[words])
-        values = torch.cat([embedded, *(e.flatten(0, 1).to(embedded.dtype) for _, e in pictures)])
-        stream = permute(values, inverse_permutation(places)[order])
+        stream = self.decoder.embed(batch, pictures, order, self._embed_words)
         return self.decoder(stream, positions[order], attend, [len(r) for r in batch.routes])
 
     def _told(self, batch: Batch) -> list[Pictures]:
@@ -427,12 +416,8 @@ class SynerGen(UnifiedModel):
         states = self._run(batch, pictures, positions, order, attend)
         last = torch.tensor(batch.lengths, device=self.device).cumsum(0) - 1
         final = states[inverse_permutation(order)[last]]
-        return [
-            Context(cache, c.length + len(s), c.position + sum(x.moves for x in s.segments), scores, h)
-            for cache, c, s, scores, h in zip(
-                caches, contexts, sequences, self.decoder.logits(final).float(), final, strict=True
-            )
-        ]
+        read = read_on(contexts, sequences, caches, self.decoder.logits(final).float())
+        return [replace(context, slot=h) for context, h in zip(read, final, strict=True)]
 
     def reply(self, ids: Sequence[int], drop: Drop = NOTHING) -> Laid:
         return Laid("reply", (Segment(Kind.TEXT, tuple(ids)),))
@@ -446,7 +431,7 @@ class SynerGen(UnifiedModel):
     def canvas(self, sample: Sample) -> tuple[int, int]:
         last = sample.messages[-1].parts[-1:]
         asked = last[0].size if last and isinstance(last[0], Image) else None
-        sources = [i for i in sample.images() if not i.blank]
+        sources = shown(sample)
         width, height = asked or (self.config.draw(*sources[-1].dimensions) if sources else self.config.size)
         stride, most = self.config.stride, self.config.draw.longest
         if width % stride or height % stride or not (0 < width <= most and 0 < height <= most):
@@ -454,13 +439,8 @@ class SynerGen(UnifiedModel):
         return height, width
 
     def branches(self, sample: Sample, settings: CodeSettings) -> tuple[Drop, ...]:
-        """Full; without text when its scale exceeds 1; without pictures when the conversation shows some and their
-        scale exceeds 1. There is no guidance at all when the text scale is at most 1."""
-        if settings.guidance_scale <= 1:
-            return (NOTHING,)
-        if settings.image_guidance_scale > 1 and not all(i.blank for i in sample.images()):
-            return (NOTHING, frozenset({"text"}), frozenset({"image"}))
-        return (NOTHING, frozenset({"text"}))
+        """As families that draw by a flow: full, without text, without pictures."""
+        return flow_branches(sample, settings)
 
     def start(
         self,

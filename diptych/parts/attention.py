@@ -7,12 +7,14 @@ q is (T, H, D), k and v are (T, K, D) with H a multiple of K; the result is (T, 
 - ``Dense``: one SDPA call over the whole row under the dense mask: the reference.
 - ``Block``: FlexAttention under the same rule, for GPUs.
 - ``Cached``: new tokens of several contexts against their caches (reading and decoding).
+- ``Recorded``, ``Continued``: a pass whose keys and values are kept, and causal tokens that go on from them.
 - ``Fixed``: picture tokens that are recomputed at every denoising step against contexts that do not change.
 - ``Streams``: several contexts in step, each growing by one token a call (codes of pictures being drawn).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -22,7 +24,7 @@ import torch.nn.functional as F
 
 from diptych.core import mask as masks
 from diptych.core.batch import Batch
-from diptych.core.tensors import Float, Tensor
+from diptych.core.tensors import Bool, Float, Tensor
 
 
 @runtime_checkable
@@ -247,22 +249,53 @@ class Cached:
         return joined if self.order is None else joined[self.order]
 
 
+class Recorded:
+    """Any attention, with the keys and values of every layer kept in ``memory``."""
+
+    def __init__(self, inner: Attend) -> None:
+        self.inner = inner
+        self.memory: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.memory[layer] = (k, v)
+        return self.inner(layer, q, k, v)
+
+
+class Continued:
+    """Blocks of n tokens each, causal among themselves, that also see their own prefix; nothing is kept.
+
+    ``prefix`` gives a layer's keys and values, (blocks, L, K, D) each; ``valid`` says which of them a block sees.
+    """
+
+    def __init__(self, prefix: Callable[[int], tuple[Tensor, Tensor]], valid: Bool[Tensor, "N L"], n: int) -> None:
+        self.prefix, self.n = prefix, n
+        own = valid.new_ones(n, n).tril().expand(len(valid), -1, -1)
+        self.mask = torch.cat([valid[:, None].expand(-1, n, -1), own], 2)[:, None]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(0, (-1, self.n)) for x in (q, k, v))
+        keys, values = self.prefix(layer)
+        return sdpa(q, torch.cat([keys, k], 1), torch.cat([values, v], 1), mask=self.mask).flatten(0, 1)
+
+
 class Fixed:
     """Blocks of n picture tokens each: full attention inside a block and to its whole context, nothing is kept.
 
-    The contexts' keys and values are laid side by side once; every step only overwrites the blocks' own places.
+    Keys and values stand side by side, laid out once: a block's own places first, which every step overwrites, then its
+    context, then padding. Padding at the end, under a mask, changes no bit of what is before it (CPU, measured), so a
+    block's result does not depend on how long the contexts beside it are.
     """
 
     def __init__(self, contexts: Seq[Read], n: int) -> None:
         self.contexts, lengths = tuple(contexts), [c.length for c in contexts]
-        longest, first = max(lengths), contexts[0].cache.buffer
-        self.buffer = first.new_zeros(*first.shape[:2], len(contexts), longest + n, *first.shape[3:])
+        first, width = contexts[0].cache.buffer, n + max(lengths)
+        width += -width % 16  # whole vectors: a tail would be summed in another order
+        self.buffer = first.new_zeros(*first.shape[:2], len(contexts), width, *first.shape[3:])
         for b, c in enumerate(contexts):
-            self.buffer[:, :, b, : c.length] = c.cache.buffer[:, :, : c.length]
-        self.context, self.n = longest, n
-        place = torch.arange(longest + n, device=first.device)
-        visible = (place < torch.tensor(lengths, device=first.device)[:, None]) | (place >= longest)
-        self.mask = None if bool(visible.all()) else visible[:, None, None, :].expand(-1, 1, n, -1)
+            self.buffer[:, :, b, n : n + c.length] = c.cache.buffer[:, :, : c.length]
+        self.n = n
+        seen = torch.arange(width, device=first.device) < n + torch.tensor(lengths, device=first.device)[:, None]
+        self.mask = seen[:, None, None, :].expand(-1, 1, n, -1)
 
     def holds(self, contexts: Seq[Read]) -> bool:
         """Whether it was laid out for these very contexts."""
@@ -270,13 +303,12 @@ class Fixed:
 
     def over(self, blocks: int, order: Tensor) -> Attend:
         """Attention of the first ``blocks`` blocks, for a stream whose i-th token is the ``order[i]``-th of theirs."""
-        inverse, shape = inverse_permutation(order), (blocks, self.n)
-        mask = None if self.mask is None else self.mask[:blocks]
+        inverse, shape, mask = inverse_permutation(order), (blocks, self.n), self.mask[:blocks]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.buffer[layer, 0, :blocks], self.buffer[layer, 1, :blocks]
-            keys[:, self.context :] = k[inverse].unflatten(0, shape)
-            values[:, self.context :] = v[inverse].unflatten(0, shape)
+            keys[:, : self.n] = k[inverse].unflatten(0, shape)
+            values[:, : self.n] = v[inverse].unflatten(0, shape)
             return sdpa(q[inverse].unflatten(0, shape), keys, values, mask=mask).flatten(0, 1)[order]
 
         return attend

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diptych.core.tensors import Float
+from diptych.parts.linear import linear
 
 
 class Int8Linear(nn.Module):
@@ -34,7 +34,7 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
-        out = F.linear(x, self.weight.to(x.dtype)) * self.scale
+        out = linear(x, self.weight.to(x.dtype)) * self.scale
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:

@@ -32,15 +32,24 @@ class Tokenizer:
         """The ids of a text."""
         return self.inner.encode(text, add_special_tokens=False).ids
 
-    def template(self, text: str) -> list[int]:
-        """The ids of a chat template's own words, in which special tokens are markers; never for what users write."""
-        special = [t.content for t in self.inner.get_added_tokens_decoder().values() if t.special]
-        pieces = re.split("|".join(f"({re.escape(t)})" for t in sorted(special, key=len, reverse=True)), text)
+    def encode_markup(self, text: str) -> list[int]:
+        """The ids of a template's text, in which special tokens are tokens."""
+        special = [t.content for t in self.inner.get_added_tokens_decoder().values()]
+        pieces = re.split("(" + "|".join(map(re.escape, special)) + ")", text) if special else [text]
         return [i for p in pieces if p for i in ([self.id(p)] if p in special else self.encode(p))]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens left out."""
         return self.inner.decode(list(ids), skip_special_tokens=True)
+
+    def adding(self, tokens: Iterable[str]) -> Tokenizer:
+        """The same tokenizer with these special tokens, the new ones at its end in this order."""
+        lacking = [t for t in tokens if self.inner.token_to_id(t) is None]
+        if not lacking:
+            return self
+        inner = tokenizers.Tokenizer.from_str(self.inner.to_str())
+        inner.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in lacking])
+        return Tokenizer(inner)
 
     def id(self, token: str) -> int:
         """The id of a special token. Raises ``ValueError`` when the vocabulary lacks it."""
@@ -48,6 +57,11 @@ class Tokenizer:
         if found is None:
             raise ValueError(f"the tokenizer has no token {token!r}")
         return found
+
+    def piece(self, number: int) -> str:
+        """The text of one token inside a text, its leading space kept; empty for an id without a token."""
+        token = self.inner.id_to_token(number)
+        return decoders.ByteLevel().decode([token]) if token else ""
 
     def save(self, folder: Path, split: bool = False) -> None:
         """Writes ``tokenizer.json``; with ``split`` also Qwen2's other files (vocab.json, merges.txt and

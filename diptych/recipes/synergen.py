@@ -55,7 +55,7 @@ def tiny() -> Recipe:
 def stage1() -> Recipe:
     """SynerGen-VL's first stage (table 8): concepts and pixels, from noisy pairs. ``catalog`` says where "captions"
     (pictures to describe) and "drawings" (pictures to draw) are; model.autoencoder.folder where Emu3's tokenizer is,
-    unless codes were made before. The base is internlm/internlm2-1_8b, with a tokenizer.json beside its weights.
+    unless codes were made before. The base is transformers:internlm/internlm2-1_8b, with a tokenizer.json beside it.
     667 M samples of each task; 64 GPUs, 18 rows each a step.
 
     diptych train synergen/stage1 --catalog my_data.yaml --run runs/synergen-stage1
@@ -90,7 +90,7 @@ def _published(
     return Recipe(
         name=f"synergen/{name}",
         model=config_to_json("synergen", model),
-        init=init or {"decoder": "internlm/internlm2-1_8b"},
+        init=init or {"decoder": "transformers:internlm/internlm2-1_8b"},
         stages=(
             Stage(
                 name,
@@ -185,11 +185,11 @@ def words() -> Recipe:
 
 
 def miniature(
-    base: str, steps: int, stages: tuple[int, ...] = (1, 2), full: bool = False, image_loss_on_und: bool = False
+    steps: int, stages: tuple[int, ...] = (1, 2), full: bool = False, image_loss_on_und: bool = False
 ) -> Recipe:
-    """One arm of table 7 on the language model in the folder ``base``: stage 1 from noisy pairs, stage 2 from clean
-    ones, half of the steps each; 24 pictures to read and 24 to draw a step. ``full`` trains everything, without
-    vision experts (specs: SynerGen-VL 7, Q9)."""
+    """One arm of table 7 on a small language model (of ``words``; the study fills it in): stage 1 from noisy pairs,
+    stage 2 from clean ones, half of the steps each; 24 pictures to read and 24 to draw a step. ``full`` trains
+    everything, without vision experts (specs: SynerGen-VL 7, Q9)."""
     made = _small(6, 32, (1, 1), experts=not full, image_loss_on_und=image_loss_on_und)
     plan = {
         1: (VISUAL, 2e-3, {"glyphs/say/noisy": 1.0, "glyphs/draw/noisy": 1.0}),
@@ -213,7 +213,7 @@ def miniature(
             for n, (parts, rate, data) in plan.items()
             if n in stages
         ),
-        init={"decoder": base, "autoencoder": "autoencoder/vq-tiny"},
+        init={"autoencoder": "autoencoder/vq-tiny"},
         size=32,
         checkpoint_every=steps,
     )

@@ -24,7 +24,7 @@ from diptych.core.losses import add_counts, check_weights, combine
 from diptych.core.noise import Noise
 from diptych.data.encoded import encoders_of, refuse_stale
 from diptych.data.loader import Loader, Row, merge_states
-from diptych.models import folders
+from diptych.models.folders import read_language_model
 from diptych.models.protocol import Trainable
 from diptych.parts.decoder import Decoder
 from diptych.parts.tokenizer import Tokenizer
@@ -33,6 +33,8 @@ from diptych.train.log import Log, memory
 from diptych.train.parallel import add_gradients, any_of, gather, processes, total
 from diptych.train.parameters import Average, freeze, release_state, select
 from diptych.train.recipe import Recipe, Stage
+
+FOREIGN = "transformers:"  # begins a source of ``init`` that transformers reads
 
 Sources = Callable[[Recipe, Stage], Mapping[str, Any]]  # the data sets of a stage, by name
 Hook = Callable[[Trainable, int, Path], None]  # called with the model, the step and the run after every checkpoint
@@ -64,22 +66,16 @@ def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = Non
     decoder from a language model of transformers (whose tokenizer comes with it)."""
     name, config = models.config_from_json(recipe.model)
     if tokenizer is None:
-        others = [m for part, m in recipe.init.items() if part == "model" or models.language_model(m.partition("#")[0])]
-        tokenizer = models.places(others[0]).tokenizer() if others else Tokenizer.tiny()
+        tokenizer = _tokenizer(recipe)
     with torch.random.fork_rng(devices=[]):  # what ``initialise`` leaves alone belongs to the seed too
         torch.manual_seed(recipe.seed)
         model = models.create(name, config, tokenizer)
     model.initialise(recipe.seed)
     for path, source in recipe.init.items():
-        where, _, other_path = source.partition("#")
-        if base := models.language_model(where):
-            decoder = _module(model, path, name)
-            if not isinstance(decoder, Decoder):
-                raise ValueError(
-                    f"init: {source} is a language model, which can become a decoder, not {path!r} of {name}"
-                )
-            folders.read_language_model(decoder, base)
+        if source.startswith(FOREIGN):
+            _foreign(model, path, name, source)
             continue
+        where, _, other_path = source.partition("#")
         other = models.load(where)
         if path == "model":
             models.load_strict(model, other.state_dict(), source)
@@ -87,6 +83,32 @@ def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = Non
         mine, theirs = _module(model, path, name), _module(other, other_path or path, where)
         models.load_strict(mine, theirs.state_dict(), f"{source}, taken over as {path!r},")
     return model.to(device)
+
+
+def _tokenizer(recipe: Recipe) -> Tokenizer:
+    """The tokenizer of the model that a recipe goes on from, or of the library's model inside it; else the tiny one."""
+    whole = recipe.init.get("model")
+    inner = next((s.removeprefix(FOREIGN) for s in recipe.init.values() if s.startswith(FOREIGN)), None)
+    if whole:
+        return models.places(whole).tokenizer()
+    return Tokenizer.load(_folder(inner)) if inner else Tokenizer.tiny()
+
+
+def _foreign(model: Trainable, path: str, name: str, source: str) -> None:
+    module, where = _module(model, path, name), source.removeprefix(FOREIGN)
+    if isinstance(module, Decoder):
+        read_language_model(module, _folder(where))
+        return
+    if not hasattr(module, "load_pretrained"):
+        raise ValueError(
+            f"init: module {path!r} of {name} is neither a decoder nor one of transformers; {source!r} cannot fill it"
+        )
+    module.load_pretrained(where)
+
+
+def _folder(where: str) -> Path:
+    """The folder of transformers of this path, or of this ``org/name`` of the hub."""
+    return Path(where) if Path(where).is_dir() else models.fetch(where)
 
 
 def _module(model: Trainable, path: str, name: str) -> nn.Module:

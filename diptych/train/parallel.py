@@ -28,6 +28,11 @@ def processes() -> Iterator[tuple[int, int]]:
         dist.destroy_process_group()
 
 
+def place() -> tuple[int, int]:
+    """(rank, world) of the process group; (0, 1) where there is none."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def total(counts: Mapping[str, float]) -> dict[str, float]:
     """The counts added over all processes."""
     if not dist.is_initialized():

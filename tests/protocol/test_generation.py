@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
@@ -222,10 +221,10 @@ def test_every_branch_drops_what_it_says(model):
     for request in (to_draw(), edit):
         first, *rest = model.branches(request, settings)
         assert first == frozenset() and rest and all(b <= set(model.conditions) for b in rest)
-        for drop in rest:
-            left = model.lay_out(request, drop)
-            assert "text" not in drop or "star" not in left.describe(model.tokenizer.decode)
-            assert "image" not in drop or left.pictures < model.lay_out(request).pictures
+        told = [model.lay_out(request, drop).describe(model.tokenizer.decode) for drop in (first, *rest)]
+        assert len(set(told)) == len(told)
+        words = "a blue star" if request is not edit else "make the star red"
+        assert all((words in t) == ("text" not in drop) for t, drop in zip(told, (first, *rest)))
     assert model.branches(edit, replace(settings, guidance_scale=1.0, image_guidance_scale=1.0)) == (frozenset(),)
 
 
@@ -328,28 +327,32 @@ def test_a_conversation_is_read_once(model, monkeypatch):
         read_lengths.append(sum(map(len, sequences)))
         return extend(self, contexts, sequences)
 
+    talk, going, turns = Engine(model), [], []
     monkeypatch.setattr(type(model), "extend", counted)
-    talk, going, turns, few = Engine(model), [], [], having(model, num_inference_steps=2)
     for text in ("hello", "a red circle", "make it blue", "what is it?"):
         going.append(user(text))
-        said, firsts = [], []
-        for engine in (talk, Engine(model)):
-            read_lengths.clear()
-            if text in ("a red circle", "make it blue"):
-                *_, done, _ = engine.stream_picture(going, seed=1, **few)
-                said.append(done.image)
-            else:
-                said.append(engine.chat(going, max_new_tokens=3))
-            firsts.append(read_lengths[0])
-        if isinstance(said[0], PIL.Image.Image):
-            assert np.allclose(*(np.asarray(image, int) for image in said), atol=1)
-            going.append(assistant(Image(said[0], "target")))
+        fresh, reads = Engine(model), []
+        if text in ("a red circle", "make it blue"):
+            how = having(model, num_inference_steps=2, guidance_scale=1.0) | {"seed": 1}  # one branch: the conversation
+            drawn = []
+            for engine in (talk, fresh):
+                *_, done, _ = engine.stream_picture(going, **how)
+                drawn.append(done.image)
+                reads.append(read_lengths[0])
+                read_lengths.clear()
+            assert np.allclose(*(np.asarray(image, int) for image in drawn), atol=1)
+            going.append(assistant(Image(drawn[0], "target")))
         else:
-            assert said[0].ids == said[1].ids
-            going.append(assistant(said[0].text))
-        turns.append(firsts)
+            answers = []
+            for engine in (talk, fresh):
+                answers.append(engine.chat(going, max_new_tokens=3))
+                reads.append(read_lengths[0])
+                read_lengths.clear()
+            assert answers[0].ids == answers[1].ids
+            going.append(assistant(answers[0].text))
+        turns.append(tuple(reads))
     assert turns[0][0] == turns[0][1]
-    assert all(first < afresh for first, afresh in turns[1:]), turns
+    assert all(first < whole for first, whole in turns[1:]), turns
     assert 0 < len(talk.memory.known) <= talk.memory.most
 
 

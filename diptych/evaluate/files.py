@@ -1,0 +1,116 @@
+"""Files that a crash does not spoil: rows are appended whole, everything else is written beside and renamed."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+from diptych.data.images import open_image
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a jsonl file, none where there is no file. A last line without its end is cut off the file; raises
+    ``ValueError`` for any other broken line."""
+    if not path.is_file():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return rows(path, whole)
+
+
+def rows(path: Path, data: bytes | None = None) -> list[dict]:
+    """The rows of somebody's jsonl file, which is left as it is. Raises ``ValueError`` naming the line."""
+    found = []
+    for number, line in enumerate((path.read_bytes() if data is None else data).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path} line {number} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} line {number} is not an object: {row!r}")
+        found.append(row)
+    return found
+
+
+def append(path: Path, rows: Sequence[Mapping]) -> None:
+    """Adds rows and waits until they are on the disk."""
+    if rows:
+        with path.open("ab") as file:
+            file.write("".join(json.dumps(row, default=_plain) + "\n" for row in rows).encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    raise TypeError(f"an engine's parameters must be JSON, not {value!r}")
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(text, "utf-8")
+    os.replace(part, path)
+
+
+def save(image: PIL.Image.Image, path: Path) -> None:
+    """Writes a PNG in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    image.convert("RGB").save(part, "PNG")
+    os.replace(part, path)
+
+
+def merge(path: Path, order: Iterable[str]) -> None:
+    """One jsonl file of the parts that several processes wrote (STEM.RANK.jsonl), by ``order`` of ids; a part's rows
+    replace older ones. Parts of a run that was cut off are picked up too."""
+    parts = sorted(path.parent.glob(f"{path.stem}.*.jsonl"))
+    if not parts:
+        return
+    rows = {row["id"]: row for file in (path, *parts) for row in read(file)}
+    rank = {id: i for i, id in enumerate(order)}
+    ordered = sorted(rows.values(), key=lambda row: rank.get(row["id"], -1))  # others' rows first, as they were
+    replace(path, "".join(json.dumps(row) + "\n" for row in ordered))
+    for part in parts:
+        part.unlink()
+
+
+def picture(source: Any, root: Path | None = None, name: str = "") -> PIL.Image.Image:
+    """The RGB picture of a path (under ``root`` unless it is absolute), a "data:" address, or itself. Raises
+    ``ValueError`` naming it."""
+    if isinstance(source, PIL.Image.Image):
+        return source
+    if isinstance(source, str) and source.startswith("data:"):
+        return open_image(decoded(source.partition(",")[2], name), name or "a data: address")
+    return open_image(Path(root or ".") / source, name)
+
+
+def decoded(text: str, name: str = "") -> bytes:
+    """The bytes of base64 text. Raises ``ValueError`` naming whose it is."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"{name or 'a picture'} is not base64: {error}") from None
+
+
+def field(row: Mapping, names: Sequence[str], where: str, kind: Callable[[Any], Any] = str) -> Any:
+    """The first of these keys that a row has. Raises ``ValueError`` naming the row and the keys."""
+    for name in names:
+        if name in row:
+            return kind(row[name])
+    raise ValueError(f"{where} has no {' or '.join(map(repr, names))}; it has {', '.join(map(str, row)) or 'nothing'}")

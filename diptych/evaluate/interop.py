@@ -1,0 +1,345 @@
+"""Other people's harnesses: we drive lmms-eval, are a model in lmms-eval and VLMEvalKit, and read what they and the
+official scripts write.
+
+``diptych evaluate MODEL lmms-eval:pope,mmbench_en_dev`` runs the package's own tasks with its own parsing; the scores
+come back as ``pope@lmms-eval/METRIC``. How to install it without torchvision: docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diptych.core import intervals
+from diptych.core.sample import Image, Message, Sample, Text
+from diptych.evaluate import aggregate, answers, files
+from diptych.evaluate import geneval as geneval_module
+from diptych.evaluate.card import identity
+from diptych.evaluate.scores import Score, macro
+
+# --- lmms-eval --------------------------------------------------------------------------------------------------------
+
+
+def messages(raw: Sequence[Mapping]) -> tuple[Message, ...]:
+    """lmms-eval's chat messages (role; content of text and image parts) as ours; a system's text goes before the
+    user's. Raises ``ValueError`` for video and sound."""
+    found: list[Message] = []
+    before: list[Text | Image] = []
+    for m in raw:
+        parts: list[Text | Image] = []
+        content = [{"type": "text", "text": m["content"]}] if isinstance(m["content"], str) else m["content"]
+        for p in content:
+            if p["type"] == "text":
+                parts.append(Text(p["text"]))
+            elif p["type"] == "image":
+                parts.append(Image(files.picture(p["url"])))
+            else:
+                raise ValueError(f"a message holds {p['type']!r}; this model reads text and pictures")
+        if m["role"] == "system":
+            before += parts
+        else:
+            found.append(Message(m["role"], (*before, *parts)))
+            before = []
+    return tuple(found)
+
+
+def lmms_model(engine: Any, batch_size: int = 8) -> Any:
+    """The engine as an lmms-eval chat model; its task dictionary is filled by ``simple_evaluate``. Raises
+    ``ValueError`` without the package."""
+    base = _lmms("lmms_eval.api.model").lmms
+
+    class Diptych(base):
+        """Answers through ``Engine.answers``; likelihoods are not offered."""
+
+        is_simple = False
+
+        def generate_until(self, requests: Sequence[Any]) -> list[str]:
+            alike: dict[tuple[int, float], list[int]] = {}
+            for i, request in enumerate(requests):
+                settings = request.args[2]
+                key = int(settings.get("max_new_tokens", 64)), float(settings.get("temperature") or 0)
+                alike.setdefault(key, []).append(i)
+            out = [""] * len(requests)
+            for (length, temperature), members in alike.items():
+                for some in (members[k : k + batch_size] for k in range(0, len(members), batch_size)):
+                    samples = [self._sample(requests[i], i) for i in some]
+                    for i, answer in zip(
+                        some, engine.answers(samples, length, temperature, 0, batch_size), strict=True
+                    ):
+                        out[i] = answer.text
+                        self.cache_hook.add_partial("generate_until", requests[i].args[:2], answer.text)
+            return out
+
+        def _sample(self, request: Any, i: int) -> Sample:
+            _, to_messages, _, doc, task, split = request.args
+            return Sample(f"{task}/{doc}/{i}", messages(to_messages(self.task_dict[task][split][doc])))
+
+        def loglikelihood(self, requests: Sequence[Any]) -> Any:
+            raise ValueError("this model offers no likelihoods; choose tasks that generate (such as pope, not *_ppl)")
+
+        def generate_until_multi_round(self, requests: Sequence[Any]) -> Any:
+            raise ValueError("this model offers no rounds of questions; choose another task")
+
+    return Diptych()
+
+
+def run_lmms(engine: Any, tasks: Sequence[str], folder: Path, limit: int | None = None, batch_size: int = 8,
+             include: str | None = None) -> dict[str, Score]:  # fmt: skip
+    """Runs lmms-eval's tasks and returns its scores under our names. FOLDER/lmms-eval keeps a task's results and
+    samples; a task that is there, of the same model and limit, is read and not run. ``include`` is a folder of the
+    user's own task files. Raises ``ValueError`` without the package and for an unknown task."""
+    scores: dict[str, Score] = {}
+    who = identity(engine) | {"limit": limit}
+    manager = None
+    for task in tasks:
+        file = folder / "lmms-eval" / f"{task}.json"
+        if file.is_file():
+            if (made := json.loads(file.read_text("utf-8"))["card"]) != who:
+                differs = next(k for k in who if made.get(k) != who[k])
+                raise ValueError(f"{file} was made with {differs} = {made.get(differs)!r}; use another folder")
+        else:
+            if manager is None:
+                manager = _lmms("lmms_eval.tasks").TaskManager("ERROR", include_path=include)
+            if task not in manager.all_tasks:
+                near = [t for t in manager.all_tasks if task.split("_")[0] in t][:8]
+                raise ValueError(f"lmms-eval has no task {task!r}" + (f"; similar: {', '.join(near)}" if near else ""))
+            done = _lmms("lmms_eval.evaluator").simple_evaluate(
+                model=lmms_model(engine, batch_size), tasks=[task], limit=limit, batch_size=1, log_samples=True,
+                task_manager=manager, bootstrap_iters=0, verbosity="ERROR",
+            )  # fmt: skip
+            samples = [row for rows in done["samples"].values() for row in rows]
+            lines = "".join(json.dumps(row, default=str) + "\n" for row in samples)
+            files.replace(file.with_name(f"{task}_samples.jsonl"), lines)
+            kept = {k: done.get(k) for k in ("results", "versions", "n-samples")} | {"card": who}
+            files.replace(file, json.dumps(kept, indent=1, default=str))
+        scores |= read_lmms(file)
+    return scores
+
+
+def read_lmms(file: Path) -> dict[str, Score]:
+    """The numbers of an lmms-eval results file, as ``TASK@lmms-eval/METRIC``; intervals from its standard errors."""
+    raw = json.loads(file.read_text("utf-8"))
+    scores = {}
+    for task, row in files.field(raw, ("results",), str(file), dict).items():
+        counts = (raw.get("n-samples") or {}).get(task) or {}
+        for key, value in row.items():
+            metric, comma, kind = key.partition(",")
+            if (
+                not comma
+                or metric.endswith(("_stderr", "_stderr_clt", "_stderr_clustered"))
+                or type(value) not in (int, float)
+            ):
+                continue
+            error = next((e for s in ("_stderr", "_stderr_clt") if _number(e := row.get(f"{metric}{s},{kind}"))), 0.0)
+            half = intervals.Z * float(error)
+            at = "" if kind == "none" else f"[{kind}]"
+            n = int(counts.get("effective") or row.get("samples") or 0)
+            scores[f"{task}@lmms-eval{at}/{metric}"] = Score(float(value), value - half, value + half, n)
+    if not scores:
+        raise ValueError(f"{file} holds no results of lmms-eval")
+    return scores
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _lmms(module: str) -> Any:
+    from importlib import import_module
+
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ValueError(f"lmms-eval cannot be used ({error}); docs/evaluation.md says how to install it") from error
+
+
+# --- VLMEvalKit -------------------------------------------------------------------------------------------------------
+
+
+class VLMEvalKitModel:
+    """A model of VLMEvalKit: ``generate(message, dataset)`` of [{"type": "text" | "image", "value": ...}].
+
+    In its ``vlmeval/config.py``: ``"bagel-tiny": partial(VLMEvalKitModel, "bagel/tiny")``.
+    """
+
+    is_api, INTERLEAVE, allowed_types = False, True, ("text", "image")
+
+    def __init__(self, model: Any, max_new_tokens: int = 512, **load: Any) -> None:
+        if isinstance(model, (str, Path)):
+            from diptych.generate.engine import load as open_model
+
+            model = open_model(model, **load)
+        self.engine, self.max_new_tokens = model, max_new_tokens
+        self.dump: Callable[..., Any] | None = None
+
+    def set_dump_image(self, dump: Callable[..., Any]) -> None:
+        """VLMEvalKit says how it writes a data set's pictures."""
+        self.dump = dump
+
+    def use_custom_prompt(self, dataset: str) -> bool:
+        """The data sets' own prompts are used."""
+        return False
+
+    def generate(self, message: Any, dataset: str | None = None) -> str:
+        """The answer to a text, or to texts and pictures (paths, PIL pictures) in order."""
+        parts = [{"type": "text", "value": message}] if isinstance(message, str) else message
+        rows = [{"type": "text", "value": p} if isinstance(p, str) else p for p in parts]
+        return self.generate_inner(rows, dataset)
+
+    def generate_inner(self, message: Sequence[Mapping], dataset: str | None = None) -> str:
+        """The answer to a list of {"type", "value"}. Raises ``ValueError`` for what is neither text nor picture."""
+        parts: list[Text | Image] = []
+        for p in message:
+            if p["type"] == "text":
+                parts.append(Text(p["value"]))
+            elif p["type"] == "image":
+                parts.append(Image(files.picture(p["value"])))
+            else:
+                raise ValueError(f"a message holds {p['type']!r}; this model reads text and pictures")
+        sample = Sample("vlmevalkit", (Message("user", tuple(parts)),))
+        return self.engine.answers([sample], self.max_new_tokens, 0.0, 0, 1)[0].text
+
+
+# --- reading what others write ----------------------------------------------------------------------------------------
+
+
+def read_vlmevalkit(file: Path) -> dict[str, Score]:
+    """The numbers of a VLMEvalKit score file (csv, tsv, xlsx): ``STEM@vlmevalkit/COLUMN``, or .../ROW/COLUMN."""
+    rows = _rows(file)
+    scores = {}
+    for row in rows:
+        texts = [v for v in row.values() if isinstance(v, str) and not _float(v)]
+        for column, value in row.items():
+            number = _float(value)
+            if number is not None and column and not column.startswith("Unnamed"):
+                at = f"{texts[0]}/" if texts and len(rows) > 1 else ""
+                scores[f"{file.stem}@vlmevalkit/{at}{column}"] = Score(number, number, number, 0)
+    if not scores:
+        raise ValueError(f"{file} holds no numbers")
+    return scores
+
+
+def _float(value: Any) -> float | None:
+    try:
+        return float(value) if value not in (None, "") and math.isfinite(float(value)) else None
+    except (TypeError, ValueError):
+        return None
+
+
+def _rows(file: Path) -> list[dict]:
+    if file.suffix == ".xlsx":
+        try:
+            import openpyxl
+        except ImportError as error:
+            raise ValueError(f"{file.name} needs openpyxl: pip install openpyxl") from error
+        head, *rest = openpyxl.load_workbook(file, read_only=True).active.iter_rows(values_only=True)
+        return [dict(zip(map(str, head), row, strict=False)) for row in rest]
+    with file.open(encoding="utf-8", newline="") as text:
+        return list(csv.DictReader(text, delimiter="\t" if file.suffix == ".tsv" else ","))
+
+
+def read_wise(file: Path) -> dict[str, Score]:
+    """WISE's legacy scores of its jsonl (prompt_id, consistency, realism, aesthetic_quality)."""
+    groups: dict[str, tuple[list[float], list[str]]] = {}
+    for n, row in enumerate(files.rows(file), 1):
+        where, low = f"{file} line {n}", {k.lower(): v for k, v in row.items()}
+        id = files.field(low, ("prompt_id", "id"), where, int)
+        marks = [files.field(low, (k,), where, float) for k in ("consistency", "realism")]
+        marks.append(files.field(low, ("aesthetic_quality", "aesthetic quality", "aesthetic"), where, float))
+        name = next((k for k, last in aggregate.WISE_IDS.items() if 1 <= id <= last), None)
+        if name is None or not all(0 <= m <= 2 for m in marks):
+            raise ValueError(f"{where}: prompt {id} with marks {marks}; ids are 1 to 1000, marks 0 to 2")
+        values, ids = groups.setdefault(name, ([], []))
+        values.append(aggregate.wiscore(*marks))
+        ids.append(str(id))
+    if not groups:
+        raise ValueError(f"{file} has no rows")
+    scores = {f"wise@legacy[official]/{k}": macro({k: v}, graded=True) for k, v in groups.items()}
+    if set(groups) != set(aggregate.WISE):
+        return scores
+    overall = macro(groups, weights=[aggregate.WISE[k] for k in groups], graded=True)
+    return {"wise@legacy[official]/overall": overall} | scores
+
+
+def read_dpg(file: Path) -> dict[str, Score]:
+    """The numbers of DPG-Bench's ``_results.txt``: lines that end in "NAME: NUMBER"."""
+    found = re.findall(
+        r"^\s*([A-Za-z][\w \-/().]*?)\s*[:=]\s*(-?\d+(?:\.\d+)?)\s*%?\s*$", file.read_text("utf-8"), re.M
+    )
+    scores = {}
+    for name, value in found:
+        key = re.sub(r"\W+", "-", name.strip().lower()).strip("-")
+        key = "overall" if "dpg" in key else key
+        scores[f"dpg@official[mplug]/{key}"] = Score(float(value), float(value), float(value), 0)
+    if not scores:
+        raise ValueError(f"{file} has no line of a name and a number")
+    return scores
+
+
+def read_gedit(file: Path) -> dict[str, Score]:
+    """GEdit's overall marks of its csv files: one file, or a folder of one for each task."""
+    groups: dict[str, dict[str, tuple[list[float], list[str]]]] = {}
+    for part in sorted(file.glob("*.csv")) if file.is_dir() else [file]:
+        for n, row in enumerate(_rows(part), 1):
+            where = f"{part} row {n}"
+            sc = files.field(row, ("sementics_score", "semantics_score", "SC", "sc"), where, float)
+            pq = files.field(row, ("quality_score", "PQ", "pq"), where, float)
+            language = files.field(row, ("instruction_language", "language"), where)
+            task = row.get("task_type") or part.stem
+            for subset in ("full", "intersection"):
+                if subset == "full" or str(row.get("intersection_exist")).lower() in ("true", "1"):
+                    for name, value in (("O", math.sqrt(sc * pq)), ("SC", sc), ("PQ", pq)):
+                        unit = groups.setdefault(f"gedit_{language}@{subset}[official]/{name}", {})
+                        values, ids = unit.setdefault(task, ([], []))
+                        values.append(value / 10)
+                        ids.append(str(n))
+    if not groups:
+        raise ValueError(f"{file} has no rows")
+    return {name: macro(unit, graded=True).times(10) for name, unit in groups.items()}
+
+
+def read_imgedit(file: Path) -> dict[str, Score]:
+    """ImgEdit's numbers of any of its three files: by type, by key (needs no more), or the judge's replies by key."""
+    raw = json.loads(file.read_text("utf-8"))
+    if not isinstance(raw, dict) or not raw:
+        raise ValueError(f"{file} is not an object of marks")
+    if isinstance(next(iter(raw.values())), str):
+        marks = {k: answers.named_marks(v, 3, 1, 5) for k, v in raw.items()}
+        if unread := [k for k, v in marks.items() if v is None]:
+            raise ValueError(f"{file}: {len(unread)} replies cannot be read, first {unread[0]}")
+        raw = {k: round(sum(v.values()) / 3, 2) for k, v in marks.items() if v}
+    numbers = {k: float(v) for k, v in raw.items()}
+    if {k.lower() for k in numbers} >= set(aggregate.IMGEDIT):
+        types = {k.lower(): v for k, v in numbers.items()}
+        value = aggregate.imgedit(types)
+        found = {f"imgedit@basic[official]/{k}": Score(types[k], types[k], types[k], 0) for k in aggregate.IMGEDIT}
+        return {"imgedit@basic[official]/overall": Score(value, value, value, 0)} | found
+    return {"imgedit@basic[official]/items": Score(*intervals.mean(list(numbers.values())), len(numbers))}
+
+
+READERS: dict[str, Callable[[Path], dict[str, Score]]] = {
+    "geneval": geneval_module.read_results,
+    "wise": read_wise,
+    "dpg": read_dpg,
+    "gedit": read_gedit,
+    "imgedit": read_imgedit,
+    "lmms-eval": read_lmms,
+    "vlmevalkit": read_vlmevalkit,
+}
+
+
+def read(kind: str, file: str | Path) -> dict[str, Score]:
+    """The scores in a file that another harness wrote. Raises ``ValueError`` for an unknown kind or another file."""
+    if kind not in READERS:
+        raise ValueError(f"unknown kind {kind!r}; choose from {', '.join(READERS)}")
+    if not Path(file).exists():
+        raise ValueError(f"there is no file {str(file)!r}")
+    try:
+        return READERS[kind](Path(file))
+    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file} is no {kind} file: {error}") from error

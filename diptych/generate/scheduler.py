@@ -1,0 +1,302 @@
+"""Continuous batching: requests join and leave the running batch between steps.
+
+::
+
+    submit ──▶ waiting ──▶ read ──▶ running ── tick: one word of every answer, one step of every picture ──▶ events
+                                       └────────────── until it ends, or is cancelled ─────────────┘
+
+What a request gives does not depend on what it runs beside, on a CPU not by a bit: each is read alone and each picture
+is decoded alone, words and denoising steps are shared, and their products are ``parts.linear``'s.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import PIL.Image
+import torch
+
+from diptych.core.sample import Image, Message, Sample, Text, assistant, user
+from diptych.core.sequence import Sequence as Laid
+from diptych.core.tensors import Tensor
+from diptych.generate.events import Event, ImageDone, ImagePreview, Stop, TextDelta, Usage, Word
+from diptych.generate.memory import Memory
+from diptych.generate.sampling import check_sampling, next_word
+from diptych.models.protocol import Context, Drawing, Drop, UnifiedModel
+from diptych.parts.images import to_pil
+from diptych.parts.linear import steady
+
+Size = tuple[int, int]  # (width, height) in pixels
+
+
+@dataclass(frozen=True, eq=False)
+class Say:
+    """A request for words. ``stop`` are texts that end the answer and are not part of it; ``logprobs`` is how many
+    likeliest words to report beside each word said (None: report nothing)."""
+
+    sample: Sample
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        check_sampling(self.temperature, self.top_p)
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """A request for a picture. ``settings`` are the family's; ``negative_prompt`` stands in for the dropped words in
+    the branch of guidance that has no text; ``previews`` are shown evenly spread on the way."""
+
+    sample: Sample
+    seed: int
+    size: Size | None
+    settings: Any
+    negative_prompt: str = ""
+    previews: int = 0
+
+
+class Talk:
+    """An answer on its way: ``ids`` said so far, and how it ended."""
+
+    def __init__(self, model: UnifiedModel, request: Say) -> None:
+        r = self.request = request
+        self.opened = _opened(r.sample, assistant())
+        self.parameters: dict[str, Any] = {
+            "max_new_tokens": r.max_new_tokens, "temperature": r.temperature, "top_p": r.top_p, "seed": r.seed,
+        }  # fmt: skip
+        self.generator = torch.Generator().manual_seed(r.seed)
+        self.context: Context = model.open()
+        self.laid: Laid | None = None
+        self.ids: list[int] = []
+        self.words: list[Word] = []  # reported with the next text
+        self.text = self.told = ""
+        self.read = 0
+        self.reason: str | None = None
+
+
+class Sketch:
+    """A picture on its way."""
+
+    def __init__(self, model: UnifiedModel, request: Draw) -> None:
+        r = self.request = request
+        self.opened = _opened(r.sample, assistant(Image(None, "target", r.size)))
+        self.canvas = model.canvas(self.opened)
+        self.drops = model.branches(self.opened, r.settings)
+        self.parameters: dict[str, Any] = {"size": self.canvas[::-1], "seed": r.seed, **asdict(r.settings)}
+        if r.negative_prompt:
+            if not any("text" in drop for drop in self.drops):
+                raise ValueError("negative_prompt needs guidance: with this guidance_scale no branch reads it")
+            self.parameters["negative_prompt"] = r.negative_prompt
+        self.drawing: Drawing | None = None
+        self.image: PIL.Image.Image | None = None
+
+
+Job = Talk | Sketch
+
+
+class Scheduler:
+    """The running batch of one model. ``slots`` is how many requests run together; the others wait in order.
+
+    Not for several threads at once. ``at`` are the jobs that the model is working for: to whom an error belongs that
+    comes out of ``tick``."""
+
+    def __init__(self, model: UnifiedModel, memory: Memory | None = None, slots: int = 32) -> None:
+        if slots < 1:
+            raise ValueError(f"slots must be at least 1, not {slots}")
+        steady(model)
+        self.model, self.memory, self.slots = model, memory or Memory(model, 0), slots
+        self.waiting: deque[Job] = deque()
+        self.running: list[Job] = []
+        self.at: list[Job] = []
+
+    def submit(self, request: Say | Draw) -> Job:
+        """The request in line. Raises ``ValueError`` for one that cannot be served, before anything is computed."""
+        job = self.prepare(request)
+        self.waiting.append(job)
+        return job
+
+    def prepare(self, request: Say | Draw) -> Job:
+        """The request checked and not yet in line: whoever ticks in another thread appends it between two ticks."""
+        return Talk(self.model, request) if isinstance(request, Say) else Sketch(self.model, request)
+
+    def cancel(self, job: Job) -> None:
+        """Frees the job's place at once; it says no more."""
+        if job in self.waiting:
+            self.waiting.remove(job)
+        if job in self.running:
+            self.running.remove(job)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing left to do."""
+        return not self.waiting and not self.running
+
+    def tick(self) -> list[tuple[Job, Event]]:
+        """One word of every answer and one step of every picture, after reading what has joined. Events in order; a
+        job's last one is its ``Stop``."""
+        while self.waiting and len(self.running) < self.slots:
+            self.at = [self.waiting.popleft()]
+            self._begin(self.at[0])
+            self.running += self.at
+        events = self._say([job for job in self.running if isinstance(job, Talk)])
+        groups: dict[tuple, list[Sketch]] = {}
+        for job in self.running:
+            if isinstance(job, Sketch):
+                groups.setdefault((job.canvas, len(job.drops)), []).append(job)
+        for group in groups.values():
+            events += self._step(group)
+        ended = {id(job) for job, event in events if isinstance(event, Stop)}
+        self.running = [job for job in self.running if id(job) not in ended]
+        self.at = []
+        return events
+
+    # ---- joining ------------------------------------------------------------------------------------------------
+
+    def _begin(self, job: Job) -> None:
+        if isinstance(job, Talk):
+            job.laid = self.model.lay_out(job.opened)
+            job.context = self._read(job.laid, job)
+            job.read = job.context.length
+            return
+        r = job.request
+        contexts = self._shared(job) or tuple(self._read(self._branch(job, drop), job) for drop in job.drops)
+        [job.drawing] = self.model.start([contexts], [job.canvas], [r.settings], [r.seed])
+
+    def _branch(self, job: Sketch, drop: Drop) -> Laid:
+        """What a branch of guidance reads."""
+        if job.request.negative_prompt and "text" in drop:
+            return self.model.lay_out(_worded(job.opened, job.request.negative_prompt), drop - {"text"})
+        return self.model.lay_out(job.opened, drop)
+
+    def _read(self, laid: Laid, job: Job) -> Context:
+        later = len(job.request.sample.messages) > 1
+        return self.memory.read([laid], [later])[0] if len(laid) else self.model.open()
+
+    def _shared(self, job: Sketch) -> tuple[Context, ...] | None:
+        """The contexts of a running picture of the same request: several pictures of a prompt read it once."""
+        r = job.request
+        for other in self.running:
+            if isinstance(other, Sketch) and other.drawing and other.request.sample is r.sample:
+                o = other.request
+                if (o.size, o.negative_prompt, other.drops) == (r.size, r.negative_prompt, job.drops):
+                    return other.drawing.contexts
+        return None
+
+    # ---- words --------------------------------------------------------------------------------------------------
+
+    def _say(self, talks: Sequence[Talk]) -> list[tuple[Job, Event]]:
+        """One word of each; then what goes on is read by the model together."""
+        events: list[tuple[Job, Event]] = []
+        for talk in talks:
+            events += [(talk, event) for event in self._word(talk)]
+        self.at = [talk for talk in talks if talk.reason is None]
+        going = [talk for talk in talks if talk.reason is None]
+        if going:
+            replies = [self.model.reply(talk.ids[-1:]) for talk in going]
+            contexts = self.model.extend([talk.context for talk in going], replies)
+            for talk, context in zip(going, contexts, strict=True):
+                talk.context = context
+        return events
+
+    def _word(self, talk: Talk) -> list[Event]:
+        self.at, r = [talk], talk.request
+        word = next_word(talk.context.logits, r.temperature, r.top_p, talk.generator)
+        if word in self.model.stop_ids:
+            talk.reason = "stop"
+        else:
+            talk.ids.append(word)
+            if r.logprobs is not None:
+                talk.words.append(self._reported(talk.context, word, r.logprobs))
+            talk.text = self.model.tokenizer.decode(talk.ids)
+            ends = [at for s in r.stop if (at := talk.text.find(s)) >= 0]
+            if ends:
+                talk.text, talk.reason = talk.text[: min(ends)], "stop"
+            elif len(talk.ids) == r.max_new_tokens:
+                talk.reason = "length"
+        ready = talk.text if talk.reason else _settled(talk.text, r.stop)
+        events: list[Event] = []
+        if len(ready) > len(talk.told):
+            events.append(TextDelta(ready[len(talk.told) :], tuple(talk.words)))
+            talk.told, talk.words = ready, []
+        if talk.reason:
+            read = talk.context.length - talk.read  # the last word said need not have been read
+            assert talk.laid
+            self.memory.keep(talk.laid, talk.ids[:read], talk.context)
+            events.append(Stop(talk.reason, Usage(talk.read, len(talk.ids)), talk.parameters))
+        return events
+
+    def _reported(self, context: Context, word: int, most: int) -> Word:
+        scores = context.logits.float().log_softmax(-1)
+        values, ids = scores.topk(min(most, len(scores)))
+        piece = self.model.tokenizer.piece
+        likeliest = tuple((piece(int(i)), float(v)) for i, v in zip(ids, values, strict=True))
+        return Word(piece(word), float(scores[word]), likeliest)
+
+    # ---- pictures -----------------------------------------------------------------------------------------------
+
+    def _step(self, group: Sequence[Sketch]) -> list[tuple[Job, Event]]:
+        """One step of pictures of one size; the finished ones are decoded one by one."""
+        self.at = list(group)
+        events: list[tuple[Job, Event]] = []
+        moved = self.model.step([job.drawing for job in group if job.drawing])
+        for job, drawing in zip(group, moved, strict=True):
+            self.at, job.drawing, previews = [job], drawing, job.request.previews
+            if drawing.done:
+                job.image = to_pil(self.model.finish([drawing])[0])
+                events.append((job, ImageDone(job.image, job.request.seed)))
+                events.append((job, Stop("image", Usage(drawing.contexts[0].length, 0, 1), job.parameters)))
+            elif drawing.step in {round(drawing.steps * i / (previews + 1)) for i in range(1, previews + 1)}:
+                image = to_pil(self.model.preview([drawing])[0])
+                events.append((job, ImagePreview(image, drawing.step, drawing.steps)))
+        return events
+
+
+def exact(model: UnifiedModel) -> bool:
+    """Whether, on this machine, a picture keeps every bit of its latents in company; found by drawing two steps."""
+    settings = replace(model.settings, **{k: 2 for k in asdict(model.settings) if k == "num_inference_steps"})
+    size = model.canvas(Sample("", (user(""), assistant(Image(None, "target")))))[::-1]
+
+    def latents(*prompts: str) -> Tensor:
+        loop = Scheduler(model, slots=len(prompts))
+        jobs = [loop.submit(Draw(Sample("", (user(p),)), 0, size, settings)) for p in prompts]
+        while not loop.idle:
+            loop.tick()
+        assert isinstance(jobs[0], Sketch) and jobs[0].drawing
+        return jobs[0].drawing.state
+
+    return torch.equal(latents("a star"), latents("a star", "a red circle left of a blue square", ""))
+
+
+def _opened(sample: Sample, turn: Message) -> Sample:
+    """The sample as a request: an open turn is added to a conversation that ends with the user's message."""
+    if sample.is_open:
+        return sample
+    if not sample.messages or sample.messages[-1].role != "user":
+        raise ValueError("a conversation must end with a user's message")
+    return replace(sample, messages=(*sample.messages, turn))
+
+
+def _worded(opened: Sample, words: str) -> Sample:
+    """The request with other words in its last user message."""
+    assert opened.request
+    pictures = [p for p in opened.request.parts if isinstance(p, Image)]
+    changed = replace(opened.request, parts=(*pictures, Text(words)))
+    return replace(opened, messages=tuple(changed if m is opened.request else m for m in opened.messages))
+
+
+def _settled(text: str, stops: Sequence[str]) -> str:
+    """As much of an unfinished text as no later word can change: half a character waits for its other half, and what
+    may be the beginning of a stop text for the rest of it."""
+    if text.endswith("\ufffd"):
+        return ""
+    held = max((n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+    return text[: len(text) - held]

@@ -1,0 +1,38 @@
+"""Linear layers whose rows do not depend on how many there are: what was batched beside a request changes no bit of it.
+
+On a CPU a matrix product takes another kernel, with another order of summing, where fewer than four rows are left to a
+thread. Measured with MKL, float32, 1 to 16 threads: with 4 rows for each thread, or with many rows, every row of the
+result has the same bits whatever stands beside it. So products of few rows are padded to a multiple of that.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diptych.core.tensors import Float
+
+
+def linear(x: Float[Tensor, "*n i"], weight: Float[Tensor, "o i"], bias: Tensor | None = None) -> Float[Tensor, "*n o"]:
+    """x weight^T + bias, row by row independent of the number of rows (no gradient, CPU; elsewhere ``F.linear``)."""
+    rows, threads = x.numel() // x.shape[-1], torch.get_num_threads()
+    missing = -rows % (4 * threads)
+    if not missing or rows >= 16 * threads or x.device.type != "cpu" or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    padded = torch.cat([x.reshape(rows, -1), x.new_zeros(missing, x.shape[-1])])
+    return F.linear(padded, weight, bias)[:rows].reshape(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` through ``linear``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def steady(model: nn.Module) -> None:
+    """Turns every ``nn.Linear`` of the model into ``Linear``, in place; parameters, names and training stay."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear

@@ -1,0 +1,392 @@
+// The page: it asks the server's HTTP API and nothing else.
+const $ = (selector, within = document) => within.querySelector(selector);
+const make = (tag, props = {}, ...children) => {
+  const made = Object.assign(document.createElement(tag), props);
+  made.append(...children);
+  return made;
+};
+const keep = localStorage, session = sessionStorage;
+
+// ---- the server ------------------------------------------------------------------------------------------------
+function notice(text) { const n = $("#notice"); n.textContent = text; n.hidden = !text; }
+
+async function ask(path, options = {}) {
+  const headers = { ...options.headers };
+  const key = session.getItem("key");
+  if (key) headers.authorization = `Bearer ${key}`;
+  if (options.json) { options = { ...options, method: "POST", body: JSON.stringify(options.json) }; headers["content-type"] = "application/json"; }
+  let answer;
+  try { answer = await fetch(path, { ...options, headers }); } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("The server cannot be reached.");
+  }
+  if (answer.status === 401) $("#key").hidden = false;
+  if (!answer.ok) {
+    const told = await answer.json().catch(() => ({}));
+    const wait = answer.headers.get("retry-after");
+    throw new Error((told.error?.message ?? `The server answered ${answer.status}.`) + (wait ? ` (in ${wait} s)` : ""));
+  }
+  return answer;
+}
+
+async function* stream(path, options) {
+  const answer = await ask(path, options), reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let held = ""; ;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const events = (held + value).split("\n\n");
+    held = events.pop();
+    for (const event of events) {
+      const data = event.split("\n").filter(l => l.startsWith("data: ")).map(l => l.slice(6)).join("\n");
+      if (!data || data === "[DONE]") continue;
+      const row = JSON.parse(data);
+      if (row.error) throw new Error(row.error.message);
+      yield row;
+    }
+  }
+}
+
+// ---- pictures that people bring --------------------------------------------------------------------------------
+const read = file => new Promise((done, failed) => {
+  const reader = new FileReader();
+  reader.onload = () => done(reader.result);
+  reader.onerror = () => failed(new Error(`${file.name} cannot be read.`));
+  reader.readAsDataURL(file);
+});
+function blob(uri) { // data URI -> Blob, without asking the network (the page's policy forbids it)
+  const [head, body] = uri.split(","), bytes = Uint8Array.from(atob(body), c => c.charCodeAt(0));
+  return new Blob([bytes], { type: head.slice(5).split(";")[0] });
+}
+const pictures = list => [...(list ?? [])].filter(f => f.type.startsWith("image/"));
+
+function bring(zone, input, take) { // choose, drop or paste
+  input.addEventListener("change", () => { take(pictures(input.files)); input.value = ""; });
+  for (const kind of ["dragover", "dragenter"]) zone.addEventListener(kind, e => { e.preventDefault(); zone.classList.add("dropping"); });
+  for (const kind of ["dragleave", "drop"]) zone.addEventListener(kind, () => zone.classList.remove("dropping"));
+  zone.addEventListener("drop", e => { e.preventDefault(); take(pictures(e.dataTransfer.files)); });
+  document.addEventListener("paste", e => {
+    const found = pictures(e.clipboardData?.files);
+    if (found.length && zone.offsetParent) { e.preventDefault(); take(found); }
+  });
+}
+
+// ---- tabs, theme, models ---------------------------------------------------------------------------------------
+const tabs = [...document.querySelectorAll("[role=tab]")];
+function open(name) {
+  for (const tab of tabs) {
+    const on = tab.getAttribute("aria-controls") === name;
+    tab.setAttribute("aria-selected", on);
+    tab.tabIndex = on ? 0 : -1;
+    $(`#${tab.getAttribute("aria-controls")}`).hidden = !on;
+  }
+  if (location.hash.slice(1) !== name) history.replaceState(null, "", `#${name}`);
+  if (name === "runs") watch();
+}
+for (const [i, tab] of tabs.entries()) {
+  tab.addEventListener("click", () => open(tab.getAttribute("aria-controls")));
+  tab.addEventListener("keydown", e => {
+    const to = { ArrowRight: i + 1, ArrowLeft: i - 1, Home: 0, End: tabs.length - 1 }[e.key];
+    if (to === undefined) return;
+    e.preventDefault();
+    const next = tabs[(to + tabs.length) % tabs.length];
+    next.focus(); next.click();
+  });
+}
+addEventListener("hashchange", () => tabs.some(t => t.id === `tab-${location.hash.slice(1)}`) && open(location.hash.slice(1)));
+
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const paint = () => { document.documentElement.dataset.theme = keep.getItem("theme") || (dark.matches ? "dark" : "light"); };
+dark.addEventListener("change", paint);
+$("#theme").addEventListener("click", () => {
+  keep.setItem("theme", document.documentElement.dataset.theme === "dark" ? "light" : "dark");
+  paint();
+});
+paint();
+
+let models = [];
+const chosen = () => $("#model").value;
+function defaults() {
+  const own = models.find(m => m.id === chosen());
+  for (const input of document.querySelectorAll("form input[name]")) {
+    const value = own?.parameters[input.name];
+    if (value !== undefined) input.placeholder = value;
+    if (input.name === "num_inference_steps") input.max = own.limits.steps;
+  }
+  for (const [name, tab] of [["generate", "create"], ["edit", "edit"]]) $(`#tab-${tab}`).disabled = !own.capabilities[name];
+}
+async function begin() {
+  notice("");
+  models = (await (await ask("/v1/models")).json()).data;
+  for (const select of [$("#model"), $("[name=left]"), $("[name=right]")])
+    select.replaceChildren(...models.map(m => make("option", { value: m.id, textContent: m.id })));
+  if (models[1]) $("[name=right]").value = models[1].id;
+  $("#alone").textContent = models[1] ? "" : "One model is loaded; start the server with two to compare them.";
+  defaults();
+}
+$("#model").addEventListener("change", defaults);
+$("#key").addEventListener("submit", e => {
+  e.preventDefault();
+  session.setItem("key", e.target.key.value);
+  e.target.hidden = true;
+  begin().catch(error => notice(error.message));
+});
+
+function fields(form) { // what has been filled in, numbers as numbers
+  const out = {};
+  for (const input of form.querySelectorAll("[name]")) {
+    if (input.value === "" || ["left", "right"].includes(input.name)) continue;
+    out[input.name] = input.type === "number" ? Number(input.value) : input.value;
+  }
+  return out;
+}
+function busy(form, run) { // the form's button stops what it has started
+  const button = $("button.main", form), label = button.textContent;
+  let going = null;
+  form.addEventListener("submit", async e => {
+    e.preventDefault();
+    if (going) return going.abort();
+    going = new AbortController();
+    notice("");
+    try {
+      const work = run(going.signal);
+      button.textContent = "Stop";
+      await work;
+    } catch (error) {
+      if (error.name !== "AbortError") notice(error.message);
+    } finally { going = null; button.textContent = label; }
+  });
+}
+
+// ---- chat ------------------------------------------------------------------------------------------------------
+let messages = [], shown = [];
+const talk = $("#talk"), say = $("#say"), start = talk.firstElementChild;
+function thumbs() {
+  $("#shown").replaceChildren(...shown.map((uri, i) => {
+    const button = make("button", { type: "button", title: "Remove this picture" }, make("img", { src: uri, alt: `Picture ${i + 1} to send` }));
+    button.addEventListener("click", () => { shown.splice(i, 1); thumbs(); });
+    return button;
+  }));
+}
+bring($("#chat"), $("input[type=file]", say), async files => {
+  try { shown.push(...await Promise.all(files.map(read))); thumbs(); say.text.focus(); } catch (error) { notice(error.message); }
+});
+function bubble(role, parts) {
+  start.remove();
+  const turn = make("div", { className: `turn ${role}` });
+  for (const part of parts) turn.append(part.type === "text" ? part.text : make("img", { src: part.image_url.url, alt: "A picture you sent" }));
+  talk.append(turn);
+  turn.scrollIntoView({ block: "end" });
+  return turn;
+}
+say.text.addEventListener("keydown", e => { if (e.key === "Enter" && !e.shiftKey && !e.isComposing) { e.preventDefault(); say.requestSubmit(); } });
+$("#fresh").addEventListener("click", () => { messages = []; shown = []; thumbs(); talk.replaceChildren(start); say.text.focus(); });
+for (const [text, modality] of [["a red circle left of a blue star", "image"], ["what is a circle?", "text"], ["two green squares", "image,text"]]) {
+  const idea = make("button", { type: "button", textContent: text });
+  idea.addEventListener("click", () => { say.text.value = text; say.modalities.value = modality; say.requestSubmit(); });
+  $(".ideas").append(idea);
+}
+busy(say, async signal => {
+  const text = say.text.value.trim();
+  if (!text && !shown.length) return;
+  const parts = [...shown.map(url => ({ type: "image_url", image_url: { url } })), ...(text ? [{ type: "text", text }] : [])];
+  const modalities = say.modalities.value.split(",");
+  say.text.value = ""; shown = []; thumbs();
+  bubble("user", parts);
+  const turn = bubble("assistant", []), content = [];
+  turn.classList.add("waiting");
+  let words = null, image = null;
+  const json = { model: chosen(), messages: [...messages, { role: "user", content: parts }], modalities, stream: true };
+  if (modalities.includes("image")) json.partial_images = 6;
+  try {
+    for await (const row of stream("/v1/chat/completions", { json, signal })) {
+      const delta = row.choices[0]?.delta ?? {};
+      if (typeof delta.content === "string" && delta.content) {
+        if (!words) { words = document.createTextNode(""); turn.append(words); content.push({ type: "text", text: "" }); }
+        words.data += delta.content;
+        content.at(-1).text += delta.content;
+      }
+      if (delta.preview || Array.isArray(delta.content)) {
+        if (!image) { image = make("img", { alt: `Drawing: ${text}` }); turn.append(image); }
+        image.src = delta.preview?.url ?? delta.content[0].image_url.url;
+        if (!delta.preview) { image.alt = `Drawn: ${text}`; content.push(delta.content[0]); image = words = null; }
+      }
+      talk.lastElementChild.scrollIntoView({ block: "end" });
+    }
+    if (!content.length) turn.textContent = "(nothing)";
+    else messages.push({ role: "user", content: parts }, { role: "assistant", content });
+  } catch (error) {
+    if (error.name === "AbortError") turn.append(" (stopped)");
+    else { turn.classList.add("wrong"); turn.append(error.message); }
+  } finally { turn.classList.remove("waiting"); }
+});
+
+// ---- pictures --------------------------------------------------------------------------------------------------
+function card(caption) {
+  const image = make("img", { alt: "" });
+  image.hidden = true;
+  const figure = make("figure", { className: "picture sharpening" }, make("div", { className: "frame" }, image), make("figcaption", { textContent: caption }));
+  return {
+    figure,
+    show(row, text) {
+      image.hidden = false;
+      image.src = `data:image/png;base64,${row.b64_json}`;
+      const left = row.of ? 1 - row.step / row.of : 0;
+      figure.style.setProperty("--blur", `${(left * 5).toFixed(1)}px`);
+      figure.style.setProperty("--done", `${100 - left * 100}%`);
+      if (row.of) return;
+      figure.classList.remove("sharpening");
+      image.alt = text;
+    },
+    caption: (...parts) => $("figcaption", figure).replaceChildren(...parts),
+    get uri() { return image.src; },
+  };
+}
+async function sharpen(path, options, cards, text, finished) {
+  try {
+    for await (const row of stream(path, options)) {
+      cards[row.index].show(row, text);
+      if (row.type.endsWith(".completed")) finished(row, cards[row.index]);
+    }
+  } catch (error) {
+    for (const one of cards) if (one.figure.classList.contains("sharpening")) one.figure.remove();
+    throw error;
+  }
+}
+
+const gallery = $("#gallery");
+busy($("#draw"), async signal => {
+  const form = $("#draw"), asked = fields(form), n = asked.n ?? 1;
+  $(".empty", gallery)?.remove();
+  const cards = Array.from({ length: n }, () => card("in line …"));
+  gallery.prepend(...cards.map(c => c.figure));
+  const json = { ...asked, model: chosen(), stream: true, partial_images: 6 };
+  await sharpen("/v1/images/generations", { json, signal }, cards, asked.prompt, (row, one) => {
+    const more = make("button", { type: "button", textContent: "More like this", title: "Keep the seed and change the words" });
+    more.addEventListener("click", () => {
+      for (const [name, value] of Object.entries({ ...asked, seed: row.seed, n: 1 })) form.elements[name].value = value;
+      form.prompt.focus(); form.prompt.select();
+    });
+    const change = make("button", { type: "button", textContent: "Edit" });
+    change.addEventListener("click", () => { use(one.uri); open("edit"); $("#change").prompt.focus(); });
+    const save = make("a", { href: one.uri, download: `${row.seed}.png`, textContent: "Save" });
+    one.caption(asked.prompt, make("div", { className: "hint", textContent: `seed ${row.seed}` }), make("div", { className: "bar" }, more, change, save));
+  });
+});
+
+// ---- edit ------------------------------------------------------------------------------------------------------
+let source = null;
+const zone = $("#source");
+function use(uri) {
+  source = uri;
+  $("span", zone)?.remove(); $("img", zone)?.remove();
+  zone.prepend(make("img", { src: uri, alt: "The picture to edit" }));
+}
+bring(zone, $("input", zone), async files => { try { if (files[0]) use(await read(files[0])); } catch (error) { notice(error.message); } });
+busy($("#change"), async signal => {
+  if (!source) throw new Error("Choose a picture to edit first.");
+  const asked = fields($("#change")), before = source, body = new FormData();
+  body.append("image", blob(before), "source.png");
+  for (const [name, value] of Object.entries({ ...asked, model: chosen(), stream: "true", partial_images: 6 })) body.append(name, value);
+  const one = card("…"), place = $("#edited");
+  place.replaceChildren(one.figure);
+  one.figure.classList.add("slider");
+  await sharpen("/v1/images/edits", { method: "POST", body, signal }, [one], asked.prompt, row => {
+    const slider = make("div", { className: "slider" },
+      make("img", { src: before, alt: "Source" }), make("img", { src: one.uri, alt: `Edited: ${asked.prompt}`, className: "after" }));
+    const range = make("input", { type: "range", min: 0, max: 100, value: 50 });
+    range.setAttribute("aria-label", "How much of the source to show");
+    const show = () => slider.style.setProperty("--at", `${range.value}%`);
+    range.addEventListener("input", show);
+    slider.addEventListener("pointermove", e => {
+      if (e.pointerType === "mouse" && !e.buttons) return;
+      const box = slider.getBoundingClientRect();
+      range.value = (e.clientX - box.left) / box.width * 100;
+      show();
+    });
+    slider.addEventListener("dragstart", e => e.preventDefault());
+    const on = make("button", { type: "button", textContent: "Go on from this", className: "quiet" });
+    on.addEventListener("click", () => { use(one.uri); $("#change").prompt.focus(); });
+    const save = make("a", { href: one.uri, download: `edit-${row.seed}.png`, textContent: "Save" });
+    place.replaceChildren(slider, make("div", { className: "below" }, range,
+      make("div", { className: "bar" }, make("span", { textContent: "source" }), make("span", { textContent: `seed ${row.seed}` }), on, save, make("span", { textContent: "edit" }))));
+    range.focus();
+  });
+});
+
+// ---- compare ---------------------------------------------------------------------------------------------------
+busy($("#versus"), async signal => {
+  const form = $("#versus"), asked = fields(form);
+  const cards = [form.left.value, form.right.value].map(model => [model, card(`${model} …`)]);
+  $("#both").replaceChildren(...cards.map(([, c]) => c.figure));
+  await Promise.all(cards.map(([model, one]) => sharpen(
+    "/v1/images/generations", { json: { ...asked, model, stream: true, partial_images: 6 }, signal }, [one], `${asked.prompt}, by ${model}`,
+    row => one.caption(make("strong", { textContent: model }), make("div", { className: "hint", textContent: `seed ${row.seed}, ${row.parameters.num_inference_steps ?? ""} steps` })))));
+});
+
+// ---- runs ------------------------------------------------------------------------------------------------------
+const run = $("#run"), sheets = $("#sheets"), range = $("input", sheets);
+let rows = [], seen = "", about = null, timer = 0, sheetUrl = "";
+function curve(name, values) {
+  const w = 400, h = 140, xs = values.map(v => v[0]), ys = values.map(v => v[1]);
+  const [x0, x1, low, high] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
+  const at = ([x, y]) => `${((x - x0) / (x1 - x0 || 1) * w).toFixed(1)} ${(h - 4 - (y - low) / (high - low || 1) * (h - 8)).toFixed(1)}`;
+  const reach = Math.ceil(ys.length / 40);
+  const smooth = values.map(([x], i) => { // mean of the neighbours on both sides
+    const near = ys.slice(Math.max(0, i - reach), i + reach + 1);
+    return [x, near.reduce((sum, y) => sum + y, 0) / near.length];
+  });
+  const path = (points, kind) => `<path class="${kind}" stroke="currentColor" d="M${points.map(at).join("L")}"/>`;
+  const card = make("div", { className: "card curve" }, make("h2", { textContent: name }, make("span", { textContent: ys.at(-1).toPrecision(4) })));
+  card.insertAdjacentHTML("beforeend", `<svg viewBox="0 0 ${w} ${h}" preserveAspectRatio="none" role="img">${path(values, "raw")}${path(smooth, "smooth")}</svg>`);
+  $("svg", card).setAttribute("aria-label", `${name}: ${ys.at(-1).toPrecision(4)} at step ${xs.at(-1)}, between ${low.toPrecision(3)} and ${high.toPrecision(3)}`);
+  card.append(make("div", { className: "ends" }, make("span", { textContent: `step ${x0}` }), make("span", { textContent: `${low.toPrecision(3)} – ${high.toPrecision(3)}` }), make("span", { textContent: `step ${x1}` })));
+  return card;
+}
+async function sheet() {
+  const file = about.samples[range.value];
+  if (!file) return;
+  const data = await (await ask(`/v1/diptych/runs/sample?${new URLSearchParams({ run: run.value, file })}`)).blob();
+  URL.revokeObjectURL(sheetUrl);
+  $("img", sheets).src = sheetUrl = URL.createObjectURL(data);
+  $("span", sheets).textContent = `step ${Number(file.match(/\d+/)[0])}`;
+}
+async function watch() {
+  clearTimeout(timer);
+  if ($("#runs").hidden) return;
+  try {
+    const there = (await (await ask("/v1/diptych/runs")).json()).data.map(r => r.id);
+    if (there.join() !== [...run.options].map(o => o.value).join()) {
+      const before = run.value;
+      run.replaceChildren(...there.map(id => make("option", { value: id, textContent: id })));
+      if (there.includes(before)) run.value = before;
+    }
+    $("#no-runs").hidden = there.length > 0;
+    if (run.value) {
+      if (seen !== run.value) { seen = run.value; rows = []; about = null; }
+      const which = new URLSearchParams({ run: run.value });
+      const news = (await (await ask(`/v1/diptych/runs/metrics?${which}&after=${rows.at(-1)?.step ?? -1}`)).json()).data;
+      rows = [...rows, ...news];
+      if (rows.length > 1000) rows = rows.filter((_, i) => i % 2 === rows.length % 2 ^ 1);
+      const latest = await (await ask(`/v1/diptych/runs/about?${which}`)).json();
+      if (news.length || !about) {
+        const names = ["loss", ...Object.keys(rows.at(-1) ?? {}).filter(k => k.startsWith("loss/")), "lr", "tokens_per_second", "images_per_second", "gradient_norm"];
+        const curves = names.map(n => [n, rows.filter(r => typeof r[n] === "number").map(r => [r.step, r[n]])]).filter(([, v]) => v.length);
+        $("#curves").replaceChildren(...curves.map(([n, v]) => curve(n, v)));
+      }
+      const total = latest.stages.reduce((sum, s) => sum + s.steps, 0), last = rows.at(-1);
+      $("#state").textContent = last ? `${latest.recipe ?? ""}  ${last.stage ?? ""}  step ${last.step}${total ? ` of ${total}` : ""}` : "no steps yet";
+      if (latest.samples.length !== about?.samples.length) {
+        about = latest;
+        sheets.hidden = !about.samples.length;
+        range.max = about.samples.length - 1; range.value = range.max;
+        await sheet();
+      }
+    }
+  } catch (error) { notice(error.message); }
+  timer = setTimeout(watch, 3000);
+}
+run.addEventListener("change", watch);
+range.addEventListener("input", () => sheet().catch(error => notice(error.message)));
+
+open(tabs.some(t => t.id === `tab-${location.hash.slice(1)}`) ? location.hash.slice(1) : "chat");
+begin().catch(error => notice(error.message));

@@ -1,0 +1,217 @@
+"""Continuous batching: whoever joins or leaves, what a request gives keeps every bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diptych.core.sample import Sample, user
+from diptych.generate.engine import Engine
+from diptych.generate.events import ImageDone, ImagePreview, Stop, TextDelta
+from diptych.generate.scheduler import Draw, Say, Scheduler
+from diptych.parts.linear import Linear, linear
+from tests import tiny
+
+
+def prompt(text: str) -> Sample:
+    return Sample(text, (user(text),))
+
+
+def mixed(model):
+    """Requests of every kind, length and size."""
+    few = replace(model.settings, num_inference_steps=3)
+    plain = replace(model.settings, num_inference_steps=2, guidance_scale=1.0)
+    return [
+        Draw(prompt("a blue star"), 0, None, model.settings),
+        Say(tiny.request(tiny.ask()), 6),
+        Draw(prompt("two red squares left of a very large green circle"), 1, None, few),
+        Draw(prompt("a star"), 2, None, plain),
+        Say(prompt("hello"), 9, temperature=1.0, seed=3, logprobs=2),
+        Draw(tiny.request(tiny.edit(size=(32, 32))), 4, None, replace(few, image_guidance_scale=2.0)),
+        Draw(prompt("a hat"), 5, (64, 32), few),
+        Draw(prompt("a hat"), 6, (16, 16), few, negative_prompt="a red hat"),
+        Say(tiny.request(tiny.ask("b", 2, "what is there?")), 1),
+    ]
+
+
+def run(scheduler, jobs):
+    """All events by job; every bit of them, as text."""
+    told = {id(j): [] for j in jobs}
+    while not scheduler.idle:
+        for job, event in scheduler.tick():
+            told[id(job)].append(event)
+    return [[_bits(e) for e in told[id(j)]] for j in jobs]
+
+
+def _bits(event):
+    if isinstance(event, (ImageDone, ImagePreview)):
+        return event.image.tobytes()
+    return repr(event)
+
+
+@pytest.fixture
+def states(monkeypatch, model):
+    """The final latents of every picture by seed: pixels would hide bits."""
+    kept, finish = {}, type(model).finish
+
+    def keeping(self, drawings):
+        for d in drawings:
+            kept.setdefault(len(kept), d.state.clone())
+        return finish(self, drawings)
+
+    monkeypatch.setattr(type(model), "finish", keeping)
+    return kept
+
+
+def test_a_request_gives_the_same_bits_alone_and_in_any_company(model):
+    alone = []
+    for request in mixed(model):
+        one = Scheduler(model)
+        alone += run(one, [one.submit(request)])
+    together = Scheduler(model)
+    assert run(together, [together.submit(r) for r in mixed(model)]) == alone
+    narrow = Scheduler(model, slots=2)  # they join as others leave
+    assert run(narrow, [narrow.submit(r) for r in mixed(model)]) == alone
+    backwards = Scheduler(model, slots=5)
+    assert run(backwards, [backwards.submit(r) for r in mixed(model)[::-1]]) == alone[::-1]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_latents_keep_every_bit_in_float32(model, states, threads):
+    torch.set_num_threads(threads)
+    try:
+        request = Draw(prompt("a blue star"), 0, None, model.settings)
+        one = Scheduler(model)
+        run(one, [one.submit(request)])
+        for company in (1, 2, 5):
+            loop = Scheduler(model)
+            first = loop.submit(request)
+            others = [loop.submit(Draw(prompt("a hat " * i), i, None, model.settings)) for i in range(company)]
+            run(loop, [first, *others])
+        finished = [s for s in states.values() if s.shape == states[0].shape]
+        assert sum(torch.equal(s, states[0]) for s in finished) == 4
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_rows_of_a_product_do_not_depend_on_how_many_there_are(threads):
+    torch.set_num_threads(threads)
+    try:
+        generator = torch.Generator().manual_seed(0)
+        for wide, out in ((192, 192), (48, 32), (384, 64)):
+            layer = Linear(wide, out)
+            with torch.inference_mode():
+                x = torch.randn(200, wide, generator=generator)
+                whole = layer(x)
+                for rows in [*range(1, 40), 64, 144]:
+                    assert torch.equal(layer(x[7 : 7 + rows]), whole[7 : 7 + rows]), (wide, out, rows)
+                assert layer(x.view(2, 100, wide)).shape == (2, 100, out)
+    finally:
+        torch.set_num_threads(1)
+    assert linear(x[:1].clone().requires_grad_(), layer.weight).requires_grad  # training goes its own way
+
+
+def test_a_cancelled_request_is_gone_at_once_and_disturbs_nobody(model):
+    first, second, third = mixed(model)[:3]
+    one = Scheduler(model)
+    alone = run(one, [one.submit(second)])
+    loop = Scheduler(model, slots=2)
+    a, b, c = (loop.submit(r) for r in (first, second, third))
+    told = [e for j, e in loop.tick() if j is b]
+    loop.cancel(a)
+    loop.cancel(c)  # still waiting
+    assert loop.running == [b] and not loop.waiting
+    while not loop.idle:
+        for job, event in loop.tick():
+            assert job is b
+            told.append(event)
+    assert [_bits(e) for e in told] == alone[0]
+    loop.cancel(a)  # twice does no harm
+
+
+def test_previews_are_as_many_as_asked_for_and_spread(model):
+    for steps, previews in ((4, 1), (4, 3), (7, 2), (1, 2), (2, 5)):
+        loop = Scheduler(model)
+        settings = replace(model.settings, num_inference_steps=steps)
+        loop.submit(Draw(prompt("a hat"), 0, None, settings, previews=previews))
+        seen = []
+        while not loop.idle:
+            seen += [e.step for _, e in loop.tick() if isinstance(e, ImagePreview)]
+        assert (
+            len(seen) == min(previews, steps - 1)
+            and len(set(seen)) == len(seen)
+            and 0 < min(seen, default=1) < steps + 1
+        )
+
+
+def test_stop_texts_end_an_answer_and_are_never_told(model):
+    def said(**how):
+        loop = Scheduler(model)
+        job = loop.submit(Say(prompt("hello"), 12, temperature=1.0, seed=1, **how))
+        events = []
+        while not loop.idle:
+            events += [e for _, e in loop.tick()]
+        return "".join(e.text for e in events if isinstance(e, TextDelta)), events[-1].reason, job
+
+    whole, reason, _ = said()
+    assert reason == "length"
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 3]
+    cut, reason, job = said(stop=(stop, "never said"))
+    assert reason == "stop" and cut == whole[: whole.find(stop)] and stop not in cut
+    assert len(job.ids) <= 12
+
+
+def test_logprobs_are_those_of_the_model(model):
+    loop = Scheduler(model)
+    job = loop.submit(Say(prompt("hello"), 4, logprobs=3))
+    words = []
+    while not loop.idle:
+        words += [w for _, e in loop.tick() if isinstance(e, TextDelta) for w in e.words]
+    [context] = model.extend([model.open()], [model.lay_out(job.opened)])
+    scores = context.logits.log_softmax(-1)
+    assert words[0].logprob == pytest.approx(float(scores.max()), abs=1e-5)
+    assert [p for _, p in words[0].likeliest] == pytest.approx(scores.topk(3).values.tolist(), abs=1e-5)
+    assert words[0].likeliest[0] == (words[0].text, words[0].logprob)
+
+
+def test_a_negative_prompt_guides_and_needs_guidance(model):
+    engine = Engine(model)
+    plain, less = (engine.generate("a star", negative_prompt=n).images[0].tobytes() for n in ("", "a red star"))
+    assert plain != less
+    assert engine.generate("a star", negative_prompt="red").parameters["negative_prompt"] == "red"
+    with pytest.raises(ValueError, match="negative_prompt needs guidance"):
+        engine.generate("a star", negative_prompt="red", guidance_scale=1.0)
+
+
+def test_what_cannot_be_served_is_refused_before_it_waits(model):
+    loop = Scheduler(model)
+    with pytest.raises(ValueError, match="multiples of"):
+        loop.submit(Draw(prompt("x"), 0, (17, 16), model.settings))
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
+        Say(prompt("x"), 0)
+    with pytest.raises(ValueError, match="top_p in"):
+        Say(prompt("x"), 1, top_p=0.0)
+    with pytest.raises(ValueError, match="slots must be at least 1"):
+        Scheduler(model, slots=0)
+    assert loop.idle
+
+
+def test_an_error_names_whose_work_it_was(model, monkeypatch):
+    loop = Scheduler(model)
+    talk, drawing = loop.submit(Say(prompt("hello"), 3)), loop.submit(mixed(model)[0])
+    loop.tick()
+
+    def fails(self, drawings):
+        raise RuntimeError("a bad step")
+
+    monkeypatch.setattr(type(model), "step", fails)
+    with pytest.raises(RuntimeError, match="a bad step"):
+        loop.tick()
+    assert loop.at == [drawing]
+    loop.cancel(drawing)
+    while not loop.idle:
+        ended = [e for j, e in loop.tick() if j is talk and isinstance(e, Stop)]
+    assert ended
