@@ -186,24 +186,29 @@ def parser() -> argparse.ArgumentParser:
         "diptych study sgt-proxies --seeds 0",
         "diptych study sgt-ratio --steps 300 --limit 24",
         "diptych study iomm-recipes --seeds 0 --steps 400 --limit 24",
+        "diptych study synergen-stages --seeds 0",
     )
-    p.add_argument("study", help="sgt-proxies, sgt-ratio, sgt-amount, iomm-components, iomm-recipes, iomm-mask or iomm-tuning")  # fmt: skip  # noqa: E501
-    p.add_argument("--model", help="where every arm starts (default: the study's own, bagel/tiny or iomm/tiny)")
+    p.add_argument("study", help="sgt-proxies, sgt-ratio, sgt-amount, iomm-components, iomm-recipes, iomm-mask, iomm-tuning, synergen-folding, synergen-unfolded or synergen-stages")  # fmt: skip  # noqa: E501
+    p.add_argument("--model", help="where every arm starts (default: the study's own, bagel/tiny or iomm/tiny; synergen's make theirs)")  # fmt: skip  # noqa: E501
     p.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of every arm for each (default: 0 1 2)"
     )
-    p.add_argument("--steps", type=int, default=600, help="steps of every arm (default: 600)")
+    p.add_argument("--steps", type=int, help="steps of every arm (default: the study's own)")
     p.add_argument("--limit", type=int, help="items per category of the evaluation")
     p.add_argument("--run", type=Path, help="folder of the runs; goes on with one that is there (default: runs/STUDY)")
     p.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the page and plot")
 
-    p = verb("analyze", _analyze, "look inside a model: separability of features, attention to pictures, attention to words", "diptych analyze bagel/tiny separability --data emoji/fruit --at vision projector layer.5", "diptych analyze runs/mine attention --against bagel/tiny --rows question --out analysis", "diptych analyze bagel/tiny keywords --prompt 'a red cat left of a dog' --words object=cat,dog colour=red")  # fmt: skip  # noqa: E501
+    p = verb("analyze", _analyze, "look inside a model: separability of features, attention to pictures, attention to words, what reading and drawing share", "diptych analyze bagel/tiny separability --data emoji/fruit --at vision projector layer.5", "diptych analyze runs/mine attention --against bagel/tiny --rows question --out analysis", "diptych analyze bagel/tiny keywords --prompt 'a red cat left of a dog' --words object=cat,dog colour=red", "diptych analyze synergen/tiny similarity", "diptych analyze synergen/tiny locality --data shapes/draw")  # fmt: skip  # noqa: E501
     _model(p)
     p.add_argument("probe", choices=list(_ANALYZE_OPTIONS))
     p.add_argument("--against", metavar="MODEL", help="compare with this model: the change, in percent by layer")
     p.add_argument("--out", type=Path, default=Path("analysis"), help="folder to write (default: analysis/)")
-    p.add_argument("-n", type=int, help="pictures of each class (40), requests (32) or prompts (8)")
-    p.add_argument("--data", help="separability: a set of look-alikes (default: emoji/fruit) or a folder with one sub-folder a class; attention: a data set of questions (default: shapes/ask)")  # fmt: skip  # noqa: E501
+    p.add_argument(
+        "-n",
+        type=int,
+        help="pictures of each class (40), requests (32), prompts (8); similarity 200, locality 32 pictures",
+    )
+    p.add_argument("--data", help="separability: a set of look-alikes (default: emoji/fruit) or a folder with one sub-folder a class; attention: a data set of questions (default: shapes/ask); similarity, locality: one of drawings (shapes/draw)")  # fmt: skip  # noqa: E501
     p.add_argument("--size", type=int, help="pixels on a side of embedded pictures (default: what the model draws)")
     p.add_argument("--at", nargs="+", metavar="POINT", help="separability: parts (vision) and layers (layer.0)")
     p.add_argument("--catalog", help="attention: YAML file that says where your own data sets are")
@@ -651,6 +656,8 @@ _ANALYZE_OPTIONS = {
     "separability": {"data", "size", "at"},
     "attention": {"data", "size", "catalog", "rows", "markers", "published"},
     "keywords": {"prompt", "words", "steps", "published"},
+    "similarity": {"data", "size", "catalog"},
+    "locality": {"data", "size", "catalog"},
 }
 
 
@@ -672,7 +679,7 @@ def _analyze(a: argparse.Namespace) -> None:
     if a.against:
         models[a.against] = load(a.against, a.device, a.dtype).model
     size = a.size or run.size(models[a.model])
-    found = {"separability": _separability, "attention": _attention, "keywords": _keywords}[a.probe](a, models, size)
+    found = _PROBES[a.probe](a, models, size)
     files = [str(f) for f in found.write(a.out)]
     print(json.dumps({"files": files, **found.numbers}) if a.json else "\n".join(files))
 
@@ -708,6 +715,36 @@ def _keywords(a: argparse.Namespace, models: Any, size: int) -> Any:
     prompts = a.prompt or keywords.shapes_prompts(a.n or 8, a.seed)
     steps = 4 if a.steps is None else a.steps
     return run.run_keywords(models, prompts, words, "yours" if a.prompt else "shapes", steps, a.seed, a.published)
+
+
+def _similarity(a: argparse.Namespace, models: Any, size: int) -> Any:
+    from diptych.analyze import run
+
+    return run.run_similarity(models, *_drawings(a, size, 200))
+
+
+def _locality(a: argparse.Namespace, models: Any, size: int) -> Any:
+    from diptych.analyze import run
+
+    return run.run_locality(models, *_drawings(a, size, 32))
+
+
+def _drawings(a: argparse.Namespace, size: int, n: int) -> tuple[list, str]:
+    """The first samples of a data set of drawings, and its name."""
+    from diptych.data.catalog import sources
+
+    what = a.data or "shapes/draw"
+    source = sources([what], catalog=a.catalog, size=size, split="test")[what]
+    return [source[i] for i in range(min(a.n or n, len(source)))], what
+
+
+_PROBES = {
+    "separability": _separability,
+    "attention": _attention,
+    "keywords": _keywords,
+    "similarity": _similarity,
+    "locality": _locality,
+}
 
 
 def model_rows() -> list[dict[str, Any]]:

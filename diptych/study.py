@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,8 @@ from diptych.evaluate import evaluate
 from diptych.evaluate.figures import intervals
 from diptych.evaluate.scores import Score, macro, paired
 from diptych.generate.engine import Engine, load
-from diptych.recipes import iomm, sgt
+from diptych.models.hf import write_transformers
+from diptych.recipes import iomm, sgt, synergen
 from diptych.recipes.run import resume, train
 from diptych.train.recipe import Recipe
 
@@ -35,6 +37,9 @@ class Study:
     ``takes``    modules that every arm takes from the model given and leaves as they are; the rest begins anew. None:
                  arms go on from the whole model
     ``measure``  more to know of every arm's model: numbers by name
+    ``model``    where arms start, or what makes it in a folder; None where every arm is a model of its own
+    ``fill``     how an arm starts from the model, where it is in neither of these ways
+    ``benchmarks``  what arms are scored on (default: questions and drawings)
     """
 
     title: str
@@ -42,15 +47,38 @@ class Study:
     base: str
     takes: tuple[str, ...] | None = None
     measure: Callable[[Engine], dict[str, float]] | None = None
-    model: str = "bagel/tiny"
+    model: str | Callable[[Path], str] | None = "bagel/tiny"
+    fill: Callable[[Recipe, str], Recipe] | None = None
+    steps: int = 600
+    benchmarks: tuple[str, ...] = ()
 
     def on(self, recipe: Recipe, model: str) -> Recipe:
         """An arm's recipe, started from ``model``."""
+        if self.fill or not model:
+            return self.fill(recipe, model) if self.fill else recipe
         return recipe.on(model) if self.takes is None else replace(recipe, init=dict.fromkeys(self.takes, model))
 
 
 def _iomm(**changes: Any) -> Callable[[int], Recipe]:
     return lambda steps: iomm.tiny(**changes, tokens=2560).with_steps(steps)
+
+
+def _reader(how: tuple) -> Callable[[int], Recipe]:
+    return lambda steps: synergen.reader(steps, *how)
+
+
+def _words(folder: Path) -> str:
+    """Trains the language model that the stages start from; returns its model's folder. What transformers reads of it
+    stands beside the run."""
+    release, words = _trained(synergen.words(), folder / "run"), folder / "words"
+    if not words.exists():
+        models.write_folder(words, lambda into: write_transformers(models.load(release), into, None))
+    return str(release)
+
+
+def _on_words(recipe: Recipe, model: str) -> Recipe:
+    words = Path(model).parent.parent / "words" / "language"
+    return replace(recipe, init=recipe.init | {"decoder": f"transformers:{words}"})
 
 
 READER = {"takes": ("mllm", "autoencoder"), "model": "iomm/tiny"}
@@ -109,6 +137,31 @@ STUDIES = {
         {kind: (lambda steps, kind=kind: iomm.tuning(kind=kind, steps=steps)) for kind in ("image", "pair", "mix")},
         "pair",
     ),
+    "synergen-folding": Study(
+        "Detail at equal length: token folding (SynerGen-VL, table 6)",
+        {arm: _reader(how) for arm, how in synergen.READERS.items()},
+        "24 px, no folding: 36 tokens",
+        model=None,
+        steps=1500,
+        benchmarks=("glyphs-read",),
+    ),
+    "synergen-unfolded": Study(
+        "The same pixels with and without folding (SynerGen-VL, table 6, control)",
+        {arm: _reader(how) for arm, how in synergen.UNFOLDED.items()},
+        "64 px, folded 2x4: 32 tokens",
+        model=None,
+        steps=1500,
+        benchmarks=("glyphs-read",),
+    ),
+    "synergen-stages": Study(
+        "Two stages beside a language model (SynerGen-VL, table 7)",
+        {arm: (lambda steps, how=how: synergen.miniature(steps, **how)) for arm, how in synergen.ARMS.items()},
+        "S1+S2 full",
+        model=_words,
+        fill=_on_words,
+        steps=500,
+        benchmarks=("words", "glyphs-say", "glyphs-draw"),
+    ),
 }
 
 
@@ -118,35 +171,41 @@ def study(
     out: Path,
     model: str | None = None,
     seeds: Sequence[int] = (0, 1, 2),
-    steps: int = 600,
+    steps: int | None = None,
     limit: int | None = None,
 ) -> Path:
     """Runs what is missing of a study and returns the page that it writes, with one table and one plot.
 
     ``folder`` keeps the runs, ``folder/ARM/seed-S``; ``model`` is where arms start (default: the study's own);
-    ``limit`` is the evaluation's items per category.
-    Raises ``ValueError`` for an unknown study, and for a folder that was begun with other settings."""
+    ``steps`` are those of an arm (default: the study's own); ``limit`` is the evaluation's items per category.
+    Raises ``ValueError`` for an unknown study, for a model where a study makes its own, and for a folder that was begun with other settings."""
     if name not in STUDIES:
         raise ValueError(f"unknown study {name!r}; choose from {', '.join(STUDIES)}")
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"a study needs different seeds, at least one, not {list(seeds)}")
     this, console = STUDIES[name], Console()
-    model = model or this.model
-    _agree(folder, {"study": name, "model": models.read_config(model), "from": model, "steps": steps, "limit": limit})
+    if model is not None and not isinstance(this.model, str):
+        raise ValueError(f"{name} makes its own models; it cannot start from {model!r}")
+    steps = steps or this.steps
+    told = model or (this.model if isinstance(this.model, str) else None)
+    settings = {"study": name, "model": told and models.read_config(told), "from": told, "steps": steps, "limit": limit}
+    _agree(folder, settings)
+    model = this.model(folder / "start") if callable(this.model) else told or ""
     rights: dict[str, list[dict]] = {}
     measures: dict[str, list[dict[str, float]]] = {}
-    console.rule("start")
-    rights["start"] = [_rights(model, folder / "start", limit)]
+    if model:
+        console.rule("start")
+        rights["start"] = [_rights(this, model, folder / "start", limit)]
     for arm, make in this.arms.items():
         for seed in seeds:
             console.rule(f"{arm}, seed {seed}")
-            run = folder / arm.replace(":", "-") / f"seed-{seed}"
+            run = folder / re.sub(r"[^\w.+-]+", "-", arm) / f"seed-{seed}"
             release = _stages(replace(this.on(make(steps), model), seed=seed), run, folder / "stage-1")
             _untouched(this, model, release)
-            rights.setdefault(arm, []).append(_rights(str(release), run / "evaluate", limit))
+            rights.setdefault(arm, []).append(_rights(this, str(release), run / "evaluate", limit))
             if this.measure:
                 measures.setdefault(arm, []).append(this.measure(load(release)))
-    page = _page(this, name, rights, measures, model, seeds, steps, out)
+    page = _page(this, name, rights, measures, told, seeds, steps, out)
     console.print(page.read_text(), highlight=False)
     return page
 
@@ -188,9 +247,9 @@ def _trained(recipe: Recipe, run: Path) -> Path:
     return run / "release" if done == [recipe.steps] and (run / "release").exists() else resume(run)
 
 
-def _rights(model: str, folder: Path, limit: int | None) -> dict[tuple[str, str, str], tuple[float, str]]:
+def _rights(this: Study, model: str, folder: Path, limit: int | None) -> dict[tuple[str, str, str], tuple[float, str]]:
     """Of every item (benchmark, category, id): whether it was right, and its cluster."""
-    result = evaluate(load(model), BENCHMARKS, seed=0, limit=limit, folder=folder)
+    result = evaluate(load(model), this.benchmarks or BENCHMARKS, seed=0, limit=limit, folder=folder)
     return {
         (o.item.benchmark, o.item.category, o.item.id): (float(o.verdict.ok), o.item.cluster) for o in result.outcomes
     }
@@ -201,13 +260,17 @@ def _page(
     name: str,
     rights: Mapping,
     measures: Mapping[str, list[dict[str, float]]],
-    model: str,
+    model: str | None,
     seeds: Sequence[int],
     steps: int,
     out: Path,
 ) -> Path:
-    first = rights["start"][0]
+    first = next(iter(rights.values()))[0]
     begins = f"Every arm goes on from `{model}` for {steps} steps."
+    if model is None:
+        begins = f"Every arm is trained for {steps} steps" + (
+            ", one stage alone for half of them." if this.fill else "."
+        )
     if this.takes:
         begins = (
             f"Every arm has {' and '.join(f'`{m}`' for m in this.takes)} of `{model}` (**start**) and leaves them bit "
@@ -216,13 +279,14 @@ def _page(
     lines = [
         f"# {this.title}",
         "",
-        f"`diptych study {name} --model {model} --steps {steps} --seeds {' '.join(map(str, seeds))}`",
+        f"`diptych study {name}{f' --model {model}' if model else ''} --steps {steps} --seeds "
+        f"{' '.join(map(str, seeds))}`",
         "",
         f"{begins} Brackets are 95 % intervals: over seeds (Student's t) where there are several, else over items. "
         f"Δ is the difference to **{this.base}** on the same items, with a bootstrap over prompts.",
     ]
     plots = {}
-    for benchmark in BENCHMARKS:
+    for benchmark in this.benchmarks or BENCHMARKS:
         categories = list(dict.fromkeys(c for b, c, _ in first if b == benchmark))
         lines += ["", f"## {benchmark}", "", f"| arm | overall | Δ | {' | '.join(categories)} |"]
         lines += ["|---" * (3 + len(categories)) + "|"]

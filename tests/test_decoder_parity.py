@@ -221,6 +221,8 @@ def test_decoder_config_reads_old_and_new_rope():
         and decoder_config(old).tie_word_embeddings
     )
     assert decoder_config(SIZES | {"model_type": "llama"}).rope_theta == 10000
+    dynamic = INTERNLM2 | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}  # plain up to max_position_embeddings
+    assert decoder_config(dynamic) == decoder_config(INTERNLM2)
     qwen3 = decoder_config(SIZES | {"model_type": "qwen3"})
     assert (qwen3.width, qwen3.qk_norm, qwen3.qkv_bias) == (128, True, False)
 
@@ -229,7 +231,7 @@ def test_decoder_config_reads_old_and_new_rope():
     "kind, more, named",
     [
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
-        ("internlm2", {"bias": False, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling"),
+        ("internlm2", {"bias": False, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
         ("qwen2", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_parameters"),
         ("qwen3", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters"),
         ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),

@@ -7,6 +7,7 @@ import torch
 
 from diptych import models, study
 from diptych.analyze.copying import copying
+from diptych.evaluate.table import TABLE
 from diptych.generate.engine import Engine
 from diptych.recipes import sgt
 from tests import tiny
@@ -14,7 +15,7 @@ from tests import tiny
 
 @pytest.fixture
 def small(monkeypatch):
-    arms = {arm: (lambda steps, proxy=proxy: sgt.tiny(proxy, steps=steps)) for arm, proxy in list(sgt.ARMS.items())[:2]}
+    arms = {arm: study._sgt(proxy=proxy) for arm, proxy in list(sgt.ARMS.items())[:2]}
     monkeypatch.setitem(study.STUDIES, "small", study.Study("A small table", arms, "none"))
     monkeypatch.setattr(study, "BENCHMARKS", ("vqa-mini",))
 
@@ -44,8 +45,11 @@ def test_bad_studies_are_refused(tmp_path):
 def test_every_arm_is_a_recipe_and_the_base_is_one_of_them(name):
     this = study.STUDIES[name]
     assert this.base in this.arms
-    made = {arm: make(7) for arm, make in this.arms.items()}
-    assert all(r.steps == 7 for r in made.values()) and len({r.to_json() for r in made.values()}) == len(made)
+    made = {arm: make(8) for arm, make in this.arms.items()}
+    assert all(r.steps in (4, 8) for r in made.values()) and len({r.to_json() for r in made.values()}) == len(made)
+    assert set(this.benchmarks) <= set(TABLE)
+    for recipe in made.values():
+        assert this.on(recipe, "some/model").stages == recipe.stages
 
 
 def test_arms_that_agree_in_the_first_stage_share_its_run(tmp_path, monkeypatch):

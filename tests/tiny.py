@@ -17,9 +17,12 @@ from diptych.core.sample import Image, Sample, Text, assistant, user
 from diptych.models import bagel as bagel_family
 from diptych.models import cheers as cheers_family
 from diptych.models import iomm as iomm_family
+from diptych.models import synergen as synergen_family
 from diptych.models.protocol import UnifiedModel
 from diptych.parts.autoencoder import AutoencoderConfig
+from diptych.parts.decoder import DecoderConfig
 from diptych.parts.dit import DitConfig
+from diptych.parts.images import SizeRule, Tiling
 from diptych.parts.vision import VisionConfig
 from diptych.train.recipe import Limits, Optimizer, Recipe, Stage
 
@@ -49,6 +52,25 @@ def bagel() -> bagel_family.Config:
         ),
         size=(32, 32),
         settings=replace(c.settings, num_inference_steps=4),
+    )
+
+
+def synergen() -> synergen_family.Config:
+    """SynerGen-VL with two layers of width 32; 32 pixels are 4 x 2 tokens of 2 x 4 codes."""
+    c = synergen_family.Config.tiny()
+    return replace(
+        c,
+        decoder=replace(c.decoder, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4),
+        head=DecoderConfig(36, 24, 32, 2, 2, 1),
+        autoencoder=AutoencoderConfig(
+            "vq", 4, (1, 1, 1), blocks=1, latent_channels=2, groups=2, posterior=False, levels=(6, 6)
+        ),
+        fold=(2, 4),
+        embed_size=8,
+        grid=(8, 8),
+        see=Tiling(32, most=3, thumbnail=True),
+        draw=SizeRule(longest=128, shortest=16, stride=16),
+        size=(32, 32),
     )
 
 
@@ -90,6 +112,7 @@ FAMILIES = {
     "bagel": bagel,
     "iomm": iomm,
     "cheers": cheers,
+    "synergen": synergen,
 }
 
 

@@ -137,9 +137,11 @@ def step(model: UnifiedModel, drawing: Drawing, see: Callable[[int, Call], None]
     family whose blocks do not attend so.
     """
     length, seen = drawing.contexts[0].length, []
+    own = {id(layer) for layer in layers(model)}
+    mine = {i for i, block in enumerate(model.blocks()) if id(block) in own}  # others attend inside a picture's token
 
     def check(call: Call) -> None:
-        if call.k.shape[-2] < length + call.q.shape[-2]:
+        if call.block not in mine or call.k.shape[-2] < length + call.q.shape[-2]:
             return
         if not bool(call.visible()[..., :length].all()):
             raise ValueError(f"family {model.family!r} hides a part of the prompt from the picture that is drawn")
@@ -207,6 +209,11 @@ def module(model: UnifiedModel, point: str) -> nn.Module:
         f"family {model.family!r} has no point {point!r}; it has {', '.join(points)}, "
         f"layer.0 .. layer.{len(blocks) - 1}"
     )
+
+
+def is_point(model: Trainable, part: str) -> bool:
+    """Whether a part is one module, whose output can be looked at."""
+    return part in model.parts and bool(_root(model, part))
 
 
 def _root(model: Trainable, part: str) -> str:

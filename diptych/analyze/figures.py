@@ -127,6 +127,93 @@ def attention(models: Models, changes: Sequence[Mapping[str, float]] | None, tit
     return _figure(2 if changes else 1, 1, (8.6, 5.6 if changes else 3.4), draw)
 
 
+def similarity(models: Models, title: str) -> bytes:
+    """Cosine of a picture read and drawn by layer: the same picture (with its interval), mean-centred, another picture.
+    ``models`` maps a name to the rows of ``layers.similarity``; a colour a model."""
+
+    def draw(figure: Any, axes: np.ndarray) -> None:
+        figure.suptitle(title, fontsize=10)
+        ax = axes[0, 0]
+        for m, (name, rows) in enumerate(models.items()):
+            at, of = [r["layer"] for r in rows], f"{name}: " if len(models) > 1 else ""
+            ax.plot(
+                at, [r["same"]["value"] for r in rows], "-o", color=f"C{m}", markersize=4, label=f"{of}same picture"
+            )
+            ax.fill_between(at, [r["same"]["low"] for r in rows], [r["same"]["high"] for r in rows], color=f"C{m}",
+                            alpha=0.15, linewidth=0)  # fmt: skip
+            ax.plot(at, [r["centred"] for r in rows], "--", color=f"C{m}", label=f"{of}mean-centred")
+            ax.plot(at, [r["other"] for r in rows], ":", color=f"C{m}", label=f"{of}another picture")
+        ax.set(
+            xlabel="layer (0: inputs)",
+            ylabel="cosine of a picture token read\nand the same token drawn",
+            ylim=(-0.1, 1.05),
+        )
+        ax.grid(alpha=0.25, linewidth=0.6)
+        ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+
+    return _figure(1, 1, (8.2, 3.6), draw)
+
+
+def locality(models: Models, title: str) -> bytes:
+    """Locality, distance, periodicity and mass on everything else by layer, reading (solid) and drawing (dashed);
+    ``models`` maps a name to ``layers.Local``."""
+
+    def draw(figure: Any, axes: np.ndarray) -> None:
+        figure.suptitle(title, fontsize=10)
+        panels = {"locality": "mass within one token", "distance": "mean distance, tokens",
+                  "periodicity": "one row up / its neighbours", "to text": "mass off the picture"}  # fmt: skip
+        for ax, (key, label) in zip(axes[0], panels.items(), strict=True):
+            for m, (name, found) in enumerate(models.items()):
+                for style, (task, rows) in zip(("-o", "--s"), found.rows.items(), strict=True):
+                    said = f"{name}: {task}" if len(models) > 1 else task
+                    ax.plot(range(1, len(rows) + 1), [r[key] for r in rows], style, color=f"C{m}", markersize=4,
+                            label=said)  # fmt: skip
+                if key in found.even and m == 0:
+                    ax.axhline(found.even[key], color="0.4", linewidth=1, linestyle=":", label="even causal attention")
+            ax.set(title=label, xlabel="layer", ylim=(0, None))
+            ax.grid(alpha=0.25, linewidth=0.6)
+        handles, names = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+
+    return _figure(1, 4, (11.5, 3.3), draw)
+
+
+def regions(local: Any, title: str, shown: int = 4) -> bytes:
+    """Whole attention maps of up to ``shown`` layers for reading and drawing (white lines part before, picture, after),
+    and below each the picture with what its middle token attends to. ``local`` is a ``layers.Local``."""
+    layers = len(next(iter(local.maps.values())))
+    chosen = sorted({round(i) for i in np.linspace(0, layers - 1, min(shown, layers))})
+    rows, columns = local.first.grid
+    query = (rows // 2) * columns + columns // 2
+
+    def draw(figure: Any, axes: np.ndarray) -> None:
+        figure.suptitle(title, fontsize=10)
+        for t, (task, maps) in enumerate(local.maps.items()):
+            places = local.first.places[t].numpy()
+            for ax, below, layer in zip(axes[2 * t], axes[2 * t + 1], chosen, strict=True):
+                w = maps[layer]
+                ax.imshow(np.sqrt(w / w.max(1, keepdims=True)), cmap="magma", vmin=0, vmax=1)
+                for edge in (places[0] - 0.5, places[-1] + 0.5):
+                    ax.axhline(edge, color="w", linewidth=0.7)
+                    ax.axvline(edge, color="w", linewidth=0.7)
+                ax.set(title=f"{task}, layer {layer + 1}", xticks=[], yticks=[])
+                on = w[places[query], places].reshape(rows, columns)
+                below.imshow(local.first.picture, extent=(0, columns, rows, 0), aspect="auto")
+                blue = np.zeros((rows, columns))
+                below.imshow(blue, extent=(0, columns, rows, 0), aspect="auto", cmap="Blues", vmin=-1,
+                             alpha=0.85 * on / on.max())  # fmt: skip
+                below.add_patch(_square(query % columns, query // columns))
+                below.set(xticks=[], yticks=[])
+
+    return _figure(4, len(chosen), (2.4 * len(chosen), 9.2), draw)
+
+
+def _square(x: float, y: float) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x, y), 1, 1, fill=False, edgecolor="red", linewidth=1.6)
+
+
 def keywords(models: Models, title: str) -> bytes:
     """Shares of word classes by layer, a column a step and a row a model; at the right their means over steps and
     layers, with the share that even attention would give. ``models`` maps a name to ``Keywords``."""

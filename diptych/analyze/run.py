@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from diptych.analyze import attention, figures, keywords, separability
+from diptych.analyze import attention, figures, keywords, layers, separability
 from diptych.analyze.published import published_attention, published_shares
 from diptych.core.sample import Image, Sample, assistant, user
 from diptych.models.protocol import UnifiedModel
@@ -76,17 +76,17 @@ def run_attention(
 ) -> Found:
     """A_V and A_T by layer, and the percent change against a base; ``published`` adds the released code's number."""
     found = {name: attention.allocation(m, samples, rows, markers) for name, m in models.items()}
-    layers = {name: a.to_json() for name, a in found.items()}
+    by_layer = {name: a.to_json() for name, a in found.items()}
     numbers: dict[str, Any] = {
         "what": "attention", "data": what, "requests": len(samples), **attention.describe(rows, markers),
-        "models": layers,
+        "models": by_layer,
     }  # fmt: skip
     changes = None
     if len(models) == 2:
         ours, base = found.values()
         changes = attention.change(ours.picture, base.picture)
         numbers["change_percent"] = {"picture": changes, "text": attention.change(ours.text, base.text)}
-    shown: dict[str, Any] = dict(layers)
+    shown: dict[str, Any] = dict(by_layer)
     if published:
         released = {name: _published(m, samples) for name, m in models.items()}
         numbers["published_attn_score"] = released
@@ -103,6 +103,24 @@ def _published(model: UnifiedModel, samples: Sequence[Sample]) -> list[float]:
         laid = model.lay_out(Sample(asked.id, asked.messages[:-1]))
         scores.append(published_attention(model, laid).cpu().double().numpy())
     return [round(float(v), 6) for v in np.mean(scores, 0)]
+
+
+def run_similarity(models: Models, samples: Sequence[Sample], what: str) -> Found:
+    """Layer-wise cosine of the same picture read and drawn, and its controls (SynerGen-VL, figure 4)."""
+    found = {name: layers.similarity(m, samples) for name, m in models.items()}
+    numbers = {"what": "similarity", "data": what, "pictures": len(samples), "instruction": layers.INSTRUCTION, "models": found}  # fmt: skip  # noqa: E501
+    title = f"the same picture read and drawn, {len(samples)} of {what}"
+    return Found("similarity", numbers, {"similarity": figures.similarity(found, title)})
+
+
+def run_locality(models: Models, samples: Sequence[Sample], what: str) -> Found:
+    """How local the attention among a picture's tokens is, read and drawn, and the first picture's maps (figure 5)."""
+    found = {name: layers.locality(m, samples) for name, m in models.items()}
+    numbers = {"what": "locality", "data": what, "pictures": len(samples), "models": {n: f.to_json() for n, f in found.items()}}  # fmt: skip  # noqa: E501
+    shown = {"locality": figures.locality(found, f"attention among the tokens of a picture, {len(samples)} of {what}")}
+    for i, (name, local) in enumerate(found.items()):
+        shown["regions" if not i else "regions-against"] = figures.regions(local, f"{name}: {local.first.caption}")
+    return Found("locality", numbers, shown)
 
 
 def run_keywords(

@@ -132,7 +132,7 @@ def points(model: UnifiedModel) -> tuple[str, ...]:
     """Where to look by default: ``vision`` and ``projector`` where the family has them; a first, a middle, the last
     layer."""
     last = len(collect.layers(model)) - 1
-    parts = [p for p in ("vision", "projector") if p in model.parts]
+    parts = [p for p in ("vision", "projector") if collect.is_point(model, p)]
     return (*parts, *(f"layer.{i}" for i in sorted({0, last // 2, last})))
 
 

@@ -8,7 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from diptych.core.sample import Sample
-from diptych.data import emoji, shapes, stamps
+from diptych.data import emoji, glyphs, shapes, stamps
 from diptych.data.mixture import Source, uniform
 from diptych.data.render import Generated
 from diptych.data.selfcondition import bare
@@ -34,7 +34,7 @@ class Pool:
 
 def names() -> tuple[str, ...]:
     """The names that ``source`` knows; those of stamps need ``diptych data prepare stamps`` once."""
-    return (*shapes.SOURCES, *emoji.SOURCES, "images", *stamps.SOURCES)
+    return (*shapes.SOURCES, *emoji.SOURCES, *glyphs.SOURCES, "images", *stamps.SOURCES)
 
 
 def source(name: str, split: str = "train", size: int = 64, seed: int = 0, root: str | Path | None = None) -> Source:
@@ -47,7 +47,7 @@ def source(name: str, split: str = "train", size: int = 64, seed: int = 0, root:
         return Pool(tuple(source(n, split, size, seed) for n in POOL))
     if name in stamps.SOURCES:
         return stamps.source(name, split, size, seed, root)
-    for world in (shapes, emoji):
+    for world in (shapes, emoji, glyphs):
         if name in world.SOURCES:
             return world.source(name, split, size, seed)
     raise ValueError(f"unknown source {name!r}; embedded: {', '.join(names())}")

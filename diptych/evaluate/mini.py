@@ -121,7 +121,7 @@ def _geneval(name: str) -> Benchmark:
 # --- questions --------------------------------------------------------------------------------------------------------
 
 
-def _asked(name: str, source: str, n: int, seed: int, size: int) -> list[Item]:
+def asked(name: str, source: str, n: int, seed: int, size: int) -> list[Item]:
     """The first ``n`` samples of a test split without their answers."""
     samples = embedded.source(source, "test", size, seed)
     items = []
@@ -135,13 +135,13 @@ def _asked(name: str, source: str, n: int, seed: int, size: int) -> list[Item]:
     return items
 
 
-def _words(text: str) -> str:
+def words(text: str) -> str:
     return text.strip().lower().removesuffix(".").rstrip()
 
 
 def _judge_answer(item: Item, text: str) -> Verdict:
     answer = item.reference["answer"]
-    return Verdict(_words(text) == answer, "" if _words(text) == answer else f"the answer is {answer}")
+    return Verdict(words(text) == answer, "" if words(text) == answer else f"the answer is {answer}")
 
 
 def _vqa_scores(outcomes: Sequence[Outcome]) -> dict[str, Score]:
@@ -219,16 +219,16 @@ def _edit_baselines(items: Sequence[Item], size: int) -> Baselines:
 BENCHMARKS: dict[str, Benchmark] = {
     "geneval-mini": _geneval("geneval-mini"),
     "vqa-mini": Benchmark(
-        "vqa-mini", "answer", lambda seed, size: _asked("vqa-mini", "shapes/ask", QUESTIONS, seed, size),
+        "vqa-mini", "answer", lambda seed, size: asked("vqa-mini", "shapes/ask", QUESTIONS, seed, size),
         each(_judge_answer), _vqa_scores, _vqa_baselines, side=SIDE,
     ),
     "caption-mini": Benchmark(
-        "caption-mini", "answer", lambda seed, size: _asked("caption-mini", "shapes/caption", CAPTIONS, seed, size),
+        "caption-mini", "answer", lambda seed, size: asked("caption-mini", "shapes/caption", CAPTIONS, seed, size),
         each(_judge_caption), lambda outcomes: {"caption-mini@strict/overall": share(outcomes)}, _caption_baselines,
         side=SIDE,
     ),
     "edit-mini": Benchmark(
-        "edit-mini", "draw", lambda seed, size: _asked("edit-mini", "shapes/edit", EDITS, seed, size),
+        "edit-mini", "draw", lambda seed, size: asked("edit-mini", "shapes/edit", EDITS, seed, size),
         each(_judge_edit), _edit_scores, _edit_baselines, side=SIDE,
     ),
     "geneval-dev": _geneval("geneval-dev"),

@@ -26,6 +26,7 @@ FAMILIES = {
     "autoencoder": "diptych.models.autoencoder:AutoencoderTraining",
     "iomm": "diptych.models.iomm:Iomm",
     "cheers": "diptych.models.cheers:Cheers",
+    "synergen": "diptych.models.synergen:SynerGen",
 }
 
 
@@ -51,6 +52,10 @@ SIZES: dict[str, Size] = {
     "iomm/xl": Size("iomm", "xl", "arXiv 2603.16139, not released"),
     "cheers/tiny": Size("cheers", "tiny", "ships with diptych", "cheers-tiny"),
     "cheers/1.5b": Size("cheers", "b1_5", "ai9stars/Cheers"),
+    "synergen/tiny": Size("synergen", "tiny", "ships with diptych", "synergen-tiny"),
+    "synergen/2b": Size("synergen", "b2", "no weights were published"),
+    "synergen/qwen2-0.5b": Size("synergen", "qwen2", "no weights were published"),
+    "autoencoder/vq-tiny": Size("autoencoder", "vq_tiny", "ships with diptych", "vq-tiny"),
 }
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
 

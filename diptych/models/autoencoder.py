@@ -3,7 +3,8 @@
 loss = w_mse |decode(z + s e) - x|^2 + w_l1 |decode(z + s e) - x|,  e ~ N(0, 1),  s ~ U(0, noise)
 
 The latent is normalised to unit variance per channel by batch statistics, and the decoder sees it with a little noise,
-so it forgives what a generator gets slightly wrong. Families use the result as their frozen ``autoencoder`` part.
+so it forgives what a generator gets slightly wrong. With ``levels`` z is rounded instead (a picture tokenizer) and the
+decoder sees it exactly. Families use the result as their frozen ``autoencoder`` part.
 """
 
 from __future__ import annotations
@@ -15,15 +16,21 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from diptych.core.batch import Batch
+from diptych.core.batch import Batch, Pictures
 from diptych.core.losses import Losses, Term
 from diptych.core.noise import Noise
 from diptych.core.sample import Sample
 from diptych.core.sequence import Kind, Segment
 from diptych.core.sequence import Sequence as Laid
-from diptych.core.tensors import NONE, to_float
+from diptych.core.tensors import NONE, Tensor, to_float
 from diptych.models.protocol import NOTHING, Drop, Trainable
-from diptych.parts.autoencoder import Autoencoder, AutoencoderConfig, tiny_autoencoder
+from diptych.parts.autoencoder import (
+    AutoencoderConfig,
+    Quantised,
+    build_autoencoder,
+    tiny_autoencoder,
+    tiny_tokenizer,
+)
 from diptych.parts.images import to_tensor
 from diptych.parts.tokenizer import Tokenizer
 
@@ -40,9 +47,14 @@ class Config:
         """The one that the tiny families use."""
         return Config(tiny_autoencoder())
 
+    @staticmethod
+    def vq_tiny() -> Config:
+        """A tokenizer of 64 x 64 pixels into 16 x 16 codes of 1000."""
+        return Config(tiny_tokenizer(), noise=0.0)
+
 
 class AutoencoderTraining(Trainable):
-    """Trains ``parts.autoencoder.Autoencoder`` on whatever pictures samples hold."""
+    """Trains an ``Autoencoder`` or a ``Quantised`` of ``parts.autoencoder`` on whatever pictures samples hold."""
 
     family = "autoencoder"
     parts: ClassVar = {"encoder": ("autoencoder.encoder.*",), "decoder": ("autoencoder.decoder.*",)}
@@ -50,9 +62,12 @@ class AutoencoderTraining(Trainable):
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self.autoencoder = Autoencoder(config.autoencoder)
-        if self.autoencoder.bn is None:
-            raise ValueError("only an autoencoder with 'statistics' is trained here; a published one has its scale")
+        self.autoencoder = build_autoencoder(config.autoencoder)
+        trained = isinstance(self.autoencoder, Quantised) or config.autoencoder.statistics
+        if not trained:
+            raise ValueError(
+                "an autoencoder with 'statistics' or 'levels' is trained here; a published one has its own"
+            )
 
     def initialise(self, seed: int) -> None:
         """Kaiming-normal convolutions."""
@@ -88,12 +103,18 @@ class AutoencoderTraining(Trainable):
         counts, terms = self.counts(batch), {"mse": [], "l1": []}
         for g in batch.of(Kind.CLEAN):
             images = to_float(g.images).contiguous(memory_format=torch.channels_last)
-            z = self.autoencoder.bn(self.autoencoder.moments(images))  # batch statistics; the running ones follow
-            eps = [
-                self.config.noise * noise.uniform(o, f"level{i}") * noise.normal(o, f"noise{i}", tuple(z.shape[1:]))
-                for o, i in zip(g.owners, g.ordinals, strict=True)
-            ]
-            error = self.autoencoder.decode(z + torch.stack(eps).to(z.device)) - images
+            error = self._again(images, g, noise) - images
             terms["mse"].append(error.square().sum())
             terms["l1"].append(error.abs().sum())
         return {name: Term(torch.stack(sums).sum(), counts[name]) for name, sums in terms.items()}
+
+    def _again(self, images: Tensor, g: Pictures, noise: Noise) -> Tensor:
+        """The pictures after the bottleneck."""
+        if isinstance(self.autoencoder, Quantised):
+            return self.autoencoder.picture(self.autoencoder.digits(images))
+        z = self.autoencoder.bn(self.autoencoder.moments(images))  # batch statistics; the running ones follow
+        eps = [
+            self.config.noise * noise.uniform(o, f"level{i}") * noise.normal(o, f"noise{i}", tuple(z.shape[1:]))
+            for o, i in zip(g.owners, g.ordinals, strict=True)
+        ]
+        return self.autoencoder.decode(z + torch.stack(eps).to(z.device))

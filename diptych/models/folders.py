@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diptych.models.protocol import Trainable
-from diptych.models.weights import Rules, State, Step, export, names, plan, raise_all
+from diptych.models.weights import (
+    Rules,
+    State,
+    Step,
+    decoder_config,
+    decoder_rules,
+    export,
+    names,
+    plan,
+    raise_all,
+)
+from diptych.parts.decoder import Decoder
 from diptych.parts.quantize import to_int8
 from diptych.parts.tokenizer import Tokenizer
 
@@ -276,3 +287,30 @@ def write_published(model: Trainable, layout: Layout, folder: Path, state: State
     for name, row in rows.items():
         (folder / name).write_text(json.dumps(row, indent=2))
     model.tokenizer.save(folder, split=True)
+
+
+# ---- language models of transformers ----------------------------------------------------------------------------
+
+
+def read_language_model(decoder: Decoder, folder: Path) -> None:
+    """Fills a decoder from a folder of transformers (Qwen2, Qwen3, Llama, InternLM2); every one of several FFNs a layer
+    becomes a copy of theirs.
+
+    Raises ``ValueError`` where sizes differ and for every missing, unknown and misshapen tensor."""
+    if not (folder / "config.json").is_file() or not (path := Places((folder,)).weights("model")):
+        raise ValueError(f"{folder} is no language model of transformers: it lacks config.json or model.safetensors")
+    hf, mine = read_json(folder / "config.json"), decoder.config
+    theirs = replace(decoder_config(hf), routes=mine.routes, routed=mine.routed)
+    wrong = [
+        f"{f.name} is {getattr(theirs, f.name)} there, {getattr(mine, f.name)} here"
+        for f in fields(mine)
+        if getattr(theirs, f.name) != getattr(mine, f.name) and (f.name != "head_dim" or theirs.width != mine.width)
+    ]
+    raise_all(wrong, f"{folder} does not fit the decoder")
+    tensors, own = Tensors(path), decoder.state_dict()
+    steps, _, wrong = plan(decoder_rules(hf, mine.copies("mlp")), tensors.shapes, own)
+    raise_all(wrong, f"{folder} does not fit the decoder")
+    with torch.no_grad():
+        for step in steps:
+            for name, tensor in step.apply(tensors.read).items():
+                own[name].copy_(tensor)

@@ -22,6 +22,7 @@ from diptych.core.noise import Noise
 from diptych.core.sample import Image, Sample
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import Float, Tensor
+from diptych.parts.codes import CodeSettings
 from diptych.parts.flow import FlowSettings
 from diptych.parts.routed import spare_parameters
 from diptych.parts.tokenizer import Tokenizer
@@ -206,7 +207,7 @@ def advance(drawing: Drawing, state: Tensor, slot: Any = None) -> Drawing:
     return replace(drawing, state=state, step=drawing.step + 1, slot=slot)
 
 
-# ---- what families that draw by a flow share ------------------------------------------------------------------------
+# ---- what families that draw share ------------------------------------------------------------------------------
 
 
 def shown(sample: Sample) -> list[Image]:
@@ -231,7 +232,7 @@ def read_on(
     ]
 
 
-def flow_branches(sample: Sample, settings: FlowSettings) -> tuple[Drop, ...]:
+def flow_branches(sample: Sample, settings: FlowSettings | CodeSettings) -> tuple[Drop, ...]:
     """Full; without text when its scale exceeds 1; without pictures when the conversation shows some and their scale
     exceeds 1. There is no guidance at all when the text scale is at most 1."""
     if settings.guidance_scale <= 1:

@@ -274,10 +274,20 @@ def internlm2(config: DecoderConfig) -> Rules:
 DECODERS = ("qwen2", "qwen3", "llama", "internlm2")
 
 
-def decoder_rules(hf_config: Mapping[str, Any]) -> Rules:
-    """The key map that fits a checkpoint with this ``config.json``."""
+def decoder_rules(hf_config: Mapping[str, Any], mlps: int = 1) -> Rules:
+    """The key map that fits a checkpoint with this ``config.json``; where our decoder has several ``mlps`` a layer,
+    each becomes a copy of theirs, and the first is what they get back."""
     config = decoder_config(hf_config)
-    return internlm2(config) if hf_config["model_type"] == "internlm2" else TEXT
+    found = internlm2(config) if hf_config["model_type"] == "internlm2" else TEXT
+    return found if mlps == 1 else tuple(_copied(r, mlps) for r in found)
+
+
+def _copied(rule: Rule, mlps: int) -> Rule:
+    if not any(".mlp.0." in own for own in rule.ours):
+        return rule
+    [own] = rule.ours
+    ours = tuple(own.replace(".mlp.0.", f".mlp.{i}.") for i in range(mlps))
+    return replace(rule, ours=ours, split=lambda theirs: theirs * mlps, join=lambda ours: ours[:1])
 
 
 def decoder_config(hf_config: Mapping[str, Any]) -> DecoderConfig:
@@ -322,10 +332,11 @@ def decoder_config(hf_config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _scaled(rope: Mapping[str, Any] | None) -> bool:
-    """Whether rope settings ask for more than one plain base frequency (a mapping per layer type also does)."""
+    """Whether rope settings ask for more than one plain base frequency (a mapping per layer type also does).
+    ``dynamic`` (InternLM2's) does not, up to ``max_position_embeddings``; longer texts are nobody's here."""
     rope = rope or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    return kind != "default" or any(isinstance(value, Mapping) for value in rope.values())
+    return kind not in ("default", "dynamic") or any(isinstance(value, Mapping) for value in rope.values())
 
 
 # ---- vision -----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ q is (T, H, D), k and v are (T, K, D) with H a multiple of K; the result is (T, 
 - ``Cached``: new tokens of several contexts against their caches (reading and decoding).
 - ``Recorded``, ``Continued``: a pass whose keys and values are kept, and causal tokens that go on from them.
 - ``Fixed``: picture tokens that are recomputed at every denoising step against contexts that do not change.
+- ``Streams``: several contexts in step, each growing by one token a call (codes of pictures being drawn).
 """
 
 from __future__ import annotations
@@ -309,5 +310,50 @@ class Fixed:
             keys[:, : self.n] = k[inverse].unflatten(0, shape)
             values[:, : self.n] = v[inverse].unflatten(0, shape)
             return sdpa(q[inverse].unflatten(0, shape), keys, values, mask=mask).flatten(0, 1)[order]
+
+        return attend
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """The first ``length`` tokens of one stream, as a context that can be laid out elsewhere."""
+
+    cache: Cache
+    length: int
+
+
+class Streams:
+    """Contexts side by side with room for ``more`` tokens each; ``grow`` adds one token to every stream.
+
+    Streams may have different lengths. A stream that is to go on from an earlier length, or beside others, is laid out
+    anew from ``row``, so what was read before stays as it was."""
+
+    def __init__(self, contexts: Seq[Read], more: int) -> None:
+        first = contexts[0].cache.buffer
+        self.lengths = [c.length for c in contexts]
+        room = max(self.lengths) + more
+        self.buffer = first.new_zeros(*first.shape[:2], len(contexts), room, *first.shape[3:])
+        for i, c in enumerate(contexts):
+            self.buffer[:, :, i, : c.length] = c.cache.buffer[:, :, : c.length]
+
+    def row(self, stream: int, length: int) -> Read:
+        """The beginning of a stream, to lay out elsewhere."""
+        cache = Cache.__new__(Cache)
+        cache.buffer, cache.used = self.buffer[:, :, stream], length
+        return _Row(cache, length)
+
+    def grow(self) -> Attend:
+        """Attention of one new token for each stream, in their order, to its own stream and itself."""
+        device, most = self.buffer.device, max(self.lengths) + 1
+        at = torch.tensor(self.lengths, device=device)
+        streams = torch.arange(len(at), device=device)
+        even = min(self.lengths) == max(self.lengths)
+        mask = None if even else (torch.arange(most, device=device) <= at[:, None])[:, None, None]
+        self.lengths = [n + 1 for n in self.lengths]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = self.buffer[layer]
+            keys[streams, at], values[streams, at] = k, v
+            return sdpa(q[:, None], keys[:, :most], values[:, :most], mask=mask)[:, 0]
 
         return attend

@@ -4,12 +4,16 @@
 (per-channel statistics of folded latents in place of one scale and shift, 1x1 convolutions around them); the tiny one
 that ships is the same class with fewer channels and statistics. ``LatentDecoder`` is its second half alone.
 ``Identity`` takes pixels for latents. ``DiffusersAutoencoder`` is any ``AutoencoderKL`` of diffusers.
+
+Two make whole numbers of pictures, (N, h, w) in 0 .. ``codebook`` - 1, which a language model can say: ``Quantised`` is
+FLUX's network around a grid of rounded values, ``Emu3`` the tokenizer of Emu3 from transformers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diptych.core.tensors import Float, Tensor
+from diptych.core.tensors import Float, Int, Tensor
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,9 @@ class AutoencoderConfig:
     """Sizes. ``statistics`` normalises every latent channel by measured mean and variance instead of scale and shift;
     ``posterior`` says that the encoder yields a mean and a log-variance and that encoding may sample; ``fold`` makes
     one place of fold x fold (features ordered channel, row, column) before the statistics; ``quant`` adds the 1x1
-    convolutions of FLUX.2 around the latents."""
+    convolutions of FLUX.2 around the latents; ``levels`` are how many values each channel of a ``vq`` is rounded to."""
 
-    kind: Literal["flux", "identity", "kl"] = "flux"
+    kind: Literal["flux", "identity", "kl", "vq", "emu3"] = "flux"
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 2, 4, 4)
     blocks: int = 2
@@ -39,17 +43,30 @@ class AutoencoderConfig:
     quant: bool = False
     scale: float = 0.3611
     shift: float = 0.1159
-    folder: str | None = None  # kl: a diffusers folder
+    folder: str | None = None  # kl: a diffusers folder; emu3: a transformers folder
+    levels: tuple[int, ...] = ()  # vq
+
+    def __post_init__(self) -> None:
+        if (self.kind == "vq") != bool(self.levels) or any(n < 2 for n in self.levels):
+            raise ValueError(f"an autoencoder has levels (2 or more each) if it is a vq; {self.kind} has {self.levels}")
+        if self.levels and (len(self.levels) != self.latent_channels or self.posterior or self.statistics):
+            raise ValueError("a vq needs one level a latent channel and neither posterior nor statistics")
 
     @property
     def downsample(self) -> int:
         """Pixels on a side of one latent."""
-        return {"flux": self.fold * 2 ** (len(self.multipliers) - 1), "identity": 1, "kl": 8}[self.kind]
+        places = self.fold * 2 ** (len(self.multipliers) - 1)
+        return {"identity": 1, "kl": 8, "emu3": 8}.get(self.kind, places)
 
     @property
     def features(self) -> int:
         """Numbers at one place of the latents as they come out."""
         return self.latent_channels * self.fold**2
+
+    @property
+    def codebook(self) -> int:
+        """How many codes a ``vq`` or ``emu3`` has; 0 for continuous latents."""
+        return 32768 if self.kind == "emu3" else prod(self.levels) if self.levels else 0
 
 
 def tiny_autoencoder() -> AutoencoderConfig:
@@ -59,11 +76,17 @@ def tiny_autoencoder() -> AutoencoderConfig:
     )
 
 
-def build_autoencoder(config: AutoencoderConfig) -> Autoencoder | Identity | DiffusersAutoencoder:
+def tiny_tokenizer() -> AutoencoderConfig:
+    """FLUX's network, small, around 8 x 5 x 5 x 5 codes of 4 x 4 pixels."""
+    return AutoencoderConfig(
+        "vq", 16, (1, 2, 2), blocks=1, latent_channels=4, groups=8, posterior=False, levels=(8, 5, 5, 5)
+    )
+
+
+def build_autoencoder(config: AutoencoderConfig) -> Autoencoder | Identity | DiffusersAutoencoder | Quantised | Emu3:
     """The autoencoder that the config names."""
-    if config.kind == "kl":
-        return DiffusersAutoencoder(config)
-    return Identity() if config.kind == "identity" else Autoencoder(config)
+    kinds = {"flux": Autoencoder, "kl": DiffusersAutoencoder, "vq": Quantised, "emu3": Emu3}
+    return Identity() if config.kind == "identity" else kinds[config.kind](config)
 
 
 def sampled(distribution: Float[Tensor, "N zz h w"], channels: int, eps: Tensor | None) -> Float[Tensor, "N z h w"]:
@@ -290,3 +313,86 @@ class Autoencoder(LatentDecoder):
             return self.config.scale * torch.cat([z - self.config.shift, *deviation], 1)
         mean, std = self.statistics()
         return torch.cat([z - mean, *deviation], 1) / std.repeat(1 + len(deviation), 1, 1)
+
+
+class Quantised(nn.Module):
+    """A small picture tokenizer: FLUX's encoder and decoder around finite scalar quantisation (arXiv 2309.15505).
+
+    Every latent channel is squashed to 0 .. L - 1 and rounded; the digits of a place are one code. Gradients pass the
+    rounding as if it were not there. No codebook has to be learned, so none can collapse."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def _column(self, values: list, like: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+
+    def digits(self, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N c h w"]:
+        """Whole numbers from 0 to levels - 1 in each channel, through which the encoder can be trained."""
+        stride = self.config.downsample
+        if images.shape[-1] % stride or images.shape[-2] % stride:
+            raise ValueError(f"picture sides must be multiples of {stride}, not {tuple(images.shape[-2:])}")
+        z = self.encoder(images.to(self.encoder.conv_in.weight.dtype)).float()
+        u = torch.sigmoid(z) * self._column([n - 1 for n in self.config.levels], z)
+        return u + (u.round() - u).detach()
+
+    def picture(self, digits: Float[Tensor, "N c h w"]) -> Float[Tensor, "N 3 H W"]:
+        """Pictures in about [-1, 1] of digits."""
+        z = digits * self._column([2 / (n - 1) for n in self.config.levels], digits) - 1
+        return self.decoder(z.to(self.decoder.conv_in.weight.dtype)).float()
+
+    def encode(self, images: Float[Tensor, "N 3 H W"]) -> Int[Tensor, "N h w"]:
+        """Codes: the digits of a place in one number, the first channel counting ones."""
+        some = images.contiguous(memory_format=torch.channels_last).split(16)  # as Autoencoder.encode
+        digits = torch.cat([self.digits(x) for x in some])
+        return (
+            (digits * self._column([prod(self.config.levels[:i]) for i in range(digits.shape[1])], digits))
+            .sum(1)
+            .long()
+        )
+
+    def decode(self, codes: Int[Tensor, "N h w"]) -> Float[Tensor, "N 3 H W"]:
+        """Pictures in about [-1, 1]."""
+        levels = self.config.levels
+        digits = [codes // prod(levels[:i]) % n for i, n in enumerate(levels)]
+        return self.picture(torch.stack(digits, 1).to(torch.float32))
+
+
+class Emu3(nn.Module):
+    """Emu3's tokenizer (transformers' ``Emu3VQVAE``): 32768 codes, one for 8 x 8 pixels; a still picture is seen as it
+    is in a film, repeated. ``folder`` holds it; it is read when the first picture comes and is no part of the state.
+
+    Pictures are taken as they are, without Emu3's own resizing (specs: SynerGen-VL 5.1, Q22)."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._read: list[nn.Module] = []  # in a list, so that it is no submodule
+
+    def inner(self, device: torch.device) -> nn.Module:
+        """The network on a device. Raises ``ValueError`` where the config names no folder that holds one."""
+        if not self._read:
+            from transformers import Emu3VQVAE
+
+            folder = self.config.folder
+            if not folder or not (Path(folder) / "config.json").is_file():
+                raise ValueError(
+                    f"pictures go through Emu3's tokenizer: autoencoder.folder must name a transformers Emu3VQVAE "
+                    f"folder, not {folder!r} (codes that were computed beforehand need none)"
+                )
+            self._read.append(Emu3VQVAE.from_pretrained(folder).eval().requires_grad_(False))
+        return self._read[0].to(device)
+
+    @torch.no_grad()
+    def encode(self, images: Float[Tensor, "N 3 H W"]) -> Int[Tensor, "N h w"]:
+        """Codes."""
+        sizes = torch.tensor([images.shape[-2:]] * len(images))
+        return torch.stack(list(self.inner(images.device).encode(images, sizes).image_tokens))
+
+    @torch.no_grad()
+    def decode(self, codes: Int[Tensor, "N h w"]) -> Float[Tensor, "N 3 H W"]:
+        """Pictures in about [-1, 1]."""
+        return self.inner(codes.device).decode(codes)

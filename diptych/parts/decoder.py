@@ -11,7 +11,7 @@ Any of the modules can be ``Routed``: ``routes`` names which of attention, norms
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -143,7 +143,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = Routed(lambda: RMSNorm(c.hidden_size, c.rms_norm_eps), c.copies("norms"))
         self.mlp = Routed(lambda: MLP(c), c.copies("mlp"))
 
-    def forward(self, x: Tensor, rope: Rope, counts: Sequence[int], attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, rope: Callable[[Tensor], Tensor], counts: Sequence[int], attend: Attend) -> Tensor:
         H, K = self.heads
         qkv = self.self_attn(self.input_layernorm(x, counts), counts)
         q, k = rope(qkv[:, : H + K]).split([H, K], 1)
@@ -177,17 +177,26 @@ class Decoder(nn.Module):
         return self.norm(x, counts)
 
     def embed(
-        self, batch: Batch, pictures: Sequence[tuple[Tensor, Tensor]], order: Tensor | None = None
+        self,
+        batch: Batch,
+        pictures: Sequence[tuple[Tensor, Tensor]],
+        order: Tensor | None = None,
+        table: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "T d"]:
         """The stream of a row: its words embedded, the pictures' tokens at their (places, embeddings), in ``order``
-        (default: the row's own)."""
+        (default: the row's own). ``table`` embeds words where the decoder's own table does not have them all."""
         words = (batch.ids != NONE).nonzero()[:, 0]
         places = torch.cat([words, *(p.flatten() for p, _ in pictures)])
-        embedded = self.embed_tokens(batch.ids[words])
+        embedded = (table or self.embed_tokens)(batch.ids[words])
         values = torch.cat([embedded, *(e.flatten(0, 1).to(embedded.dtype) for _, e in pictures)])
         inverse = inverse_permutation(places)
         return permute(values, inverse if order is None else inverse[order])
 
     def logits(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n V"]:
         """Scores of the next token for final normed states."""
-        return linear(x, self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
+        return linear(x, self.head_weight)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "V d"]:
+        """The language head: a table of its own, or that of the embeddings."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight

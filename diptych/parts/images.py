@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 from einops import rearrange
 
@@ -41,6 +42,56 @@ class SizeRule:
 
     def _round(self, side: int) -> int:
         return max(self.stride, round(side / self.stride) * self.stride)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """InternVL 1.5's dynamic resolution (arXiv 2404.16821; specs: SynerGen-VL 5.2): a picture as up to ``most`` square
+    tiles of ``side`` pixels, stretched to the nearest aspect ratio, and as a whole once more if there are several."""
+
+    side: int
+    most: int = 1
+    thumbnail: bool = False
+
+    def __post_init__(self) -> None:
+        if self.side < 1 or self.most < 1:
+            raise ValueError(f"tiles need a side and a number of at least 1, not {self.side} and {self.most}")
+
+    def grid(self, width: int, height: int, most: int | None = None) -> tuple[int, int]:
+        """(columns, rows) of tiles whose ratio is nearest to width / height. Of two that are equally near, the larger
+        where the picture covers more than half of it."""
+        most = self.most if most is None else most
+        pairs = [(c, r) for c in range(1, most + 1) for r in range(1, most + 1) if c * r <= most]
+        best, nearest = (1, 1), float("inf")
+        for c, r in sorted(pairs, key=lambda p: (p[0] * p[1], p)):
+            off = abs(width / height - c / r)
+            if off < nearest or (off == nearest and width * height > 0.5 * self.side**2 * c * r):
+                best, nearest = (c, r), off
+        return best
+
+    def count(self, width: int, height: int, most: int | None = None) -> int:
+        """How many tiles a picture of this size becomes, the whole included."""
+        c, r = self.grid(width, height, most)
+        return c * r + (self.thumbnail and c * r > 1)
+
+    def __call__(
+        self, image: PIL.Image.Image, most: int | None = None, nearest: bool = False
+    ) -> UInt8[Tensor, "t 3 S S"]:
+        """The tiles row by row, then the whole; ``most`` stands in for the rule's own (several pictures share it)."""
+        (c, r), side = self.grid(*image.size, most), self.side
+        whole = to_tensor(image, (c * side, r * side), nearest)
+        tiles = rearrange(whole, "k (r h) (c w) -> (r c) k h w", r=r, c=c)
+        if self.thumbnail and c * r > 1:
+            tiles = torch.cat([tiles, to_tensor(image, (side, side), nearest)[None]])
+        return tiles.contiguous()
+
+
+def fit(image: PIL.Image.Image, size: tuple[int, int], nearest: bool = False) -> UInt8[Tensor, "3 H W"]:
+    """The picture scaled to cover (width, height) and cut to it around its centre, as uint8."""
+    if image.size != size:
+        how = PIL.Image.Resampling.NEAREST if nearest else PIL.Image.Resampling.BICUBIC
+        image = PIL.ImageOps.fit(image, size, how)
+    return to_tensor(image, size)
 
 
 def to_tensor(image: PIL.Image.Image, size: tuple[int, int], nearest: bool = False) -> UInt8[Tensor, "3 H W"]:

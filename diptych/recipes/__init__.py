@@ -21,6 +21,11 @@ RECIPES = {
     "sgt/bagel": "diptych.recipes.sgt:bagel",
     "cheers/tiny": "diptych.recipes.cheers:tiny",
     "cheers/1.5b": "diptych.recipes.cheers:b1_5",
+    "autoencoder/vq-tiny": "diptych.recipes.synergen:tokenizer",
+    "synergen/tiny": "diptych.recipes.synergen:tiny",
+    "synergen/stage1": "diptych.recipes.synergen:stage1",
+    "synergen/stage2": "diptych.recipes.synergen:stage2",
+    "synergen/tune": "diptych.recipes.synergen:tune",
 }
 
 

@@ -24,7 +24,9 @@ from diptych.core.losses import add_counts, check_weights, combine
 from diptych.core.noise import Noise
 from diptych.data.encoded import encoders_of, refuse_stale
 from diptych.data.loader import Loader, Row, merge_states
+from diptych.models.folders import read_language_model
 from diptych.models.protocol import Trainable
+from diptych.parts.decoder import Decoder
 from diptych.parts.tokenizer import Tokenizer
 from diptych.train import checkpoint, optim
 from diptych.train.log import Log, memory
@@ -60,7 +62,8 @@ class State:
 
 
 def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = None) -> Trainable:
-    """The recipe's model with fresh weights, and with the parts that ``init`` names taken from other models."""
+    """The recipe's model with fresh weights, and with the parts that ``init`` names taken from other models, or a
+    decoder from a language model of transformers (whose tokenizer comes with it)."""
     name, config = models.config_from_json(recipe.model)
     if tokenizer is None:
         tokenizer = _tokenizer(recipe)
@@ -88,14 +91,24 @@ def _tokenizer(recipe: Recipe) -> Tokenizer:
     inner = next((s.removeprefix(FOREIGN) for s in recipe.init.values() if s.startswith(FOREIGN)), None)
     if whole:
         return models.places(whole).tokenizer()
-    return Tokenizer.load(Path(inner) if Path(inner).is_dir() else models.fetch(inner)) if inner else Tokenizer.tiny()
+    return Tokenizer.load(_folder(inner)) if inner else Tokenizer.tiny()
 
 
 def _foreign(model: Trainable, path: str, name: str, source: str) -> None:
-    load = getattr(_module(model, path, name), "load_pretrained", None)
-    if load is None:
-        raise ValueError(f"init: module {path!r} of {name} is not one of transformers; {source!r} cannot fill it")
-    load(source.removeprefix(FOREIGN))
+    module, where = _module(model, path, name), source.removeprefix(FOREIGN)
+    if isinstance(module, Decoder):
+        read_language_model(module, _folder(where))
+        return
+    if not hasattr(module, "load_pretrained"):
+        raise ValueError(
+            f"init: module {path!r} of {name} is neither a decoder nor one of transformers; {source!r} cannot fill it"
+        )
+    module.load_pretrained(where)
+
+
+def _folder(where: str) -> Path:
+    """The folder of transformers of this path, or of this ``org/name`` of the hub."""
+    return Path(where) if Path(where).is_dir() else models.fetch(where)
 
 
 def _module(model: Trainable, path: str, name: str) -> nn.Module:

@@ -109,7 +109,7 @@ class Recipe:
 
     ``init`` maps a module of the model -> what it starts from: ``model`` (a folder or shipped name: its module of the
     same path), ``model#path`` (another path) or ``transformers:model`` (a folder of transformers or an ``org/name`` of
-    the hub, for a module that is one of theirs). The key ``model`` takes everything over.
+    the hub, for a decoder or a module that is one of theirs). The key ``model`` takes everything over.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -154,6 +154,11 @@ def begin(model, prompt="a blue star", seed=0, **changes):
     return model.start([tuple(contexts)], [model.canvas(request)], [settings], [seed])[0]
 
 
+def having(model, **settings):
+    """Those of the settings that the family has."""
+    return {name: value for name, value in settings.items() if hasattr(model.settings, name)}
+
+
 def finish(model, *drawings):
     drawings = list(drawings)
     while not drawings[0].done:
@@ -170,8 +175,11 @@ def test_a_picture_drawn_alone_equals_one_drawn_in_a_batch(model):
 
 
 def test_a_picture_may_be_joined_late_and_left_early(model):
-    first, second = begin(model, "a blue star", 0), begin(model, "two red squares", 1, num_inference_steps=6)
-    alone = finish(model, begin(model, "a blue star", 0))[0], finish(model, begin(model, "two red squares", 1, num_inference_steps=6))[0]  # fmt: skip  # noqa: E501
+    longer = having(model, num_inference_steps=6)
+    first, second = begin(model, "a blue star", 0), begin(model, "two red squares", 1, **longer)
+    alone = [
+        finish(model, d)[0] for d in (begin(model, "a blue star", 0), begin(model, "two red squares", 1, **longer))
+    ]
     [first] = model.step([first])
     [first] = model.step([first])
     while not first.done:
@@ -198,10 +206,12 @@ def test_reading_on_does_not_disturb_a_drawing(model):
 
 def test_guidance_scale_1_is_no_guidance(model):
     plain = finish(model, begin(model, guidance_scale=1.0))
-    never = finish(model, begin(model, guidance_scale=5.0, guidance_interval=(0.0, 0.0)))
-    barely = finish(model, begin(model, guidance_scale=1.0 + 1e-7, guidance_interval=(0.0, 1.0)))
-    guided = finish(model, begin(model, guidance_scale=5.0, guidance_interval=(0.0, 1.0)))
-    assert torch.allclose(plain, never, rtol=0, atol=PIXELS) and torch.allclose(plain, barely, rtol=0, atol=1e-4)
+    always, never = (having(model, guidance_interval=(0.0, high)) for high in (1.0, 0.0))
+    barely = finish(model, begin(model, guidance_scale=1.0 + 1e-7, **always))
+    guided = finish(model, begin(model, guidance_scale=5.0, **always))
+    if never:
+        assert torch.allclose(plain, finish(model, begin(model, guidance_scale=5.0, **never)), rtol=0, atol=PIXELS)
+    assert torch.allclose(plain, barely, rtol=0, atol=1e-4)
     assert not torch.allclose(plain, guided, atol=0.01)
 
 
@@ -219,9 +229,9 @@ def test_every_branch_drops_what_it_says(model):
 
 
 def test_a_finished_drawing_takes_no_further_step(model):
-    drawing = begin(model, num_inference_steps=1)
-    [drawing] = model.step([drawing])
-    assert drawing.done
+    drawing = begin(model, **having(model, num_inference_steps=1))
+    while not drawing.done:
+        [drawing] = model.step([drawing])
     with pytest.raises(ValueError, match="takes no further step"):
         model.step([drawing])
     with pytest.raises(ValueError, match="one canvas size"):
@@ -229,7 +239,7 @@ def test_a_finished_drawing_takes_no_further_step(model):
 
 
 def test_edits_with_image_guidance(engine):
-    how = {"num_inference_steps": 2, "guidance_scale": 2.0}
+    how = having(engine.model, num_inference_steps=2, guidance_scale=2.0)
     a, b, c = (
         engine.edit(tiny.picture(p), "make it red", image_guidance_scale=g, **how).images[0]
         for p, g in ((1, 1.0), (1, 3.0), (2, 1.0))
@@ -239,7 +249,7 @@ def test_edits_with_image_guidance(engine):
 
 
 def test_an_edit_has_its_sources_size(engine):
-    assert engine.edit(tiny.picture(0, 64, 32), "make it red", num_inference_steps=1).images[0].size == (64, 32)
+    assert engine.edit(tiny.picture(0, 64, 32), "make it red").images[0].size == (64, 32)
     many = [Sample("s", (user("a star"),)), tiny.request(tiny.edit("e", size=(64, 32)))]
     alone = [engine.draw([s], [i])[0].image for i, s in enumerate(many)]
     together = [d.image for d in engine.draw(many, [0, 1])]
@@ -288,14 +298,16 @@ def test_only_sizes_that_can_be_drawn(model):
 
 
 def test_engine_refuses_what_it_cannot_do(engine):
-    with pytest.raises(ValueError, match=r"unknown settings \['steps'\]; known: num_inference_steps"):
+    known = ", ".join(asdict(engine.model.settings))
+    with pytest.raises(ValueError, match=rf"unknown settings \['steps'\]; known: {known}"):
         engine.generate("x", steps=3)
     with pytest.raises(ValueError, match="n must be at least 1, not 0"):
         engine.generate("x", n=0)
     with pytest.raises(ValueError, match="must end with a user's message"):
         engine.chat(tiny.say().messages)
-    with pytest.raises(ValueError, match="num_inference_steps must be at least 1"):
-        engine.generate("x", num_inference_steps=0)
+    for bad in having(engine.model, num_inference_steps=0, temperature=-1.0, guidance_scale=-1.0).items():
+        with pytest.raises(ValueError, match="must be at least|at least 0"):
+            engine.generate("x", **dict([bad]))
     with pytest.raises(ValueError, match="picture 'nowhere.png' does not exist"):
         engine.ask("nowhere.png", "what?")
     with pytest.raises(ValueError, match="at least one picture"):
@@ -321,7 +333,7 @@ def test_a_conversation_is_read_once(model, monkeypatch):
         going.append(user(text))
         fresh, reads = Engine(model), []
         if text in ("a red circle", "make it blue"):
-            how = {"seed": 1, "num_inference_steps": 2, "guidance_scale": 1.0}  # one branch: the conversation itself
+            how = having(model, num_inference_steps=2, guidance_scale=1.0) | {"seed": 1}  # one branch: the conversation
             drawn = []
             for engine in (talk, fresh):
                 *_, done, _ = engine.stream_picture(going, **how)
@@ -345,7 +357,8 @@ def test_a_conversation_is_read_once(model, monkeypatch):
 
 
 def test_first_turns_do_not_depend_on_what_was_asked_before(model):
-    alone = Engine(model).generate("two red stars", seed=3, num_inference_steps=2).images[0]
+    few = having(model, num_inference_steps=2)
+    alone = Engine(model).generate("two red stars", seed=3, **few).images[0]
     engine = Engine(model)
-    engine.generate("two red circles", seed=3, num_inference_steps=2)
-    assert engine.generate("two red stars", seed=3, num_inference_steps=2).images[0].tobytes() == alone.tobytes()
+    engine.generate("two red circles", seed=3, **few)
+    assert engine.generate("two red stars", seed=3, **few).images[0].tobytes() == alone.tobytes()

@@ -56,11 +56,15 @@ def test_dropping_images_leaves_pictures_to_read_out_and_the_target_in(model):
     assert model.counts(pack([bare], model.routes))["image"] == model.counts(pack([full], model.routes))["image"] > 0
 
 
-def test_dropping_everything_from_a_request_leaves_nothing_of_it(model):
-    """A family may leave a frame that is the same for all requests."""
-    edit = tiny.request(tiny.edit())
-    bare = model.lay_out(edit, frozenset({"text", "image"}))
-    assert bare.pictures == 0 and all(not w.strip() for w in words(model, bare))
+def test_dropping_everything_leaves_nothing_of_a_request(model):
+    """Nothing at all, or what every request of its kind leaves (words that stand for none)."""
+    made = (
+        tiny.edit(),
+        replace(tiny.edit(seed=5), messages=(user("paint a blue circle, please", *tiny.ask().images()),)),
+    )
+    left = [model.lay_out(tiny.request(s) if len(s.messages) > 1 else s, frozenset({"text", "image"})) for s in made]
+    assert [x.ids for x in left[0].segments] == [x.ids for x in left[1].segments]
+    assert left[0].pictures == 0 and "star" not in left[0].describe(model.tokenizer.decode)
 
 
 def test_dropping_text_drops_the_last_request(model):

@@ -1,0 +1,522 @@
+"""SynerGen-VL (arXiv 2412.09604): one next-token model that reads and draws pictures as folded codes.
+
+::
+
+    picture ── VQ tokenizer ── codes ── embed + position ── fold m x n ── MLP ──┐ CODES (route 1)
+    text ── embedding ──────────────────────────────────────────────────────────┤ TEXT  (route 0)   one attention, and
+                                                                                ▼          in every layer two FFNs
+                                             causal decoder ──┬── language head → next word
+                                                              └── unfolding head → the m n codes of the next token
+
+    x_V(i) = MLP(concat_j (E[v(i,j)] + P(i,j)))                                  (Eq. 1)
+    y = x + Attn(norm x);  out = y + FFN_V(norm y) for picture tokens, FFN_T for words        (Eq. 2)
+    p(v(i,j) | v(i,<j), h_i), h_i the final state one token before i             (Eq. 3)
+    loss = w_text CE + w_image CE of codes, w_image / w_text = 2                 (Eq. 4)
+
+Layout: chat messages, each picture <boi> tokens <eoi> in its place. A picture to understand is tiled (InternVL 1.5),
+its tiles one after another between one pair of markers. A drawn picture is the same tokens, so what follows reads it.
+Everything is causal and every token has a position of its own. Without text, a request's words are "Here is a random
+image <UNCOND>:". The three markers have a table of their own, after the vocabulary's last id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from diptych.core.batch import Batch, Pictures, pack
+from diptych.core.losses import Losses, Term
+from diptych.core.noise import Noise
+from diptych.core.sample import Image, Message, Sample, Text
+from diptych.core.sequence import Kind, Segment
+from diptych.core.sequence import Sequence as Laid
+from diptych.core.tensors import NONE, Float, Int, Tensor, to_float
+from diptych.models.protocol import (
+    NOTHING,
+    Context,
+    Drawing,
+    Drop,
+    Encoder,
+    UnifiedModel,
+    draw_weights,
+    flow_branches,
+    read_on,
+    shown,
+)
+from diptych.parts.attention import Attend, Cache, Cached, Streams, documents, inverse_permutation
+from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, tiny_tokenizer
+from diptych.parts.codes import CodeHead, CodeSettings, linear_cross_entropy
+from diptych.parts.decoder import Decoder, DecoderConfig
+from diptych.parts.fold import Ratio, fold, folded, unfold
+from diptych.parts.images import SizeRule, Tiling, fit
+from diptych.parts.routed import Routed
+from diptych.parts.tokenizer import Tokenizer
+
+WORDS, PICTURES = 0, 1  # the two routes
+UNCONDITIONAL = ("Here is a random image", ":")  # around <UNCOND>
+
+
+@dataclass(frozen=True)
+class Chat:
+    """How messages are written: ``begin`` once, then of each ``role`` (with the role's name), its parts and ``end``."""
+
+    begin: str = ""
+    role: str = "<|im_start|>{role}\n"
+    end: str = "<|im_end|>\n"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and settings; ``b2`` (InternLM2-1.8B), ``qwen2`` (the ablations' Qwen2-0.5B) and ``tiny`` are named.
+
+    ``grid`` are the (rows, columns) of the table of code positions, resized for pictures of another grid;
+    ``image_loss_on_und`` lets pictures that are read carry the picture loss too (specs: SynerGen-VL 7, Q11).
+    """
+
+    decoder: DecoderConfig
+    head: DecoderConfig
+    autoencoder: AutoencoderConfig
+    fold: Ratio = (2, 8)
+    embed_size: int = 2048
+    embed_std: float = 0.02  # of fresh embeddings
+    grid: tuple[int, int] = (64, 64)
+    see: Tiling = Tiling(512)
+    draw: SizeRule = SizeRule(longest=512, shortest=512, stride=512)
+    size: tuple[int, int] = (512, 512)
+    chat: Chat = Chat()
+    image_loss_on_und: bool = False
+    settings: CodeSettings = field(default_factory=CodeSettings)
+
+    def __post_init__(self) -> None:
+        c, cell = self.decoder, (self.fold[0] * self.autoencoder.downsample, self.fold[1] * self.autoencoder.downsample)
+        if not self.autoencoder.codebook or self.head.vocab_size != self.autoencoder.codebook:
+            raise ValueError(
+                f"the head says {self.head.vocab_size} codes, the {self.autoencoder.kind} autoencoder has "
+                f"{self.autoencoder.codebook}; it must be a vq or emu3 with as many"
+            )
+        if self.head.routes != 1 or (c.routes, c.routed) not in ((1, ()), (2, ("mlp",))):
+            raise ValueError("the decoder has two routes of mlp, or one of everything; the head has one")
+        sides = {"see.side": (self.see.side,) * 2, "draw.stride": (self.draw.stride,) * 2, "size": self.size[::-1]}
+        for name, (height, width) in sides.items():
+            if height % cell[0] or width % cell[1]:
+                raise ValueError(f"{name} {height}x{width} does not divide into tokens of {cell[0]}x{cell[1]} pixels")
+
+    @property
+    def stride(self) -> int:
+        """What sides of drawn pictures are multiples of, in pixels."""
+        return self.draw.stride
+
+    @property
+    def slots(self) -> int:
+        """Codes of one token."""
+        return self.fold[0] * self.fold[1]
+
+    @staticmethod
+    def over(decoder: DecoderConfig, **changes: Any) -> Config:
+        """On a base language model: vision experts beside its FFNs, four of its layers as the unfolding head, Emu3's
+        tokenizer."""
+        head = replace(decoder, vocab_size=32768, num_hidden_layers=4, tie_word_embeddings=False)
+        base = replace(decoder, routes=2, routed=("mlp",))
+        sizes: dict[str, Any] = {"autoencoder": AutoencoderConfig("emu3"), "embed_size": decoder.hidden_size}
+        return Config(base, head, **(sizes | changes))
+
+    @staticmethod
+    def b2() -> Config:
+        """The published one: InternLM2-1.8B, 512 x 512 pixels in 256 tokens."""
+        base = DecoderConfig(92544, 2048, 8192, 24, 16, 8, rms_norm_eps=1e-5, qkv_bias=False)
+        return Config.over(base, chat=Chat(begin="<s>"))
+
+    @staticmethod
+    def qwen2() -> Config:
+        """The ablations': Qwen2-0.5B-Instruct, 256 x 256 pixels without folding."""
+        base = DecoderConfig(151936, 896, 4864, 24, 14, 2, tie_word_embeddings=True)
+        rule = SizeRule(longest=256, shortest=256, stride=256)
+        return Config.over(base, fold=(1, 1), grid=(32, 32), see=Tiling(256), draw=rule, size=(256, 256))
+
+    @staticmethod
+    def tiny(vocab_size: int = 1024) -> Config:
+        """The same code at a size that two CPU cores train: 64 x 64 pixels, 256 codes in 16 tokens a picture."""
+        return Config(
+            DecoderConfig(vocab_size, 192, 512, 6, 6, 2, qk_norm=True, routes=2, routed=("mlp",)),
+            DecoderConfig(1000, 128, 256, 2, 4, 2, qk_norm=True),
+            tiny_tokenizer(),
+            embed_size=64,
+            embed_std=0.3,
+            grid=(16, 16),
+            see=Tiling(64),
+            draw=SizeRule(longest=128, shortest=32, stride=32),
+            size=(64, 64),
+            chat=Chat(role="<|im_start|>", end="<|im_end|>"),
+            settings=CodeSettings(guidance_scale=2.5),
+        )
+
+
+class FoldMLP(nn.Module):
+    """Norm, linear, GELU, linear: from the features of a fold to the decoder's width (specs: SynerGen-VL 7, Q3)."""
+
+    def __init__(self, wide: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(wide)
+        self.fc1 = nn.Linear(wide, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, x: Float[Tensor, "*n f"]) -> Float[Tensor, "*n d"]:
+        return self.fc2(F.gelu(self.fc1(self.norm(x))))
+
+
+class VisualEmbed(nn.Module):
+    """Codes to tokens (Eq. 1): embedding, learned 2-D position, folding, MLP."""
+
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.ratio, d = c.fold, c.decoder.hidden_size
+        self.tok = nn.Embedding(c.autoencoder.codebook, c.embed_size)
+        self.pos = nn.Parameter(torch.zeros(*c.grid, c.embed_size))
+        self.proj = FoldMLP(c.slots * c.embed_size, d)
+
+    def positions(self, grid: tuple[int, int]) -> Float[Tensor, "n s e"]:
+        """The position table of a grid of codes, folded; resized (bicubic) for a grid that is not its own."""
+        table = self.pos
+        if grid != tuple(table.shape[:2]):
+            table = F.interpolate(table.permute(2, 0, 1)[None], grid, mode="bicubic")[0].permute(1, 2, 0)
+        return fold(table[None], self.ratio)[0]
+
+    def forward(self, codes: Int[Tensor, "*n s"], positions: Float[Tensor, "*n s e"]) -> Float[Tensor, "*n d"]:
+        """Tokens of folded codes."""
+        return self.proj((self.tok(codes) + positions).flatten(-2))
+
+
+@dataclass(frozen=True, eq=False)
+class _Going:
+    """A drawing's place among those drawn with it: its streams of keys and values, and the last final states."""
+
+    streams: Streams
+    rows: tuple[int, ...]  # one a branch
+    h: Float[Tensor, "R d"]
+
+
+class SynerGen(UnifiedModel):
+    """SynerGen-VL of any size."""
+
+    family = "synergen"
+    routes = 2
+    frozen = frozenset({"autoencoder"})
+    conditions = ("text", "image")
+    encoders: ClassVar = {"autoencoder": Encoder(("autoencoder",), ("autoencoder", "see", "draw"))}
+    parts: ClassVar = {
+        "decoder.text": ("decoder.embed_tokens.*", "decoder.lm_head.*", "decoder.layers.*.mlp.0.*"),
+        "decoder.attention": ("decoder.layers.*.self_attn.*", "decoder.layers.*.o_proj.*"),
+        "decoder.norms": (
+            "decoder.norm.*",
+            "decoder.layers.*.input_layernorm.*",
+            "decoder.layers.*.post_attention_layernorm.*",
+        ),
+        "decoder.vision": ("decoder.layers.*.mlp.1.*",),
+        "special": ("special_embed.*",),
+        "vision": ("visual_embed.tok.*", "visual_embed.pos"),
+        "projector": ("visual_embed.proj.*",),
+        "head": ("unfold.*",),
+        "autoencoder": ("autoencoder.*",),
+    }
+
+    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        c = config
+        self.config, self.tokenizer = config, tokenizer
+        self.settings = config.settings
+        self.decoder = Decoder(c.decoder)
+        self.special_embed = nn.Embedding(3, c.decoder.hidden_size)
+        self.visual_embed = VisualEmbed(c)
+        self.unfold = CodeHead(c.decoder.hidden_size, c.head, c.slots)
+        self.autoencoder = build_autoencoder(c.autoencoder)
+        if len(tokenizer) > c.decoder.vocab_size:
+            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the decoder {c.decoder.vocab_size}")
+        self.boi, self.eoi, self.uncond = (c.decoder.vocab_size + i for i in range(3))
+        self.begin, self.end = tokenizer.encode_markup(c.chat.begin), tokenizer.encode_markup(c.chat.end)
+        self.roles = {r: tokenizer.encode_markup(c.chat.role.format(role=r)) for r in ("system", "user", "assistant")}
+        if not self.end or not all(self.roles.values()):
+            raise ValueError(f"a chat needs words for role and end: {c.chat}")
+
+    def initialise(self, seed: int) -> None:
+        """Fresh weights: linear layers of variance 1 / inputs, what writes to a residual stream divided by
+        sqrt(2 layers), vision experts as copies of the text experts. The tokenizer is left alone."""
+        generator = torch.Generator().manual_seed(seed)
+        depth = {"decoder": self.config.decoder.num_hidden_layers, "unfold": self.config.head.num_hidden_layers}
+        nn.init.normal_(self.visual_embed.pos, std=self.config.embed_std, generator=generator)
+        draw_weights(self, generator, depth, self.config.embed_std)
+        self.copy_experts()
+
+    def copy_experts(self) -> None:
+        """Makes every vision expert a copy of its layer's text FFN (3.1)."""
+        for routed in (m for m in self.decoder.modules() if isinstance(m, Routed) and len(m) == 2):
+            routed[PICTURES].load_state_dict(routed[WORDS].state_dict())
+
+    def blocks(self) -> Iterator[nn.Module]:
+        yield from self.decoder.layers
+        yield from self.unfold.layers
+
+    # ---- layout -------------------------------------------------------------------------------------------------
+
+    def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
+        """Messages in order. ``text`` puts the unconditional words in place of the last user message's; ``image``
+        leaves every picture to read out."""
+        segments = [Segment(Kind.TEXT, tuple(self.begin))] if self.begin else []
+        seen = sum(image.role == "understand" for image in sample.images())
+        for message in sample.messages:
+            segments += self._message(message, sample, drop, max(1, self.config.see.most // max(seen, 1)))
+        return Laid(sample.id, tuple(segments))
+
+    def _message(self, message: Message, sample: Sample, drop: Drop, most: int) -> list[Segment]:
+        """One message: words joined up to where a picture stands. A word with loss is the target of the place before
+        it, whatever stands there; so is the end of a message that closes with words that carry loss."""
+        opens = sample.is_open and message is sample.messages[-1]
+        free = "text" in drop and message is sample.request
+        ids, said = list(self.roles[message.role]), []
+        pictures: dict[int, Segment] = {}
+        said += [False] * len(ids)
+        for part in message.parts:
+            if isinstance(part, Text):
+                words = self.tokenizer.encode(part.text)
+                if free:
+                    before, after = map(self.tokenizer.encode, UNCONDITIONAL)
+                    words = [] if self.uncond in ids else [*before, self.uncond, *after]
+                ids += words
+                said += [part.loss] * len(words)
+            elif part.blank:
+                if not (opens and part is message.parts[-1]):
+                    raise ValueError(f"sample {sample.id!r} has a picture without pixels that is not the one to draw")
+                ids.append(self.boi)
+            else:
+                drawn = part.role == "target" and not sample.is_open
+                if drawn or "image" not in drop:
+                    pictures[len(ids)] = block = self._picture(part, drawn, most)
+                    ids += block.ids
+                    said += [False] * len(block)
+        if not opens:
+            ids += self.end
+            last = message.parts[-1] if message.parts else None
+            said += [isinstance(last, Text) and last.loss] + [False] * (len(self.end) - 1)
+        targets = [i if s else NONE for i, s in zip(ids[1:], said[1:], strict=False)] + [NONE]
+        return self._cut(ids, targets, pictures)
+
+    def _cut(self, ids: list[int], targets: list[int], pictures: dict[int, Segment]) -> list[Segment]:
+        """The segments of a run of ids in which pictures begin at the places given."""
+        out, at = [], 0
+        for stop in (*pictures, len(ids)):
+            for start, end, block in ((at, stop, None), (stop, stop + len(pictures.get(stop, ())), pictures.get(stop))):
+                if start < end:
+                    told = tuple(targets[start:end])
+                    segment = block or Segment(Kind.TEXT, tuple(ids[start:end]))
+                    out.append(replace(segment, targets=told if any(t != NONE for t in told) else ()))
+                at = end
+        return out
+
+    def _picture(self, image: Image, drawn: bool, most: int) -> Segment:
+        """A picture between its markers, (tiles, 3, H, W): tiles to understand, one for a condition and a target."""
+        c = self.config
+        if image.role == "understand":
+            width = height = c.see.side
+            tiles = c.see.count(*image.dimensions, most)
+            held, encoded = image.through("autoencoder", lambda: c.see(image.pixels, most, image.nearest))
+        else:
+            (width, height), tiles = c.draw(*image.dimensions), 1
+            held, encoded = image.through(
+                "autoencoder", lambda: fit(image.pixels, (width, height), image.nearest)[None]
+            )
+        grid = self._grid(height, width)
+        ids = (self.boi, *[NONE] * (tiles * grid[0] * grid[1]), self.eoi)
+        return Segment(Kind.CODES, ids, image=held, grid=grid, route=PICTURES, drawn=drawn, encoded=encoded)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of the tokens of a picture."""
+        p = self.config.autoencoder.downsample
+        return folded((height // p, width // p), self.config.fold)
+
+    # ---- network ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _codes(self, group: Pictures) -> Int[Tensor, "N t n s"]:
+        """Folded codes of a group's pictures, tile by tile."""
+        codes = group.images if group.encoded else self.encode("autoencoder", group.images)
+        return fold(codes.long().flatten(0, 1), self.config.fold).unflatten(0, codes.shape[:2])
+
+    @torch.no_grad()
+    def encode(self, encoder: str, images: Tensor) -> Tensor:
+        """Codes (N, tiles, h, w) of uint8 or float pictures (N, tiles, 3, H, W), as int16: it holds 32768 of them."""
+        codes = self.autoencoder.encode(to_float(images.flatten(0, 1)))
+        return codes.to(torch.int16).unflatten(0, images.shape[:2])
+
+    def _embed_codes(self, codes: Int[Tensor, "N t n s"], grid: tuple[int, int]) -> Float[Tensor, "N m d"]:
+        m, n = self.config.fold
+        positions = self.visual_embed.positions((grid[0] * m, grid[1] * n))
+        return self.visual_embed(codes, positions.expand(*codes.shape, -1)).flatten(1, 2)
+
+    def _embed_words(self, ids: Int[Tensor, " W"]) -> Float[Tensor, "W d"]:
+        V = self.config.decoder.vocab_size
+        words = self.decoder.embed_tokens(ids.clamp(max=V - 1))
+        marks = self.special_embed((ids - V).clamp(min=0)).to(words.dtype)
+        return torch.where((ids < V)[:, None], words, marks)
+
+    def _run(
+        self, batch: Batch, pictures: list[tuple[Tensor, Tensor]], positions: Tensor, order: Tensor, attend: Attend
+    ) -> Float[Tensor, "T d"]:
+        """Final states in stream order, from the pictures' (places, tokens) and the batch's words."""
+        stream = self.decoder.embed(batch, pictures, order, self._embed_words)
+        return self.decoder(stream, positions[order], attend, [len(r) for r in batch.routes])
+
+    def _told(self, batch: Batch) -> list[Pictures]:
+        """The pictures that carry the picture loss."""
+        return [g for g in batch.of(Kind.CODES) if g.drawn or self.config.image_loss_on_und]
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return {
+            "text": float((batch.targets != NONE).sum()),
+            "image": float(sum(g.tokens.numel() * self.config.slots for g in self._told(batch))),
+        }
+
+    def losses(self, batch: Batch, noise: Noise) -> Losses:
+        """``text``: cross-entropy summed over supervised words; ``image``: over codes (Eq. 4), in nats. A picture's
+        first token is predicted from <boi>, every other from the token before it. Nothing is random."""
+        counts, order = self.counts(batch), torch.cat(batch.routes)
+        rank = inverse_permutation(order)
+        codes = {id(g): self._codes(g) for g in batch.of(Kind.CODES)}
+        pictures = [(g.tokens, self._embed_codes(codes[id(g)], g.grid)) for g in batch.of(Kind.CODES)]
+        states = self._run(batch, pictures, batch.positions, order, documents(batch, order))
+
+        supervised = (batch.targets != NONE).nonzero()[:, 0]
+        said = states.index_select(0, rank[supervised])
+        text = linear_cross_entropy(said, self.decoder.head_weight, batch.targets[supervised])
+        image = states.new_zeros((), dtype=torch.float32)
+        if told := self._told(batch):
+            before = torch.cat([g.tokens.flatten() for g in told]) - 1
+            answer = torch.cat([codes[id(g)].flatten(0, 2) for g in told])
+            image = self.unfold.nll(states.index_select(0, rank[before]), answer)
+        return {"text": Term(text, counts["text"]), "image": Term(image, counts["image"])}
+
+    # ---- reading ------------------------------------------------------------------------------------------------
+
+    def open(self) -> Context:
+        c, weight = self.config.decoder, self.decoder.embed_tokens.weight
+        return Context(Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, weight.dtype, weight.device))
+
+    @torch.inference_mode()
+    def extend(self, contexts: Sequence[Context], sequences: Sequence[Laid]) -> list[Context]:
+        """Reads; a context keeps its last final state, from which a picture's first token is drawn."""
+        batch = pack(sequences, self.routes).to(self.device)
+        order = torch.cat(batch.routes)
+        positions = batch.positions + torch.tensor([c.position for c in contexts], device=self.device)[batch.document]
+        caches = [c.cache.room(c.length, len(s)) for c, s in zip(contexts, sequences, strict=True)]
+        pictures = [(g.tokens, self._embed_codes(self._codes(g), g.grid)) for g in batch.of(Kind.CODES)]
+        attend = Cached(caches, [c.length for c in contexts], batch, order if pictures else None)
+        states = self._run(batch, pictures, positions, order, attend)
+        last = torch.tensor(batch.lengths, device=self.device).cumsum(0) - 1
+        final = states[inverse_permutation(order)[last]]
+        read = read_on(contexts, sequences, caches, self.decoder.logits(final).float())
+        return [replace(context, slot=h) for context, h in zip(read, final, strict=True)]
+
+    def reply(self, ids: Sequence[int], drop: Drop = NOTHING) -> Laid:
+        return Laid("reply", (Segment(Kind.TEXT, tuple(ids)),))
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        return frozenset({self.end[0]})
+
+    # ---- drawing ------------------------------------------------------------------------------------------------
+
+    def canvas(self, sample: Sample) -> tuple[int, int]:
+        last = sample.messages[-1].parts[-1:]
+        asked = last[0].size if last and isinstance(last[0], Image) else None
+        sources = shown(sample)
+        width, height = asked or (self.config.draw(*sources[-1].dimensions) if sources else self.config.size)
+        stride, most = self.config.stride, self.config.draw.longest
+        if width % stride or height % stride or not (0 < width <= most and 0 < height <= most):
+            raise ValueError(f"size must be multiples of {stride} up to {most}, not {width}x{height}")
+        return height, width
+
+    def branches(self, sample: Sample, settings: CodeSettings) -> tuple[Drop, ...]:
+        """As families that draw by a flow: full, without text, without pictures."""
+        return flow_branches(sample, settings)
+
+    def start(
+        self,
+        contexts: Sequence[tuple[Context, ...]],
+        canvases: Sequence[tuple[int, int]],
+        settings: Sequence[CodeSettings],
+        seeds: Sequence[int],
+    ) -> list[Drawing]:
+        """Empty grids of codes, to be filled token by token; ``state`` is (tokens, slots), ``NONE`` where not drawn."""
+        drawings = []
+        for branches, canvas, s, seed in zip(contexts, canvases, settings, seeds, strict=True):
+            rows, columns = self._grid(*canvas)
+            state = torch.full((rows * columns, self.config.slots), NONE, device=self.device)
+            drawings.append(Drawing(state, branches, canvas, (s, seed), 0, rows * columns))
+        return drawings
+
+    @torch.inference_mode()
+    def step(self, drawings: Sequence[Drawing]) -> list[Drawing]:
+        """The codes of one token each; every branch reads the token, through the vision experts, as in training."""
+        if len({d.canvas for d in drawings}) != 1 or len({len(d.contexts) for d in drawings}) != 1:
+            raise ValueError("one step takes drawings of one canvas size and one number of branches")
+        if any(d.done for d in drawings):
+            raise ValueError("a finished drawing takes no further step")
+        R, B, slots = len(drawings[0].contexts), len(drawings), self.config.slots
+        h = torch.stack([d.slot.h if d.slot else torch.stack([c.slot for c in d.contexts]) for d in drawings], 1)
+        chance = [Noise(d.settings[1], d.step).uniform("drawing", "codes", (slots,)) for d in drawings]
+        codes = self.unfold.sample(h, [d.settings[0] for d in drawings], torch.stack(chance).to(self.device))
+        at = torch.tensor([d.step for d in drawings], device=self.device)
+        grid, (m, n) = self._grid(*drawings[0].canvas), self.config.fold
+        token = self.visual_embed(codes, self.visual_embed.positions((grid[0] * m, grid[1] * n))[at])
+        streams = self._streams(drawings)
+        position = [d.contexts[b].position + d.step for b in range(R) for d in drawings]
+        positions = torch.tensor(position, device=self.device)
+        token = token.to(self.decoder.embed_tokens.weight.dtype).repeat(R, 1)
+        new = self.decoder(token, positions, streams.grow(), [0, R * B]).unflatten(0, (R, B))
+        return [
+            replace(
+                d,
+                state=d.state.index_copy(0, at[i : i + 1], codes[i : i + 1]),
+                step=d.step + 1,
+                slot=_Going(streams, tuple(b * B + i for b in range(R)), new[:, i]),
+            )
+            for i, d in enumerate(drawings)
+        ]
+
+    def _streams(self, drawings: Sequence[Drawing]) -> Streams:
+        """Keys and values of every branch of every drawing, branch-major; kept while the same drawings go on."""
+        R, B = len(drawings[0].contexts), len(drawings)
+        lengths = [d.contexts[b].length + d.step for b in range(R) for d in drawings]
+        first = drawings[0].slot and drawings[0].slot.streams
+        if first and first.lengths == lengths:
+            together = (d.slot and d.slot.streams is first for d in drawings)
+            if all(together) and [d.slot.rows[b] for b in range(R) for d in drawings] == list(range(R * B)):
+                return first
+        read = [
+            d.slot.streams.row(d.slot.rows[b], d.contexts[b].length + d.step) if d.slot else d.contexts[b]
+            for b in range(R)
+            for d in drawings
+        ]
+        return Streams(read, max(d.steps - d.step for d in drawings))
+
+    def preview(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+        """What has been drawn; the rest is grey."""
+        images = self._decode([d.state.clamp(min=0) for d in drawings], drawings)
+        p, (m, n) = self.config.autoencoder.downsample, self.config.fold
+        drawn = torch.stack([d.state != NONE for d in drawings])
+        rows, columns = self._grid(*drawings[0].canvas)
+        seen = unfold(drawn, (rows * m, columns * n), self.config.fold)
+        return images * seen.repeat_interleave(p, 1).repeat_interleave(p, 2)[:, None]
+
+    def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+        return self._decode([d.state for d in drawings], drawings)
+
+    @torch.inference_mode()
+    def _decode(self, states: list[Tensor], drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+        rows, columns = self._grid(*drawings[0].canvas)
+        m, n = self.config.fold
+        codes = unfold(torch.stack(states), (rows * m, columns * n), self.config.fold)
+        return self.autoencoder.decode(codes).float().clamp(-1, 1)

@@ -1,0 +1,219 @@
+"""SynerGen-VL (arXiv 2412.09604): a picture tokenizer, then stages that leave the language path alone.
+
+Loss = CE of answers + 2 CE of picture codes, each a mean; pictures to read and to draw 1 : 1 by samples; one request to
+draw in ten is read without its words (specs: SynerGen-VL 3). The tokenizer's codes can be made once:
+``diptych data precompute synergen/stage1 --catalog my_data.yaml --out codes``, then ``diptych train`` with
+``--encoded codes``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from diptych.models import config, config_to_json
+from diptych.recipes import tiny as tiny_recipes
+from diptych.train.recipe import Limits, Optimizer, Recipe, Schedule, Stage
+
+VISUAL = ("decoder.vision", "vision", "projector", "head", "special")  # stage 1: the language path stays bit for bit
+ALIGNED = (*VISUAL, "decoder.attention")  # stage 2
+EVERYTHING = ("decoder", "vision", "projector", "head", "special")
+LOSS = {"text": 1.0, "image": 2.0}
+
+
+def tokenizer() -> Recipe:
+    """The tiny picture tokenizer that the tiny SynerGen-VL reads and draws through: 64 x 64 pixels to 16 x 16 codes.
+
+    diptych train autoencoder/vq-tiny
+    """
+    recipe = tiny_recipes.autoencoder()
+    return replace(
+        recipe,
+        name="autoencoder/vq-tiny",
+        model=config_to_json("autoencoder", config("autoencoder/vq-tiny")),
+        stages=(replace(recipe.stages[0], steps=1200, limits=Limits(tokens=8 * 256, pictures=8)),),
+    )
+
+
+def tiny() -> Recipe:
+    """SynerGen-VL at a size that two CPU cores train: 5.7 M parameters, 64 x 64 pixels, 256 codes in 16 tokens a
+    picture, on the pictures, questions and edits of bagel/tiny. All parts at once: there is no base to protect.
+
+    diptych train synergen/tiny --steps 2000
+    """
+    recipe = tiny_recipes.bagel()
+    stage = replace(recipe.stages[0], train=dict.fromkeys(EVERYTHING, 2e-3), loss=LOSS)
+    return replace(
+        recipe,
+        name="synergen/tiny",
+        model=config_to_json("synergen", config("synergen/tiny")),
+        init={"autoencoder": "autoencoder/vq-tiny"},
+        stages=(stage,),
+    )
+
+
+def stage1() -> Recipe:
+    """SynerGen-VL's first stage (table 8): concepts and pixels, from noisy pairs. ``catalog`` says where "captions"
+    (pictures to describe) and "drawings" (pictures to draw) are; model.autoencoder.folder where Emu3's tokenizer is,
+    unless codes were made before. The base is transformers:internlm/internlm2-1_8b, with a tokenizer.json beside it.
+    667 M samples of each task; 64 GPUs, 18 rows each a step.
+
+    diptych train synergen/stage1 --catalog my_data.yaml --run runs/synergen-stage1
+    """
+    return _published("stage1", 1, VISUAL, 95_000, 1e-4, "constant", 0.05, Limits(4096, 24, 18), {})
+
+
+def stage2() -> Recipe:
+    """SynerGen-VL's second stage (table 8): alignment, from clean data at up to 6 tiles; attention is trained too. Goes
+    on from runs/synergen-stage1.
+
+    diptych train synergen/stage2 --catalog my_data.yaml --run runs/synergen-stage2
+    """
+    init = {"model": "runs/synergen-stage1"}
+    return _published("stage2", 6, ALIGNED, 35_000, 5e-5, "cosine", 0.05, Limits(8192, 48, 18), init)
+
+
+def tune() -> Recipe:
+    """SynerGen-VL's instruction tuning (table 8): everything, at up to 12 tiles. Goes on from runs/synergen-stage2.
+
+    diptych train synergen/tune --catalog my_data.yaml --run runs/synergen-tune
+    """
+    init = {"model": "runs/synergen-stage2"}
+    return _published("tune", 12, EVERYTHING, 12_000, 5e-5, "cosine", 0.01, Limits(16_384, 96, 10), init)
+
+
+def _published(
+    name: str, tiles: int, parts: tuple, steps: int, rate: float, shape: str, decay: float, limits: Limits, init: dict
+) -> Recipe:
+    model = config("synergen/2b")
+    model = replace(model, see=replace(model.see, most=tiles, thumbnail=tiles > 1))
+    return Recipe(
+        name=f"synergen/{name}",
+        model=config_to_json("synergen", model),
+        init=init or {"decoder": "transformers:internlm/internlm2-1_8b"},
+        stages=(
+            Stage(
+                name,
+                steps=steps,
+                train=dict.fromkeys(parts, rate),
+                data={"captions": 1.0, "drawings": 1.0},
+                loss=LOSS,
+                optimizer=Optimizer("adamw", weight_decay=decay),
+                schedule=Schedule(shape, warmup=200),  # type: ignore[arg-type]
+                limits=limits,
+                dropout={"text": 0.1},
+            ),
+        ),
+        precision="bf16",
+        checkpoint_every=1000,
+    )
+
+
+# ---- miniatures (specs: SynerGen-VL 8) --------------------------------------------------------------------------
+
+READERS = {  # side of a tile, most tiles, fold: the arms of table 6
+    "24 px, no folding: 36 tokens": (24, 1, (1, 1)),
+    "64 px, folded 2x4: 32 tokens": (64, 1, (2, 4)),
+    "24 px, folded 1x2: 18 tokens": (24, 1, (1, 2)),
+    "4 tiles and thumbnail of 32 px, folded 2x4: 40 tokens": (32, 4, (2, 4)),
+}
+UNFOLDED = {  # the upper bound, and what it costs
+    "64 px, folded 2x4: 32 tokens": (64, 1, (2, 4)),
+    "64 px, no folding: 256 tokens": (64, 1, (1, 1)),
+}
+ARMS = {  # the arms of table 7, and one for figure 4
+    "S1+S2 full": {"full": True},
+    "S1": {"stages": (1,)},
+    "S2": {"stages": (2,)},
+    "S1+S2": {},
+    "S1+S2, loss on read pictures too": {"image_loss_on_und": True},
+}
+
+
+def _small(layers: int, side: int, ratio: tuple[int, int], experts: bool = True, **more: Any) -> dict[str, Any]:
+    """A SynerGen-VL of width 96 over the tiny tokenizer's codes."""
+    tiny_size = config("synergen/tiny")
+    routes: dict[str, Any] = {"routes": 2, "routed": ("mlp",)} if experts else {"routes": 1, "routed": ()}
+    decoder = replace(
+        tiny_size.decoder, hidden_size=96, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, qk_norm=False, qkv_bias=False, **routes,
+    )  # fmt: skip
+    head = replace(tiny_size.head, hidden_size=96, num_attention_heads=4, qk_norm=False, qkv_bias=False)
+    made = replace(
+        tiny_size, decoder=decoder, head=head, fold=ratio, embed_size=32, grid=(side // 4, side // 4),
+        see=replace(tiny_size.see, side=side, **more.pop("tiles", {})), size=(side, side),
+        draw=replace(tiny_size.draw, longest=side, shortest=side, stride=side), **more,
+    )  # fmt: skip
+    return config_to_json("synergen", made)
+
+
+def reader(steps: int, side: int, tiles: int, ratio: tuple[int, int]) -> Recipe:
+    """One arm of table 6: reads numbers and shapes on pictures of 64 pixels, seen at ``side``, in up to ``tiles``."""
+    more = {"tiles": {"most": tiles, "thumbnail": tiles > 1}}
+    stage = Stage(
+        "read",
+        steps=steps,
+        train=dict.fromkeys(("decoder", "vision", "projector", "special"), 2e-3),
+        data={"glyphs/number": 0.77, "glyphs/shape": 0.23},
+        loss=LOSS,
+        optimizer=Optimizer("adamw"),
+        schedule=Schedule("cosine", warmup=50),
+        limits=Limits(tokens=100_000, pictures=52),
+    )
+    return Recipe(
+        "synergen/reader", _small(3, side, ratio, **more), (stage,), init={"autoencoder": "autoencoder/vq-tiny"},
+        checkpoint_every=steps,
+    )  # fmt: skip
+
+
+def words() -> Recipe:
+    """The language model of the miniature of table 7: facts, sums and reversals, no pictures."""
+    stage = Stage(
+        "words",
+        steps=1000,
+        train={"decoder": 3e-3},
+        data={"words/fact": 0.5, "words/sum": 0.2, "words/reverse": 0.3},
+        loss=LOSS,
+        optimizer=Optimizer("adamw"),
+        schedule=Schedule("cosine", warmup=50),
+        limits=Limits(tokens=1536),
+    )
+    return Recipe(
+        "synergen/words", _small(6, 32, (1, 1), experts=False), (stage,), init={"autoencoder": "autoencoder/vq-tiny"},
+        size=32, checkpoint_every=1000,
+    )  # fmt: skip
+
+
+def miniature(
+    steps: int, stages: tuple[int, ...] = (1, 2), full: bool = False, image_loss_on_und: bool = False
+) -> Recipe:
+    """One arm of table 7 on a small language model (of ``words``; the study fills it in): stage 1 from noisy pairs,
+    stage 2 from clean ones, half of the steps each; 24 pictures to read and 24 to draw a step. ``full`` trains
+    everything, without vision experts (specs: SynerGen-VL 7, Q9)."""
+    made = _small(6, 32, (1, 1), experts=not full, image_loss_on_und=image_loss_on_und)
+    plan = {
+        1: (VISUAL, 2e-3, {"glyphs/say/noisy": 1.0, "glyphs/draw/noisy": 1.0}),
+        2: (ALIGNED, 1e-3, {"glyphs/say": 1.0, "glyphs/draw": 1.0}),
+    }
+    return Recipe(
+        "synergen/miniature",
+        made,
+        tuple(
+            Stage(
+                f"S{n}",
+                steps=steps // 2,
+                train=dict.fromkeys(EVERYTHING if full else parts, rate),
+                data=data,
+                loss=LOSS,
+                optimizer=Optimizer("adamw"),
+                schedule=Schedule("constant" if n == 1 else "cosine", warmup=20),
+                limits=Limits(tokens=100_000, pictures=48),
+                dropout={"text": 0.1},
+            )
+            for n, (parts, rate, data) in plan.items()
+            if n in stages
+        ),
+        init={"autoencoder": "autoencoder/vq-tiny"},
+        size=32,
+        checkpoint_every=steps,
+    )
