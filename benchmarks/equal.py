@@ -20,9 +20,9 @@ from common import finish
 from faults import start
 from safetensors.torch import load_file
 
-from diptych import models
 from diptych.train.recipe import Engine, Limits
 from tests import tiny
+from tests.test_parallel import recipe
 
 ARMS = {
     "2 processes": (2, Engine()),
@@ -41,11 +41,8 @@ def main() -> None:
     a = parser.parse_args()
     rows = []
     for family in a.families:
-        base = tiny.recipe(
-            steps=a.steps, limits=Limits(tokens=192, pictures=16, rows=4), checkpoint_every=10**6,
-            optimizer=tiny.Optimizer("adamw", eps=1e-4),
-        )  # fmt: skip
-        base = replace(base, model=models.config_to_json(family, tiny.FAMILIES[family]()))
+        limits = Limits(tokens=192, pictures=16, rows=4)
+        base = recipe(family, steps=a.steps, limits=limits, checkpoint_every=10**6)
         with tempfile.TemporaryDirectory() as name:
             one = run(base, Path(name) / "one", 1)
             for arm in a.arms:

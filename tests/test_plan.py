@@ -87,10 +87,10 @@ def test_the_work_planned_is_the_work_done():
     with FlopCounterMode(display=False) as real:
         losses = made(pack([made.lay_out(s) for s in tiny.samples()], 2), Noise())
         sum(t.sum for t in losses.values()).backward()
-    from diptych.train.plan import Hollow, _Fused
+    from diptych.train.plan import Hollow, fused
 
     hollow = models.create("bagel", tiny.bagel(), device="meta")
-    with FlopCounterMode(display=False) as counted, Hollow(), _Fused():
+    with FlopCounterMode(display=False) as counted, Hollow(), fused():
         losses = hollow(pack([hollow.lay_out(s) for s in tiny.samples()], 2), Noise())
         sum(t.sum for t in losses.values()).backward()
     assert counted.get_total_flops() == pytest.approx(real.get_total_flops(), rel=0.05)

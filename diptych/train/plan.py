@@ -12,7 +12,8 @@ import resource
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -20,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
@@ -85,20 +85,27 @@ class Hollow(TorchDispatchMode):
         self.aside += size
 
 
-class _Fused(TorchFunctionMode):
-    """Attention as the fused kernels do it: on the meta device torch would lay out the whole matrix."""
+@contextmanager
+def fused() -> Iterator[None]:
+    """Attention as the fused kernels do it, for meta tensors: there torch itself would lay out the whole matrix.
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is not F.scaled_dot_product_attention or not args[0].is_meta:
-            return func(*args, **kwargs)
-        q, k, v = args[:3]
-        mask, causal = kwargs.get("attn_mask"), kwargs.get("is_causal", False)
+    Put in the place of torch's function, since recomputed blocks would not see a mode."""
+    real = F.scaled_dot_product_attention
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any) -> Tensor:
+        if not q.is_meta:
+            return real(q, k, v, attn_mask, *rest, **more)
         groups = q.shape[-3] // k.shape[-3]
         k, v = (x.repeat_interleave(groups, -3) if groups > 1 else x for x in (k, v))
-        bias = None if mask is None else mask.to("meta").to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
+        bias = None if attn_mask is None else attn_mask.to("meta", q.dtype).expand(*q.shape[:-1], k.shape[-2])
         kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-        return kernel(q, k, v, bias, True, 0.0, bool(causal), scale=kwargs.get("scale"))[0]
+        return kernel(q, k, v, bias, True, 0.0, bool(more.get("is_causal", False)), scale=more.get("scale"))[0]
+
+    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = real
 
 
 @dataclass(frozen=True)
@@ -193,10 +200,10 @@ def _measure(model: Trainable, batch: Any, recipe: Recipe, stage: Stage) -> _Wor
         if p.requires_grad
     ]
     try:
-        with FlopCounterMode(display=False) as counter, hollow, _Fused():
+        with FlopCounterMode(display=False) as counter, hollow, fused():
             loss = combine(model(batch, Noise(recipe.seed, 0)), stage.loss, model.counts(batch))
             if loss.requires_grad:
-                torch.autograd.backward(loss)  # not the method: recomputed blocks would not see ``_Fused``
+                loss.backward()
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{model.family} cannot be planned: its forward asks for computed values: {error}") from error
     for hook in hooks:
