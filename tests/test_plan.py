@@ -90,10 +90,14 @@ def test_the_work_planned_is_the_work_done():
     from diptych.train.plan import Hollow, fused
 
     hollow = models.create("bagel", tiny.bagel(), device="meta")
-    with FlopCounterMode(display=False) as counted, Hollow(), fused():
+    with FlopCounterMode(display=False) as counted, Hollow(hollow), fused():
         losses = hollow(pack([hollow.lay_out(s) for s in tiny.samples()], 2), Noise())
         sum(t.sum for t in losses.values()).backward()
-    assert counted.get_total_flops() == pytest.approx(real.get_total_flops(), rel=0.05)
+    # torch has no count for its own attention on a CPU
+    a, b = (
+        {str(op): n for op, n in c.get_flop_counts()["Global"].items() if "attention" not in str(op)} for c in (real, counted)
+    )
+    assert a == b and counted.get_total_flops() > real.get_total_flops()
     assert next(hollow.parameters()).grad.is_meta and not torch.is_inference_mode_enabled()
 
 

@@ -12,6 +12,7 @@ RECIPES = {
     "autoencoder/tiny": "diptych.recipes.tiny:autoencoder",
     "sgt/tiny": "diptych.recipes.sgt:tiny",
     "sgt/bagel": "diptych.recipes.sgt:bagel",
+    "sgt/bagel-lora": "diptych.recipes.sgt:bagel_lora",
 }
 
 

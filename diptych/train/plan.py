@@ -44,16 +44,17 @@ GPUS = {  # dense bf16 TFLOP/s and GiB, from the data sheets
 
 
 class Hollow(TorchDispatchMode):
-    """Runs a network on the meta device with a batch that is real: whatever touches the network computes nothing.
+    """Runs a model on the meta device with a batch that is real: whatever touches the model computes nothing.
 
     ``live`` are the bytes that its results hold now and ``peak`` the most they ever held; ``most`` is the same without
              what
     was ``set_aside`` (gradients that stay)."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.live = self.peak = self.most = self.aside = 0
-        self.known: dict[int, weakref.ref] = {}
+        own = [*model.parameters(), *model.buffers()]
+        self.known: dict[int, Any] = {p.untyped_storage()._cdata: None for p in own}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -193,7 +194,7 @@ def _measure(model: Trainable, batch: Any, recipe: Recipe, stage: Stage) -> _Wor
     """One row through the network, forward and backward."""
     if recipe.precision == "bf16":
         model.to(torch.bfloat16)  # autocast knows no meta tensors; activations have two bytes this way too
-    hollow = Hollow()
+    hollow = Hollow(model)
     hooks = [
         p.register_post_accumulate_grad_hook(lambda p: hollow.set_aside(p.numel() * p.element_size()))
         for p in model.parameters()
@@ -209,7 +210,7 @@ def _measure(model: Trainable, batch: Any, recipe: Recipe, stage: Stage) -> _Wor
     for hook in hooks:
         hook.remove()
     model.float()
-    return _Work(hollow.most, hollow.peak, counter.get_total_flops())
+    return _Work(hollow.most, hollow.peak, float(counter.get_total_flops()))
 
 
 def _memory(
