@@ -18,7 +18,6 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from torch.utils.flop_counter import FlopCounterMode
 
 from diptych.doctor import matmul_rate
 
@@ -35,28 +34,24 @@ MEASURED = 10  # the step whose work is counted; by then everything is warm
 
 
 class Work:
-    """How much of the device's own matrix-product peak a run uses: the products of one step are counted, and the peak
-    is measured once, on this machine. Recomputed products count as work."""
+    """How much of the device's own matrix-product peak a run uses. The products of one row are counted once, on the meta
+    device (``train.plan``), so that nothing of the run changes; recomputed ones count. The peak is measured here. A
+    family that cannot be planned has no ``mfu``."""
 
-    def __init__(self, device: str, precision: str, counts: bool) -> None:
-        self.device, self.counts, self.steps, self.per_token, self.peak = device, counts, 0, 0.0, 0.0
+    def __init__(self, device: str, precision: str, count: Callable[[Any], float]) -> None:
+        self.device, self.count, self.steps, self.per_token, self.peak = device, count, 0, 0.0, 0.0
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
-    @contextmanager
-    def counted(self, tokens: int) -> Iterator[None]:
-        """A step of so many tokens."""
+    def logged(self, batch: Any, tokens: int, seconds: float) -> dict[str, float]:
+        """``mfu`` of a step (of so many tokens, one of its rows is ``batch``) from the measured one on."""
         self.steps += 1
-        if self.steps != MEASURED or not self.counts:
-            yield
-            return
-        with FlopCounterMode(display=False) as counter:
-            yield
-        self.per_token = counter.get_total_flops() / max(tokens, 1)
-        self.peak = matmul_rate(self.dtype, self.device, n=768 if self.device == "cpu" else 8192) * 1e9
-
-    def logged(self, tokens: int, seconds: float) -> dict[str, float]:
-        """``mfu`` of a step after the measured one; a share of the peak of one process's device."""
-        return {"mfu": self.per_token * tokens / seconds / self.peak} if self.steps > MEASURED and self.peak else {}
+        if self.steps == MEASURED:
+            try:
+                self.per_token = self.count(batch) / max(sum(batch.lengths), 1)
+            except ValueError:
+                return {}
+            self.peak = matmul_rate(self.dtype, self.device, n=768 if self.device == "cpu" else 8192) * 1e9
+        return {"mfu": self.per_token * tokens / seconds / self.peak} if self.peak else {}
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from diptych.data.encoded import encoders_of, refuse_stale
 from diptych.data.loader import Loader, Row, merge_states
 from diptych.models.protocol import Trainable
 from diptych.parts.tokenizer import Tokenizer
-from diptych.train import checkpoint, lora, optim
+from diptych.train import checkpoint, lora, optim, plan
 from diptych.train.log import Log, Work, memory, profiler
 from diptych.train.parallel import (
     add_gradients,
@@ -42,9 +42,9 @@ from diptych.train.parallel import (
     whole,
 )
 from diptych.train.parameters import Average, by_part, freeze, release_state, select
+from diptych.train.plan import Sources
 from diptych.train.recipe import Recipe, Stage
 
-Sources = Callable[[Recipe, Stage], Mapping[str, Any]]  # the data sets of a stage, by name
 Hook = Callable[[Trainable, int, Path], None]  # called with the model, the step and the run after every checkpoint
 
 
@@ -162,7 +162,6 @@ def train(
                 log.say(f"{line}; going on from {saved}")
         saver = checkpoint.Saver(run / "checkpoints", recipe.keep, recipe.engine.async_save)
         job = _Job(recipe, run, sources, state, log, asked, hook, rank, world, meta["world"] if meta else world, saver)
-        job.work = Work(device, recipe.precision, not recipe.engine.compile)
         try:
             with profiler(run / "trace.json" if rank == 0 else None, profile) as job.turn:
                 for index in range(state.stage, len(recipe.stages)):
@@ -247,6 +246,7 @@ class _Job:
         if state.loader:
             loader.load_state_dict(state.loader)
         rows, accumulate = iter(loader), self.rows(stage)
+        self.work = Work(str(model.device), recipe.precision, lambda batch: plan.flops(recipe, stage, batch))
         while state.done < stage.steps:
             logged = self.step(stage, rows, accumulate, parts)
             state.done += 1
@@ -350,16 +350,15 @@ class _Job:
         optim.set_rates(state.optimizers, rate := optim.factor(stage.schedule, state.done, stage.steps))
         tally = _Tally(counts, stage.data)
         tokens = sum(sum(b.lengths) for b in batches)
-        with self.work.counted(tokens):
-            for batch in batches:
-                with self.autocast():
-                    losses = model(batch, noise)
-                    loss = combine(losses, stage.loss, counts)
-                value = float(loss.detach())
-                self.stop_unless_finite("loss", value, [batch])
-                if loss.requires_grad:  # a row may reach nothing that is trained
-                    loss.backward()
-                tally.add(losses, batch)
+        for batch in batches:
+            with self.autocast():
+                losses = model(batch, noise)
+                loss = combine(losses, stage.loss, counts)
+            value = float(loss.detach())
+            self.stop_unless_finite("loss", value, [batch])
+            if loss.requires_grad:  # a row may reach nothing that is trained
+                loss.backward()
+            tally.add(losses, batch)
         trained = [p for part in parts.values() for p in part.values()]
         add_gradients(trained)
         norms = {part: _norm(p.values()) for part, p in parts.items()}
@@ -385,7 +384,7 @@ class _Job:
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "images_per_second": pictures / seconds,
-            **self.work.logged(tokens, seconds),
+            **(self.work.logged(batches[0], tokens, seconds) if self.rank == 0 else {}),
             "fill": tokens / (stage.limits.tokens * len(batches)),
             "data_wait": waited / seconds,
             "memory": memory(model.device),

@@ -12,9 +12,9 @@ import resource
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -26,17 +26,18 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from diptych import models
+from diptych.core.batch import Batch
 from diptych.core.losses import combine
 from diptych.core.noise import Noise
 from diptych.data.loader import Loader
 from diptych.models.protocol import Trainable
 from diptych.train import lora
-from diptych.train.loop import Sources
 from diptych.train.parallel import spread
 from diptych.train.parameters import freeze
 from diptych.train.recipe import Recipe, Stage
 
 GIB = 2**30
+Sources = Callable[[Recipe, Stage], Mapping[str, Any]]  # the data sets of a stage, by name
 GPUS = {  # dense bf16 TFLOP/s and GiB, from the data sheets
     "3090": (71, 24), "4090": (165, 24), "5090": (210, 32), "a10": (125, 24), "l4": (121, 24), "l40s": (362, 48),
     "a100-40": (312, 40), "a100": (312, 80), "h100": (989, 80), "h200": (989, 141), "b200": (2250, 180),
@@ -152,14 +153,10 @@ def plan(
     for an hour. Raises ``ValueError`` for processes that do not divide as the recipe shards."""
     if gpus < 1 or nodes < 1 or gpus % nodes:
         raise ValueError(f"{gpus} processes do not divide among {nodes} machines")
-    name, config = models.config_from_json(recipe.model)
     needs = []
     for stage in recipe.stages:
-        model = models.create(name, config, device="meta")
-        lora.inject(model, recipe.lora, recipe.seed)
-        freeze(model, stage.train)
+        model = _prepared(recipe, stage)
         row = _row(recipe, stage, sources, model)
-        spread(model, recipe.engine, recipe.precision, "meta")  # one process: recomputes, shards nothing
         work = _measure(model, row.batch, recipe, stage)
         accumulate = stage.limits.rows_of(gpus)
         flops = work.flops * accumulate
@@ -172,6 +169,21 @@ def plan(
             )
         )  # fmt: skip
     return needs
+
+
+def flops(recipe: Recipe, stage: Stage, batch: Batch) -> float:
+    """The work of one row of a stage, forward and backward; recomputed products count again."""
+    return _measure(_prepared(recipe, stage), batch.to("cpu"), recipe, stage).flops
+
+
+def _prepared(recipe: Recipe, stage: Stage) -> Trainable:
+    """The model as one process trains it, on the meta device."""
+    name, config = models.config_from_json(recipe.model)
+    model = models.create(name, config, device="meta")
+    lora.inject(model, recipe.lora, recipe.seed)
+    freeze(model, stage.train)
+    spread(model, replace(recipe.engine, shard="none", compile=None), recipe.precision, "meta")
+    return model
 
 
 def _row(recipe: Recipe, stage: Stage, sources: Sources, model: Trainable) -> Any:
