@@ -34,7 +34,7 @@ MEASURED = 10  # the step whose work is counted; by then everything is warm
 
 
 class Work:
-    """How much of the device's own matrix-product peak a run uses. The products of one row are counted once, on the meta
+    """How much of the device's own matrix-product peak a run uses. One row's products are counted once, on the meta
     device (``train.plan``), so that nothing of the run changes; recomputed ones count. The peak is measured here. A
     family that cannot be planned has no ``mfu``."""
 
