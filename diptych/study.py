@@ -178,7 +178,8 @@ def study(
 
     ``folder`` keeps the runs, ``folder/ARM/seed-S``; ``model`` is where arms start (default: the study's own);
     ``steps`` are those of an arm (default: the study's own); ``limit`` is the evaluation's items per category.
-    Raises ``ValueError`` for an unknown study, for a model where a study makes its own, and for a folder that was begun with other settings."""
+    Raises ``ValueError`` for an unknown study, for a model where a study makes its own, and for a folder that was begun
+    with other settings."""
     if name not in STUDIES:
         raise ValueError(f"unknown study {name!r}; choose from {', '.join(STUDIES)}")
     if not seeds or len(set(seeds)) != len(seeds):
