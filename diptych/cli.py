@@ -86,13 +86,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=int, default=4, help="items per category in the evaluations (default: 4)")
     p.add_argument("--seed", type=int, default=0)
 
-    p = verb("train", _train, "train a recipe (a name or a .json/.yaml file)", "diptych train bagel/tiny --steps 500", "diptych train runs/mine/recipe.json --run runs/again --seed 1", "diptych train bagel/tiny --set stages.0.train.vision=1e-3", "torchrun --nproc-per-node 2 -m diptych train bagel/tiny --run runs/two")  # fmt: skip  # noqa: E501
+    p = verb("train", _train, "train a recipe (a name or a .json/.yaml file)", "diptych train bagel/tiny --steps 500", "diptych train runs/mine/recipe.json --run runs/again --seed 1", "diptych train bagel/tiny --set stages.0.train.vision=1e-3", "diptych train iomm/tiny --data images=FOLDER", "torchrun --nproc-per-node 2 -m diptych train bagel/tiny --run runs/two")  # fmt: skip  # noqa: E501
     p.add_argument("recipe", help="a name that `diptych recipes` lists, or a file")
     p.add_argument("--model", help="go on from this model (a folder or shipped name) in place of the recipe's own")
     p.add_argument("--steps", type=int, help="cut or stretch all stages to this many steps, in proportion")
     p.add_argument("--run", dest="folder", type=Path, help="run folder (default: a new one under runs/)")
     p.add_argument("--seed", type=int, help="seed of weights, data order and noise")
     p.add_argument("--catalog", help="YAML file that says where your own data sets are")
+    p.add_argument("--data", action="append", default=[], metavar="NAME=FOLDER", help="read a data set of the recipe from a plain folder of pictures, without words")  # fmt: skip  # noqa: E501
     p.add_argument("--encoded", metavar="FOLDER", help="data sets that `diptych data precompute` wrote stand in for their originals")  # fmt: skip  # noqa: E501
     p.add_argument("--set", dest="override", action="append", default=[], metavar="PATH=VALUE", help="change any leaf of the recipe")  # fmt: skip  # noqa: E501
     p.add_argument("--json", action="store_true", help="print {run, release} as JSON at the end")
@@ -202,9 +203,10 @@ def parser() -> argparse.ArgumentParser:
         "run a paper's table in miniature",
         "diptych study sgt-proxies --seeds 0",
         "diptych study sgt-ratio --steps 300 --limit 24",
+        "diptych study iomm-recipes --seeds 0 --steps 400 --limit 24",
     )
-    p.add_argument("study", help="sgt-proxies, sgt-ratio or sgt-amount")
-    p.add_argument("--model", default="bagel/tiny", help="where every arm starts (default: bagel/tiny)")
+    p.add_argument("study", help="sgt-proxies, sgt-ratio, sgt-amount, iomm-components, iomm-recipes, iomm-mask or iomm-tuning")  # fmt: skip  # noqa: E501
+    p.add_argument("--model", help="where every arm starts (default: the study's own, bagel/tiny or iomm/tiny)")
     p.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of every arm for each (default: 0 1 2)"
     )
@@ -417,24 +419,25 @@ def _train(a: argparse.Namespace) -> int:
             steps=a.steps,
             seed=a.seed,
             catalog=a.catalog,
-            override=_overrides(a),
+            override=_pairs(a.override, "--set", "PATH=VALUE"),
             device=a.device,
             model=a.model,
             encoded=a.encoded,
             profile=a.profile,
             track=a.track,
+            folders=_pairs(a.data, "--data", "NAME=FOLDER"),
         ),
     )
 
 
-def _overrides(a: argparse.Namespace) -> dict[str, str]:
-    override = {}
-    for item in a.override:
-        path, sign, value = item.partition("=")
+def _pairs(items: list[str], option: str, form: str) -> dict[str, str]:
+    pairs = {}
+    for item in items:
+        key, sign, value = item.partition("=")
         if not sign:
-            raise ValueError(f"--set takes PATH=VALUE, not {item!r}")
-        override[path] = value
-    return override
+            raise ValueError(f"{option} takes {form}, not {item!r}")
+        pairs[key] = value
+    return pairs
 
 
 def _plan(a: argparse.Namespace) -> int:
@@ -451,9 +454,8 @@ def _plan(a: argparse.Namespace) -> int:
         from diptych.doctor import matmul_rate
 
         rate, room = matmul_rate(torch.float32) * 1e9, a.memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB  # fmt: skip  # noqa: E501
-    recipe = configured(
-        a.recipe, model=a.model, steps=a.steps, catalog=a.catalog, encoded=a.encoded, override=_overrides(a)
-    )
+    override = _pairs(a.override, "--set", "PATH=VALUE")
+    recipe = configured(a.recipe, model=a.model, steps=a.steps, catalog=a.catalog, encoded=a.encoded, override=override)
     needs = plan(recipe, stage_sources, gpus=a.gpus, nodes=a.nodes, device=device, peak=rate, mfu=a.mfu, price=a.price)
     used = [n.host * a.gpus / a.nodes if device == "cpu" else n.total for n in needs]
     fits = max(used) <= room * GIB
@@ -798,20 +800,27 @@ def _keywords(a: argparse.Namespace, models: Any, size: int) -> Any:
 
 
 def model_rows() -> list[dict[str, Any]]:
-    """Every named model with its parameter counts, taken on the meta device."""
+    """Every named model with its parameter counts, taken on the meta device; None where what it needs is missing."""
     from diptych import models
     from diptych.parts.tokenizer import Tokenizer
+
+    def counts(size: Any, name: str) -> tuple[int | None, int | None]:
+        try:
+            model = models.create(size.family, models.config(name), Tokenizer.tiny(), "meta")
+        except ValueError:  # an extra that is not installed; whoever asks for the model is told
+            return None, None
+        return sum(p.numel() for p in model.parameters()), model.activated_parameters()
 
     rows = []
     for name, size in models.SIZES.items():
         shipped = bool(size.folder and (models.SHIPPED / size.folder / "config.json").is_file())
-        model = models.create(size.family, models.config(name), Tokenizer.tiny(), "meta")
+        parameters, activated = counts(size, name)
         rows.append(
             {
                 "name": name,
                 "family": size.family,
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "activated_parameters": model.activated_parameters(),
+                "parameters": parameters,
+                "activated_parameters": activated,
                 "shipped": shipped,
                 "source": size.source,
             }
@@ -832,9 +841,12 @@ def _models(a: argparse.Namespace) -> None:
         return
     counted = ("parameters", "activated_parameters")
     show = [
-        [r["name"], r["family"], *(f"{r[k]:,}" for k in counted), "yes" if r["shipped"] else "", r["source"]]
+        [
+            r["name"], r["family"], *("needs diptych[hf]" if r[k] is None else f"{r[k]:,}" for k in counted),
+            "yes" if r["shipped"] else "", r["source"],
+        ]
         for r in rows
-    ]
+    ]  # fmt: skip
     _table("models", ["name", "family", "parameters", "activated", "ships", "source"], show)
 
 
@@ -945,7 +957,8 @@ def _data_bench(a: argparse.Namespace) -> None:
     from diptych.data.shards import speed
     from diptych.recipes.run import configured, stage_sources
 
-    recipe = configured(a.recipe, catalog=a.catalog, encoded=a.encoded, override=_overrides(a))
+    override = _pairs(a.override, "--set", "PATH=VALUE")
+    recipe = configured(a.recipe, catalog=a.catalog, encoded=a.encoded, override=override)
     name, config = models.config_from_json(recipe.model)
     model = models.create(name, config, device="meta")
     consumed = None
@@ -994,9 +1007,9 @@ def _data_precompute(a: argparse.Namespace) -> None:
             bar.update(tasks[name], completed=done)
 
         told = precompute(
-            a.recipe, a.out, data=a.data, limit=a.limit, model=a.model, catalog=a.catalog, override=_overrides(a),
-            device=device, progress=progress, encoders=a.encoders, dtype=a.dtype, batch=a.batch, shard=a.shard,
-            workers=a.workers, rank=rank, world=world,
+            a.recipe, a.out, data=a.data, limit=a.limit, model=a.model, catalog=a.catalog,
+            override=_pairs(a.override, "--set", "PATH=VALUE"), device=device, progress=progress,
+            encoders=a.encoders, dtype=a.dtype, batch=a.batch, shard=a.shard, workers=a.workers, rank=rank, world=world,
         )  # fmt: skip
     if a.json:
         print(json.dumps(told))

@@ -1,22 +1,27 @@
 """``diptych study``: a paper's table in miniature. Arms differ in one thing; all start from one model and share steps,
-data order, noise, prompts and scorer. Every run resumes, so a stopped study goes on where it was."""
+data order, noise, prompts and scorer. Arms of several stages that agree in the first share its run. Every run resumes,
+so a stopped study goes on where it was."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 
 from diptych import models
+from diptych.analyze.copying import copying
 from diptych.core.intervals import mean
 from diptych.evaluate import evaluate
 from diptych.evaluate.figures import intervals
 from diptych.evaluate.scores import Score, macro, paired
-from diptych.generate.engine import load
-from diptych.recipes import sgt
+from diptych.generate.engine import Engine, load
+from diptych.recipes import iomm, sgt
 from diptych.recipes.run import resume, train
 from diptych.train.recipe import Recipe
 
@@ -25,11 +30,30 @@ BENCHMARKS = ("vqa-mini", "geneval-mini")
 
 @dataclass(frozen=True)
 class Study:
-    """Arms by name, each a recipe for a number of steps, and the arm that differences are taken from."""
+    """Arms by name, each a recipe for a number of steps, and the arm that differences are taken from.
+
+    ``takes``    modules that every arm takes from the model given and leaves as they are; the rest begins anew. None:
+                 arms go on from the whole model
+    ``measure``  more to know of every arm's model: numbers by name
+    """
 
     title: str
     arms: Mapping[str, Callable[[int], Recipe]]
     base: str
+    takes: tuple[str, ...] | None = None
+    measure: Callable[[Engine], dict[str, float]] | None = None
+    model: str = "bagel/tiny"
+
+    def on(self, recipe: Recipe, model: str) -> Recipe:
+        """An arm's recipe, started from ``model``."""
+        return recipe.on(model) if self.takes is None else replace(recipe, init=dict.fromkeys(self.takes, model))
+
+
+def _iomm(**changes: Any) -> Callable[[int], Recipe]:
+    return lambda steps: iomm.tiny(**changes, tokens=2560).with_steps(steps)
+
+
+READER = {"takes": ("mllm", "autoencoder"), "model": "iomm/tiny"}
 
 
 STUDIES = {
@@ -54,6 +78,37 @@ STUDIES = {
         },
         "0",
     ),
+    "iomm-components": Study(
+        "What joins reader and generator (IOMM, figure 2b), beside controls of the adapter's size",
+        {
+            "raw": _iomm(masked=0.0, changes={"adapter": "none"}),
+            "raw + block": _iomm(masked=0.0, changes={"adapter": "none", "connector_layers": 1}),
+            "static queries": _iomm(masked=0.0, changes={"adapter": "static"}),
+            "static queries + block": _iomm(masked=0.0, changes={"adapter": "static", "connector_layers": 1}),
+            "residual queries": _iomm(masked=0.0),
+            "residual queries + mask": _iomm(),
+        },
+        "raw",
+        **READER,
+    ),
+    "iomm-recipes": Study(
+        "Pre-training and tuning on pictures alone, on pairs, on a mix (IOMM, table 9)",
+        {f"{a} to {b}": _iomm(pretrain=a, tune=b) for a in ("pair", "image") for b in ("image", "pair", "mix")},
+        "pair to mix",
+        **READER,
+    ),
+    "iomm-mask": Study(
+        "The share of a picture's tokens that is masked (IOMM, figure 4b), and what is copied",
+        {f"r = {r}": _iomm(masked=r) for r in (0.0, 0.25, 0.45, 0.65, 0.85, 0.95)},
+        "r = 0.0",
+        measure=copying,
+        **READER,
+    ),
+    "iomm-tuning": Study(
+        "Mixed tuning of BAGEL (IOMM, table 2)",
+        {kind: (lambda steps, kind=kind: iomm.tuning(kind=kind, steps=steps)) for kind in ("image", "pair", "mix")},
+        "pair",
+    ),
 }
 
 
@@ -61,31 +116,37 @@ def study(
     name: str,
     folder: Path,
     out: Path,
-    model: str = "bagel/tiny",
+    model: str | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     steps: int = 600,
     limit: int | None = None,
 ) -> Path:
     """Runs what is missing of a study and returns the page that it writes, with one table and one plot.
 
-    ``folder`` keeps the runs, ``folder/ARM/seed-S``; ``limit`` is the evaluation's items per category.
+    ``folder`` keeps the runs, ``folder/ARM/seed-S``; ``model`` is where arms start (default: the study's own);
+    ``limit`` is the evaluation's items per category.
     Raises ``ValueError`` for an unknown study, and for a folder that was begun with other settings."""
     if name not in STUDIES:
         raise ValueError(f"unknown study {name!r}; choose from {', '.join(STUDIES)}")
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"a study needs different seeds, at least one, not {list(seeds)}")
     this, console = STUDIES[name], Console()
+    model = model or this.model
     _agree(folder, {"study": name, "model": models.read_config(model), "from": model, "steps": steps, "limit": limit})
     rights: dict[str, list[dict]] = {}
+    measures: dict[str, list[dict[str, float]]] = {}
     console.rule("start")
     rights["start"] = [_rights(model, folder / "start", limit)]
     for arm, make in this.arms.items():
         for seed in seeds:
             console.rule(f"{arm}, seed {seed}")
             run = folder / arm.replace(":", "-") / f"seed-{seed}"
-            recipe = replace(make(steps).on(model), seed=seed)
-            rights.setdefault(arm, []).append(_rights(str(_trained(recipe, run)), run / "evaluate", limit))
-    page = _page(this, name, rights, model, seeds, steps, out)
+            release = _stages(replace(this.on(make(steps), model), seed=seed), run, folder / "stage-1")
+            _untouched(this, model, release)
+            rights.setdefault(arm, []).append(_rights(str(release), run / "evaluate", limit))
+            if this.measure:
+                measures.setdefault(arm, []).append(this.measure(load(release)))
+    page = _page(this, name, rights, measures, model, seeds, steps, out)
     console.print(page.read_text(), highlight=False)
     return page
 
@@ -100,6 +161,24 @@ def _agree(folder: Path, settings: Mapping) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(dict(settings), indent=1))
+
+
+def _stages(recipe: Recipe, run: Path, shared: Path) -> Path:
+    """The release of a recipe. Of several stages the first has a run of its own under ``shared``, for all that agree in
+    it; the rest goes on from there."""
+    if len(recipe.stages) > 1:
+        first = replace(recipe, stages=recipe.stages[:1])
+        place = shared / hashlib.sha256(first.to_json().encode()).hexdigest()[:12]
+        recipe = replace(recipe, stages=recipe.stages[1:], init={"model": str(_trained(first, place))})
+    return _trained(recipe, run)
+
+
+def _untouched(this: Study, model: str, release: Path) -> None:
+    """Raises ``ValueError`` where a module that arms were to leave as it is has other weights than the model's."""
+    for module in this.takes or ():
+        before, after = (models.load(m).get_submodule(module).state_dict() for m in (model, release))
+        if changed := sorted(n for n in before if not torch.equal(before[n], after[n])):
+            raise ValueError(f"{release} changed {module}: {', '.join(changed[:4])}")
 
 
 def _trained(recipe: Recipe, run: Path) -> Path:
@@ -117,16 +196,30 @@ def _rights(model: str, folder: Path, limit: int | None) -> dict[tuple[str, str,
     }
 
 
-def _page(this: Study, name: str, rights: Mapping, model: str, seeds: Sequence[int], steps: int, out: Path) -> Path:
+def _page(
+    this: Study,
+    name: str,
+    rights: Mapping,
+    measures: Mapping[str, list[dict[str, float]]],
+    model: str,
+    seeds: Sequence[int],
+    steps: int,
+    out: Path,
+) -> Path:
     first = rights["start"][0]
+    begins = f"Every arm goes on from `{model}` for {steps} steps."
+    if this.takes:
+        begins = (
+            f"Every arm has {' and '.join(f'`{m}`' for m in this.takes)} of `{model}` (**start**) and leaves them bit "
+            f"for bit as they are; the rest begins anew and is trained for {steps} steps in all."
+        )
     lines = [
         f"# {this.title}",
         "",
         f"`diptych study {name} --model {model} --steps {steps} --seeds {' '.join(map(str, seeds))}`",
         "",
-        f"Every arm goes on from `{model}` for {steps} steps. Brackets are 95 % intervals: over seeds (Student's t) "
-        "where there are several, else over items. Δ is the difference to "
-        f"**{this.base}** on the same items, with a bootstrap over prompts.",
+        f"{begins} Brackets are 95 % intervals: over seeds (Student's t) where there are several, else over items. "
+        f"Δ is the difference to **{this.base}** on the same items, with a bootstrap over prompts.",
     ]
     plots = {}
     for benchmark in BENCHMARKS:
@@ -139,6 +232,11 @@ def _page(this: Study, name: str, rights: Mapping, model: str, seeds: Sequence[i
             cells.append("" if arm in ("start", this.base) else _cell(_gain(rights[this.base], of, benchmark), "+"))
             cells += [f"{_score(of, benchmark, [c]).value:.3f}" for c in categories]
             lines.append(f"| {arm} | {' | '.join(cells)} |")
+    if measures:
+        names = list(next(iter(measures.values()))[0])
+        lines += ["", f"| arm | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+        for arm, of in measures.items():
+            lines.append(f"| {arm} | {' | '.join(f'{mean([m[n] for m in of])[0]:.3f}' for n in names)} |")
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.png").write_bytes(intervals(plots))
     page = out / f"{name}.md"

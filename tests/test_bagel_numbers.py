@@ -17,7 +17,7 @@ DONE: set[str] = set()
 
 @pytest.fixture(scope="module")
 def folder() -> Folder:
-    return Folder(FOLDER)
+    return Folder(FOLDER, bagel.WEIGHTS)
 
 
 def run(folder: Folder, stage: str) -> None:

@@ -60,6 +60,7 @@ def test_help_lists_every_verb(call):
         "edit",
         "ask",
         "chat",
+        "serve",
         "evaluate",
         "analyze",
         "models",

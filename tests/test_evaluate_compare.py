@@ -43,7 +43,7 @@ def test_flipped_signs():
 
 
 def test_two_processes_equal_one(tmp_path, tiny_model):
-    words = [tiny_model, *NAMES, "--limit", "3", "--batch-size", "4", "--seed", "1", "--device", "cpu", "--json"]
+    words = [tiny_model, "caption-mini", "edit-mini", "--limit", "2", "--batch-size", "2", "--device", "cpu", "--json"]
     assert cli.main(["evaluate", *map(str, words), "--out", str(tmp_path / "one")]) == 0
     command = [sys.executable, "-m", "diptych", "evaluate", *map(str, words), "--out", str(tmp_path / "two")]
     said = two(command)

@@ -158,12 +158,13 @@ def test_wise_verified_is_another_protocol(tmp_path, pictures):
 
 # --- DPG --------------------------------------------------------------------------------------------------------------
 
-DPG = """item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language
-p0,"a red cat, on a mat",,1,0,entity,whole,,Is there a cat?
-p0,"a red cat, on a mat",,2,1,attribute,color,,Is the cat red?
-p0,"a red cat, on a mat",,3,"1,4",relation,spatial,,Is the cat on the mat?
-p0,"a red cat, on a mat",,4,0,entity,whole,,Is there a mat?
-p1,a dog,,1,0,entity,whole,,Is there a dog?
+HEAD = "item_id,text,proposition_id,dependency,category_broad,question_natural_language"
+DPG = f"""{HEAD}
+p0,"a red cat, on a mat",1,0,entity,Is there a cat?
+p0,"a red cat, on a mat",2,1,attribute,Is the cat red?
+p0,"a red cat, on a mat",3,"1,4",relation,Is the cat on the mat?
+p0,"a red cat, on a mat",4,0,entity,Is there a mat?
+p1,a dog,1,0,entity,Is there a dog?
 """
 
 

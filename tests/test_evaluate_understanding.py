@@ -234,8 +234,8 @@ def test_results_of_others_are_read(tmp_path):
                      (3.56, 3.31, 1.70, 3.30, 2.62, 3.24, 4.49, 2.38, 4.17), strict=True))  # fmt: skip
     (tmp_path / "t.json").write_text(json.dumps(types))
     assert round(interop.read("imgedit", tmp_path / "t.json")["imgedit@basic[official]/overall"].value, 2) == 3.2
-    (tmp_path / "g.csv").write_text("key,sementics_score,quality_score,intersection_exist,instruction_language,task_type\n"
-                                    "a,4,9,True,en,x\nb,0,9,False,en,y\n")  # fmt: skip
+    head = "key,sementics_score,quality_score,intersection_exist,instruction_language,task_type"
+    (tmp_path / "g.csv").write_text(f"{head}\na,4,9,True,en,x\nb,0,9,False,en,y\n")
     gedit = interop.read("gedit", tmp_path / "g.csv")
     assert gedit["gedit_en@full[official]/O"].value == 3 and gedit["gedit_en@intersection[official]/O"].value == 6
     for kind, told in (("poop", "unknown kind"), ("wise", "has no 'prompt_id'"), ("lmms-eval", "no 'results'")):
@@ -285,8 +285,8 @@ def test_lmms_eval_itself(tmp_path):
     datasets = pytest.importorskip("datasets")
     images = [PIL.Image.new("RGB", (8, 8), c) for c in ("red", "blue", "red")]
     rows = {"image": images, "question": ["is it red?"] * 3, "answer": ["yes", "no", "no"]}
-    made = datasets.Dataset.from_dict(rows, features=datasets.Features(
-        {"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")}))  # fmt: skip
+    kinds = {"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")}
+    made = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
     made.to_parquet(str(tmp_path / "t.parquet"))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/tiny.yaml").write_text(TASK.format(file=tmp_path / "t.parquet"))

@@ -306,8 +306,6 @@ def test_keys_open_and_strangers_are_told_so(engine, monkeypatch):
             ("first", 200),
             ("second", 200),
             ("third", 401),
-            ("", 401),
-            ("first ", 200),
             ("fïrst", 401),
         ):
             compared.clear()
@@ -321,9 +319,8 @@ def test_keys_open_and_strangers_are_told_so(engine, monkeypatch):
             assert server.http.get(path).status_code == 200
         for path in ("/v1/diptych/runs", "/v1/files", "/v1/images/generations"):
             assert server.http.post(path).status_code == 401
-    assert (
-        Keys(["a"])("Bearer a").startswith("key ") and "a" not in Keys(["xyz"])("Bearer xyz").removeprefix("key ")[:0]
-    )
+    assert Keys(["secret"])("Bearer secret").startswith("key ") and "secret" not in Keys(["secret"])("Bearer secret")
+    assert Keys(["secret"])("Bearer ") is None and Keys(["secret"])("") is None
 
 
 def test_other_sites_are_kept_out(server):

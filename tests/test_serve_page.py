@@ -12,7 +12,7 @@ import pytest
 
 from diptych.generate.engine import Engine
 from tests import tiny
-from tests.serving import WAIT, serving
+from tests.serving import serving
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next((found for n in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(n))), None)
@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine"),
 ]
+WAIT = 180.0  # seconds, on a busy machine
 STATIC = Path(__file__).parent.parent / "diptych" / "serve" / "static"
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from diptych import study
+from diptych import models, study
+from diptych.analyze.copying import copying
+from diptych.generate.engine import Engine
 from diptych.recipes import sgt
+from tests import tiny
 
 
 @pytest.fixture
@@ -41,4 +45,45 @@ def test_every_arm_is_a_recipe_and_the_base_is_one_of_them(name):
     this = study.STUDIES[name]
     assert this.base in this.arms
     made = {arm: make(7) for arm, make in this.arms.items()}
-    assert all(r.steps == 7 for r in made.values()) and len({str(r.stages[0].data) for r in made.values()}) == len(made)
+    assert all(r.steps == 7 for r in made.values()) and len({r.to_json() for r in made.values()}) == len(made)
+
+
+def test_arms_that_agree_in_the_first_stage_share_its_run(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(study, "_trained", lambda recipe, run: ran.append((run, recipe)) or run / "release")
+    six = study.STUDIES["iomm-recipes"]
+    for arm, make in six.arms.items():
+        study._stages(six.on(make(20), "reader"), tmp_path / arm, tmp_path / "stage-1")
+    firsts, rests = ran[::2], ran[1::2]
+    assert len({run for run, _ in firsts}) == 2 and len({run for run, _ in rests}) == 6
+    assert all(r.init == dict.fromkeys(("mllm", "autoencoder"), "reader") and len(r.stages) == 1 for _, r in firsts)
+    assert all(r.init == {"model": str(run / "release")} for (run, _), (_, r) in zip(firsts, rests))
+
+
+def test_a_study_fails_where_a_frozen_weight_has_moved(tmp_path):
+    model = tiny.model("iomm")
+    models.save(model, tmp_path / "a")
+    six = study.STUDIES["iomm-recipes"]
+    study._untouched(six, str(tmp_path / "a"), tmp_path / "a")
+    with torch.no_grad():
+        next(model.mllm.parameters()).add_(1e-6)
+    models.save(model, tmp_path / "b")
+    with pytest.raises(ValueError, match="changed mllm: "):
+        study._untouched(six, str(tmp_path / "a"), tmp_path / "b")
+
+
+def test_copying_tells_a_copy_from_another_picture(monkeypatch):
+    engine = Engine(tiny.shake(tiny.model("iomm")))
+
+    class Drawn:
+        def __init__(self, image):
+            self.image = image
+
+    def perfect(samples, seeds, size):
+        return [Drawn(next(s.images()).pixels) for s in samples]
+
+    drawn = copying(engine, 3, (0, 1))
+    monkeypatch.setattr(engine, "draw", perfect)
+    copied = copying(engine, 3, (0, 1))
+    assert copied["psnr"] > 50 > drawn["psnr"] and copied["cosine"] == pytest.approx(1, abs=1e-5)
+    assert copied["diversity"] == 0 < drawn["diversity"] and drawn["cosine"] < 0.999

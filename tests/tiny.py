@@ -5,6 +5,7 @@ A new family is one line in ``FAMILIES``.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -14,8 +15,11 @@ import torch
 from diptych import models
 from diptych.core.sample import Image, Sample, Text, assistant, user
 from diptych.models import bagel as bagel_family
+from diptych.models import cheers as cheers_family
+from diptych.models import iomm as iomm_family
 from diptych.models.protocol import UnifiedModel
 from diptych.parts.autoencoder import AutoencoderConfig
+from diptych.parts.dit import DitConfig
 from diptych.parts.vision import VisionConfig
 from diptych.train.recipe import Limits, Optimizer, Recipe, Stage
 
@@ -48,8 +52,44 @@ def bagel() -> bagel_family.Config:
     )
 
 
+def iomm() -> iomm_family.Config:
+    """IOMM with two layers of width 32 everywhere; 64 pixels are 16 tokens."""
+    c = iomm_family.Config.tiny()
+    model = deepcopy(c.mllm.model)
+    model["vision_config"] |= {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32
+    }  # fmt: skip
+    model["text_config"] |= {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+    return replace(
+        c,
+        mllm=replace(c.mllm, model=model),
+        dit=DitConfig("double", 32, 2, 2, (0, 8, 8)),
+        autoencoder=bagel().autoencoder,
+        queries=4,
+        size=(32, 32),
+        settings=replace(c.settings, num_inference_steps=4),
+    )
+
+
+def cheers() -> cheers_family.Config:
+    """Cheers with two layers of width 32; 64 pixels are 16 tokens and 64 latents."""
+    c = cheers_family.Config.tiny()
+    small = bagel()
+    return replace(
+        c,
+        decoder=replace(small.decoder, vocab_size=1032, routes=1, routed=(), tie_word_embeddings=True),
+        vision=VisionConfig(32, 48, 1, 4, patch_size=8, image_size=32),
+        autoencoder=small.autoencoder,
+        size=(32, 32),
+        prediction="velocity",  # and mild guidance: rounding grows with every look at the picture
+        settings=replace(c.settings, num_inference_steps=4, guidance_scale=1.5, timestep_shift=1.0),
+    )
+
+
 FAMILIES = {
     "bagel": bagel,
+    "iomm": iomm,
+    "cheers": cheers,
 }
 
 
@@ -62,11 +102,19 @@ def model(family: str, seed: int = 0) -> UnifiedModel:
 
 
 def shake(made: UnifiedModel, seed: int = 1) -> UnifiedModel:
-    """Moves every parameter, so that nothing is zero or equal because of how weights begin."""
+    """Moves every parameter by about what fresh weights are, so that nothing is zero or equal because of how they begin
+    and rounding does not grow to something that one sees."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in made.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * (0.2 if p.dim() > 1 else 0.1))
+            p.add_(torch.randn(p.shape, generator=generator) * (min(0.2, p[0].numel() ** -0.5) if p.dim() > 1 else 0.1))
+    return made
+
+
+def shake_only(made: UnifiedModel, *modules: str) -> UnifiedModel:
+    """``shake`` for some modules of a model."""
+    for module in modules:
+        shake(made.get_submodule(module))
     return made
 
 

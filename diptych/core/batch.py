@@ -24,6 +24,7 @@ class Pictures:
     grid: tuple[int, int]
     drawn: bool
     encoded: bool
+    masked: float
     images: Tensor | None  # (N, ...) as the segments held them; None for queries
     tokens: Int[Tensor, "N n"]
     owners: tuple[str, ...]
@@ -52,6 +53,14 @@ class Batch:
     def of(self, kind: Kind) -> list[Pictures]:
         """The groups of pictures of this kind."""
         return [p for p in self.pictures if p.kind == kind]
+
+    def take(self, places: Tensor) -> Batch:
+        """The row with nothing but these places (ascending) on one route, its pictures left out."""
+        columns = {n: getattr(self, n)[places] for n in ("ids", "targets", "positions", "segment", "full", "hidden")}
+        document = self.document[places]
+        lengths = tuple(torch.bincount(document, minlength=len(self.samples)).tolist())
+        route = (torch.arange(len(places), device=places.device),)
+        return replace(self, **columns, document=document, routes=route, pictures=(), lengths=lengths)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
@@ -99,7 +108,7 @@ def pack(sequences: Iterable[Sequence], routes: int = 1, pad_to: int | None = No
                 ordinal = ordinals.get(s.kind, 0)
                 ordinals[s.kind] = ordinal + 1
                 shape = None if s.image is None else (tuple(s.image.shape), s.image.dtype)
-                key = (s.kind, s.grid or (1, len(places)), s.drawn, s.encoded, shape)
+                key = (s.kind, s.grid or (1, len(places)), s.drawn, s.encoded, s.masked, shape)
                 groups.setdefault(key, []).append((s.image, places, sequence.id, ordinal))
             ids += s.ids
             targets += s.targets or [NONE] * n
@@ -130,12 +139,13 @@ def pack(sequences: Iterable[Sequence], routes: int = 1, pad_to: int | None = No
                 grid,
                 drawn,
                 encoded,
+                masked,
                 None if shape is None else torch.stack([m[0] for m in members]),
                 torch.tensor([m[1] for m in members]),
                 tuple(m[2] for m in members),
                 tuple(m[3] for m in members),
             )
-            for (kind, grid, drawn, encoded, shape), members in groups.items()
+            for (kind, grid, drawn, encoded, masked, shape), members in groups.items()
         ),
         tuple(s.id for s in sequences),
         tuple(len(s) for s in sequences),

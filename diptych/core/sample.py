@@ -47,6 +47,7 @@ class Image:
     ``nearest`` says that colours are labels: it is resized to the nearest pixel, so that no colour is made up.
     ``encoded`` is what frozen encoders of a family made of it beforehand (``diptych data precompute``), by the
     encoder's name; such a picture keeps its ``size`` and may have no pixels.
+    ``masked`` is the share of its tokens, in [0, 1], that a model is to read as blanks.
     """
 
     image: str | PIL.Image.Image | None
@@ -54,6 +55,11 @@ class Image:
     size: tuple[int, int] | None = None
     nearest: bool = False
     encoded: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    masked: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.masked <= 1:
+            raise ValueError(f"the masked share of a picture's tokens must lie in [0, 1], not {self.masked}")
 
     @property
     def blank(self) -> bool:
@@ -164,7 +170,8 @@ def sample_to_json(sample: Sample) -> dict:
             return {"type": "text", "text": p.text, "loss": p.loss}
         if isinstance(p.image, PIL.Image.Image) or p.encoded:
             raise ValueError(f"sample {sample.id!r} holds a decoded picture; save it and put its path in the sample")
-        more = ({"nearest": True} if p.nearest else {}) | ({"size": list(p.size)} if p.size else {})
+        more: dict[str, Any] = ({"nearest": True} if p.nearest else {}) | ({"size": list(p.size)} if p.size else {})
+        more |= {"masked": p.masked} if p.masked else {}
         return {"type": "image", "image": p.image, "role": p.role} | more
 
     messages = [{"role": m.role, "content": [part(p) for p in m.parts]} for m in sample.messages]
@@ -192,7 +199,7 @@ def _part(row: Any, speaker: Speaker, where: str) -> Part:
         if not isinstance(loss, bool):
             raise ValueError(f"{where}.loss must be true or false, not {loss!r}")
         return Text(row["text"], loss)
-    _keys(row, where, required={"type", "image"}, optional={"role", "size", "nearest"})
+    _keys(row, where, required={"type", "image"}, optional={"role", "size", "nearest", "masked"})
     if not isinstance(row["image"], (str, Path)) or not str(row["image"]):
         raise ValueError(f"{where}.image must be a path, not {row['image']!r}")
     role = row.get("role", "target" if speaker == "assistant" else "understand")
@@ -205,7 +212,10 @@ def _part(row: Any, speaker: Speaker, where: str) -> Part:
     nearest = row.get("nearest", False)
     if not isinstance(nearest, bool):
         raise ValueError(f"{where}.nearest must be true or false, not {nearest!r}")
-    return Image(str(row["image"]), role, size, nearest)
+    masked = row.get("masked", 0.0)
+    if not (isinstance(masked, (int, float)) and 0 <= masked <= 1):
+        raise ValueError(f"{where}.masked must be a number in [0, 1], not {masked!r}")
+    return Image(str(row["image"]), role, size, nearest, masked=float(masked))
 
 
 def _keys(row: Any, where: str, required: set[str], optional: set[str] = frozenset()) -> None:  # type: ignore[assignment]

@@ -37,6 +37,7 @@ class Segment:
     ``route``     which expert serves the picture's tokens; positions that carry an id take route 0
     ``drawn``     the picture is what is to be generated: it carries the picture loss
     ``encoded``   ``image`` is not what an encoder is to be shown but what it made of that (``Image.through``)
+    ``masked``    the share of the picture's tokens that the network blanks, at random (IOMM's self-conditioning)
     """
 
     kind: Kind
@@ -51,6 +52,7 @@ class Segment:
     route: int = 0
     drawn: bool = False
     encoded: bool = False
+    masked: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.ids:
@@ -114,6 +116,8 @@ class Sequence:
             loss = f"loss on {s.supervised}" if s.supervised else ""
             if s.drawn:
                 loss = f"loss on {s.open}"
+            if s.masked:
+                what += f"  masked {s.masked:g}"
             line = f"  {at:5d}  {s.kind:<7} {len(s):5d} tokens  {places:<12} {sees:<15} route {s.route}  {what}  {loss}"
             lines.append(line.rstrip())
             at += len(s)

@@ -27,6 +27,7 @@ from diptych.data import sources as readers
 from diptych.data import tasks
 from diptych.data.images import MAX_PIXELS
 from diptych.data.mixture import First, Source
+from diptych.data.selfcondition import PICTURES, Pictures
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
 Path_ = Annotated[str, Field(min_length=1)]
@@ -197,32 +198,40 @@ def sources(
     size: int = 64,
     split: str = "train",
     encoded: str | Path | None = None,
+    folders: Mapping[str, str] | None = None,
 ) -> dict[str, Source]:
     """The named data sets: those of the catalog, else the embedded ones (with pictures of ``size`` and of ``split``).
 
-    The user's own data have no split and keep their sizes. ``name#n`` is the first n samples of a data set. ``encoded``
-    is the folder of ``diptych data precompute``: data sets in it (by the name asked for) are read from there. Raises
-    ``ValueError`` for a name that neither has, and for encoded data that were made of other pictures.
+    The user's own data have no split and keep their sizes. ``name#n`` is the first n samples of a data set,
+    ``name/pictures`` the pictures that it draws, without words. ``folders`` are plain folders of pictures, by the name
+    that they stand in for. ``encoded`` is the folder of ``diptych data precompute``: data sets in it (by the name asked
+    for) are read from there. Raises ``ValueError`` for a name that neither has, and for encoded data that were made of
+    other pictures.
     """
     from diptych.data import embedded
     from diptych.data import encoded as precomputed
 
-    entries = read_catalog(catalog) if catalog is not None else {}
+    entries, folders = read_catalog(catalog) if catalog is not None else {}, folders or {}
     found: dict[str, Source] = {}
     for wanted in names:
         name, cut, n = wanted.rpartition("#") if wanted not in entries else (wanted, "", "")
         name = name or wanted
         kept = next((k for k in (wanted, name) if encoded is not None and precomputed.there(Path(encoded) / k)), None)
+        whole = name.removesuffix(PICTURES) if name not in entries else name
         if kept is not None:
             found[wanted] = precomputed.encoded(kept, Path(encoded or "") / kept, origin(name, entries, size))
             cut = cut if kept == name else ""
-        elif name in entries:
-            found[wanted] = entries[name].open()
-        elif name in embedded.names():
-            found[wanted] = embedded.source(name, split, size)
+        elif whole in folders:
+            found[wanted] = readers.images(whole, Path(folders[whole]))
+        elif whole in entries:
+            found[wanted] = entries[whole].open()
+        elif whole in embedded.names():
+            found[wanted] = embedded.source(whole, split, size)
         else:
             theirs = f"{catalog}: {', '.join(entries)}; " if catalog is not None else "no catalog was given; "
-            raise ValueError(f"unknown data set {name!r}; {theirs}embedded: {', '.join(embedded.names())}")
+            raise ValueError(f"unknown data set {whole!r}; {theirs}embedded: {', '.join(embedded.names())}")
+        if whole != name and kept is None:
+            found[wanted] = Pictures(found[wanted])
         if cut:
             if not n.isdigit():
                 raise ValueError(f"data set {wanted!r}: after # stands a number of samples")

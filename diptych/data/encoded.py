@@ -14,7 +14,7 @@ import json
 import os
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from diptych.core.sample import Image, Sample, sample_to_json
 from diptych.core.tensors import Tensor
 from diptych.data.loader import one_thread
-from diptych.data.mixture import First, Source
+from diptych.data.mixture import Source
 from diptych.data.sources import Tar, webdataset
 
 INDEX = "encoded.json"
@@ -104,7 +104,7 @@ def encoded(name: str, folder: Path, origin: Mapping[str, Any]) -> Encoded:
 def refuse_stale(sources: Mapping[str, Any], digest: Callable[[str], str]) -> None:
     """Raises ``ValueError`` for a data set that another encoder made than the one that ``digest(name)`` describes."""
     for name, source in sources.items():
-        source = source.source if isinstance(source, First) else source
+        source = _inner(source)
         for encoder, made in source.digests.items() if isinstance(source, Encoded) else ():
             if made != (now := digest(encoder)):
                 raise ValueError(
@@ -115,8 +115,15 @@ def refuse_stale(sources: Mapping[str, Any], digest: Callable[[str], str]) -> No
 
 def encoders_of(sources: Mapping[str, Any]) -> set[str]:
     """The names of all encoders whose outputs some of the data sets hold."""
-    inner = (s.source if isinstance(s, First) else s for s in sources.values())
+    inner = map(_inner, sources.values())
     return {encoder for s in inner if isinstance(s, Encoded) for encoder in s.digests}
+
+
+def _inner(source: Any) -> Any:
+    """What a source is made from, if it is made from another."""
+    while not isinstance(source, Encoded) and hasattr(source, "source"):
+        source = source.source
+    return source
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -144,7 +151,9 @@ class _Watch(Dataset):
             sample = self.source[index]
         except (ValueError, OSError) as error:  # what sources raise for rows and pictures that cannot be read
             return str(error)
-        watched = sample.map_images(lambda i: Watched(i.image, i.role, i.size, i.nearest))
+        watched = sample.map_images(
+            lambda i: Watched(**{f.name: getattr(i, f.name) for f in fields(Image) if f.name != "encoded"})
+        )
         self.lay_out(watched)
         return sample, [i.shown for i in watched.images()]  # type: ignore[attr-defined]
 

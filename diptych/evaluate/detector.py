@@ -162,10 +162,10 @@ def _load(kind: str, source: str) -> Any:
     """A network or processor of transformers. Raises ``ValueError`` for a missing package or files."""
     try:
         import transformers
-    except ImportError as error:
-        raise ValueError('GenEval\'s scorer needs transformers: pip install "diptych[hf]"') from error
-    try:
+
         return getattr(transformers, kind).from_pretrained(source)
+    except ImportError as error:  # transformers itself, or scipy, which its Mask2Former wants
+        raise ValueError(f'GenEval\'s scorer needs pip install "diptych[evaluate]": {error}') from error
     except OSError as error:
         raise ValueError(
             f"{kind} cannot be read from {source!r}: {error}. Name a folder with --detector or --clip, or go online"

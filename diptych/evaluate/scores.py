@@ -246,7 +246,8 @@ def paired(
 
 
 def ratio(over: Sequence[float], under: Sequence[float], clusters: Sequence[str], seed: int = 0) -> Score:
-    """The ratio of two sums over items (a precision, an F score), 0 over nothing; percentile bootstrap of clusters."""
+    """The ratio of two sums over items (a precision, an F score), 0 over nothing: percentile bootstrap over clusters,
+    no narrower than Wilson's interval of the items that count below the line."""
     if not len(over) == len(under) == len(clusters) or not len(over):
         raise ValueError(f"a ratio of {len(over)} and {len(under)} values of {len(clusters)} clusters")
     index = {c: i for i, c in enumerate(dict.fromkeys(clusters))}
@@ -257,7 +258,9 @@ def ratio(over: Sequence[float], under: Sequence[float], clusters: Sequence[str]
     above, below = times @ a, times @ b
     drawn = np.divide(above, below, out=np.zeros(DRAWS), where=below > 0)
     low, high = np.quantile(drawn, (0.025, 0.975))
-    return Score(float(a.sum() / b.sum()) if b.sum() else 0.0, float(low), float(high), len(over))
+    value, count = float(a.sum() / b.sum()) if b.sum() else 0.0, sum(v > 0 for v in under)
+    alone = wilson(value * count, count) if count else Score(0.0, 0.0, 1.0, 0)
+    return Score(value, min(float(low), alone.low), max(float(high), alone.high), len(over))
 
 
 def sign_flip(a: Sequence[float], b: Sequence[float], clusters: Sequence[str], seed: int = 0) -> float:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 FAMILIES = {
     "bagel": "diptych.models.bagel:Bagel",
     "autoencoder": "diptych.models.autoencoder:AutoencoderTraining",
+    "iomm": "diptych.models.iomm:Iomm",
+    "cheers": "diptych.models.cheers:Cheers",
 }
 
 
@@ -43,6 +45,12 @@ SIZES: dict[str, Size] = {
     "bagel/7b-mot": Size("bagel", "b7_mot", "ByteDance-Seed/BAGEL-7B-MoT"),
     "bagel/7b-sgt": Size("bagel", "b7_mot", "Two-hot/SGT-BAGEL", base="bagel/7b-mot"),
     "autoencoder/tiny": Size("autoencoder", "tiny", "ships with diptych", "autoencoder-tiny"),
+    "iomm/tiny": Size("iomm", "tiny", "ships with diptych", "iomm-tiny"),
+    "iomm/b": Size("iomm", "b", "arXiv 2603.16139, not released"),
+    "iomm/l": Size("iomm", "l", "arXiv 2603.16139, not released"),
+    "iomm/xl": Size("iomm", "xl", "arXiv 2603.16139, not released"),
+    "cheers/tiny": Size("cheers", "tiny", "ships with diptych", "cheers-tiny"),
+    "cheers/1.5b": Size("cheers", "b1_5", "ai9stars/Cheers"),
 }
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
 
@@ -273,7 +281,7 @@ def open_source(name_or_path: str | Path, base: str | Path | None = None) -> Sou
         return folders.Source(name, settings, tokenizer, weights, str(where), torch.float32)
     layouts = {name: layout for name in FAMILIES if (layout := published_layout(name))}
     for name, layout in layouts.items():
-        if all(where.find(file) for file in layout.json):
+        if folders.tells(layout, where):
             return folders.open_published(name, layout, where)
     lacks = [f"as a published {n} folder it lacks {', '.join(folders.missing(x, where))}" for n, x in layouts.items()]
     raise ValueError(

@@ -22,9 +22,8 @@ from diptych.core.sample import Sample
 from diptych.core.sequence import Kind, Segment
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, to_float
-from diptych.models.bagel import tiny_autoencoder
 from diptych.models.protocol import NOTHING, Drop, Trainable
-from diptych.parts.autoencoder import Autoencoder, AutoencoderConfig
+from diptych.parts.autoencoder import Autoencoder, AutoencoderConfig, tiny_autoencoder
 from diptych.parts.images import to_tensor
 from diptych.parts.tokenizer import Tokenizer
 

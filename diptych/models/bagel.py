@@ -36,18 +36,31 @@ from diptych.core.sequence import Kind, Segment
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, Float, Tensor, to_float
 from diptych.models.folders import Json, Layout, States
-from diptych.models.protocol import NOTHING, Context, Drawing, Drop, Encoder, UnifiedModel, advance
+from diptych.models.protocol import (
+    NOTHING,
+    Context,
+    Drawing,
+    Drop,
+    Encoder,
+    UnifiedModel,
+    advance,
+    draw_noise,
+    draw_weights,
+    flow_branches,
+    read_on,
+    shown,
+)
 from diptych.models.weights import BAGEL, FLUX_AUTOENCODER, count, decoder_config, flux_config, side
 from diptych.parts.adapters import Projector
-from diptych.parts.attention import Attend, Cache, Cached, Fixed, documents, inverse_permutation, permute
-from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, sampled
+from diptych.parts.attention import Attend, Cache, Cached, Fixed, documents, inverse_permutation
+from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, sampled, tiny_autoencoder
 from diptych.parts.decoder import Decoder, DecoderConfig
-from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, guide, mix, schedule, squared_error, velocity
+from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, check_step, euler, mix, squared_error, velocity
 from diptych.parts.images import SizeRule, latents_to_tokens, to_tensor, tokens_to_latents
 from diptych.parts.positions import TimestepEmbedding, grid_places, grid_table
 from diptych.parts.routed import Routed
 from diptych.parts.tokenizer import Tokenizer
-from diptych.parts.vision import VisionConfig, VisionEncoder
+from diptych.parts.vision import VisionConfig, VisionEncoder, kept
 
 READ, DRAW = 0, 1  # the two routes
 
@@ -123,18 +136,6 @@ def position_tables(c: Config) -> dict[str, Tensor]:
     return {"latent_positions": grid_table(c.latent_side, d), "vision_positions": grid_table(c.seen_side, d)}
 
 
-def tiny_autoencoder() -> AutoencoderConfig:
-    """FLUX's autoencoder at 8 channels of latents, with measured statistics in place of scale and shift."""
-    return AutoencoderConfig(
-        channels=16, multipliers=(1, 1, 2, 4), blocks=1, latent_channels=8, groups=8, posterior=False, statistics=True
-    )
-
-
-def _shown(sample: Sample) -> list[Image]:
-    """The pictures of a request's conversation, in order."""
-    return [p for p in sample.images() if not p.blank]
-
-
 class Bagel(UnifiedModel):
     """BAGEL of any size."""
 
@@ -201,18 +202,7 @@ class Bagel(UnifiedModel):
         trainer has them). The autoencoder is left alone."""
         generator = torch.Generator().manual_seed(seed)
         depth = {"decoder": self.config.decoder.num_hidden_layers, "vision": self.config.vision.num_hidden_layers}
-        for name, module in self.named_modules():
-            if name.startswith("autoencoder"):
-                continue
-            if isinstance(module, nn.Linear):
-                std = module.in_features**-0.5
-                if name.endswith((".out_proj", ".fc2", ".down_proj")) or ".o_proj." in name:
-                    std /= (2 * depth.get(name.split(".")[0], 0.5)) ** 0.5
-                nn.init.normal_(module.weight, std=std, generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.3, generator=generator)
+        draw_weights(self, generator, depth)
         for routed in (m for m in self.decoder.modules() if isinstance(m, Routed)):
             routed[DRAW].load_state_dict(routed[READ].state_dict())
         nn.init.zeros_(self.latent_out.weight)
@@ -272,10 +262,10 @@ class Bagel(UnifiedModel):
         def pixels() -> Tensor:
             return to_tensor(image.pixels, (width, height), image.nearest)
 
-        held, encoded = (pixels(), False) if kind == Kind.VISION else image.through("autoencoder", pixels)
-        return Segment(
-            kind, ids, image=held, grid=grid, full=True, shared=True, advance=1, route=route, encoded=encoded
-        )
+        seen = kind == Kind.VISION
+        held, encoded = (pixels(), False) if seen else image.through("autoencoder", pixels)
+        columns = {"image": held, "encoded": encoded, "masked": image.masked if seen else 0.0}
+        return Segment(kind, ids, grid=grid, full=True, shared=True, advance=1, route=route, **columns)
 
     # ---- network ------------------------------------------------------------------------------------------------
 
@@ -284,7 +274,7 @@ class Bagel(UnifiedModel):
         found = group.images.float() if group.encoded else self.encode("autoencoder", group.images)
         channels, eps = self.config.autoencoder.latent_channels, None
         if found.shape[1] > channels:
-            eps = _draw(noise, group, "posterior", (channels, *found.shape[2:])).to(found.device)
+            eps = draw_noise(noise, group, "posterior", (channels, *found.shape[2:])).to(found.device)
         return latents_to_tokens(sampled(found, channels, eps), self.config.latent_patch)
 
     @torch.no_grad()
@@ -297,19 +287,16 @@ class Bagel(UnifiedModel):
         tokens = tokens.to(self.latent_in.weight.dtype)
         return self.latent_in(tokens) + self.time(t)[:, None] + self.latent_positions[places]
 
-    def _embed_vision(self, group: Pictures) -> Float[Tensor, "N n d"]:
+    def _embed_vision(self, group: Pictures, noise: Noise) -> Float[Tensor, "N n d"]:
         places = grid_places(group.grid, self.config.seen_side, group.images.device, self.config.stretch)
-        return self.projector(self.vision(to_float(group.images), places)) + self.vision_positions[places]
+        seen = self.projector(self.vision(to_float(group.images), places)) + self.vision_positions[places]
+        return seen * kept(group, noise)[..., None] if group.masked else seen
 
     def _run(
         self, batch: Batch, pictures: list[tuple[Tensor, Tensor]], positions: Tensor, order: Tensor, attend: Attend
     ) -> Float[Tensor, "T d"]:
         """Final states in stream order, from the pictures' (places, embeddings) and the batch's words."""
-        words = (batch.ids != NONE).nonzero()[:, 0]
-        places = torch.cat([words, *(p.flatten() for p, _ in pictures)])
-        embedded = self.decoder.embed_tokens(batch.ids[words])
-        values = torch.cat([embedded, *(e.flatten(0, 1).to(embedded.dtype) for _, e in pictures)])
-        stream = permute(values, inverse_permutation(places)[order])
+        stream = self.decoder.embed(batch, pictures, order)
         return self.decoder(stream, positions[order], attend, [len(r) for r in batch.routes])
 
     def counts(self, batch: Batch) -> dict[str, float]:
@@ -324,14 +311,14 @@ class Bagel(UnifiedModel):
         counts = self.counts(batch)
         order = torch.cat(batch.routes)
         rank = inverse_permutation(order)
-        pictures = [(g.tokens, self._embed_vision(g)) for g in batch.of(Kind.VISION)]
+        pictures = [(g.tokens, self._embed_vision(g, noise)) for g in batch.of(Kind.VISION)]
         for g in batch.of(Kind.CLEAN):
             latents = self._latents(g, noise)
             pictures.append((g.tokens, self._embed_latents(latents, latents.new_zeros(len(latents)), g.grid)))
         drawn = []
         for g in batch.of(Kind.NOISED):
             data = self._latents(g, noise)
-            eps = _draw(noise, g, "noise", tuple(data.shape[1:])).to(data.device)
+            eps = draw_noise(noise, g, "noise", tuple(data.shape[1:])).to(data.device)
             t = self.config.times(noise, g.owners, g.ordinals).to(data.device)
             pictures.append((g.tokens, self._embed_latents(mix(data, eps, t), t, g.grid)))
             drawn.append((g, data, eps, t))
@@ -365,7 +352,7 @@ class Bagel(UnifiedModel):
         order, start, noise = torch.cat(batch.routes), batch.positions, Noise()
         positions = start + torch.tensor([c.position for c in contexts], device=self.device)[batch.document]
         caches = [c.cache.room(c.length, len(s)) for c, s in zip(contexts, sequences, strict=True)]
-        pictures = [(g.tokens, self._embed_vision(g)) for g in batch.of(Kind.VISION)]
+        pictures = [(g.tokens, self._embed_vision(g, noise)) for g in batch.of(Kind.VISION)]
         for g in batch.of(Kind.CLEAN):
             latents = self._latents(g, noise)
             pictures.append((g.tokens, self._embed_latents(latents, latents.new_zeros(len(latents)), g.grid)))
@@ -373,10 +360,7 @@ class Bagel(UnifiedModel):
         states = self._run(batch, pictures, positions, order, attend)
         last = torch.tensor(batch.lengths, device=self.device).cumsum(0) - 1
         logits = self.decoder.logits(states[inverse_permutation(order)[last]]).float()
-        return [
-            Context(cache, c.length + len(s), c.position + sum(x.moves for x in s.segments), scores)
-            for cache, c, s, scores in zip(caches, contexts, sequences, logits, strict=True)
-        ]
+        return read_on(contexts, sequences, caches, logits)
 
     def reply(self, ids: Sequence[int], drop: Drop = NOTHING) -> Laid:
         return Laid("reply", (Segment(Kind.TEXT, tuple(ids)),))
@@ -390,7 +374,7 @@ class Bagel(UnifiedModel):
     def canvas(self, sample: Sample) -> tuple[int, int]:
         last = sample.messages[-1].parts[-1:]
         asked = last[0].size if last and isinstance(last[0], Image) else None
-        sources = _shown(sample)
+        sources = shown(sample)
         width, height = asked or (self.config.draw(*sources[-1].dimensions) if sources else self.config.size)
         stride, most = self.config.stride, self.config.stride * self.config.latent_side
         if width % stride or height % stride or not (0 < width <= most and 0 < height <= most):
@@ -398,14 +382,7 @@ class Bagel(UnifiedModel):
         return height, width
 
     def branches(self, sample: Sample, settings: FlowSettings) -> tuple[Drop, ...]:
-        """Full; without text when its scale exceeds 1; without pictures when the conversation shows some and their
-        scale exceeds 1. As published, there is no guidance at all when the text scale is at most 1."""
-        if settings.guidance_scale <= 1:
-            return (NOTHING,)
-        shows = bool(_shown(sample))
-        if shows and settings.image_guidance_scale > 1:
-            return (NOTHING, frozenset({"text"}), frozenset({"image"}))
-        return (NOTHING, frozenset({"text"}))
+        return flow_branches(sample, settings)
 
     def start(
         self,
@@ -424,28 +401,10 @@ class Bagel(UnifiedModel):
     @torch.inference_mode()
     def step(self, drawings: Sequence[Drawing]) -> list[Drawing]:
         """One Euler step each. Branches of guidance are one batch; outside the interval they are not computed."""
-        if len({d.canvas for d in drawings}) != 1 or len({len(d.contexts) for d in drawings}) != 1:
-            raise ValueError("one step takes drawings of one canvas size and one number of branches")
-        if any(d.done for d in drawings):
-            raise ValueError("a finished drawing takes no further step")
-        times = [schedule(d.steps, d.settings.timestep_shift)[d.step : d.step + 2] for d in drawings]
-        guided = [d.settings.guidance_interval[0] < t[0] <= d.settings.guidance_interval[1]
-                  for d, t in zip(drawings, times, strict=True)]  # fmt: skip
-        branches = len(drawings[0].contexts) if any(guided) else 1
-        now = torch.stack([t[0] for t in times]).to(self.device)
-        x_t = torch.stack([d.state for d in drawings])
+        check_step(drawings)
         table = self._fixed(drawings)
-        v = self._velocity(x_t, now, drawings, table, branches)
-        out = []
-        for i, (d, t) in enumerate(zip(drawings, times, strict=True)):
-            s, own = d.settings, v[0, i : i + 1]
-            if guided[i] and branches > 1:
-                no_image = v[2, i : i + 1] if branches > 2 else None
-                own = guide(
-                    own, v[1, i : i + 1], no_image, s.guidance_scale, s.image_guidance_scale, s.renorm, s.renorm_min
-                )
-            out.append(advance(d, d.state - own[0] * float(t[0] - t[1]), slot=(table, own[0])))
-        return out
+        moved = euler(drawings, lambda x_t, t, branches: self._velocity(x_t, t, drawings, table, branches))
+        return [advance(d, state, (table, v)) for d, (state, v) in zip(drawings, moved, strict=True)]
 
     def _fixed(self, drawings: Sequence[Drawing]) -> Fixed:
         """The contexts' keys and values side by side, branch-major; kept while the same drawings go on together."""
@@ -483,7 +442,7 @@ class Bagel(UnifiedModel):
         """x_t - t v: the picture that the last velocity points to."""
         states = []
         for d in drawings:
-            t = float(schedule(d.steps, d.settings.timestep_shift)[d.step])
+            t = float(d.settings.times(d.steps)[d.step])
             states.append(d.state - t * d.slot[1] if d.slot else d.state)
         return self._decode(states, drawings)
 
@@ -495,12 +454,6 @@ class Bagel(UnifiedModel):
         grid = (drawings[0].canvas[0] // self.config.stride, drawings[0].canvas[1] // self.config.stride)
         latents = tokens_to_latents(torch.stack(states), grid, self.config.latent_patch)
         return self.autoencoder.decode(latents).float().clamp(-1, 1)
-
-
-def _draw(noise: Noise, group: Pictures, name: str, shape: tuple[int, ...]) -> Tensor:
-    return torch.stack(
-        [noise.normal(o, f"{name}{i}", shape) for o, i in zip(group.owners, group.ordinals, strict=True)]
-    )
 
 
 # ---- published folders ------------------------------------------------------------------------------------------

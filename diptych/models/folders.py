@@ -44,6 +44,9 @@ class Layout:
     ``describe``  the JSON files of a Config, the inverse
     ``free``      fields of the Config that the layout does not say: how to train and draw, not what the weights are
     ``computed``  values of the tensors that a checkpoint may lack
+    ``mine``      whether the JSON files are this family's, where others name theirs alike
+    ``exact``     globs over our names: kept in float32 (or whole numbers) whatever they are stored in, and stored in
+                  the type of the other tensors where that is narrower
     """
 
     weights: Mapping[str, Callable[[Any], Rules]]
@@ -53,6 +56,8 @@ class Layout:
     optional: tuple[str, ...] = ()
     free: tuple[str, ...] = ()
     computed: Callable[[Any], dict[str, Tensor]] = lambda config: {}
+    mine: Callable[[Json], bool] = lambda json: True
+    exact: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,10 +89,16 @@ class Places:
 
 
 def missing(layout: Layout, places: Places) -> list[str]:
-    """The files of a layout that are not there, the tokenizer's aside."""
-    return [n for n in layout.json if not places.find(n)] + [
-        f"{stem}.safetensors" for stem in layout.weights if not places.weights(stem)
-    ]
+    """The files of a layout that are not there (or are another family's), the tokenizer's aside."""
+    lacks = [n for n in layout.json if not places.find(n)]
+    lacks += [f"{stem}.safetensors" for stem in layout.weights if not places.weights(stem)]
+    return lacks if lacks or tells(layout, places) else [f"{' and '.join(layout.json)} of its own"]
+
+
+def tells(layout: Layout, places: Places) -> bool:
+    """Whether the JSON files of this layout are there."""
+    found = {name: path for name in layout.json if (path := places.find(name))}
+    return len(found) == len(layout.json) and layout.mine({name: read_json(path) for name, path in found.items()})
 
 
 def read_json(path: Path) -> dict:
@@ -157,6 +168,7 @@ class Source:
     where: str
     dtype: torch.dtype | None
     computed: Callable[[Any], dict[str, Tensor]] = lambda config: {}
+    exact: tuple[str, ...] = ()
 
 
 def open_published(family: str, layout: Layout, places: Places) -> Source:
@@ -171,7 +183,7 @@ def open_published(family: str, layout: Layout, places: Places) -> Source:
     except ValueError as error:
         raise ValueError(f"{places}: {error}") from error
     weights = tuple((tensors[stem], rules(config)) for stem, rules in layout.weights.items())
-    return Source(family, config, tokenizer, weights, str(places), None, layout.computed)
+    return Source(family, config, tokenizer, weights, str(places), None, layout.computed, layout.exact)
 
 
 def make(
@@ -205,6 +217,8 @@ def make(
     parameters = {n for n, _ in model.named_parameters()}
 
     def chosen(own: str) -> torch.dtype | None:
+        if _among(own, source.exact):
+            return torch.float32
         kept = own not in parameters or any(fnmatchcase(own, g) for g in exact)
         return dtype and (torch.float32 if kept else dtype)
 
@@ -217,6 +231,10 @@ def make(
         _place(model, own, values[own], device, chosen(own))
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     return model.eval()
+
+
+def _among(name: str, globs: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, g) for g in globs)
 
 
 def _copy(
@@ -250,6 +268,10 @@ def write_published(model: Trainable, layout: Layout, folder: Path, state: State
     theirs = {}
     for stem, rules in layout.weights.items():
         mine = {n: state[n] for n in names(rules(model.config), state)}
+        exact = {n: t for n, t in mine.items() if _among(n, layout.exact)}
+        stored = {t.dtype for n, t in mine.items() if n not in exact}
+        if len(stored) == 1 and (narrow := stored.pop()) != torch.float32:
+            mine |= {n: t.to(narrow) for n, t in exact.items()}
         theirs[stem] = export(rules(model.config), mine)
     back = layout.config(rows, theirs)
     lost = [

@@ -16,12 +16,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from diptych.core.batch import Batch
+from diptych.core.batch import Batch, Pictures
 from diptych.core.losses import Losses
 from diptych.core.noise import Noise
-from diptych.core.sample import Sample
+from diptych.core.sample import Image, Sample
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import Float, Tensor
+from diptych.parts.flow import FlowSettings
 from diptych.parts.routed import spare_parameters
 from diptych.parts.tokenizer import Tokenizer
 
@@ -208,3 +209,57 @@ class UnifiedModel(Trainable):
 def advance(drawing: Drawing, state: Tensor, slot: Any = None) -> Drawing:
     """The drawing one step on."""
     return replace(drawing, state=state, step=drawing.step + 1, slot=slot)
+
+
+# ---- what families that draw by a flow share ------------------------------------------------------------------------
+
+
+def shown(sample: Sample) -> list[Image]:
+    """The pictures of a request's conversation, in order."""
+    return [p for p in sample.images() if not p.blank]
+
+
+def draw_noise(noise: Noise, group: Pictures, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Normal draws for every picture of a group, (N, *shape), each from its own address."""
+    return torch.stack(
+        [noise.normal(o, f"{name}{i}", shape) for o, i in zip(group.owners, group.ordinals, strict=True)]
+    )
+
+
+def read_on(
+    contexts: Sequence[Context], sequences: Sequence[Laid], caches: Sequence[Any], logits: Float[Tensor, "B V"]
+) -> list[Context]:
+    """The contexts after their sequences were read into ``caches``, with the scores of their next words."""
+    return [
+        Context(cache, c.length + len(s), c.position + sum(x.moves for x in s.segments), scores, c.slot)
+        for cache, c, s, scores in zip(caches, contexts, sequences, logits, strict=True)
+    ]
+
+
+def flow_branches(sample: Sample, settings: FlowSettings) -> tuple[Drop, ...]:
+    """Full; without text when its scale exceeds 1; without pictures when the conversation shows some and their scale
+    exceeds 1. There is no guidance at all when the text scale is at most 1."""
+    if settings.guidance_scale <= 1:
+        return (NOTHING,)
+    if shown(sample) and settings.image_guidance_scale > 1:
+        return (NOTHING, frozenset({"text"}), frozenset({"image"}))
+    return (NOTHING, frozenset({"text"}))
+
+
+def draw_weights(
+    model: nn.Module, generator: torch.Generator, depth: Mapping[str, int], embedding: float = 0.3
+) -> None:
+    """Draws linear weights with variance 1 / inputs and zero biases; those that write to a residual stream of ``depth``
+    layers (by the module's first name) are smaller by sqrt(2 depth). The autoencoder is left alone."""
+    for name, module in model.named_modules():
+        if name.startswith("autoencoder"):
+            continue
+        if isinstance(module, nn.Linear):
+            std = module.in_features**-0.5
+            if name.endswith((".out_proj", ".fc2", ".down_proj", ".o_proj")) or ".o_proj." in name:
+                std /= (2 * depth.get(name.split(".")[0], 0.5)) ** 0.5
+            nn.init.normal_(module.weight, std=std, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=embedding, generator=generator)

@@ -38,8 +38,8 @@ class Rule:
     """Their tensor is our tensors. ``split`` turns theirs into ours and ``join`` ours into theirs.
 
     ``optional``: a checkpoint may lack it, since the model computes it. ``alias`` names another of their tensors that
-    this one repeats where the model ties the two (a head): it is checked and then left out. ``ignored`` tensors (old
-    rotary tables) are dropped.
+    this one repeats where the model ties the two (a head): it is checked and then left out, and ``repeated`` writes it
+    again. ``ignored`` tensors (old rotary tables) are dropped.
     """
 
     theirs: str
@@ -49,6 +49,7 @@ class Rule:
     optional: bool = False
     alias: str | None = None
     ignored: bool = False
+    repeated: bool = False
 
 
 Rules = tuple[Rule, ...]
@@ -86,7 +87,7 @@ class Step:
         if self.ours:
             return dict(zip(self.ours, self.rule.split((tensor,)), strict=True))
         assert self.rule.alias is not None
-        if not torch.equal(tensor, read(self.rule.alias)):
+        if not tensor.is_meta and not torch.equal(tensor, read(self.rule.alias)):
             raise ValueError(f"{self.theirs} differs from {self.rule.alias}, but the config ties them")
         return {}
 
@@ -182,7 +183,8 @@ def export(rules: Rules, state: State) -> dict[str, Tensor]:
             continue
         out[name] = rule.join(tuple(state[n] for n in ours))[0]
     raise_all(wrong, "the model does not fit the map")
-    return out
+    copies = {r.theirs: out[r.alias] for r in rules if r.repeated and r.alias in out and r.theirs not in out}
+    return out | {name: tensor.clone() for name, tensor in copies.items()}
 
 
 def _match(rules: Rules, name: str, side: Callable[[Rule], Iterable[str]]) -> tuple[Rule, tuple[str, ...]] | None:
@@ -336,9 +338,9 @@ _VISION = {
 }
 
 
-def siglip(patch: int, prefix: str = "vision_model.") -> Rules:
+def siglip(patch: int, prefix: str = "vision_model.", pooling: bool = False) -> Rules:
     """A vision encoder from transformers' SigLIP: the patch convolution becomes a linear layer over (row, column,
-    channel). The pooling head is left out, so only encoders without one export as they came."""
+    channel). Without ``pooling`` the head is left out, so only encoders without one export as they came."""
     return within(
         rules(_VISION)
         + (
@@ -348,7 +350,7 @@ def siglip(patch: int, prefix: str = "vision_model.") -> Rules:
                 lambda w: (rearrange(w[0], "o c p q -> o (p q c)"),),
                 lambda w: (rearrange(w[0], "o (p q c) -> o c p q", p=patch, q=patch),),
             ),
-            Rule("head.**", (), ignored=True),
+            *(rules({"head.**": "head.**"}) if pooling else (Rule("head.**", (), ignored=True),)),
         ),
         prefix,
     )
@@ -468,3 +470,40 @@ BAGEL: Rules = (
     + rules(_TABLES, optional=True)  # the published trainer drops them, for they are computed
 )
 """BAGEL and SGT-BAGEL from ``ema.safetensors`` (specs: SGT 3.6); ``ae.safetensors`` is ``FLUX_AUTOENCODER``."""
+
+
+# ---- Cheers -----------------------------------------------------------------------------------------------------
+
+_STAGE = {
+    "diffusion_head_a.*.attn.o_proj.weight": "layers.*.o_proj.weight",
+    "diffusion_head_a.*.attn.*.weight": "layers.*.attn.*.weight",
+    "diffusion_head_a.*.adaLN_modulation.1.*": "layers.*.modulation.*",
+    "diffusion_head_a.*.**": "layers.*.**",
+    "diffusion_head_b.norm_final.weight": "final.norm.weight",
+    "diffusion_head_b.adaLN_modulation.1.*": "final.modulation.*",
+    "diffusion_head_b.linear.*": "final.linear.*",
+}
+
+
+def cheers(patch: int) -> Rules:
+    """Cheers from ``model.safetensors`` (specs: Cheers 3). The language head repeats the embedding, and the exporter
+    casts even the number of batches that the statistics saw."""
+    language = tuple(
+        replace(r, theirs=r.theirs.replace("model.", "model.language_model.", 1))
+        if r.alias is None
+        else replace(r, alias="model.language_model.embed_tokens.weight", repeated=True)
+        for r in TEXT
+    )
+    coders = rules({"encoder.**": "encoder.**", "decoder.**": "decoder.**", "bn.running_*": "bn.running_*"})
+    seen = "bn.num_batches_tracked"
+    coders += (Rule(seen, (seen,), lambda w: (w[0].long(),)),)
+    return (
+        within(language, ours="decoder.")
+        + within(siglip(patch, "model.vision_representation.", pooling=True), ours="vision.")
+        + within(coders, "model.vae_model.", "autoencoder.")
+        + within(coders, "model.vae_decoder_projector.", "pixel_decoder.")
+        + rules({"model.und_projector.**": "projector.**", "model.hi_gate.**": "gate.**"})
+        + rules({"model.time_embed.mlp_1.**": "coarse.time.mlp.**", "model.time_embed.mlp_2.**": "fine.time.mlp.**"})
+        + within(rules(_STAGE), "model.gen_projector.", "coarse.")
+        + within(rules(_STAGE), "model.hi_projector.", "fine.")
+    )

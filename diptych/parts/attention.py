@@ -7,11 +7,13 @@ q is (T, H, D), k and v are (T, K, D) with H a multiple of K; the result is (T, 
 - ``Dense``: one SDPA call over the whole row under the dense mask: the reference.
 - ``Block``: FlexAttention under the same rule, for GPUs.
 - ``Cached``: new tokens of several contexts against their caches (reading and decoding).
+- ``Recorded``, ``Continued``: a pass whose keys and values are kept, and causal tokens that go on from them.
 - ``Fixed``: picture tokens that are recomputed at every denoising step against contexts that do not change.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 
 from diptych.core import mask as masks
 from diptych.core.batch import Batch
-from diptych.core.tensors import Float, Tensor
+from diptych.core.tensors import Bool, Float, Tensor
 
 
 @runtime_checkable
@@ -244,6 +246,35 @@ class Cached:
             out.append(sdpa(q[None, at : at + n], keys[None, : length + n], values[None, : length + n], mask=mask)[0])
         joined = torch.cat(out) if len(out) > 1 else out[0]
         return joined if self.order is None else joined[self.order]
+
+
+class Recorded:
+    """Any attention, with the keys and values of every layer kept in ``memory``."""
+
+    def __init__(self, inner: Attend) -> None:
+        self.inner = inner
+        self.memory: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.memory[layer] = (k, v)
+        return self.inner(layer, q, k, v)
+
+
+class Continued:
+    """Blocks of n tokens each, causal among themselves, that also see their own prefix; nothing is kept.
+
+    ``prefix`` gives a layer's keys and values, (blocks, L, K, D) each; ``valid`` says which of them a block sees.
+    """
+
+    def __init__(self, prefix: Callable[[int], tuple[Tensor, Tensor]], valid: Bool[Tensor, "N L"], n: int) -> None:
+        self.prefix, self.n = prefix, n
+        own = valid.new_ones(n, n).tril().expand(len(valid), -1, -1)
+        self.mask = torch.cat([valid[:, None].expand(-1, n, -1), own], 2)[:, None]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(0, (-1, self.n)) for x in (q, k, v))
+        keys, values = self.prefix(layer)
+        return sdpa(q, torch.cat([keys, k], 1), torch.cat([values, v], 1), mask=self.mask).flatten(0, 1)
 
 
 class Fixed:

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diptych.core.tensors import Float, Int, Tensor
-from diptych.parts.attention import Attend
+from diptych.core.batch import Batch
+from diptych.core.tensors import NONE, Float, Int, Tensor
+from diptych.parts.attention import Attend, inverse_permutation, permute
 from diptych.parts.linear import linear
 from diptych.parts.routed import Routed
 
@@ -78,7 +79,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) == 1 and x.dtype == torch.float32:  # one word: what a call costs matters, not what it computes
+        if (
+            x.numel() == x.shape[-1] and x.dtype == torch.float32
+        ):  # one word: what a call costs matters, not what it computes
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         y = x.float()
         return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
@@ -172,6 +175,18 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x = layer(x, rope, counts, attend)
         return self.norm(x, counts)
+
+    def embed(
+        self, batch: Batch, pictures: Sequence[tuple[Tensor, Tensor]], order: Tensor | None = None
+    ) -> Float[Tensor, "T d"]:
+        """The stream of a row: its words embedded, the pictures' tokens at their (places, embeddings), in ``order``
+        (default: the row's own)."""
+        words = (batch.ids != NONE).nonzero()[:, 0]
+        places = torch.cat([words, *(p.flatten() for p, _ in pictures)])
+        embedded = self.embed_tokens(batch.ids[words])
+        values = torch.cat([embedded, *(e.flatten(0, 1).to(embedded.dtype) for _, e in pictures)])
+        inverse = inverse_permutation(places)
+        return permute(values, inverse if order is None else inverse[order])
 
     def logits(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n V"]:
         """Scores of the next token for final normed states."""

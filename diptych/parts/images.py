@@ -50,6 +50,27 @@ def to_tensor(image: PIL.Image.Image, size: tuple[int, int], nearest: bool = Fal
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
+def letterbox(image: PIL.Image.Image, size: tuple[int, int], nearest: bool = False) -> PIL.Image.Image:
+    """The whole picture as large as it fits into (width, height), centred on black (specs: Cheers 4)."""
+    scale = min(size[0] / image.width, size[1] / image.height)
+    fitted = _resize(image, scale, nearest)
+    out = PIL.Image.new("RGB", size)
+    out.paste(fitted.convert("RGB"), ((size[0] - fitted.width) // 2, (size[1] - fitted.height) // 2))
+    return out
+
+
+def crop(image: PIL.Image.Image, size: tuple[int, int], nearest: bool = False) -> PIL.Image.Image:
+    """The middle (width, height) of the picture made just large enough to cover it (specs: Cheers 4)."""
+    covering = _resize(image, max(size[0] / image.width, size[1] / image.height), nearest)
+    left, top = (covering.width - size[0]) // 2, (covering.height - size[1]) // 2
+    return covering.crop((left, top, left + size[0], top + size[1]))
+
+
+def _resize(image: PIL.Image.Image, scale: float, nearest: bool) -> PIL.Image.Image:
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, PIL.Image.Resampling.NEAREST if nearest else PIL.Image.Resampling.BICUBIC)
+
+
 def to_pil(image: Float[Tensor, "3 H W"]) -> PIL.Image.Image:
     """A picture in [-1, 1] as an RGB image."""
     return PIL.Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())

@@ -45,12 +45,12 @@ def _spread(n: int, side: int, device: torch.device | str) -> Tensor:
 
 
 class TimestepEmbedding(nn.Module):
-    """Width-``width`` features of times in [0, 1], not scaled: 256 sinusoids (cosines first), linear, SiLU, linear."""
+    """Width-``width`` features of times, taken as they are: 256 sinusoids (cosines first), linear, SiLU, linear."""
 
-    def __init__(self, width: int, frequencies: int = 256) -> None:
+    def __init__(self, width: int, frequencies: int = 256, hidden: int | None = None) -> None:
         super().__init__()
-        self.frequencies = frequencies
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.frequencies, hidden = frequencies, hidden or width
+        self.mlp = nn.Sequential(nn.Linear(frequencies, hidden), nn.SiLU(), nn.Linear(hidden, width))
 
     def sinusoid(self, t: Float[Tensor, " n"]) -> Float[Tensor, "n f"]:
         """[cos, sin] of t * 10000^(-i / half)."""

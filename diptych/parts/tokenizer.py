@@ -7,6 +7,7 @@ Reads ``tokenizer.json``, or ``vocab.json`` with ``merges.txt`` (Qwen2's files) 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,24 @@ class Tokenizer:
         """The ids of a text."""
         return self.inner.encode(text, add_special_tokens=False).ids
 
+    def encode_markup(self, text: str) -> list[int]:
+        """The ids of a template's text, in which special tokens are tokens."""
+        special = [t.content for t in self.inner.get_added_tokens_decoder().values()]
+        pieces = re.split("(" + "|".join(map(re.escape, special)) + ")", text) if special else [text]
+        return [i for p in pieces if p for i in ([self.id(p)] if p in special else self.encode(p))]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens left out."""
         return self.inner.decode(list(ids), skip_special_tokens=True)
+
+    def adding(self, tokens: Iterable[str]) -> Tokenizer:
+        """The same tokenizer with these special tokens, the new ones at its end in this order."""
+        lacking = [t for t in tokens if self.inner.token_to_id(t) is None]
+        if not lacking:
+            return self
+        inner = tokenizers.Tokenizer.from_str(self.inner.to_str())
+        inner.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in lacking])
+        return Tokenizer(inner)
 
     def id(self, token: str) -> int:
         """The id of a special token. Raises ``ValueError`` when the vocabulary lacks it."""

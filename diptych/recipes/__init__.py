@@ -11,8 +11,17 @@ RECIPES = {
     "bagel/tiny": "diptych.recipes.tiny:bagel",
     "autoencoder/tiny": "diptych.recipes.tiny:autoencoder",
     "sgt/tiny": "diptych.recipes.sgt:tiny",
+    "iomm/tiny": "diptych.recipes.iomm:tiny",
+    "iomm/reader": "diptych.recipes.iomm:reader",
+    "iomm/b": "diptych.recipes.iomm:b",
+    "iomm/l": "diptych.recipes.iomm:l",
+    "iomm/xl": "diptych.recipes.iomm:xl",
+    "iomm/tuning": "diptych.recipes.iomm:tuning",
+    "iomm/bagel": "diptych.recipes.iomm:bagel",
     "sgt/bagel": "diptych.recipes.sgt:bagel",
     "sgt/bagel-lora": "diptych.recipes.sgt:bagel_lora",
+    "cheers/tiny": "diptych.recipes.cheers:tiny",
+    "cheers/1.5b": "diptych.recipes.cheers:b1_5",
 }
 
 

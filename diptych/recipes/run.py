@@ -13,6 +13,7 @@ from diptych.core.sample import Sample, user
 from diptych.data import encoded as precomputed
 from diptych.data.catalog import origin, read_catalog, sources
 from diptych.data.mixture import First
+from diptych.data.selfcondition import SelfConditioned
 from diptych.generate.engine import Engine
 from diptych.models import pick_device
 from diptych.models.protocol import Trainable, UnifiedModel
@@ -42,16 +43,18 @@ def train(
     encoded: str | None = None,
     profile: int = 0,
     track: str | None = None,
+    folders: Mapping[str, str] | None = None,
 ) -> Path:
     """Trains a recipe (an object, a name or a file) into the folder ``run`` and returns its released model's folder.
 
     ``model`` is a folder or shipped name to go on training, of any family that has the recipe's parts, in place of the
     recipe's own; ``steps`` cuts or stretches all stages in proportion; ``override`` changes leaves by dotted path;
-    ``encoded`` is the folder of ``diptych data precompute``; ``profile`` traces so many steps; ``track`` names a
-                tracker."""
+    ``encoded`` is the folder of ``diptych data precompute``, ``folders`` plain folders of pictures by data set;
+    ``profile`` traces so many steps; ``track`` names a tracker."""
     recipe = configured(
-        recipe, model=model, steps=steps, seed=seed, catalog=catalog, encoded=encoded, override=override
-    )
+        recipe, model=model, steps=steps, seed=seed, catalog=catalog, encoded=encoded, override=override,
+        folders=folders,
+    )  # fmt: skip
     if run is None:
         run = Path("runs") / f"{recipe.name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     return loop.train(
@@ -68,6 +71,7 @@ def configured(
     catalog: str | None = None,
     encoded: str | None = None,
     override: Mapping[str, str] | None = None,
+    folders: Mapping[str, str] | None = None,
 ) -> Recipe:
     """A recipe (an object, a name or a file) with the changes that ``train`` takes."""
     recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe)
@@ -77,7 +81,7 @@ def configured(
         recipe = recipe.override(override)
     if steps is not None:
         recipe = recipe.with_steps(steps)
-    given = {"seed": seed, "catalog": catalog, "encoded": encoded}
+    given = {"seed": seed, "catalog": catalog, "encoded": encoded, "folders": dict(folders) if folders else None}
     return replace(recipe, **{name: value for name, value in given.items() if value is not None})
 
 
@@ -94,8 +98,14 @@ def resume(
 
 
 def stage_sources(recipe: Recipe, stage: Stage) -> Mapping[str, Any]:
-    """The data sets of a stage: encoded beforehand, else from the recipe's catalog, else embedded."""
-    return sources(stage.data, catalog=recipe.catalog, size=recipe.size, encoded=recipe.encoded)
+    """The data sets of a stage: encoded beforehand, else the user's (folders, catalog), else embedded."""
+    how = {"catalog": recipe.catalog, "size": recipe.size, "encoded": recipe.encoded, "folders": recipe.folders}
+    return _self_conditioned(sources(stage.data, **how), stage)
+
+
+def _self_conditioned(found: Mapping[str, Any], stage: Stage) -> Mapping[str, Any]:
+    s = stage.self_condition
+    return {name: SelfConditioned(source, s.masked, s.prompt) for name, source in found.items()} if s else found
 
 
 def precompute(
@@ -118,11 +128,13 @@ def precompute(
 
     ``data`` chooses data sets (default: all of the recipe's); ``limit`` cuts each to its first rows."""
     recipe = configured(recipe, model=model, catalog=catalog, override=override)
-    named = dict.fromkeys(name for stage in recipe.stages for name in stage.data)
+    stages = {name: stage for stage in reversed(recipe.stages) for name in stage.data}
     made = loop.build(recipe, pick_device(device)).eval()
     entries = read_catalog(recipe.catalog) if recipe.catalog else {}
     told = {}
-    for name, source in sources(data or named, catalog=recipe.catalog, size=recipe.size).items():
+    found = sources(data or stages, catalog=recipe.catalog, size=recipe.size, folders=recipe.folders)
+    for name, source in found.items():
+        source = _self_conditioned({name: source}, stages[name])[name] if name in stages else source
         cut = First(source, min(limit, len(source))) if limit else source
         done = 0
 

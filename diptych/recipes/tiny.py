@@ -5,6 +5,18 @@ from __future__ import annotations
 from diptych.models import config, config_to_json
 from diptych.train.recipe import Limits, Optimizer, Recipe, Schedule, Stage
 
+MIX = {  # what the tiny families learn from
+    "shapes/draw": 0.55,
+    "shapes/ask": 0.10,
+    "shapes/ask-where": 0.16,  # where things are is what a small reader learns last
+    "shapes/caption": 0.03,
+    "shapes/edit": 0.05,
+    "emoji64/draw": 0.05,
+    "emoji64/ask": 0.02,
+    "emoji64/caption": 0.02,
+    "emoji64/edit": 0.02,
+}
+
 
 def autoencoder() -> Recipe:
     """The tiny image autoencoder that the tiny families draw through: 64 x 64 pixels to 8 x 8 x 8 latents.
@@ -46,17 +58,7 @@ def bagel() -> Recipe:
                 "unified",
                 steps=6000,
                 train={"decoder": 2e-3, "vision": 2e-3, "projector": 2e-3, "head": 2e-3},
-                data={
-                    "shapes/draw": 0.55,
-                    "shapes/ask": 0.10,
-                    "shapes/ask-where": 0.16,  # where things are is what a small reader learns last
-                    "shapes/caption": 0.03,
-                    "shapes/edit": 0.05,
-                    "emoji64/draw": 0.05,
-                    "emoji64/ask": 0.02,
-                    "emoji64/caption": 0.02,
-                    "emoji64/edit": 0.02,
-                },
+                data=dict(MIX),
                 loss={"text": 0.3, "image": 1.0},
                 optimizer=Optimizer("muon"),
                 schedule=Schedule(warmup=60, decay=0.4),

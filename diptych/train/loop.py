@@ -45,6 +45,8 @@ from diptych.train.parameters import Average, by_part, freeze, release_state, se
 from diptych.train.plan import Sources
 from diptych.train.recipe import Recipe, Stage
 
+FOREIGN = "transformers:"  # begins a source of ``init`` that transformers reads
+
 Hook = Callable[[Trainable, int, Path], None]  # called with the model, the step and the run after every checkpoint
 
 
@@ -76,8 +78,7 @@ def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = Non
     in), each holds its shards and at most one whole tensor. Fresh weights are drawn whole, then shared."""
     name, config = models.config_from_json(recipe.model)
     if tokenizer is None:
-        others = [m for part, m in recipe.init.items() if part == "model"]
-        tokenizer = models.places(others[0]).tokenizer() if others else Tokenizer.tiny()
+        tokenizer = _tokenizer(recipe)
 
     def prepare(made: Trainable) -> None:
         lora.inject(made, recipe.lora, recipe.seed)
@@ -104,6 +105,9 @@ def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = Non
         model = models.create(name, config, tokenizer)
     model.initialise(recipe.seed)
     for path, source in recipe.init.items():
+        if source.startswith(FOREIGN):
+            _foreign(model, path, name, source)
+            continue
         where, _, other_path = source.partition("#")
         other = models.load(where)
         if path == "model":
@@ -114,6 +118,22 @@ def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = Non
     model = model.to(device)
     prepare(model)
     return model
+
+
+def _tokenizer(recipe: Recipe) -> Tokenizer:
+    """The tokenizer of the model that a recipe goes on from, or of the library's model inside it; else the tiny one."""
+    whole = recipe.init.get("model")
+    inner = next((s.removeprefix(FOREIGN) for s in recipe.init.values() if s.startswith(FOREIGN)), None)
+    if whole:
+        return models.places(whole).tokenizer()
+    return Tokenizer.load(Path(inner) if Path(inner).is_dir() else models.fetch(inner)) if inner else Tokenizer.tiny()
+
+
+def _foreign(model: Trainable, path: str, name: str, source: str) -> None:
+    module = _module(model, path, name)
+    if not hasattr(module, "load_pretrained"):
+        raise ValueError(f"init: module {path!r} of {name} is not one of transformers; {source!r} cannot fill it")
+    module.load_pretrained(source.removeprefix(FOREIGN))
 
 
 def _module(model: Trainable, path: str, name: str) -> nn.Module:

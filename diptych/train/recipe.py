@@ -13,7 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from diptych import models
 
-FREE = ("data", "train", "loss", "dropout", "init", "lora")  # mappings of a recipe whose keys are the user's
+FREE = ("data", "train", "loss", "dropout", "init", "lora", "folders")  # mappings of a recipe whose keys are the user's
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,27 @@ class Engine:
 
 
 @dataclass(frozen=True)
+class SelfCondition:
+    """How a picture without words is drawn from itself (IOMM): it is read with a share ``masked`` of its tokens blank,
+    beside the words ``prompt``; without any, beside words of the family's own."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    masked: float
+    prompt: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.masked <= 1:
+            raise ValueError(f"the masked share of a picture's tokens must lie in [0, 1], not {self.masked}")
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stretch of training.
 
     ``train`` maps part name -> learning rate; a part that is not named is frozen, in eval mode and without optimizer
     state. ``data`` maps data set name -> weight (of samples). ``loss`` maps loss term -> weight. ``dropout`` maps a
     condition ("text", "image") -> how often a sample that draws is laid out without it, for guidance.
+    ``self_condition`` says what a picture without words is drawn from; by default from nothing.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -114,6 +129,7 @@ class Stage:
     limits: Limits = Limits()
     dropout: dict[str, float] = field(default_factory=dict)
     ema: float | None = None  # decay of the weight average that the stage hands on, or that is released
+    self_condition: SelfCondition | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -127,7 +143,8 @@ class Recipe:
     """Everything that decides a run: the model, where frozen parts come from, the stages, the seed.
 
     ``init`` maps a module of the model -> what it starts from: ``model`` (a folder or shipped name: its module of the
-    same path) or ``model#path`` (another path). The key ``model`` takes everything over.
+    same path), ``model#path`` (another path) or ``transformers:model`` (a folder of transformers or an ``org/name`` of
+    the hub, for a module that is one of theirs). The key ``model`` takes everything over.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -138,6 +155,7 @@ class Recipe:
     size: int = 64  # pixels on a side of the embedded pictures
     init: dict[str, str] = field(default_factory=dict)
     catalog: str | None = None
+    folders: dict[str, str] = field(default_factory=dict)  # data set name -> a plain folder of pictures in its place
     encoded: str | None = None  # folder of ``diptych data precompute``; its data sets stand in for those of their names
     workers: int = 1
     streams: int = 16
@@ -155,6 +173,9 @@ class Recipe:
             raise ValueError("engine.frozen bf16 needs precision bf16: a product has one dtype")
         if len({s.name for s in self.stages}) != len(self.stages):
             raise ValueError(f"recipe {self.name!r} has two stages of one name: {[s.name for s in self.stages]}")
+        named = {name.partition("#")[0].removesuffix("/pictures") for s in self.stages for name in s.data}
+        if unknown := sorted(self.folders.keys() - named):
+            raise ValueError(f"recipe {self.name!r} has no data set {unknown[0]!r}; it has {', '.join(sorted(named))}")
         models.config_from_json(self.model)  # raises for an unknown family or field
 
     @property

@@ -36,6 +36,7 @@ from diptych.parts.vision import patchify
 from tests.parity.compare import TRACK, Folder
 
 TEXT, IMAGE = frozenset({"text"}), frozenset({"image"})
+WEIGHTS = ("ema", "ae")
 LOSS = 1.5  # weight of the words' loss beside the pictures' in the recorded total
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-FAMILIES = ("bagel",)
+FAMILIES = ("bagel", "cheers")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     from tests.parity.compare import Folder
 
     family = importlib.import_module(f"tests.parity.{a.family}")
-    folder = Folder(a.folder)
+    folder = Folder(a.folder, family.WEIGHTS)
     begun = time.perf_counter()
     for name, stage in family.STAGES.items():
         if not a.stage or name in a.stage:

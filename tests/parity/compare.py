@@ -26,18 +26,18 @@ class Row:
 
 @dataclass
 class Folder:
-    """``config.json``, ``meta.json`` and the tensors of every other file as ``FILE.NAME``. ``weights`` are files that
-    are loaded and not compared."""
+    """``config.json``, ``meta.json`` and the tensors of every other file as ``FILE.NAME``. Files whose names
+    begin with one of ``weights`` are loaded and not compared."""
 
     path: Path
-    weights: tuple[str, ...] = ("ema", "ae")
+    weights: tuple[str, ...]
     rows: list[Row] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.config = json.loads((self.path / "config.json").read_text())
         self.meta = json.loads((self.path / "meta.json").read_text())
-        files = [f for f in sorted(self.path.glob("*.safetensors")) if f.stem not in self.weights]
+        files = [f for f in sorted(self.path.glob("*.safetensors")) if not f.stem.startswith(self.weights)]
         self.tensors = {f"{f.stem}.{name}": t for f in files for name, t in load_file(f).items()}
 
     def has(self, name: str) -> bool:

@@ -211,8 +211,10 @@ def test_every_branch_drops_what_it_says(model):
     for request in (to_draw(), edit):
         first, *rest = model.branches(request, settings)
         assert first == frozenset() and rest and all(b <= set(model.conditions) for b in rest)
-        whole = len(model.lay_out(request))
-        assert all(len(model.lay_out(request, drop)) < whole for drop in rest)
+        told = [model.lay_out(request, drop).describe(model.tokenizer.decode) for drop in (first, *rest)]
+        assert len(set(told)) == len(told)
+        words = "a blue star" if request is not edit else "make the star red"
+        assert all((words in t) == ("text" not in drop) for t, drop in zip(told, (first, *rest)))
     assert model.branches(edit, replace(settings, guidance_scale=1.0, image_guidance_scale=1.0)) == (frozenset(),)
 
 
@@ -314,28 +316,31 @@ def test_a_conversation_is_read_once(model, monkeypatch):
         return extend(self, contexts, sequences)
 
     talk, going, turns = Engine(model), [], []
+    monkeypatch.setattr(type(model), "extend", counted)
     for text in ("hello", "a red circle", "make it blue", "what is it?"):
         going.append(user(text))
-        fresh = Engine(model)
-        laid = len(model.lay_out(Sample("", (*going, assistant()))))
-        monkeypatch.setattr(type(model), "extend", counted)
+        fresh, reads = Engine(model), []
         if text in ("a red circle", "make it blue"):
-            *_, done, _ = talk.stream_picture(going, seed=1, num_inference_steps=2)
-            first = read_lengths[0]
-            monkeypatch.setattr(type(model), "extend", extend)
-            *_, expected, _ = fresh.stream_picture(going, seed=1, num_inference_steps=2)
-            assert np.allclose(np.asarray(done.image, int), np.asarray(expected.image, int), atol=1)
-            going.append(assistant(Image(done.image, "target")))
+            how = {"seed": 1, "num_inference_steps": 2, "guidance_scale": 1.0}  # one branch: the conversation itself
+            drawn = []
+            for engine in (talk, fresh):
+                *_, done, _ = engine.stream_picture(going, **how)
+                drawn.append(done.image)
+                reads.append(read_lengths[0])
+                read_lengths.clear()
+            assert np.allclose(*(np.asarray(image, int) for image in drawn), atol=1)
+            going.append(assistant(Image(drawn[0], "target")))
         else:
-            answer = talk.chat(going, max_new_tokens=3)
-            first = read_lengths[0]
-            monkeypatch.setattr(type(model), "extend", extend)
-            assert answer.ids == fresh.chat(going, max_new_tokens=3).ids
-            going.append(assistant(answer.text))
-        turns.append((first, laid))
-        read_lengths.clear()
+            answers = []
+            for engine in (talk, fresh):
+                answers.append(engine.chat(going, max_new_tokens=3))
+                reads.append(read_lengths[0])
+                read_lengths.clear()
+            assert answers[0].ids == answers[1].ids
+            going.append(assistant(answers[0].text))
+        turns.append(tuple(reads))
     assert turns[0][0] == turns[0][1]
-    assert all(first < laid for first, laid in turns[1:]), turns
+    assert all(first < whole for first, whole in turns[1:]), turns
     assert 0 < len(talk.memory.known) <= talk.memory.most
 
 

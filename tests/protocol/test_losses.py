@@ -110,7 +110,7 @@ def test_nothing_leaks_out_of_a_hidden_segment(model):
     laid = model.lay_out(tiny.story())
     if not any(s.hidden for s in laid.segments):
         pytest.skip("this family hides nothing")
-    turned = tuple(replace(s, image=255 - s.image) if s.hidden else s for s in laid.segments)
+    turned = tuple(replace(s, image=255 - s.image) if s.hidden and s.image is not None else s for s in laid.segments)
     a, b = sums(model, [laid]), sums(model, [replace(laid, segments=turned)])
     assert a["image"] != b["image"] and a["text"] == pytest.approx(b["text"], rel=1e-6)
     c = sums(model, [laid], Noise(99, 99))  # nor does its noise

@@ -1,0 +1,813 @@
+"""Cheers (arXiv 2603.12793): one vision tokenizer for reading and drawing, a cascaded flow head with gated detail.
+
+::
+
+    picture ── autoencoder ── z, mixed with noise when it is drawn
+                              │
+                    pixel decoder D ── patches e of D(z) ── SigLIP2 ── 2x2 merge ── semantic tokens
+                                        │                                            │
+    text ── embedding ──────────────────┼────────────────────────────────────────────┤  one sequence, one decoder
+                                        │                                            ├── language head → next word
+                                        │                     hidden states at the picture, not shifted
+                                        │                                            │
+                                        │       coarse stage (t) ── channel to space ┘
+                                        └────── x = LayerNorm(s + gate(s) e)
+                                                fine stage (t) ── velocity (or data) of every latent
+
+    z_t = (1 - t) data + t noise;  loss = w_text CE + w_image |v - (noise - data)|^2
+
+Time enters the two stages of the head alone; tokenizer and decoder see how noisy a picture is by looking at it. The
+published code counts time from noise to data and predicts data - noise: ``_predict`` alone turns both round.
+
+Layout: ChatML; a picture is <im_start> .. <im_end> in the text, one position id for each of its tokens, which see each
+other fully. In training a noised picture is hidden from what follows, which reads its clean copy at the same positions.
+Guidance replaces every word but the picture's markers by <no_mean>.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from diptych.core.batch import Batch, Pictures, pack
+from diptych.core.losses import Losses, Term
+from diptych.core.noise import Noise
+from diptych.core.sample import Image, Message, Sample, Text
+from diptych.core.sequence import Kind, Segment
+from diptych.core.sequence import Sequence as Laid
+from diptych.core.tensors import NONE, Float, Int, Tensor, to_float
+from diptych.models.folders import Json, Layout, States
+from diptych.models.protocol import (
+    NOTHING,
+    Context,
+    Drawing,
+    Drop,
+    Encoder,
+    UnifiedModel,
+    advance,
+    draw_noise,
+    draw_weights,
+    flow_branches,
+    read_on,
+    shown,
+)
+from diptych.models.weights import cheers, count, decoder_config
+from diptych.parts.attention import Cache, Cached, Fixed, documents, sdpa
+from diptych.parts.autoencoder import AutoencoderConfig, LatentDecoder, build_autoencoder, tiny_autoencoder
+from diptych.parts.decoder import MLP, Attention, Decoder, DecoderConfig, RMSNorm, Rope
+from diptych.parts.flow import (
+    FlowSettings,
+    Prediction,
+    TimeDraw,
+    check_step,
+    euler,
+    mix,
+    schedule,
+    shift_time,
+    squared_error,
+    velocity,
+)
+from diptych.parts.images import SizeRule, crop, letterbox, to_tensor
+from diptych.parts.positions import TimestepEmbedding
+from diptych.parts.tokenizer import Tokenizer
+from diptych.parts.vision import VisionConfig, VisionEncoder
+
+START, END, BLANK = "<im_start>", "<im_end>", "<no_mean>"
+ADDED = ("<image>", "<image_gen>", START, END, BLANK)  # at the end of Qwen's vocabulary, in this order
+SYSTEM = "You are a helpful assistant."
+
+Quirk = Literal[
+    "repeated_positions",
+    "structural_labels",
+    "visible_noise",
+    "loss_on_all_pictures",
+    "dummy_picture",
+    "endpoint_step",
+    "bf16_latents",
+]
+"""What the published code does and one would not do again:
+
+``repeated_positions``    the fine stage counts its N tokens 0 .. N/2 - 1 twice; the published weights learned with it
+``structural_labels``     newlines and markers are predicted in every turn, also where words are blanked for guidance
+``visible_noise``         what follows a noised picture in training sees it, and no clean copy is read
+``loss_on_all_pictures``  the flow loss also takes pictures that are only read (at the data's end, target 0) and dummies
+``dummy_picture``         a text without pictures follows a causal picture of nothing: random pixels when read, pure
+                          latent noise in training. Prompts to draw had none in training, so the weights need none
+``endpoint_step``         N steps are N - 1 intervals and a last one of 1/N from the data's end; an edit's first time is
+                          shifted away from the noise that its state really has
+``bf16_latents``          the drawn state is rounded to bfloat16 after every step
+
+Its other defects have no counterpart here: rows of unequal length are computed as if each were alone, one answer never
+follows another row's decisions, and several pictures in a message are all read.
+"""
+
+
+@dataclass(frozen=True)
+class Settings(FlowSettings):
+    """How a picture is drawn. ``source_share``: an edit begins at this share of its (last) source's latents, the rest
+    noise, with as much fewer steps; 0 begins at noise and sees the source in the context alone (specs: Cheers 5.4)."""
+
+    source_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.source_share < 1:
+            raise ValueError(f"source_share must be in [0, 1), not {self.source_share}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and settings; ``tiny`` and ``b1_5`` (the published Cheers) are the named ones.
+
+    ``merge``          vision tokens on a side of one semantic token
+    ``head_layers``    blocks of the coarse and of the fine stage; no fine ones: the coarse stage gives the latents
+    ``detail``         what the fine stage is given beside the semantic tokens: gated detail, all of it, or none (the
+                       gate then scales the tokens themselves, so that the parameters are as many)
+    ``pixels``         latents become pixels before the vision encoder; else it reads the latents themselves
+    ``unit_pixels``    the autoencoder's pictures are in [0, 1], not in [-1, 1]
+    ``roles``          turns begin with their role, after a system turn; else the markers of a turn are all there is
+    ``sizes``          how pictures keep their shape; None: all are brought to ``size``, those to read with black
+                       borders, those to draw cropped
+    """
+
+    decoder: DecoderConfig
+    vision: VisionConfig
+    autoencoder: AutoencoderConfig
+    merge: int = 2
+    head_layers: tuple[int, int] = (7, 3)
+    detail: Literal["gated", "added", "none"] = "gated"
+    pixels: bool = True
+    unit_pixels: bool = True
+    roles: bool = True
+    prediction: Prediction = "velocity"
+    times: TimeDraw = TimeDraw(uniform=True)
+    sizes: SizeRule | None = None
+    size: tuple[int, int] = (512, 512)
+    settings: Settings = field(
+        default_factory=lambda: Settings(
+            80, guidance_scale=9.5, guidance_interval=(0.0, 1.0), timestep_shift=2.0, renorm="none", source_share=0.1
+        )
+    )
+    published_quirks: tuple[Quirk, ...] = ()
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.published_quirks) - set(get_args(Quirk))):
+            raise ValueError(f"unknown published_quirks {unknown}; choose from {', '.join(get_args(Quirk))}")
+        if self.decoder.routes != 1:
+            raise ValueError(f"Cheers has one route; the decoder config has {self.decoder.routes}")
+        if min(self.merge, self.head_layers[0]) < 1 or self.head_layers[1] < 0:
+            raise ValueError(f"merge {self.merge} and head_layers {self.head_layers} must be at least 1 (fine: 0)")
+        patch = self.autoencoder.downsample if self.pixels else 1
+        if self.vision.patch_size != patch:
+            raise ValueError(
+                f"vision.patch_size must be {patch}, one patch for each latent, not {self.vision.patch_size}"
+            )
+        if wrong := [s for s in (*self.size, self.sizes and self.sizes.stride) if s and s % self.stride]:
+            raise ValueError(f"size and sizes.stride must be multiples of {self.stride}, not {wrong[0]}")
+
+    @property
+    def stride(self) -> int:
+        """Pixels on a side of one semantic token."""
+        return self.merge * self.autoencoder.downsample
+
+    @staticmethod
+    def b1_5() -> Config:
+        """The published Cheers: FLUX.2's autoencoder, SigLIP2 so400m/16 at 512, Qwen2.5-1.5B (specs: Cheers 2)."""
+        return Config(
+            DecoderConfig(151936, 1536, 8960, 28, 12, 2, tie_word_embeddings=True),
+            VisionConfig(1152, 4304, 27, 16, patch_size=16, image_size=512, pooling=True),
+            AutoencoderConfig(latent_channels=32, statistics=True, fold=2, quant=True),
+            published_quirks=("repeated_positions",),
+        )
+
+    @staticmethod
+    def tiny(vocab_size: int = 1032) -> Config:
+        """The same code at a size that a CPU core trains in hours: 64 x 64 pixels, 64 latents, 16 tokens a picture."""
+        return Config(
+            DecoderConfig(vocab_size, 192, 384, 6, 6, 2, qk_norm=True, tie_word_embeddings=True),
+            VisionConfig(128, 256, 3, 4, patch_size=8, image_size=64),
+            tiny_autoencoder(),
+            head_layers=(1, 2),
+            unit_pixels=False,
+            roles=False,
+            prediction="data",
+            times=TimeDraw(mean=1.8),
+            sizes=SizeRule(longest=128, shortest=16, stride=16),
+            size=(64, 64),
+            settings=Settings(25, guidance_scale=2.5, guidance_interval=(0.0, 0.9), timestep_shift=3.0, renorm="none"),
+        )
+
+
+class MergingProjector(nn.Module):
+    """Norm, merge of every ``merge`` x ``merge`` neighbourhood (row, column, channel fastest), linear, GELU, linear."""
+
+    def __init__(self, width_in: int, width_out: int, merge: int) -> None:
+        super().__init__()
+        self.merge, inner = merge, width_in * merge**2
+        self.layernorm = nn.LayerNorm(width_in)
+        self.mlp = nn.Sequential(nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, width_out))
+
+    def forward(self, x: Float[Tensor, "N m v"], grid: tuple[int, int]) -> Float[Tensor, "N n d"]:
+        """``grid`` is the (rows, columns) of the merged tokens."""
+        p = self.merge
+        x = rearrange(self.layernorm(x), "N (h p w q) c -> N (h w) (p q c)", h=grid[0], p=p, w=grid[1], q=p)
+        return self.mlp(x)
+
+
+def channel_to_space(x: Float[Tensor, "N n f"], grid: tuple[int, int], merge: int) -> Float[Tensor, "N m c"]:
+    """The inverse of the merge: every token becomes ``merge`` x ``merge`` of its neighbourhood."""
+    return rearrange(x, "N (h w) (p q c) -> N (h p w q) c", h=grid[0], w=grid[1], p=merge, q=merge)
+
+
+class HeadLayer(nn.Module):
+    """x += g1 attend(rms(x) (1 + s1) + b1);  x += g2 swiglu(rms(x) (1 + s2) + b2);  b, s, g from the time."""
+
+    def __init__(self, c: DecoderConfig) -> None:
+        super().__init__()
+        d = c.hidden_size
+        self.heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
+        self.modulation = nn.Linear(d, 6 * d)
+        self.input_layernorm = RMSNorm(d, c.rms_norm_eps)
+        self.attn = Attention(c)
+        self.o_proj = nn.Linear(d, d, bias=False)
+        self.post_attention_layernorm = RMSNorm(d, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Float[Tensor, "N n d"], time: Float[Tensor, "N d"], rope: Rope) -> Float[Tensor, "N n d"]:
+        b1, s1, g1, b2, s2, g2 = self.modulation(F.silu(time))[:, None].chunk(6, -1)
+        h = self.input_layernorm(x) * (1 + s1) + b1
+        q, k, v = (y.unflatten(0, x.shape[:2]) for y in self.attn(h.flatten(0, 1)).split(self.heads, 1))
+        x = x + g1 * self.o_proj(sdpa(rope(q), rope(k), v).flatten(-2))
+        return x + g2 * self.mlp(self.post_attention_layernorm(x) * (1 + s2) + b2)
+
+
+class Final(nn.Module):
+    """RMSNorm, shift and scale from the time, linear."""
+
+    def __init__(self, width: int, out: int, eps: float) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, 2 * width)
+        self.norm = RMSNorm(width, eps)
+        self.linear = nn.Linear(width, out)
+
+    def forward(self, x: Float[Tensor, "N n d"], time: Float[Tensor, "N d"]) -> Float[Tensor, "N n o"]:
+        shift, scale = self.modulation(F.silu(time))[:, None].chunk(2, -1)
+        return self.linear(self.norm(x) * (1 + scale) + shift)
+
+
+class Stage(nn.Module):
+    """One stage of the head: its own features of the time, blocks that attend within one picture, the final layer."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int, layers: int, out: int, eps: float) -> None:
+        super().__init__()
+        c = self.config = DecoderConfig(
+            1, width, 4 * width, layers, heads, kv_heads, rms_norm_eps=eps, rope_theta=1e4, qkv_bias=False
+        )
+        self.time = TimestepEmbedding(width)
+        self.layers = nn.ModuleList(HeadLayer(c) for _ in range(layers))
+        self.final = Final(width, out, eps)
+
+    def forward(
+        self, x: Float[Tensor, "N n d"], t: Float[Tensor, " N"], positions: Int[Tensor, " n"]
+    ) -> Float[Tensor, "N n o"]:
+        """``t`` runs from 0 (noise) to 1 (data) and is not scaled."""
+        time, rope = self.time(t), Rope(positions, self.config.width, self.config.rope_theta)
+        for layer in self.layers:
+            x = layer(x, time, rope)
+        return self.final(x, time)
+
+
+class Gate(nn.Module):
+    """Detail beside semantics: LayerNorm(s + g e), g one number a token, of any sign and size (the paper's formula
+    leaves out the norm)."""
+
+    def __init__(self, width: int, detail: str) -> None:
+        super().__init__()
+        self.detail = detail
+        self.gate = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
+        self.layer_norm = nn.LayerNorm(width)
+
+    def forward(self, s: Float[Tensor, "N m v"], e: Float[Tensor, "N m v"]) -> Float[Tensor, "N m v"]:
+        if self.detail == "added":
+            return self.layer_norm(s + e)
+        return self.layer_norm(s + self.gate(s) * (s if self.detail == "none" else e))
+
+
+@dataclass(frozen=True, eq=False)
+class Going:
+    """What a drawing keeps between steps: its times, the contexts side by side, its last velocity."""
+
+    times: Tensor
+    table: Fixed | None = None
+    velocity: Tensor | None = None
+
+
+class Cheers(UnifiedModel):
+    """Cheers of any size."""
+
+    family = "cheers"
+    frozen = frozenset({"autoencoder"})
+    conditions = ("text", "image")
+    encoders: ClassVar = {"autoencoder": Encoder(("autoencoder",), ("autoencoder", "unit_pixels", "sizes", "size"))}
+    parts: ClassVar = {
+        "decoder": ("decoder.*",),
+        "vision": ("vision.*",),
+        "pixels": ("pixel_decoder.*",),
+        "projector": ("projector.*",),
+        "head": ("coarse.*", "gate.*", "fine.*"),
+        "autoencoder": ("autoencoder.*",),
+    }
+
+    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        c, d, v = config, config.decoder.hidden_size, config.vision.hidden_size
+        self.config, self.settings = config, config.settings
+        self.tokenizer = tokenizer.adding(ADDED)
+        self.decoder = Decoder(c.decoder)
+        self.vision = VisionEncoder(c.vision, 3 if c.pixels else c.autoencoder.features)
+        self.projector = MergingProjector(v, d, c.merge)
+        kv, eps, latents = c.decoder.num_key_value_heads, c.decoder.rms_norm_eps, c.autoencoder.features
+        coarse, fine = c.head_layers
+        width = v if fine else latents
+        self.coarse = Stage(d, c.decoder.num_attention_heads, kv, coarse, c.merge**2 * width, eps)
+        if fine:
+            self.gate = Gate(v, c.detail)
+            self.fine = Stage(v, c.vision.num_attention_heads, kv, fine, latents, eps)
+        self.autoencoder = build_autoencoder(c.autoencoder)
+        if c.pixels:
+            self.pixel_decoder = LatentDecoder(c.autoencoder)
+        words = {"turn": "<|im_start|>", "stop": "<|im_end|>", "start": START, "end": END, "blank": BLANK}
+        self.markers = {name: self.tokenizer.id(token) for name, token in words.items()}
+        if len(self.tokenizer) > c.decoder.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(self.tokenizer)} words with Cheers's own, the decoder {c.decoder.vocab_size}"
+            )
+
+    def initialise(self, seed: int) -> None:
+        """For training from scratch: weights of variance 1 / inputs, what writes to a residual stream divided by
+        sqrt(2 layers); what the time modulates, the gate and the predictions begin at zero (published: all but the
+        last). The autoencoder is left alone."""
+        generator = torch.Generator().manual_seed(seed)
+        c = self.config
+        depth = {"decoder": c.decoder.num_hidden_layers, "vision": c.vision.num_hidden_layers}
+        draw_weights(self, generator, depth, embedding=c.decoder.hidden_size**-0.5)
+        for name, module in self.named_modules():
+            if name.startswith("pixel_decoder.") and isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear", generator=generator)
+        fine = self.config.head_layers[1] > 0
+        zero = [layer.modulation for s in self._stages() for layer in s.layers]
+        zero += [self._stages()[-1].final.linear, *([self.gate.gate[2]] if fine else [])]
+        for linear in zero:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def _stages(self) -> list[Stage]:
+        return [self.coarse, self.fine] if self.config.head_layers[1] else [self.coarse]
+
+    def blocks(self) -> Iterator[nn.Module]:
+        yield from self.decoder.layers
+        yield from self.vision.layers
+        for stage in self._stages():
+            yield from stage.layers
+
+    # ---- layout -------------------------------------------------------------------------------------------------
+
+    def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
+        """ChatML with pictures in their place. ``text`` blanks every word but the pictures' markers, and what an answer
+        is to say is then not learned; ``image`` leaves out every picture that is only read."""
+        out: list[Segment] = []
+        run: list[tuple[int, bool]] = []  # words since the last picture, and whether each is to be predicted
+        waiting = ""  # text without loss, encoded in one piece with what it touches
+        m, quirks, roles = self.markers, self.config.published_quirks, self.config.roles
+
+        def say(*ids: int, learned: bool = False) -> None:
+            nonlocal waiting
+            run.extend((i, False) for i in self.tokenizer.encode(waiting) if waiting)
+            run.extend((i, learned) for i in ids)
+            waiting = ""
+
+        def show(segment: Segment) -> None:
+            out.extend(self._words(run, drop))
+            run.clear()
+            out.append(segment)
+
+        if "dummy_picture" in quirks and not any(True for _ in sample.images()):
+            show(self._dummy(sample))
+        system = [Message("system", (Text(SYSTEM),))] if roles and sample.messages[0].role != "system" else []
+        for message in (*system, *sample.messages):
+            last = message is sample.messages[-1]
+            say(m["turn"])
+            waiting = f"{message.role}\n" if roles else ""
+            learned = False
+            for i, part in enumerate(message.parts):
+                final = last and i == len(message.parts) - 1
+                if isinstance(part, Text):
+                    learned = part.loss
+                    if learned:
+                        say(*self.tokenizer.encode(part.text), learned=True)
+                    else:
+                        waiting += part.text
+                    continue
+                if part.blank:
+                    if not (sample.is_open and final):
+                        raise ValueError(
+                            f"sample {sample.id!r} has a picture without pixels that is not the one to draw"
+                        )
+                    say(m["start"])
+                    continue
+                learned = part.role == "target" and not sample.is_open
+                if "image" in drop and part.role != "target":
+                    continue
+                say(m["start"], learned=learned)
+                if learned:
+                    show(self._drawn(part, visible := "visible_noise" in quirks))
+                    if visible:
+                        say(m["end"])
+                        continue
+                    if final:
+                        break
+                kind = Kind.CLEAN if part.role == "condition" else Kind.VISION
+                show(self._picture(kind, part))
+                say(m["end"])
+                waiting = "\n" if roles and message.role == "user" and i + 1 < len(message.parts) else ""
+            else:
+                if not (last and sample.is_open):
+                    say(m["stop"], learned=learned)
+                    waiting = "\n" if roles else ""
+        say()
+        out.extend(self._words(run, drop))
+        return Laid(sample.id, tuple(out))
+
+    def _words(self, run: Sequence[tuple[int, bool]], drop: Drop) -> list[Segment]:
+        """A run of words as segments, those that predict apart from those that do not."""
+        structural = "structural_labels" in self.config.published_quirks
+        labels = [i if learned and ("text" not in drop or structural) else NONE for i, learned in run]
+        if structural:
+            always = {self.markers[n] for n in ("turn", "stop", "start", "blank")} | set(self.tokenizer.encode("\n"))
+            labels = [i if i in always else label for (i, _), label in zip(run, labels, strict=True)]
+        ids = self.reply([i for i, _ in run], drop).segments[0].ids if run else ()
+        targets = (*labels[1:], NONE)
+        ends = [i for i in range(1, len(ids)) if _speaks(targets, i) != _speaks(targets, i - 1)]
+        spans = zip([0, *ends], [*ends, len(ids)], strict=True)
+        return [Segment(Kind.TEXT, ids[a:b], targets[a:b] if _speaks(targets, a) else ()) for a, b in spans if a < b]
+
+    def _drawn(self, image: Image, visible: bool) -> Segment:
+        block = replace(self._picture(Kind.NOISED, image), drawn=True)
+        return block if visible else replace(block, hidden=True, advance=0)
+
+    def _picture(self, kind: Kind, image: Image) -> Segment:
+        c = self.config
+        size = c.sizes(*image.dimensions) if c.sizes else c.size
+
+        def pixels() -> Tensor:
+            if c.sizes:
+                return to_tensor(image.pixels, size, image.nearest)
+            framed = (crop if image.role == "target" else letterbox)(image.pixels, size, image.nearest)
+            return to_tensor(framed, size, image.nearest)
+
+        held, encoded = image.through("autoencoder", pixels)
+        return self._block(kind, size, held, encoded=encoded)
+
+    def _block(self, kind: Kind, size: tuple[int, int], image: Tensor, **how: bool) -> Segment:
+        grid = (size[1] // self.config.stride, size[0] // self.config.stride)
+        return Segment(kind, (NONE,) * (grid[0] * grid[1]), image=image, grid=grid, **{"full": True, **how})
+
+    def _dummy(self, sample: Sample) -> Segment:
+        """The published picture of nothing before a text without pictures: causal, and not told as a picture."""
+        width, height = self.config.size
+        if sample.is_open:
+            pixels = Noise().uniform(sample.id, "dummy", (3, height, width)) * 2 - 1
+            return self._block(Kind.VISION, (width, height), pixels, full=False)
+        black = torch.zeros(3, height, width, dtype=torch.uint8)
+        return self._block(Kind.NOISED, (width, height), black, full=False)
+
+    # ---- network ------------------------------------------------------------------------------------------------
+
+    def _latents(self, group: Pictures) -> Float[Tensor, "N c h w"]:
+        return group.images.float() if group.encoded else self.encode("autoencoder", group.images)
+
+    def encode(self, encoder: str, images: Tensor) -> Float[Tensor, "N c h w"]:
+        """Latents of uint8 or float pictures: the posterior's mean (specs: Cheers 2.1). No gradient passes, unless the
+        pixels ask for it."""
+        with torch.set_grad_enabled(images.requires_grad):
+            pixels = to_float(images)
+            return self.autoencoder.encode((pixels + 1) / 2 if self.config.unit_pixels else pixels)
+
+    def _see(self, z: Float[Tensor, "N c h w"]) -> tuple[Float[Tensor, "N n d"], Float[Tensor, "N m v"]]:
+        """The one tokenizer: semantic tokens of latents, clean or noised, and their detail, which is the patches (with
+        their positions) that the vision encoder began with."""
+        rows, columns = z.shape[-2:]
+        image = self.pixel_decoder.decode(z) if self.config.pixels else z
+        detail = self.vision.embed(image, self.vision.resized((rows, columns)))
+        merge = self.config.merge
+        return self.projector(self.vision.features(detail), (rows // merge, columns // merge)), detail
+
+    def _predict(
+        self, hidden: Float[Tensor, "N n d"], detail: Float[Tensor, "N m v"], t: Float[Tensor, " N"], z: Tensor
+    ) -> Float[Tensor, "N c h w"]:
+        """What the head says of the picture ``z`` at our times ``t``: its velocity, or its data."""
+        grid = (z.shape[-2] // self.config.merge, z.shape[-1] // self.config.merge)
+        places = torch.arange(detail.shape[1], device=hidden.device)
+        out = channel_to_space(self.coarse(hidden, 1 - t, places[: hidden.shape[1]]), grid, self.config.merge)
+        if self.config.head_layers[1]:
+            repeated = "repeated_positions" in self.config.published_quirks
+            out = self.fine(self.gate(out, detail), 1 - t, places % (len(places) // 2) if repeated else places)
+        out = rearrange(out, "N (h w) c -> N c h w", h=z.shape[-2]).float()
+        return -out if self.config.prediction == "velocity" else out
+
+    def _supervised(self, group: Pictures) -> bool:
+        return group.drawn or "loss_on_all_pictures" in self.config.published_quirks
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        latents = sum(g.tokens.numel() for g in batch.pictures if self._supervised(g)) * self.config.merge**2
+        return {"text": float((batch.targets != NONE).sum()), "image": float(latents)}
+
+    def losses(self, batch: Batch, noise: Noise) -> Losses:
+        """``text``: cross-entropy summed over supervised words; ``image``: squared error, mean over the features of a
+        latent, summed over latents (specs: Cheers 6.5)."""
+        counts = self.counts(batch)
+        pictures, drawn = [], []
+        for g in batch.pictures:
+            data = self._latents(g)
+            t, eps = data.new_zeros(len(data)), data  # a picture that is read has no noise: its velocity is 0
+            if g.kind == Kind.NOISED:
+                eps = draw_noise(noise, g, "noise", tuple(data.shape[1:])).to(data.device)
+                t = self.config.times(noise, g.owners, g.ordinals).to(data.device) if g.drawn else t + 1
+            tokens, detail = self._see(mix(data, eps, t))
+            pictures.append((g.tokens, tokens))
+            if self._supervised(g):
+                drawn.append((g.tokens, data, eps, t, detail))
+        states = self.decoder(self.decoder.embed(batch, pictures), batch.positions, documents(batch))
+
+        supervised = (batch.targets != NONE).nonzero()[:, 0]
+        logits = self.decoder.logits(states.index_select(0, supervised))
+        text = F.cross_entropy(logits.float(), batch.targets[supervised], reduction="sum")
+        image = states.new_zeros(())
+        for tokens, data, eps, t, detail in drawn:
+            hidden = states.index_select(0, tokens.flatten()).unflatten(0, tuple(tokens.shape))
+            prediction = self._predict(hidden, detail, t, data)
+            image = image + squared_error(prediction, data, eps, t, self.config.prediction).mean(1).sum()
+        return {"text": Term(text, counts["text"]), "image": Term(image, counts["image"])}
+
+    # ---- reading ------------------------------------------------------------------------------------------------
+
+    def open(self) -> Context:
+        c, weight = self.config.decoder, self.decoder.embed_tokens.weight
+        cache = Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, weight.dtype, weight.device)
+        return Context(cache, slot=())
+
+    @torch.inference_mode()
+    def extend(self, contexts: Sequence[Context], sequences: Sequence[Laid]) -> list[Context]:
+        """Reads clean pictures; a noised picture cannot be read. The slot of a context holds the latents of pictures to
+        edit and where each ends."""
+        batch = pack(sequences, self.routes).to(self.device)
+        if batch.of(Kind.NOISED):
+            raise ValueError("a noised picture is drawn, not read; use start and step")
+        starts = torch.tensor([c.position for c in contexts], device=self.device)
+        caches = [c.cache.room(c.length, len(s)) for c, s in zip(contexts, sequences, strict=True)]
+        ends = torch.tensor(batch.lengths).cumsum(0)
+        sources: list[list[tuple[int, Tensor]]] = [[] for _ in contexts]
+        pictures = []
+        for g in batch.pictures:
+            z = self._latents(g)
+            pictures.append((g.tokens, self._see(z)[0]))
+            for places, latents in zip(g.tokens, z, strict=True):
+                if g.kind == Kind.CLEAN:
+                    d = int(batch.document[places[0]])
+                    begins = int(ends[d]) - batch.lengths[d]
+                    sources[d].append((contexts[d].length + int(places[-1]) + 1 - begins, latents))
+        attend = Cached(caches, [c.length for c in contexts], batch)
+        stream = self.decoder.embed(batch, pictures)
+        states = self.decoder(stream, batch.positions + starts[batch.document], attend)
+        logits = self.decoder.logits(states[ends.to(self.device) - 1]).float()
+        read = read_on(contexts, sequences, caches, logits)
+        return [replace(c, slot=(*c.slot, *sorted(new, key=lambda s: s[0]))) for c, new in zip(read, sources)]
+
+    def rewind(self, context: Context, length: int, position: int) -> Context:
+        slot = tuple(source for source in context.slot if source[0] <= length)
+        return replace(super().rewind(context, length, position), slot=slot)
+
+    def reply(self, ids: Sequence[int], drop: Drop = NOTHING) -> Laid:
+        kept = {self.markers["start"], self.markers["end"]}
+        blank = self.markers["blank"]
+        ids = [i if i in kept else blank for i in ids] if "text" in drop else ids
+        return Laid("reply", (Segment(Kind.TEXT, tuple(ids)),))
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        return frozenset({self.markers["stop"]})
+
+    # ---- drawing ------------------------------------------------------------------------------------------------
+
+    def canvas(self, sample: Sample) -> tuple[int, int]:
+        last, sizes = sample.messages[-1].parts[-1:], self.config.sizes
+        asked = last[0].size if last and isinstance(last[0], Image) else None
+        sources = shown(sample)
+        width, height = asked or (sizes(*sources[-1].dimensions) if sources and sizes else self.config.size)
+        if width % self.config.stride or height % self.config.stride or min(width, height) <= 0:
+            raise ValueError(f"size must be multiples of {self.config.stride}, not {width}x{height}")
+        return height, width
+
+    def branches(self, sample: Sample, settings: Settings) -> tuple[Drop, ...]:
+        return flow_branches(sample, settings)
+
+    def start(
+        self,
+        contexts: Sequence[tuple[Context, ...]],
+        canvases: Sequence[tuple[int, int]],
+        settings: Sequence[Settings],
+        seeds: Sequence[int],
+    ) -> list[Drawing]:
+        drawings = []
+        for branches, canvas, s, seed in zip(contexts, canvases, settings, seeds, strict=True):
+            rows, columns = (side // self.config.autoencoder.downsample for side in canvas)
+            noise = Noise(seed).normal("drawing", "noise", (self.config.autoencoder.features, rows, columns))
+            drawings.append(self.begin(noise.to(self.device), branches, canvas, s))
+        return drawings
+
+    def begin(
+        self, noise: Float[Tensor, "c h w"], branches: tuple[Context, ...], canvas: tuple[int, int], s: Settings
+    ) -> Drawing:
+        """A drawing from given noise; an edit's begins at ``source_share`` of its last source (specs: Cheers 5.4)."""
+        state, share = noise, s.source_share if branches[0].slot else 0.0
+        if share:
+            source = branches[0].slot[-1][1]
+            if source.shape != noise.shape:
+                raise ValueError(
+                    "an edit that begins at its source has the source's size; set source_share to 0 for another"
+                )
+            state = mix(source[None], noise[None], noise.new_tensor([1 - share]))[0]
+        times = self._times(s, share)
+        return Drawing(state.flatten(1).T, branches, canvas, s, 0, len(times) - 1, Going(times))
+
+    def _times(self, s: Settings, share: float) -> Float[Tensor, " steps_1"]:
+        steps, first = max(1, int((1 - share) * s.num_inference_steps + 1e-9)), 1 - share
+        if "endpoint_step" in self.config.published_quirks:
+            points = schedule(steps - 1, s.timestep_shift, first) if steps > 1 else torch.ones(1)
+            return torch.cat([points, points.new_tensor([points[-1] - 1 / steps])])
+        if s.warped:
+            if share:
+                raise ValueError("an edit that begins at its source takes shifted times; set warped to false")
+            return s.times(steps)
+        if share:  # the time that the shift turns into the state's own
+            first = float(shift_time(torch.tensor(first, dtype=torch.float64), 1 / s.timestep_shift))
+        return schedule(steps, s.timestep_shift, first)
+
+    @torch.inference_mode()
+    def step(self, drawings: Sequence[Drawing]) -> list[Drawing]:
+        """One Euler step each. All branches of guidance share the tokenizer's work on the same latents; outside the
+        interval they are not computed."""
+        check_step(drawings)
+        contexts = [d.contexts[b] for b in range(len(drawings[0].contexts)) for d in drawings]
+        canvas, table = drawings[0].canvas, drawings[0].slot.table
+        if table is None or not table.holds(contexts):
+            table = Fixed(contexts, canvas[0] * canvas[1] // self.config.stride**2)
+
+        def velocities(x_t: Tensor, t: Tensor, branches: int) -> Tensor:
+            return self._velocity(self._grid(x_t, canvas), t, table, branches).flatten(-2).transpose(-1, -2)
+
+        out = []
+        for d, (state, v) in zip(drawings, euler(drawings, velocities, [d.slot.times for d in drawings]), strict=True):
+            if "bf16_latents" in self.config.published_quirks:
+                state = state.bfloat16().float()
+            out.append(advance(d, state, Going(d.slot.times, table, v)))
+        return out
+
+    def _grid(self, tokens: Float[Tensor, "B m c"], canvas: tuple[int, int]) -> Float[Tensor, "B c h w"]:
+        rows = canvas[0] // self.config.autoencoder.downsample
+        return rearrange(tokens, "B (h w) c -> B c h w", h=rows)
+
+    def _velocity(
+        self, z: Float[Tensor, "B c h w"], t: Float[Tensor, " B"], table: Fixed, branches: int
+    ) -> Float[Tensor, "R B c h w"]:
+        """The velocity of every branch."""
+        alone = z.split(1 if z.device.type == "cpu" else len(z))  # on a CPU convolutions in company change bits
+        tokens, detail = (torch.cat(x) for x in zip(*(self._see(one) for one in alone), strict=True))
+        n, blocks = tokens.shape[1], len(z) * branches
+        stream = tokens.to(self.decoder.embed_tokens.weight.dtype).repeat(branches, 1, 1).flatten(0, 1)
+        places = torch.arange(blocks * n, device=self.device)
+        starts = torch.tensor([c.position for c in table.contexts[:blocks]], device=self.device)
+        states = self.decoder(stream, starts.repeat_interleave(n) + places % n, table.over(blocks, places))
+        hidden = states.unflatten(0, (blocks, n))
+        prediction = self._predict(hidden, detail.repeat(branches, 1, 1), t.repeat(branches), z)
+        each = prediction.unflatten(0, (branches, len(z)))
+        return torch.stack([velocity(p, z, t, self.config.prediction) for p in each])
+
+    def preview(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+        """x_t - t v: the picture that the last velocity points to."""
+        states = []
+        for d in drawings:
+            v, t = d.slot.velocity, float(d.slot.times[d.step])
+            states.append(d.state if v is None else d.state - t * v)
+        return self._decode(states, drawings)
+
+    def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+        return self._decode([d.state for d in drawings], drawings)
+
+    @torch.inference_mode()
+    def _decode(self, states: list[Tensor], drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+        pictures = self.autoencoder.decode(self._grid(torch.stack(states), drawings[0].canvas)).float()
+        return (pictures * 2 - 1 if self.config.unit_pixels else pictures).clamp(-1, 1)
+
+
+def _speaks(targets: Sequence[int], i: int) -> bool:
+    """Whether a word predicts the next one, or is the last one that was predicted."""
+    return targets[i] != NONE or (i > 0 and targets[i - 1] != NONE)
+
+
+# ---- published folders ------------------------------------------------------------------------------------------
+
+_VAE = {"resolution": 512, "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "z_channels": 32}
+_DEFAULTS = {  # of the published classes, which the stored config.json leaves out (specs: Cheers 2.10)
+    "text_config": {"num_hidden_layers": 28, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "hidden_act": "silu"},
+    "vision_representation_config": {"layer_norm_eps": 1e-6, "num_channels": 3, "hidden_act": "gelu_pytorch_tanh"},
+    "vae_encoder_config": _VAE,
+    "vae_decoder_config": _VAE,
+}
+_SIGLIP = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size"}
+
+
+def published_config(json: Json, states: States) -> Config:
+    """Sizes of a published folder (specs: Cheers 2.10, 3). What its config.json leaves out are the defaults of the
+    published classes; the depth of the head, which they fix at 7 and 3, is counted in the weights.
+
+    Raises ``ValueError`` for settings that this family does not compute."""
+    row = json["config.json"]
+    text, vit, enc, dec = ({**default, **row.get(name, {})} for name, default in _DEFAULTS.items())
+    wrong = [f"vision_representation_config lacks {name}" for name in sorted(_SIGLIP - vit.keys())]
+    fixed = {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
+    wrong += [
+        f"vision_representation_config: {n} must be {v!r}, not {vit[n]!r}" for n, v in fixed.items() if vit[n] != v
+    ]
+    names = ("resolution", "ch", "ch_mult", "num_res_blocks", "z_channels")
+    wrong += [f"vae_encoder_config and vae_decoder_config differ in {n}" for n in names if enc[n] != dec[n]]
+    if enc["ch"] != 4 * enc["z_channels"]:
+        wrong.append(
+            f"vae_decoder_config: ch {enc['ch']} must be 4 x z_channels {enc['z_channels']}, as the head's width"
+        )
+    if wrong:
+        raise ValueError("config.json: " + "; ".join(wrong))
+    size = enc["resolution"]
+    return Config(
+        decoder_config(text | {"model_type": "qwen2"}),
+        VisionConfig(**{n: vit[n] for n in _SIGLIP}, layer_norm_eps=vit["layer_norm_eps"], pooling=True),
+        AutoencoderConfig(
+            channels=enc["ch"],
+            multipliers=tuple(enc["ch_mult"]),
+            blocks=enc["num_res_blocks"],
+            latent_channels=enc["z_channels"],
+            statistics=True,
+            fold=2,
+            quant=True,
+        ),
+        head_layers=tuple(
+            count(states["model"], f"model.{stage}_projector.diffusion_head_a.*") or n
+            for stage, n in (("gen", 7), ("hi", 3))
+        ),
+        size=(size, size),
+        published_quirks=("repeated_positions",),
+    )
+
+
+def published_files(c: Config) -> dict[str, dict]:
+    """The config.json of a published folder, the inverse of ``published_config``, with nothing left out. Raises
+    ``ValueError`` for a model that was trained without what every published model does."""
+    if "repeated_positions" not in c.published_quirks:
+        raise ValueError(
+            "the published code repeats positions in the fine stage; published_quirks of this model do not"
+        )
+    d, v, a = c.decoder, c.vision, c.autoencoder
+    text = {n: getattr(d, n) for n in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings")}  # fmt: skip  # noqa: E501
+    vit = {n: getattr(v, n) for n in (*sorted(_SIGLIP), "layer_norm_eps")}
+    vae = {"resolution": c.size[0], "ch": a.channels, "ch_mult": list(a.multipliers), "num_res_blocks": a.blocks,
+           "z_channels": a.latent_channels}  # fmt: skip
+    auto = {"AutoConfig": "configuration_umm.UMMConfig", "AutoModelForCausalLM": "modeling_umm.UMMModel"}
+    row = {
+        "architectures": ["Cheers"],
+        "auto_map": auto,
+        "model_type": "umm",
+        "text_config": text | {"hidden_act": "silu", "use_sliding_window": False},
+        "vision_representation_config": _DEFAULTS["vision_representation_config"] | vit | {"num_patches": v.side**2},
+        "vae_encoder_config": vae | {"in_channels": 3},
+        "vae_decoder_config": vae | {"in_channels": 3, "out_ch": 3},
+    }
+    return {"config.json": row}
+
+
+PUBLISHED = Layout(
+    weights={"model": lambda c: cheers(c.vision.patch_size)},
+    json=("config.json",),
+    mine=lambda json: json["config.json"].get("model_type") == "umm",
+    config=published_config,
+    describe=published_files,
+    free=("times", "settings", "published_quirks", "sizes"),
+    exact=("*.bn.*",),
+)
+"""``ai9stars/Cheers``: one model in shards, everything in bfloat16, the statistics of the latents too."""

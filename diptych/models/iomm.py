@@ -1,0 +1,696 @@
+"""IOMM (arXiv 2603.16139): a frozen vision-language model, and a generator that learns from pictures alone.
+
+::
+
+    text ── embedding ───────────────────────────┐
+    picture ── vision tower ── masked by r ──────┤ c       all frozen
+                                                 ▼
+           ┌──────── residual queries q(c) ── c ─┤
+           ▼                                     ▼
+    language model g: causal, the queries see c, c never sees the queries
+           └──────────────► h = g([c, q(c)]) ──► connector
+                                                    ▼
+    noise + picture ── autoencoder ── 2x2 ──► diffusion transformer F(x_t, t, h) ──► velocity
+
+    x_t = (1 - t) data + t noise;  loss = |F - (noise - data)|^2          only q, the connector and F learn
+
+A picture without words is drawn from itself: c = [prompt, <img>, its own tokens with a share r of them blank, </img>].
+Pairs take the caption, edits the instruction and the source. Questions are answered by g, which nothing has touched.
+
+The prefix c does not depend on what is learned: it runs once without gradient and its keys and values are kept; the
+queries alone run with gradient. Queries and the picture to draw are hidden from what follows and move no position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import PIL.Image
+import PIL.ImageOps
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from diptych.core.batch import Batch, Pictures, pack
+from diptych.core.losses import Losses, Term
+from diptych.core.noise import Noise
+from diptych.core.sample import Image, Message, Sample, Text
+from diptych.core.sequence import Kind, Segment
+from diptych.core.sequence import Sequence as Laid
+from diptych.core.tensors import NONE, Bool, Float, Tensor, to_float
+from diptych.models.protocol import NOTHING, Context, Drawing, Drop, Encoder, UnifiedModel, advance, draw_noise, shown
+from diptych.parts.adapters import Connector, NoQueries, ResidualQueries, StaticQueries
+from diptych.parts.attention import Cache, Cached, Continued, Recorded, documents
+from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, sampled, tiny_autoencoder
+from diptych.parts.dit import DitConfig, blocks, build_dit
+from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, check_step, euler, mix, squared_error, velocity
+from diptych.parts.images import SizeRule, latents_to_tokens, to_tensor, tokens_to_latents
+from diptych.parts.mllm import Mllm, MllmConfig, Template
+from diptych.parts.tokenizer import Tokenizer
+from diptych.parts.vision import kept
+
+WHOLE = 16  # attention over a multiple of this many keys gives the same bits however many of them are padding (CPU)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the reader is told when a picture is to be drawn: of words, of pictures alone, and of nothing."""
+
+    words: str = "Generate an image: {}"
+    pictures: str = "Generate an image that is identical to the reference image:"
+    nothing: str = "Generate an image."
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and settings. Where the paper is silent the defaults follow specs: IOMM 6.
+
+    ``adapter``      ``residual`` (IOMM), ``static`` (MetaQuery) or ``none``
+    ``cond_tokens``  what the generator sees of h: all of it, or the queries' part (U3)
+    ``mask_mode``    blank tokens are zeros; or zeros that only they themselves see; or left out (U4)
+    ``text_first``   whether the words of a picture to draw stand before its sources (U18)
+    ``crop``         whether pictures to draw, and their sources, are cropped to ``size``
+    """
+
+    mllm: MllmConfig
+    dit: DitConfig
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    adapter: Literal["residual", "static", "none"] = "residual"
+    queries: int = 256
+    adapter_heads: int = 12
+    adapter_layers: int = 1
+    connector_layers: int = 0
+    cond_tokens: Literal["all", "queries"] = "all"
+    mask_mode: Literal["zero", "zero_hide", "drop"] = "zero"
+    text_first: bool = True
+    prompts: Prompts = Prompts()
+    latent_patch: int = 2
+    prediction: Prediction = "velocity"
+    times: TimeDraw = TimeDraw(uniform=True)
+    draw: SizeRule = SizeRule(longest=1024, shortest=512, stride=16)
+    crop: bool = True
+    size: tuple[int, int] = (512, 512)
+    settings: FlowSettings = field(
+        default_factory=lambda: FlowSettings(50, 4.5, guidance_interval=(0.0, 1.0), timestep_shift=1.0, renorm="none")
+    )
+
+    def __post_init__(self) -> None:
+        if self.cond_tokens == "queries" and self.adapter == "none":
+            raise ValueError("cond_tokens 'queries' needs an adapter; adapter is 'none'")
+        if any(side % self.stride for side in (*self.size, self.draw.stride)):
+            raise ValueError(f"size {self.size} and draw must keep to {self.stride} pixels a token")
+
+    @property
+    def stride(self) -> int:
+        """Pixels on a side of one latent token."""
+        return self.latent_patch * self.autoencoder.downsample
+
+    @staticmethod
+    def b(mllm: MllmConfig | None = None) -> Config:
+        """IOMM-B: 1.6 B in 19 double-stream blocks of width 1536 (U2), on InternVL3-2B unless another is given."""
+        return Config(mllm or internvl3_2b(), DitConfig("double", 1536, 19, 12, (0, 64, 64)))
+
+    @staticmethod
+    def l(mllm: MllmConfig | None = None) -> Config:  # noqa: E743  the paper's name
+        """IOMM-L: 2.7 B in 18 double-stream blocks of width 2048 (U2)."""
+        return replace(Config.b(mllm), dit=DitConfig("double", 2048, 18, 16, (0, 64, 64)))
+
+    @staticmethod
+    def xl(mllm: MllmConfig | None = None) -> Config:
+        """IOMM-XL: 6 B in the single-stream lay-out of Z-Image."""
+        return replace(Config.b(mllm), dit=DitConfig("single", 3840, 30, 30, (32, 48, 48), refiners=2, theta=256.0))
+
+    @staticmethod
+    def tiny(vocab_size: int = 1024) -> Config:
+        """The same code at a size that one CPU core trains in hours: 64 x 64 pixels, 16 tokens a picture either way."""
+        return Config(
+            tiny_mllm(vocab_size),
+            DitConfig("double", 128, 6, 4, (0, 16, 16)),
+            tiny_autoencoder(),
+            queries=16,
+            adapter_heads=4,
+            prompts=Prompts("{}", "the same picture", "a picture"),
+            prediction="data",
+            times=TimeDraw(mean=1.8),
+            draw=SizeRule(longest=128, shortest=16, stride=16),
+            crop=False,
+            size=(64, 64),
+            settings=FlowSettings(
+                25, guidance_scale=2.5, guidance_interval=(0.0, 0.9), timestep_shift=3.0, renorm="none"
+            ),
+        )
+
+
+def internvl3_2b() -> MllmConfig:
+    """InternVL3-2B: InternViT-300M at 448 pixels, 256 tokens a picture, Qwen2.5-1.5B (D = 1536)."""
+    vision = {"attention_bias": True, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+              "intermediate_size": 4096, "image_size": [448, 448], "patch_size": [14, 14]}  # fmt: skip
+    text = {"model_type": "qwen2", "vocab_size": 151674, "hidden_size": 1536, "intermediate_size": 8960,
+            "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "tie_word_embeddings": False}  # fmt: skip
+    return MllmConfig(
+        {"model_type": "internvl", "vision_config": vision, "text_config": text, "tie_word_embeddings": False}
+    )
+
+
+def tiny_mllm(vocab_size: int = 1024) -> MllmConfig:
+    """InternVL's classes with a decoder of width 128 and a tower of width 96: 64 pixels are 16 tokens."""
+    vision = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 192,
+              "image_size": [64, 64], "patch_size": [8, 8], "layer_scale_init_value": 1.0}  # fmt: skip
+    text = {"model_type": "qwen2", "vocab_size": vocab_size, "hidden_size": 128, "intermediate_size": 320,
+            "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "tie_word_embeddings": True}  # fmt: skip
+    template = Template(
+        system="<|im_start|>",
+        user="<|im_start|>",
+        assistant="<|im_start|>",
+        end="<|im_end|>",
+        image=("<|vision_start|>", "<|vision_end|>"),
+    )
+    return MllmConfig(
+        {"model_type": "internvl", "vision_config": vision, "text_config": text, "tie_word_embeddings": True}, template
+    )
+
+
+class Iomm(UnifiedModel):
+    """IOMM of any size, over any vision-language model."""
+
+    family = "iomm"
+    frozen = frozenset({"autoencoder"})
+    conditions = ("text", "image")
+    encoders: ClassVar = {
+        "autoencoder": Encoder(("autoencoder",), ("autoencoder", "draw", "crop", "size")),
+        "vision": Encoder(("mllm.model",), ("mllm", "crop", "size")),
+    }
+    parts: ClassVar = {
+        "mllm": ("mllm.*",),
+        "adapter": ("adapter.*",),
+        "connector": ("connector.*",),
+        "dit": ("dit.*",),
+        "autoencoder": ("autoencoder.*",),
+    }
+
+    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        c, self.config, self.tokenizer = config, config, tokenizer
+        self.settings = c.settings
+        self.mllm = Mllm(c.mllm)
+        width = self.mllm.width
+        if len(tokenizer) > self.mllm.vocab_size:
+            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the reader {self.mllm.vocab_size}")
+        make = {"residual": ResidualQueries, "static": StaticQueries, "none": NoQueries}[c.adapter]
+        self.adapter = make(width, c.queries, c.adapter_heads, c.adapter_layers)
+        self.connector = Connector(width, c.dit.hidden_size, c.adapter_heads, c.connector_layers)
+        self.features = c.autoencoder.latent_channels * c.latent_patch**2
+        self.dit = build_dit(c.dit, self.features)
+        self.autoencoder = build_autoencoder(c.autoencoder)
+        self.stop = tokenizer.id(c.mllm.template.stop)
+        self.image_markers = tuple(tokenizer.encode_markup(m) for m in c.mllm.template.image)
+
+    def initialise(self, seed: int) -> None:
+        """For training from scratch, the reader included; the autoencoder is left alone."""
+        generator = torch.Generator().manual_seed(seed)
+        for part in (self.mllm, self.adapter, self.connector, self.dit):
+            part.initialise(generator)
+
+    def blocks(self) -> Iterator[torch.nn.Module]:
+        yield from self.mllm.blocks()
+        yield from blocks(self.dit)
+
+    # ---- layout -------------------------------------------------------------------------------------------------
+
+    def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
+        """The conversation in the reader's template. A picture to draw is queries and then its latents.
+
+        ``image`` drops the pictures that are read; ``text`` the words of the last user message, in whose place a
+        picture to draw has the prompt of its sources, or of nothing at all."""
+        page, template, previous = _Page(self), self.config.mllm.template, None
+        for i, message in enumerate(sample.messages):
+            following = sample.messages[i + 1] if i + 1 < len(sample.messages) else None
+            if message.role == "assistant":
+                if _draws(message) and (previous is None or previous.role != "user"):
+                    self._request(page, (), False)
+                page.write(template.opening("assistant"))
+                if sample.is_open and following is None and not message.parts:
+                    return page.done(sample.id)
+                self._answer(page, sample, message, drop)
+            else:
+                hush = "text" in drop and message is sample.request
+                parts = tuple(
+                    p for p in message.parts
+                    if not (hush if isinstance(p, Text) else "image" in drop)
+                )  # fmt: skip
+                if following is not None and _draws(following):
+                    self._request(page, parts, self.config.crop)
+                elif parts:
+                    page.write(template.opening(message.role))
+                    for part in parts:
+                        page.part(part)
+                    page.end()
+            previous = message
+        return page.done(sample.id)
+
+    def _request(self, page: _Page, parts: Sequence[Text | Image], crop: bool) -> None:
+        """A user's turn that asks for a picture."""
+        words = " ".join(p.text for p in parts if isinstance(p, Text))
+        pictures = [p for p in parts if isinstance(p, Image)]
+        prompts = self.config.prompts
+        if words:
+            text = words if pictures else prompts.words.format(words)
+        else:
+            text = prompts.pictures if pictures else prompts.nothing
+        page.write(self.config.mllm.template.opening("user"))
+        turn: list[Text | Image] = [Text(text), *pictures]
+        for part in turn if self.config.text_first else [*turn[1:], turn[0]]:
+            page.part(part, crop)
+        page.end()
+
+    def _answer(self, page: _Page, sample: Sample, message: Message, drop: Drop) -> None:
+        """An assistant's turn, after its opening."""
+        final = message is sample.messages[-1]
+        for part in message.parts:
+            last = final and part is message.parts[-1]
+            if isinstance(part, Image) and part.role == "target":
+                page.write_ids(self.image_markers[0])
+                if part.blank:
+                    if not (last and sample.is_open):
+                        raise ValueError(
+                            f"sample {sample.id!r} has a picture without pixels that is not the one to draw"
+                        )
+                    return
+                if not sample.is_open:
+                    page.draw(part)
+                if not last and "image" not in drop:
+                    page.see(part)
+                    page.write_ids(self.image_markers[1])
+            elif isinstance(part, Text) or "image" not in drop:
+                page.part(part)
+        if not final or not (message.parts and _draws(message, -1)):
+            page.end(any(isinstance(p, Text) and p.loss for p in message.parts[-1:]))
+
+    # ---- network ------------------------------------------------------------------------------------------------
+
+    def _embed(self, batch: Batch, noise: Noise) -> _Stream:
+        """What the language model reads of a row: everything but queries and pictures to draw."""
+        inside = batch.document >= 0
+        for g in (*batch.of(Kind.QUERY), *batch.of(Kind.NOISED)):
+            inside[g.tokens] = False
+        seen, pictures = inside.clone(), batch.of(Kind.VISION)
+        words = (batch.ids != NONE) & inside
+        places, values = [words.nonzero()[:, 0]], [self.mllm.embed(batch.ids[words])]
+        for g in pictures:
+            tokens = g.images.to(values[0].dtype) if g.encoded else self.mllm.look(g.images)
+            if g.masked:
+                keep = kept(g, noise)
+                tokens = tokens * keep[..., None]
+                if self.config.mask_mode != "zero":
+                    seen[g.tokens[~keep]] = False
+                if self.config.mask_mode == "drop":
+                    inside[g.tokens[~keep]] = False
+            places.append(g.tokens.flatten())
+            values.append(tokens.flatten(0, 1).to(values[0].dtype))
+        joined = torch.cat(values)
+        x = joined.new_zeros(len(batch), joined.shape[-1]).index_copy(0, torch.cat(places), joined)
+        stream = inside.nonzero()[:, 0]
+        columns, seen = batch.take(stream), seen[stream]
+        if not bool(seen.all()):  # an unseen token is a hidden segment of its own
+            alone = torch.arange(len(stream), device=stream.device) + int(batch.segment.max()) + 1
+            columns = replace(columns, hidden=~seen, segment=torch.where(seen, columns.segment, alone))
+        positions = self.mllm.positions(batch.positions, pictures)[..., stream]
+        return _Stream(stream, x.index_select(0, stream), positions, seen, columns)
+
+    def _queries(
+        self,
+        c: Float[Tensor, "N L D"],
+        states: Float[Tensor, "N L D"],
+        valid: Bool[Tensor, "N L"],
+        seen: Bool[Tensor, "N L"],
+        positions: Tensor,
+        prefix: Any,
+    ) -> tuple[Float[Tensor, "N M d"], Bool[Tensor, "N M"]]:
+        """Conditions of N pictures: the queries that look at c go through g behind its prefix, and what the generator
+        is to see of h through the connector. ``positions`` are those of the first query."""
+        queries = self.adapter(c, seen)
+        if n := queries.shape[1]:
+            offsets = torch.arange(n, device=c.device)
+            where = (positions[..., None] + offsets).flatten(-2)
+            run = self.mllm(queries.to(c.dtype).flatten(0, 1), where, Continued(prefix, seen, n))
+            run, own = run.unflatten(0, (-1, n)), valid.new_ones(len(valid), n)
+            everything = self.config.cond_tokens == "all"
+            states = torch.cat([states, run], 1) if everything else run
+            valid = torch.cat([valid, own], 1) if everything else own
+        return self.connector(states, valid), valid
+
+    def _condition(self, batch: Batch, s: _Stream, states: Tensor, memory: dict) -> tuple[Tensor, Tensor]:
+        """The conditions of all pictures to draw, group after group: what stands before each in its document."""
+        first, index, valid = _before(batch, s)
+        where = self.mllm.positions(batch.positions, [])[..., first]
+
+        def prefix(layer: int) -> tuple[Tensor, Tensor]:
+            return tuple(x[index] for x in memory[layer])  # type: ignore[return-value]
+
+        return self._queries(s.x[index], states[index], valid, valid & s.seen[index], where, prefix)
+
+    def reference(self, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
+        """The same conditions the plain way: g runs over c and its queries at once, with gradient through all of it.
+        What the kept prefix is tested against and measured against (benchmarks/iomm_prefix.py)."""
+        s = self._embed(batch, noise)
+        _, index, valid = _before(batch, s)
+        queries = self.adapter(s.x[index], valid & s.seen[index])
+        tokens = batch.of(Kind.QUERY)[0].tokens  # all of one shape, so in the order of the row
+        rank = torch.cat([g.tokens[:, 0] for g in batch.of(Kind.NOISED)]).argsort().argsort()
+        places = torch.cat([s.places, tokens.flatten()])
+        order = places.argsort()
+        x = torch.cat([s.x, queries[rank.argsort()].flatten(0, 1)])[order]
+        columns = batch.take(places[order])
+        hidden = torch.cat([~s.seen, s.seen.new_ones(tokens.numel())])[order]
+        segment = torch.cat([s.columns.segment, batch.segment[tokens.flatten()] + int(s.columns.segment.max()) + 1])[
+            order
+        ]
+        positions = self.mllm.positions(batch.positions, batch.of(Kind.VISION))[..., places[order]]
+        states = self.mllm(x, positions, documents(replace(columns, hidden=hidden, segment=segment)))
+        back = order.argsort()
+        own = states[back[len(s.places) :].view(len(tokens), -1)[rank]]
+        everything = self.config.cond_tokens == "all"
+        whole = torch.cat([states[back[: len(s.places)]][index], own], 1) if everything else own
+        seen = torch.cat([valid, valid.new_ones(own.shape[:2])], 1) if everything else valid.new_ones(own.shape[:2])
+        return self.connector(whole, seen), seen
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return {
+            "text": float((batch.targets != NONE).sum()),
+            "image": float(sum(g.tokens.numel() for g in batch.of(Kind.NOISED))),
+        }
+
+    def losses(self, batch: Batch, noise: Noise) -> Losses:
+        """``text``: cross-entropy summed over supervised words; ``image``: squared error, mean over a token's
+        features, summed over noised tokens (Alg. 1; specs: IOMM 3.1)."""
+        counts, drawn = self.counts(batch), batch.of(Kind.NOISED)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._reader_learns(batch)):
+            s = self._embed(batch, noise)
+            attend = Recorded(documents(s.columns))
+            states = self.mllm(s.x, s.positions, attend)
+            supervised = (s.columns.targets != NONE).nonzero()[:, 0]
+            logits = self.mllm.logits(states.index_select(0, supervised)).float()
+            text = F.cross_entropy(logits, s.columns.targets[supervised], reduction="sum")
+        image = states.new_zeros((), dtype=torch.float32)
+        if drawn:
+            conditions, valid = self._condition(batch, s, states, attend.memory)
+            rows = iter(zip(*(x.split([len(g.tokens) for g in drawn]) for x in (conditions, valid)), strict=True))
+        for g in drawn:
+            data = self._latents(g, noise)
+            eps = draw_noise(noise, g, "noise", tuple(data.shape[1:])).to(data.device)
+            t = self.config.times(noise, g.owners, g.ordinals).to(data.device)
+            prediction = self.dit(mix(data, eps, t), t, *next(rows), g.grid).float()
+            image = image + squared_error(prediction, data, eps, t, self.config.prediction).mean(-1).sum()
+        return {"text": Term(text, counts["text"]), "image": Term(image, counts["image"])}
+
+    def _reader_learns(self, batch: Batch) -> bool:
+        """Whether anything before the queries asks for a gradient: the reader's weights, or a picture itself."""
+        pictures = (g.images for g in batch.of(Kind.VISION))
+        return any(p.requires_grad for p in self.mllm.parameters()) or any(x.requires_grad for x in pictures)
+
+    @torch.no_grad()
+    def _latents(self, group: Pictures, noise: Noise) -> Float[Tensor, "N n f"]:
+        """Latent tokens of a group; the posterior is sampled with noise that belongs to each picture."""
+        found = group.images.float() if group.encoded else self.encode("autoencoder", group.images)
+        channels, eps = self.config.autoencoder.latent_channels, None
+        if found.shape[1] > channels:
+            eps = draw_noise(noise, group, "posterior", (channels, *found.shape[2:])).to(found.device)
+        return latents_to_tokens(sampled(found, channels, eps), self.config.latent_patch)
+
+    @torch.no_grad()
+    def encode(self, encoder: str, images: Tensor) -> Tensor:
+        """Latents (followed by their deviation where the autoencoder has a posterior), or the reader's tokens of
+        pictures before any is blanked."""
+        return self.mllm.look(images) if encoder == "vision" else self.autoencoder.distribution(to_float(images))
+
+    # ---- reading ------------------------------------------------------------------------------------------------
+
+    def open(self) -> Context:
+        m, weight = self.mllm, self.mllm.language.embed_tokens.weight
+        return Context(Cache(m.layers, m.heads, m.head_width, weight.dtype, weight.device))
+
+    @torch.inference_mode()
+    def extend(self, contexts: Sequence[Context], sequences: Sequence[Laid]) -> list[Context]:
+        """Reads words and pictures; embeddings and states are kept too, for the queries that may look at them."""
+        batch = pack(sequences).to(self.device)
+        if batch.of(Kind.NOISED):
+            raise ValueError("a noised picture is drawn, not read; use start and step")
+        if self.config.mask_mode != "zero" and any(g.masked for g in batch.pictures):
+            raise ValueError(f"a masked picture is read with mask_mode 'zero' only, not {self.config.mask_mode!r}")
+        s = self._embed(batch, Noise())
+        start = torch.tensor([c.position for c in contexts], device=self.device)[batch.document]
+        caches = [c.cache.room(c.length, n) for c, n in zip(contexts, batch.lengths, strict=True)]
+        attend = Cached(caches, [c.length for c in contexts], s.columns)
+        states = self.mllm(s.x, s.positions + start, attend)
+        last = torch.tensor(batch.lengths, device=self.device).cumsum(0) - 1
+        logits = self.mllm.logits(states[last]).float()
+        return [
+            Context(
+                cache, c.length + n, c.position + sum(g.moves for g in laid.segments), scores,
+                _Read(c.slot, c.length, x, h),
+            )
+            for cache, c, n, laid, scores, x, h in zip(
+                caches, contexts, batch.lengths, sequences, logits, s.x.split(batch.lengths),
+                states.split(batch.lengths), strict=True,
+            )
+        ]  # fmt: skip
+
+    def reply(self, ids: Sequence[int], drop: Drop = NOTHING) -> Laid:
+        return Laid("reply", (Segment(Kind.TEXT, tuple(ids)),))
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        return frozenset({self.stop})
+
+    # ---- drawing ------------------------------------------------------------------------------------------------
+
+    def canvas(self, sample: Sample) -> tuple[int, int]:
+        last = sample.messages[-1].parts[-1:]
+        asked = last[0].size if last and isinstance(last[0], Image) else None
+        sources = [] if self.config.crop else shown(sample)
+        width, height = asked or (self.config.draw(*sources[-1].dimensions) if sources else self.config.size)
+        if min(width, height) <= 0 or width % self.config.stride or height % self.config.stride:
+            raise ValueError(f"size must be multiples of {self.config.stride}, not {width}x{height}")
+        return height, width
+
+    def branches(self, sample: Sample, settings: FlowSettings) -> tuple[Drop, ...]:
+        """Full; without words when their scale is not 1; without pictures when the conversation shows some and their
+        scale is not 1."""
+        shows = bool(shown(sample))
+        if shows and settings.image_guidance_scale != 1:
+            return (NOTHING, frozenset({"text"}), frozenset({"image"}))
+        return (NOTHING,) if settings.guidance_scale == 1 else (NOTHING, frozenset({"text"}))
+
+    @torch.inference_mode()
+    def start(
+        self,
+        contexts: Sequence[tuple[Context, ...]],
+        canvases: Sequence[tuple[int, int]],
+        settings: Sequence[FlowSettings],
+        seeds: Sequence[int],
+    ) -> list[Drawing]:
+        """Runs the queries of every context once; a drawing keeps its conditions through all steps."""
+        flat = {id(c): c for branches in contexts for c in branches}
+        conditions = dict(zip(flat, self._conditions(list(flat.values())), strict=True))
+        drawings = []
+        for branches, (height, width), s, seed in zip(contexts, canvases, settings, seeds, strict=True):
+            n = (height // self.config.stride) * (width // self.config.stride)
+            noise = Noise(seed).normal("drawing", "noise", (n, self.features)).to(self.device)
+            slot = (tuple(conditions[id(c)] for c in branches), None)
+            drawings.append(Drawing(noise, branches, (height, width), s, 0, s.num_inference_steps, slot))
+        return drawings
+
+    def _conditions(self, contexts: list[Context]) -> list[Float[Tensor, "M d"]]:
+        """The condition of every context."""
+        lengths = torch.tensor([c.length for c in contexts], device=self.device)
+        read = [c.slot.upto(c.length) for c in contexts]
+        c, states = (pad_sequence(list(x), batch_first=True) for x in zip(*read, strict=True))
+        valid = torch.arange(c.shape[1], device=self.device) < lengths[:, None]
+        position = self.mllm.positions(torch.tensor([x.position for x in contexts], device=self.device), [])
+
+        def prefix(layer: int) -> tuple[Tensor, Tensor]:
+            return tuple(  # type: ignore[return-value]
+                pad_sequence([x.cache.buffer[layer, i, : x.length] for x in contexts], batch_first=True) for i in (0, 1)
+            )
+
+        conditions, seen = self._queries(c, states, valid, valid, position, prefix)
+        return [x[v] for x, v in zip(conditions, seen, strict=True)]
+
+    @torch.inference_mode()
+    def step(self, drawings: Sequence[Drawing]) -> list[Drawing]:
+        """One Euler step each. Branches of guidance are one batch; outside the interval they are not computed."""
+        check_step(drawings)
+        moved = euler(drawings, lambda x_t, t, branches: self._velocity(x_t, t, drawings, branches))
+        return [advance(d, state, (d.slot[0], v)) for d, (state, v) in zip(drawings, moved, strict=True)]
+
+    def _velocity(
+        self, x_t: Float[Tensor, "B n f"], t: Float[Tensor, " B"], drawings: Sequence[Drawing], branches: int
+    ) -> Float[Tensor, "R B n f"]:
+        each = [d.slot[0][b] for b in range(branches) for d in drawings]
+        lengths = torch.tensor([len(c) for c in each], device=self.device)
+        longest = int(lengths.max())
+        longest += -(longest + x_t.shape[1]) % WHOLE
+        valid = torch.arange(longest, device=self.device) < lengths[:, None]
+        condition = torch.stack([F.pad(c, (0, 0, 0, longest - len(c))) for c in each])
+        x, times = x_t.repeat(branches, 1, 1), t.repeat(branches)
+        prediction = self.dit(x, times, condition, valid, self._grid(drawings)).float()
+        return velocity(prediction, x, times, self.config.prediction).unflatten(0, (branches, -1))
+
+    def _grid(self, drawings: Sequence[Drawing]) -> tuple[int, int]:
+        height, width = drawings[0].canvas
+        return height // self.config.stride, width // self.config.stride
+
+    def preview(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+        """x_t - t v: the picture that the last velocity points to."""
+        states = []
+        for d in drawings:
+            t, v = float(d.settings.times(d.steps)[d.step]), d.slot[1]
+            states.append(d.state if v is None else d.state - t * v)
+        return self._decode(states, drawings)
+
+    def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+        return self._decode([d.state for d in drawings], drawings)
+
+    @torch.inference_mode()
+    def _decode(self, states: list[Tensor], drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+        latents = tokens_to_latents(torch.stack(states), self._grid(drawings), self.config.latent_patch)
+        return self.autoencoder.decode(latents).float().clamp(-1, 1)
+
+
+def _draws(message: Message, at: int = 0) -> bool:
+    """Whether a message of the assistant begins (or ends) with a picture that is drawn."""
+    part = message.parts[at] if message.role == "assistant" and message.parts else None
+    return isinstance(part, Image) and part.role == "target"
+
+
+def _cropped(image: Image, size: tuple[int, int]) -> PIL.Image.Image:
+    """The picture, scaled and cropped at the centre where it is not of ``size``."""
+    return image.pixels if image.pixels.size == size else PIL.ImageOps.fit(image.pixels, size)
+
+
+@dataclass(frozen=True, eq=False)
+class _Stream:
+    """What the language model reads of a row."""
+
+    places: Tensor  # (T,) in the row, ascending
+    x: Tensor  # (T, D) embeddings
+    positions: Tensor  # (T,) or (3, T)
+    seen: Tensor  # (T,) whether others may look at it
+    columns: Batch
+
+
+def _before(batch: Batch, s: _Stream) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every picture to draw, group after group: its first place in the row, the places in the stream of what stands
+    before it in its document (N, L), and which of these are real."""
+    first = torch.cat([g.tokens[:, 0] for g in batch.of(Kind.NOISED)])
+    starts = torch.tensor([0, *batch.lengths], device=first.device).cumsum(0)[batch.document[first]]
+    low, high = torch.searchsorted(s.places, starts), torch.searchsorted(s.places, first)
+    index = low[:, None] + torch.arange(int((high - low).max()), device=first.device)
+    valid = index < high[:, None]
+    return first, torch.where(valid, index, low[:, None]), valid
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """What a context has read, piece after piece: embeddings and final states of tokens ``start`` and on."""
+
+    before: _Read | None
+    start: int
+    x: Tensor
+    states: Tensor
+
+    def upto(self, length: int) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
+        """(embeddings, states) of the first ``length`` tokens: later ones were taken back (``rewind``)."""
+        pieces: list[tuple[Tensor, Tensor]] = []
+        piece: _Read | None = self
+        while piece is not None:
+            n = max(0, length - piece.start)
+            pieces.append((piece.x[:n], piece.states[:n]))
+            length, piece = min(length, piece.start), piece.before
+        return tuple(torch.cat(x) for x in zip(*reversed(pieces), strict=True))  # type: ignore[return-value]
+
+
+class _Page:
+    """A conversation as it is written down: runs of words, and pictures between them."""
+
+    def __init__(self, model: Iomm) -> None:
+        self.model, self.tokenizer = model, model.tokenizer
+        self.template = model.config.mllm.template
+        self.rest = model.tokenizer.encode_markup(self.template.end.removeprefix(self.template.stop))
+        self.segments: list[Segment] = []
+        self.ids: list[int] = []
+        self.loss = False
+        self.between = False
+
+    def write(self, markup: str) -> None:
+        """Words of the template."""
+        if self.between:
+            self.write_ids(self.rest)
+        self.between = False
+        self.write_ids(self.tokenizer.encode_markup(markup))
+
+    def write_ids(self, ids: Sequence[int], loss: bool = False) -> None:
+        """Words; a run with loss begins with the word before it, which predicts its first."""
+        if loss != self.loss and self.ids:
+            carried = [self.ids.pop()] if loss else []
+            self._flush()
+            self.ids = carried
+        self.loss = loss
+        self.ids += ids
+
+    def part(self, part: Text | Image, crop: bool = False) -> None:
+        """A text, or a picture to read."""
+        if isinstance(part, Text):
+            self.write_ids(self.tokenizer.encode(part.text), part.loss)
+            return
+        self.write_ids(self.model.image_markers[0])
+        self.see(part, crop)
+        self.write_ids(self.model.image_markers[1])
+
+    def end(self, loss: bool = False) -> None:
+        """The end of a message."""
+        self.write_ids([self.model.stop], loss)
+        self.between = True
+
+    def see(self, image: Image, crop: bool = False) -> None:
+        """The tokens of a picture to read."""
+        self._flush()
+        mllm, whole = self.model.mllm, self.model.config.size if crop else image.dimensions
+
+        def pixels() -> Tensor:
+            return to_tensor(_cropped(image, whole), mllm.size(whole), image.nearest)
+
+        held, encoded = image.through("vision", pixels)
+        self.segments.append(mllm.picture(whole, image=held, encoded=encoded, masked=image.masked))
+
+    def draw(self, image: Image) -> None:
+        """Queries, and the picture that is drawn from them."""
+        self._flush()
+        c = self.model.config
+        width, height = c.size if c.crop else c.draw(*image.dimensions)
+        grid = (height // c.stride, width // c.stride)
+
+        def pixels() -> Tensor:
+            return to_tensor(_cropped(image, c.size) if c.crop else image.pixels, (width, height), image.nearest)
+
+        if c.adapter != "none":
+            self.segments.append(Segment(Kind.QUERY, (NONE,) * c.queries, hidden=True, advance=0))
+        held, encoded = image.through("autoencoder", pixels)
+        columns: dict[str, Any] = {"image": held, "encoded": encoded, "grid": grid, "full": True, "shared": True}
+        ids = (NONE,) * (grid[0] * grid[1])
+        self.segments.append(Segment(Kind.NOISED, ids, hidden=True, advance=0, drawn=True, **columns))
+
+    def done(self, name: str) -> Laid:
+        """The sequence."""
+        self._flush()
+        return Laid(name, tuple(self.segments))
+
+    def _flush(self) -> None:
+        if self.ids:
+            ids = tuple(self.ids)
+            self.segments.append(Segment(Kind.TEXT, ids, (*ids[1:], NONE) if self.loss else ()))
+        self.ids, self.loss = [], False

@@ -1,0 +1,257 @@
+"""Diffusion transformers conditioned on a sequence: FLUX-style double streams, and a Z-Image-style single stream.
+
+Both take picture tokens, times in [0, 1] (0 data, 1 noise) and a padded condition, and return a value per picture
+token. Positions are rotations by row and column (and, in the single stream, by the place in the condition), so any grid
+can be drawn. Time alone modulates (specs: IOMM 2.2, U15).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from diptych.core.tensors import Bool, Float, Int, Tensor
+from diptych.parts.attention import sdpa
+from diptych.parts.positions import TimestepEmbedding
+
+
+@dataclass(frozen=True)
+class DitConfig:
+    """Sizes. ``double``: ``layers`` blocks with weights of their own for picture and condition, joined in attention.
+    ``single``: ``layers`` blocks over both, after ``refiners`` blocks over each alone. ``axes`` are the features of a
+    head that turn with the place in the condition, the row and the column (specs: IOMM 2.2)."""
+
+    kind: Literal["double", "single"]
+    hidden_size: int
+    layers: int
+    heads: int
+    axes: tuple[int, int, int]
+    refiners: int = 0
+    theta: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.heads or sum(self.axes) != self.hidden_size // self.heads:
+            raise ValueError(f"axes {self.axes} must add up to hidden_size / heads = {self.hidden_size}/{self.heads}")
+        if any(a % 2 for a in self.axes) or (self.kind == "double" and (self.axes[0] or self.refiners)):
+            raise ValueError(f"axes must be even, and a double stream has no first axis and no refiners: {self}")
+
+
+def build_dit(config: DitConfig, features: int) -> DoubleStream | SingleStream:
+    """The generator of a config; a picture token has ``features`` numbers."""
+    return (DoubleStream if config.kind == "double" else SingleStream)(config, features)
+
+
+class Rotation:
+    """Rotary embedding by several coordinates: each turns its share of the features of (N, n, H, D), in pairs."""
+
+    def __init__(self, places: Int[Tensor, "n axes"], axes: tuple[int, ...], theta: float) -> None:
+        angles = []
+        for place, width in zip(places.unbind(-1), axes, strict=True):
+            frequency = theta ** -(torch.arange(0, width, 2, device=places.device, dtype=torch.float64) / max(width, 1))
+            angles.append(place[:, None] * frequency)
+        angle = torch.cat(angles, -1)[:, None].float()
+        self.cos, self.sin = angle.cos(), angle.sin()
+
+    def __call__(self, x: Float[Tensor, "N n H D"]) -> Float[Tensor, "N n H D"]:
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([a * self.cos - b * self.sin, a * self.sin + b * self.cos], -1).flatten(-2).to(x.dtype)
+
+
+def grid_coordinates(grid: tuple[int, int], first: int = 0, device: torch.device | str = "cpu") -> Int[Tensor, "n 3"]:
+    """(first, row, column) of a grid's tokens, row-major."""
+    rows, columns = torch.meshgrid(*(torch.arange(side, device=device) for side in grid), indexing="ij")
+    return torch.stack([torch.full_like(rows, first), rows, columns], -1).flatten(0, 1)
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class Stream(nn.Module):
+    """One modality's half of a double-stream block; ``seen_only`` where nothing reads what it would become."""
+
+    def __init__(self, d: int, head: int, seen_only: bool = False) -> None:
+        super().__init__()
+        self.head = head
+        self.modulation = nn.Linear(d, (2 if seen_only else 6) * d)
+        self.qkv = nn.Linear(d, (2 if seen_only else 3) * d)
+        self.k_norm = nn.RMSNorm(head, eps=1e-6)
+        if not seen_only:
+            self.q_norm = nn.RMSNorm(head, eps=1e-6)
+            self.out_proj = nn.Linear(d, d)
+            self.fc1, self.fc2 = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+
+    def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """([queries], or nothing where the stream is only seen; keys; values)."""
+        *q, k, v = (
+            self.qkv(_modulate(x, shift, scale)).unflatten(-1, (-1, x.shape[-1] // self.head, self.head)).unbind(-3)
+        )
+        return [self.q_norm(y) for y in q], self.k_norm(k), v
+
+    def join(self, x: Tensor, seen: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, gate_mlp: Tensor) -> Tensor:
+        x = x + gate * self.out_proj(seen)
+        return x + gate_mlp * self.fc2(F.gelu(self.fc1(_modulate(x, shift, scale)), approximate="tanh"))
+
+
+class DoubleBlock(nn.Module):
+    """Separate weights for the condition and the picture, one attention over both (FLUX). In the ``last`` block the
+    condition is seen and goes no further."""
+
+    def __init__(self, d: int, head: int, last: bool) -> None:
+        super().__init__()
+        self.condition, self.picture, self.last = Stream(d, head, last), Stream(d, head), last
+
+    def forward(self, x: Tensor, c: Tensor, time: Tensor, turn: Rotation, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        n = x.shape[1]
+        mine = self.picture.modulation(time)[:, None].chunk(6, -1)
+        other = self.condition.modulation(time)[:, None].chunk(2 if self.last else 6, -1)
+        [q], k, v = self.picture.project(x, *mine[:2])
+        qc, kc, vc = self.condition.project(c, *other[:2])
+        q, k, v = torch.cat([turn(q), *qc], 1), torch.cat([turn(k), kc], 1), torch.cat([v, vc], 1)
+        seen = sdpa(q, k, v, mask=mask).flatten(-2)
+        x = self.picture.join(x, seen[:, :n], *mine[2:])
+        return x, c if self.last else self.condition.join(c, seen[:, n:], *other[2:])
+
+
+class DoubleStream(nn.Module):
+    """A FLUX-style multimodal diffusion transformer."""
+
+    def __init__(self, config: DitConfig, features: int) -> None:
+        super().__init__()
+        d, self.config = config.hidden_size, config
+        self.time = TimestepEmbedding(d)
+        self.enter = nn.Linear(features, d)
+        self.layers = nn.ModuleList(
+            DoubleBlock(d, d // config.heads, last=i == config.layers - 1) for i in range(config.layers)
+        )
+        self.modulation = nn.Linear(d, 2 * d)
+        self.leave = nn.Linear(d, features)
+
+    def forward(
+        self,
+        x: Float[Tensor, "N n f"],
+        t: Float[Tensor, " N"],
+        condition: Float[Tensor, "N L d"],
+        valid: Bool[Tensor, "N L"],
+        grid: tuple[int, int],
+    ) -> Float[Tensor, "N n f"]:
+        """A value per picture token; condition tokens that are not ``valid`` are not seen."""
+        time = F.silu(self.time(1000 * t))
+        turn = Rotation(grid_coordinates(grid, device=x.device), self.config.axes, self.config.theta)
+        x, c, mask = self.enter(x.to(self.enter.weight.dtype)), condition, _mask(valid, x.shape[1])
+        for layer in self.layers:
+            x, c = layer(x, c, time, turn, mask)
+        return self.leave(_modulate(x, *self.modulation(time)[:, None].chunk(2, -1)))
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Variance-keeping linears; what modulates and the way out begin at zero, so every block begins as identity."""
+        _initialise(self, generator)
+
+
+class SingleBlock(nn.Module):
+    """One set of weights over a joint sequence: norms on both sides of attention and of the gated MLP; with
+    ``modulated``, time scales what goes in and gates (tanh) what comes out (Z-Image)."""
+
+    def __init__(self, d: int, head: int, modulated: bool) -> None:
+        super().__init__()
+        hidden = int(d / 3 * 8)
+        self.head = head
+        self.modulation = nn.Linear(min(d, NARROW), 4 * d) if modulated else None
+        self.norms = nn.ModuleDict({n: nn.RMSNorm(d, eps=1e-5) for n in ("before", "after", "mlp_before", "mlp_after")})
+        self.qkv, self.out_proj = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
+        self.q_norm, self.k_norm = nn.RMSNorm(head, eps=1e-5), nn.RMSNorm(head, eps=1e-5)
+        self.gate_proj, self.up_proj = nn.Linear(d, hidden, bias=False), nn.Linear(d, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, d, bias=False)
+
+    def forward(self, x: Tensor, time: Tensor, turn: Rotation, mask: Tensor | None) -> Tensor:
+        one = x.new_ones(())
+        scale, gate, scale_mlp, gate_mlp = one, one, one, one
+        if self.modulation is not None:
+            a, b, c, e = self.modulation(time)[:, None].chunk(4, -1)
+            scale, gate, scale_mlp, gate_mlp = 1 + a, b.tanh(), 1 + c, e.tanh()
+        norms = self.norms
+        q, k, v = (y.unflatten(-1, (-1, self.head)) for y in self.qkv(norms["before"](x) * scale).chunk(3, -1))
+        seen = sdpa(turn(self.q_norm(q)), turn(self.k_norm(k)), v, mask=mask).flatten(-2)
+        x = x + gate * norms["after"](self.out_proj(seen))
+        h = norms["mlp_before"](x) * scale_mlp
+        return x + gate_mlp * norms["mlp_after"](self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h)))
+
+
+NARROW = 256  # width of the time features that modulate a single stream
+
+
+class SingleStream(nn.Module):
+    """A Z-Image-style diffusion transformer: condition and picture are refined alone, then run as one sequence."""
+
+    def __init__(self, config: DitConfig, features: int) -> None:
+        super().__init__()
+        d, self.config = config.hidden_size, config
+        head, narrow = d // config.heads, min(d, NARROW)
+        self.time = TimestepEmbedding(narrow, hidden=4 * narrow)
+        self.enter = nn.Linear(features, d)
+        self.picture_refiner = nn.ModuleList(SingleBlock(d, head, True) for _ in range(config.refiners))
+        self.condition_refiner = nn.ModuleList(SingleBlock(d, head, False) for _ in range(config.refiners))
+        self.layers = nn.ModuleList(SingleBlock(d, head, True) for _ in range(config.layers))
+        self.modulation = nn.Linear(narrow, d)
+        self.leave = nn.Linear(d, features)
+
+    def forward(
+        self,
+        x: Float[Tensor, "N n f"],
+        t: Float[Tensor, " N"],
+        condition: Float[Tensor, "N L d"],
+        valid: Bool[Tensor, "N L"],
+        grid: tuple[int, int],
+    ) -> Float[Tensor, "N n f"]:
+        """A value per picture token; condition tokens that are not ``valid`` are not seen."""
+        length, count, axes, theta = condition.shape[1], x.shape[1], self.config.axes, self.config.theta
+        time = self.time(1000 * t)
+        words = torch.arange(1, length + 1, device=x.device)[:, None] * torch.tensor([1, 0, 0], device=x.device)
+        # The picture stands at the first axis' place 0, so that a padded condition moves nothing.
+        places = grid_coordinates(grid, device=x.device)
+        x, c, mask = self.enter(x.to(self.enter.weight.dtype)), condition, _mask(valid, count)
+        alone = None if mask is None else valid[:, None, None]
+        for layer in self.picture_refiner:
+            x = layer(x, time, Rotation(places, axes, theta), None)
+        for layer in self.condition_refiner:
+            c = layer(c, time, Rotation(words, axes, theta), alone)
+        turn, joint = Rotation(torch.cat([places, words]), axes, theta), torch.cat([x, c], 1)
+        for layer in self.layers:
+            joint = layer(joint, time, turn, mask)
+        x = F.layer_norm(joint[:, :count], joint.shape[-1:], eps=1e-6)
+        return self.leave(x * (1 + self.modulation(F.silu(time))[:, None]))
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Variance-keeping linears; what modulates and the way out begin at zero."""
+        _initialise(self, generator)
+
+
+def _mask(valid: Bool[Tensor, "N L"], pictures: int) -> Tensor | None:
+    """Which of (picture, condition) tokens may be seen; None in training where all may. Padding stands last and what is
+    drawn always has a mask: then not a bit of a picture depends on how long its neighbours' conditions are."""
+    if torch.is_grad_enabled() and bool(valid.all()):
+        return None
+    return torch.cat([valid.new_ones(len(valid), pictures), valid], 1)[:, None, None]
+
+
+def _initialise(model: nn.Module, generator: torch.Generator) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if name.endswith(("modulation", "leave")):
+                nn.init.zeros_(module.weight)
+
+
+def blocks(dit: DoubleStream | SingleStream) -> Iterator[nn.Module]:
+    """Everything that attends: what to shard, checkpoint and compile."""
+    if isinstance(dit, SingleStream):
+        yield from dit.picture_refiner
+        yield from dit.condition_refiner
+    yield from dit.layers

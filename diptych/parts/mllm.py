@@ -1,0 +1,303 @@
+"""A vision-language model of transformers (InternVL3, Qwen2.5-VL) behind the same calls as our own decoder.
+
+Its language model runs over packed tokens with ``attend(layer, q, k, v)`` in place of its own attention, so documents,
+caches and hidden segments are settled by ``parts.attention`` and nothing here knows of padding or of masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from torch import nn
+
+from diptych.core.batch import Pictures
+from diptych.core.sample import Speaker
+from diptych.core.sequence import Kind, Segment
+from diptych.core.tensors import NONE, Float, Int, Tensor, to_float
+from diptych.parts.attention import Attend
+from diptych.parts.images import SizeRule
+from diptych.parts.linear import linear
+
+ATTENTION = "diptych"  # the name under which transformers finds ``_attention``
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a conversation is written down; special tokens in these strings are tokens (the defaults are Qwen's)."""
+
+    system: str = "<|im_start|>system\n"
+    user: str = "<|im_start|>user\n"
+    assistant: str = "<|im_start|>assistant\n"
+    end: str = "<|im_end|>\n"
+    stop: str = "<|im_end|>"  # the word that ends an answer
+    image: tuple[str, str] = ("<img>", "</img>")  # what stands before and after a picture's tokens
+
+    def opening(self, speaker: Speaker) -> str:
+        """What begins a message."""
+        return {"system": self.system, "user": self.user, "assistant": self.assistant}[speaker]
+
+
+@dataclass(frozen=True)
+class MllmConfig:
+    """``model`` is the model's ``config.json`` of transformers; ``see`` brings pictures to their sizes where the vision
+    tower takes several (Qwen2.5-VL)."""
+
+    model: dict[str, Any]
+    template: Template = Template()
+    see: SizeRule = SizeRule(longest=1008, shortest=56, stride=28)
+
+    def __post_init__(self) -> None:
+        if self.model.get("model_type") not in TOWERS:
+            raise ValueError(
+                f"unknown model_type {self.model.get('model_type')!r} of a vision-language model; "
+                f"choose from {', '.join(TOWERS)}"
+            )
+
+    @staticmethod
+    def of(source: str | Path, see: SizeRule | None = None) -> MllmConfig:
+        """The config of a folder of transformers, or of an ``org/name`` of the hub. Raises ``ValueError``."""
+        row = _read(lambda auto: auto.AutoConfig.from_pretrained(str(source)).to_dict(), source)
+        if row["model_type"] not in TOWERS:
+            raise ValueError(f"{source} is a {row['model_type']}; choose from {', '.join(TOWERS)}")
+        template = Template(image=TOWERS[row["model_type"]].image)
+        return MllmConfig(row, template, see or MllmConfig.see)
+
+
+class Mllm(nn.Module):
+    """The network of a config, without weights; ``load_pretrained`` fills it from where transformers finds them.
+
+    ``width`` is D of the embeddings, ``layers``, ``heads`` and ``head_width`` are those of the key/value cache."""
+
+    def __init__(self, config: MllmConfig) -> None:
+        super().__init__()
+        auto = _transformers()
+        row = {k: v for k, v in config.model.items() if k not in ("model_type", "architectures")}
+        own = self.own = auto.AutoConfig.for_model(config.model["model_type"], **row)
+        text = own.text_config
+        if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+            raise ValueError("a vision-language model with sliding-window layers is not supported")
+        own._attn_implementation = {"text_config": ATTENTION, "vision_config": "sdpa"}
+        self.model = auto.AutoModel.from_config(own)
+        self.tower: Tower = TOWERS[own.model_type](own, config.see)
+        tied = getattr(own, "tie_word_embeddings", None)
+        tied = text.tie_word_embeddings if tied is None else tied
+        self.lm_head = None if tied else nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.width, self.layers, self.heads = text.hidden_size, text.num_hidden_layers, text.num_key_value_heads
+        self.head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.vocab_size = text.vocab_size
+        with torch.device("cpu"):  # tables that no checkpoint holds exist on the meta device too
+            for module in list(self.model.modules()):
+                for name, child in list(module.named_children()):
+                    if "inv_freq" in child._buffers:
+                        setattr(module, name, type(child)(child.config))
+
+    @property
+    def language(self) -> nn.Module:
+        """The decoder of transformers."""
+        return self.model.language_model
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """Decoder layers, then the vision tower's."""
+        yield from self.language.layers
+        yield from self.tower.blocks(self.model)
+
+    def picture(self, size: tuple[int, int], **columns: Any) -> Segment:
+        """The segment of a picture of (width, height), without its pixels: ``size`` says how they must come."""
+        return self.tower.segment(size, **columns)
+
+    def size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The (width, height) that a picture of this size is resized to."""
+        return self.tower.size(size)
+
+    def embed(self, ids: Int[Tensor, " T"]) -> Float[Tensor, "T D"]:
+        """Embeddings of words."""
+        return self.language.embed_tokens(ids)
+
+    def look(self, images: Tensor) -> Float[Tensor, "N n D"]:
+        """Tokens of pictures of one shape (uint8, or float in [-1, 1]), as they stand among the words."""
+        mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in self.tower.statistics)
+        return self.tower.look(self.model, ((to_float(images) + 1) / 2 - mean) / std)
+
+    def positions(self, positions: Int[Tensor, " T"], pictures: list[Pictures]) -> Tensor:
+        """Position ids as the language model takes them: (T,), or (3, T) where a picture's rows and columns count."""
+        return self.tower.positions(positions, pictures)
+
+    def forward(self, x: Float[Tensor, "T D"], positions: Tensor, attend: Attend) -> Float[Tensor, "T D"]:
+        """Final normed states of packed tokens."""
+        masks = dict.fromkeys(("full_attention", "sliding_attention"))
+        where = positions[None] if positions.dim() == 1 else positions[:, None]
+        out = self.language(
+            inputs_embeds=x[None], position_ids=where, attention_mask=masks, use_cache=False, attend=attend
+        )
+        return out.last_hidden_state[0]
+
+    def logits(self, states: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
+        """Scores of the next word."""
+        head = self.lm_head or self.language.embed_tokens
+        return linear(states, head.weight)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Fresh weights: of variance 1 / inputs, less where a residual stream is written to."""
+        depth = {"language_model": self.layers, "vision_tower": len(list(self.tower.blocks(self.model)))}
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
+                std = module.weight[0].numel() ** -0.5
+                if name.endswith(("o_proj", "down_proj", "projection_layer", "fc2", "attn.proj")):
+                    std /= (2 * next((n for part, n in depth.items() if part in name), 1)) ** 0.5
+                nn.init.normal_(module.weight, std=std, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Embedding):
+                std = self.width**-0.5 if self.lm_head is None else 0.3  # tied rows score words too
+                nn.init.normal_(module.weight, std=std, generator=generator)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("cls_token", "position_embeddings")):
+                nn.init.normal_(parameter, std=0.1, generator=generator)
+
+    @torch.no_grad()
+    def load_pretrained(self, source: str | Path) -> None:
+        """Copies the weights of a folder of transformers, or of an ``org/name`` of the hub.
+
+        Raises ``ValueError`` where it cannot be read or is of other sizes."""
+        cls = "AutoModelForImageTextToText"
+        theirs = _read(lambda auto: getattr(auto, cls).from_pretrained(str(source), dtype="auto"), source)
+        own = self.state_dict()
+        held = theirs.state_dict()
+        if self.lm_head is None:
+            held.pop("lm_head.weight", None)
+        shapes = {n: tuple(t.shape) for n, t in own.items()}, {n: tuple(t.shape) for n, t in held.items()}
+        if wrong := sorted(n for n in shapes[0].keys() | shapes[1].keys() if shapes[0].get(n) != shapes[1].get(n)):
+            raise ValueError(f"{source} does not fit the model: {', '.join(wrong[:6])}{' ...' if wrong[6:] else ''}")
+        self.load_state_dict(held)
+
+
+class Tower:
+    """What differs between vision-language models: how pictures are sized, seen and placed."""
+
+    image: tuple[str, str]
+    statistics: tuple[tuple[float, float, float], tuple[float, float, float]]  # mean and deviation of the pixels
+
+    def __init__(self, config: Any, see: SizeRule) -> None:
+        raise NotImplementedError
+
+    def size(self, size: tuple[int, int]) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def segment(self, size: tuple[int, int], **columns: Any) -> Segment:
+        raise NotImplementedError
+
+    def look(self, model: nn.Module, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N n D"]:
+        raise NotImplementedError
+
+    def positions(self, positions: Tensor, pictures: list[Pictures]) -> Tensor:
+        raise NotImplementedError
+
+    def blocks(self, model: nn.Module) -> Iterator[nn.Module]:
+        raise NotImplementedError
+
+
+class InternVL(Tower):
+    """One tile of fixed size, 2 x 2 patches to a token, one position id each."""
+
+    image = ("<img>", "</img>")
+    statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's
+
+    def __init__(self, config: Any, see: SizeRule) -> None:
+        (height, width), (rows, columns) = config.vision_config.image_size, config.vision_config.patch_size
+        self.width, self.height = width, height
+        self.grid = (int(height // rows * config.downsample_ratio), int(width // columns * config.downsample_ratio))
+
+    def size(self, size: tuple[int, int]) -> tuple[int, int]:
+        return self.width, self.height
+
+    def segment(self, size: tuple[int, int], **columns: Any) -> Segment:
+        return Segment(Kind.VISION, (NONE,) * (self.grid[0] * self.grid[1]), grid=self.grid, **columns)
+
+    def look(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        return model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+
+    def positions(self, positions: Tensor, pictures: list[Pictures]) -> Tensor:
+        return positions
+
+    def blocks(self, model: nn.Module) -> Iterator[nn.Module]:
+        yield from model.vision_tower.encoder.layer
+
+
+class Qwen25VL(Tower):
+    """Grids of any shape, 2 x 2 patches to a token; a token's position is (time, row, column)."""
+
+    image = ("<|vision_start|>", "<|vision_end|>")
+    statistics = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # CLIP's
+
+    def __init__(self, config: Any, see: SizeRule) -> None:
+        vision = config.vision_config
+        self.patch, self.merge, self.frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+        self.see = see
+        if see.stride % (self.patch * self.merge):
+            raise ValueError(f"pictures must come in multiples of {self.patch * self.merge} pixels, not {see.stride}")
+
+    def size(self, size: tuple[int, int]) -> tuple[int, int]:
+        return self.see(*size)
+
+    def segment(self, size: tuple[int, int], **columns: Any) -> Segment:
+        width, height = self.size(size)
+        grid = (height // (self.patch * self.merge), width // (self.patch * self.merge))
+        ids = (NONE,) * (grid[0] * grid[1])
+        return Segment(Kind.VISION, ids, grid=grid, shared=True, advance=max(grid), **columns)
+
+    def look(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        p, m = self.patch, self.merge
+        patches = rearrange(pixels, "N c (h m p) (w n q) -> N (h w m n) c p q", p=p, q=p, m=m, n=m)
+        patches = repeat(patches, "N l c p q -> (N l) (c t p q)", t=self.frames)
+        grid = torch.tensor([[1, pixels.shape[-2] // p, pixels.shape[-1] // p]] * len(pixels), device=pixels.device)
+        seen = model.get_image_features(pixel_values=patches, image_grid_thw=grid, return_dict=True)
+        return torch.stack(list(seen.pooler_output))
+
+    def positions(self, positions: Tensor, pictures: list[Pictures]) -> Tensor:
+        out = repeat(positions, "T -> a T", a=3).clone()
+        for group in pictures:
+            rows, columns = (
+                x.to(out.device).flatten() for x in torch.meshgrid(*map(torch.arange, group.grid), indexing="ij")
+            )
+            out[1, group.tokens] += rows
+            out[2, group.tokens] += columns
+        return out
+
+    def blocks(self, model: nn.Module) -> Iterator[nn.Module]:
+        yield from model.visual.blocks
+
+
+TOWERS: Mapping[str, type[Tower]] = {"internvl": InternVL, "qwen2_5_vl": Qwen25VL}
+
+
+def _transformers() -> Any:
+    """transformers, with our attention made known to it. Raises ``ValueError`` where it is not installed."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            "vision-language models need transformers; install it with: pip install diptych[hf]"
+        ) from error
+    transformers.AttentionInterface.register(ATTENTION, _attention)
+    return transformers
+
+
+def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, scaling: float, attend: Attend, **_: Any):
+    """transformers' attention call on (1, heads, T, D), answered by ``attend``."""
+    assert mask is None and abs(scaling * q.shape[-1] ** 0.5 - 1) < 1e-6
+    out = attend(module.layer_idx, *(x[0].transpose(0, 1) for x in (q, k, v)))
+    return out[None], None
+
+
+def _read(read: Any, source: str | Path) -> Any:
+    """What transformers reads from a folder or the hub. Raises ``ValueError`` saying why it could not."""
+    auto = _transformers()
+    try:
+        return read(auto)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{source} cannot be read as a vision-language model: {str(error).splitlines()[0]}") from error
