@@ -284,7 +284,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--encoded", metavar="FOLDER", help="data sets that `diptych data precompute` wrote")
     p.add_argument("--set", dest="override", action="append", default=[], metavar="PATH=VALUE", help="change any leaf of the recipe")  # fmt: skip  # noqa: E501
     p.add_argument("--json", action="store_true")
-    p = verb("precompute", _data_precompute, "encode the pictures of a recipe's data sets once, with its frozen encoders", "diptych data precompute bagel/tiny --limit 2000 --out encoded && diptych train bagel/tiny --encoded encoded", "diptych data precompute mine.yaml --catalog data.yaml --data photos --dtype bf16", "torchrun --nproc-per-node 8 -m diptych data precompute mine.yaml --out encoded", into=kinds)  # fmt: skip  # noqa: E501
+    p = verb("precompute", _data_precompute, "encode the pictures of a recipe's data sets once, with its frozen encoders", "diptych data precompute bagel/tiny --limit 2000 --out encoded", "diptych data precompute mine.yaml --catalog data.yaml --data photos --dtype bf16", "torchrun --nproc-per-node 8 -m diptych data precompute mine.yaml --out encoded", into=kinds)  # fmt: skip  # noqa: E501
     p.add_argument("recipe", help="a name that `diptych recipes` lists, or a file")
     p.add_argument("--model", help="the model whose encoders are used, in place of the recipe's own")
     p.add_argument("--data", nargs="+", metavar="NAME", help="which data sets (default: all of the recipe's)")

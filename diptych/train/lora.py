@@ -49,9 +49,12 @@ def inject(model: Trainable, ranks: Mapping[str, int], seed: int) -> None:
         rank_pattern={n: r for n, r in wanted.items()},
         alpha_pattern={n: SCALE * r for n, r in wanted.items()},
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # peft draws from the global state; what stays is drawn here
         inject_adapter_in_model(config, model)
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if DOWN in name and not p.is_meta:
+            nn.init.kaiming_uniform_(p, a=5**0.5, generator=generator)
 
 
 def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
