@@ -137,11 +137,12 @@ def _foreign(model: Trainable, path: str, name: str, source: str) -> None:
     if isinstance(module, Decoder):
         read_language_model(module, _folder(where))
         return
-    if not hasattr(module, "load_pretrained"):
+    load: Any = getattr(module, "load_pretrained", None)
+    if load is None:
         raise ValueError(
             f"init: module {path!r} of {name} is neither a decoder nor one of transformers; {source!r} cannot fill it"
         )
-    module.load_pretrained(where)
+    load(where)
 
 
 def _folder(where: str) -> Path:
