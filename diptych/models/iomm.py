@@ -220,7 +220,7 @@ class Iomm(UnifiedModel):
         yield from blocks(self.dit)
 
     def trunk(self) -> Iterator[torch.nn.Module]:
-        return iter(())  # the reader reads prefix and queries apart; the generator is called for every shape of pictures
+        return iter(())  # the reader reads prefix and queries apart; the generator is called once for every shape
 
     # ---- layout -------------------------------------------------------------------------------------------------
 
