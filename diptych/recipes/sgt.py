@@ -93,7 +93,7 @@ def bagel_lora() -> Recipe:
     """
     whole = bagel()
     stage = replace(
-        whole.stages[0], train={"decoder": 1e-4}, limits=Limits(tokens=8192, pictures=32, accumulate=8), ema=None
+        whole.stages[0], train={"decoder": 1e-4}, limits=Limits(tokens=10_240, pictures=32, accumulate=8), ema=None
     )
     engine = Engine(recompute="full", frozen="bf16")
     return replace(whole, name="sgt/bagel-lora", stages=(stage,), lora={"decoder": 16}, engine=engine)
