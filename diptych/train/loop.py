@@ -133,7 +133,7 @@ def _foreign(model: Trainable, path: str, name: str, source: str) -> None:
     module = _module(model, path, name)
     if not hasattr(module, "load_pretrained"):
         raise ValueError(f"init: module {path!r} of {name} is not one of transformers; {source!r} cannot fill it")
-    module.load_pretrained(source.removeprefix(FOREIGN))
+    module.load_pretrained(source.removeprefix(FOREIGN))  # type: ignore[operator]
 
 
 def _module(model: Trainable, path: str, name: str) -> nn.Module:
