@@ -178,7 +178,8 @@ def study(
 
     ``folder`` keeps the runs, ``folder/ARM/seed-S``; ``model`` is where arms start (default: the study's own);
     ``steps`` are those of an arm (default: the study's own); ``limit`` is the evaluation's items per category.
-    Raises ``ValueError`` for an unknown study, for a model where a study makes its own, and for a folder that was begun with other settings."""
+    Raises ``ValueError`` for an unknown study, for a model where a study makes its own, and for a folder that was begun
+    with other settings."""
     if name not in STUDIES:
         raise ValueError(f"unknown study {name!r}; choose from {', '.join(STUDIES)}")
     if not seeds or len(set(seeds)) != len(seeds):
@@ -268,9 +269,8 @@ def _page(
     first = next(iter(rights.values()))[0]
     begins = f"Every arm goes on from `{model}` for {steps} steps."
     if model is None:
-        begins = f"Every arm is trained for {steps} steps" + (
-            ", one stage alone for half of them." if this.fill else "."
-        )
+        half = ", one stage alone for half of them" if this.fill else ""
+        begins = f"Every arm is trained for {steps} steps{half}."
     if this.takes:
         begins = (
             f"Every arm has {' and '.join(f'`{m}`' for m in this.takes)} of `{model}` (**start**) and leaves them bit "
