@@ -269,9 +269,8 @@ def _page(
     first = next(iter(rights.values()))[0]
     begins = f"Every arm goes on from `{model}` for {steps} steps."
     if model is None:
-        begins = f"Every arm is trained for {steps} steps" + (
-            ", one stage alone for half of them." if this.fill else "."
-        )
+        half = ", one stage alone for half of them" if this.fill else ""
+        begins = f"Every arm is trained for {steps} steps{half}."
     if this.takes:
         begins = (
             f"Every arm has {' and '.join(f'`{m}`' for m in this.takes)} of `{model}` (**start**) and leaves them bit "

@@ -92,9 +92,8 @@ def test_logits_equal_transformers_and_come_back(kind, tmp_path):
     models.save(model, tmp_path / "ours")
     command = ["export", str(tmp_path / "ours"), str(tmp_path / "words"), "--format", "hf"]
     assert cli.main(command) == 0
-    again = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "words/language", attn_implementation="eager"
-    ).eval()
+    written = tmp_path / "words" / "language"
+    again = transformers.AutoModelForCausalLM.from_pretrained(written, attn_implementation="eager").eval()
     assert type(again) is type(theirs)
     torch.testing.assert_close(again(torch.tensor([ids])).logits[0, -1], expected, atol=1e-4, rtol=1e-4)
     assert len(Tokenizer.load(tmp_path / "words/language")) == len(model.tokenizer)
