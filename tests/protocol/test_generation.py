@@ -117,7 +117,7 @@ def test_a_stream_says_what_an_answer_says(engine):
     answer = engine.chat(sample.messages, max_new_tokens=9)
     *deltas, stop = engine.stream(sample.messages, max_new_tokens=9)
     assert all(isinstance(d, TextDelta) for d in deltas) and isinstance(stop, Stop)
-    assert "".join(d.text for d in deltas).strip() == answer.text
+    assert "".join(d.text for d in deltas) == answer.text
     assert stop.reason == answer.finish_reason and stop.usage.written == len(answer.ids) and stop.usage.read > 0
     assert stop.parameters == answer.parameters
 
