@@ -208,7 +208,7 @@ def regions(local: Any, title: str, shown: int = 4) -> bytes:
     return _figure(4, len(chosen), (2.4 * len(chosen), 9.2), draw)
 
 
-def _square(x: float, y: float) -> Any:
+def _square(x: int, y: int) -> Any:
     from matplotlib.patches import Rectangle
 
     return Rectangle((x, y), 1, 1, fill=False, edgecolor="red", linewidth=1.6)

@@ -144,7 +144,7 @@ class Local:
             "even": self.even,
             "tasks": {
                 task: [
-                    {"layer": i + 1} | row | {"lags": _rounded(self.lags[task][i])}
+                    {"layer": i + 1} | row | {"lags": _rounded(self.lags[task][i].tolist())}
                     for i, row in enumerate(self.rows[task])
                 ]
                 for task in TASKS
