@@ -97,11 +97,29 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--encoded", metavar="FOLDER", help="data sets that `diptych data precompute` wrote stand in for their originals")  # fmt: skip  # noqa: E501
     p.add_argument("--set", dest="override", action="append", default=[], metavar="PATH=VALUE", help="change any leaf of the recipe")  # fmt: skip  # noqa: E501
     p.add_argument("--json", action="store_true", help="print {run, release} as JSON at the end")
+    _watched(p)
+    _device(p)
+
+    p = verb("plan", _plan, "what a recipe will need before it is launched: memory, work, time, cost", "diptych plan bagel/tiny --device cpu", "diptych plan mine.yaml --gpus 8 --gpu h100 --price 2.5", "diptych plan mine.yaml --gpus 8 --memory 24 --set engine.shard=full --set engine.recompute=full")  # fmt: skip  # noqa: E501
+    p.add_argument("recipe", help="a name that `diptych recipes` lists, or a file")
+    p.add_argument("--model", help="go on from this model's settings in place of the recipe's own")
+    p.add_argument("--gpus", type=int, default=1, help="processes in all (default: 1)")
+    p.add_argument("--nodes", type=int, default=1, help="machines that share them (default: 1)")
+    p.add_argument("--gpu", default="h100", help="3090, 4090, 5090, a10, l4, l40s, a100-40, a100, h100 (default), h200, b200")  # fmt: skip  # noqa: E501
+    p.add_argument("--memory", type=float, help="GiB of one device (default: the GPU's)")
+    p.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches (default: 0.4)")
+    p.add_argument("--price", type=float, default=0.0, help="of one device for an hour")
+    p.add_argument("--steps", type=int, help="cut or stretch all stages to this many steps, in proportion")
+    p.add_argument("--catalog", help="YAML file that says where your own data sets are")
+    p.add_argument("--encoded", metavar="FOLDER", help="data sets that `diptych data precompute` wrote")
+    p.add_argument("--set", dest="override", action="append", default=[], metavar="PATH=VALUE", help="change any leaf of the recipe")  # fmt: skip  # noqa: E501
+    p.add_argument("--json", action="store_true")
     _device(p)
 
     p = verb("resume", _resume, "go on with a run from its last checkpoint", "diptych resume runs/mine")
     p.add_argument("folder", metavar="RUN", type=Path)
     p.add_argument("--json", action="store_true", help="print {run, release} as JSON at the end")
+    _watched(p)
     _device(p)
 
     p = verb("generate", _generate, "draw pictures of a prompt", "diptych generate bagel/tiny 'two blue stars' -n 4 --seed 7", "diptych generate bagel/tiny 'a cat' --size 64x64 --out cat.png")  # fmt: skip  # noqa: E501
@@ -248,7 +266,30 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--source", type=Path, help="an unpacked folder of stamps (default: the Debian package)")
     p.add_argument("--out", type=Path, help="destination (default: the folder that the data set reads)")
 
-    p = verb("precompute", _data_precompute, "encode the pictures of a recipe's data sets once, with its frozen encoders", "diptych data precompute bagel/tiny --limit 2000 --out encoded && diptych train bagel/tiny --encoded encoded", "diptych data precompute mine.yaml --catalog data.yaml --data photos --dtype bf16", "torchrun --nproc-per-node 8 -m diptych data precompute mine.yaml --out encoded", into=kinds)  # fmt: skip  # noqa: E501
+    p = verb("convert", _data_convert, "write another project's training data as rows of ours", "diptych data convert llava instruct.json mine.jsonl --images coco", "diptych data convert bagel-edit 'edits/*.parquet' edits.jsonl", into=kinds)  # fmt: skip  # noqa: E501
+    p.add_argument("format", help="llava, bagel-t2i, bagel-edit, bagel-sft, omnigen2 or cheers")
+    p.add_argument("source", type=Path, help="a file, a folder or a pattern")
+    p.add_argument("out", type=Path, help="the jsonl to write; pictures held as bytes go to OUT-images/")
+    p.add_argument("--images", type=Path, help="the folder that the catalog will name: absolute paths become relative to it")  # fmt: skip  # noqa: E501
+    p.add_argument("--json", action="store_true")
+    p = verb("shard", _data_shard, "write data sets as shuffled webdataset shards", "diptych data shard cats dogs --catalog my_data.yaml --out shards", "diptych data shard shapes/draw --limit 5000 --out shards", into=kinds)  # fmt: skip  # noqa: E501
+    _named(p)
+    p.add_argument("--out", type=Path, default=Path("shards"), help="folder to write, one folder a data set (default: shards/)")  # fmt: skip  # noqa: E501
+    p.add_argument("--rows", type=int, default=1000, help="rows of a shard (default: 1000)")
+    p.add_argument("--seed", type=int, default=0, help="of the order; -1 keeps the order (default: 0)")
+    p = verb("stats", _data_stats, "lengths, kinds of tokens and shapes of pictures, as a model lays them out", "diptych data stats shapes/draw shapes/ask", "diptych data stats cats --catalog my_data.yaml --layout bagel/7b-mot", into=kinds)  # fmt: skip  # noqa: E501
+    _named(p, 1000)
+    p.add_argument("--layout", default="bagel/tiny", help="model whose layout is counted (default: bagel/tiny)")
+    p = verb("bench", _data_bench, "how fast the loader of a recipe delivers, and how full its rows are", "diptych data bench bagel/tiny --workers 0 1 2", "diptych data bench bagel/tiny --against runs/mine", into=kinds)  # fmt: skip  # noqa: E501
+    p.add_argument("recipe", help="a name that `diptych recipes` lists, or a file")
+    p.add_argument("--rows", type=int, default=50, help="rows to wait for (default: 50)")
+    p.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="numbers of workers to try (default: 0 1)")
+    p.add_argument("--against", type=Path, metavar="RUN", help="compare with what this run's trainer consumed")
+    p.add_argument("--catalog", help="YAML file that says where your own data sets are")
+    p.add_argument("--encoded", metavar="FOLDER", help="data sets that `diptych data precompute` wrote")
+    p.add_argument("--set", dest="override", action="append", default=[], metavar="PATH=VALUE", help="change any leaf of the recipe")  # fmt: skip  # noqa: E501
+    p.add_argument("--json", action="store_true")
+    p = verb("precompute", _data_precompute, "encode the pictures of a recipe's data sets once, with its frozen encoders", "diptych data precompute bagel/tiny --limit 2000 --out encoded", "diptych data precompute mine.yaml --catalog data.yaml --data photos --dtype bf16", "torchrun --nproc-per-node 8 -m diptych data precompute mine.yaml --out encoded", into=kinds)  # fmt: skip  # noqa: E501
     p.add_argument("recipe", help="a name that `diptych recipes` lists, or a file")
     p.add_argument("--model", help="the model whose encoders are used, in place of the recipe's own")
     p.add_argument("--data", nargs="+", metavar="NAME", help="which data sets (default: all of the recipe's)")
@@ -273,6 +314,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--format", choices=["diptych", "published", "hf"], default="diptych", help="files and names; hf: the language and vision parts for transformers (default: diptych)")  # fmt: skip  # noqa: E501
     p.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: bf16; as stored in other formats")
     return top
+
+
+def _watched(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--profile", type=int, default=0, metavar="STEPS", help="trace so many steps into RUN/trace.json")
+    p.add_argument("--track", choices=["trackio", "wandb"], help="log there too")
+
+
+def _named(p: argparse.ArgumentParser, limit: int | None = None) -> None:
+    p.add_argument("names", nargs="+", metavar="NAME", help="data sets: embedded, or of the catalog")
+    p.add_argument("--catalog", help="YAML file that says where your own data sets are")
+    p.add_argument("--limit", type=int, default=limit, help=f"rows per data set (default: {limit or 'all'})")
+    p.add_argument("--size", type=int, default=64, help="pixels on a side of embedded pictures (default: 64)")
+    p.add_argument("--json", action="store_true")
 
 
 def _version() -> str:
@@ -375,6 +429,8 @@ def _train(a: argparse.Namespace) -> int:
             model=a.model,
             encoded=a.encoded,
             folders=_pairs(a.data, "--data", "NAME=FOLDER"),
+            profile=a.profile,
+            track=a.track,
         ),
     )
 
@@ -389,10 +445,44 @@ def _pairs(items: list[str], option: str, form: str) -> dict[str, str]:
     return pairs
 
 
+def _plan(a: argparse.Namespace) -> int:
+    import torch
+
+    from diptych.recipes.run import configured, stage_sources
+    from diptych.train.plan import GIB, GPUS, plan
+
+    if a.gpu not in GPUS:
+        raise ValueError(f"unknown GPU {a.gpu!r}; choose from {', '.join(GPUS)}")
+    device = "cpu" if a.device == "cpu" else "cuda"
+    rate, room = GPUS[a.gpu][0] * 1e12, a.memory or GPUS[a.gpu][1]
+    if device == "cpu":
+        from diptych.doctor import matmul_rate
+
+        rate, room = matmul_rate(torch.float32) * 1e9, a.memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB  # fmt: skip  # noqa: E501
+    recipe = configured(
+        a.recipe, model=a.model, steps=a.steps, catalog=a.catalog, encoded=a.encoded, override=_overrides(a)
+    )
+    needs = plan(recipe, stage_sources, gpus=a.gpus, nodes=a.nodes, device=device, peak=rate, mfu=a.mfu, price=a.price)
+    used = [n.host * a.gpus / a.nodes if device == "cpu" else n.total for n in needs]
+    fits = max(used) <= room * GIB
+    if a.json:
+        print(json.dumps({"fits": fits, "memory": room, "stages": [n.to_json() for n in needs]}))
+        return OK if fits else BAD
+    what = ("weights", "gradients", "optimizer", "average", "gathered", "activations", "saving", "process", "total", "host")  # fmt: skip  # noqa: E501
+    _table(f"{recipe.name}: GiB of each of {a.gpus} processes", ["", *[n.stage for n in needs]], [[k, *(f"{getattr(n, k) / GIB:.2f}" for n in needs)] for k in what])  # fmt: skip  # noqa: E501
+    for n, stage in zip(needs, recipe.stages, strict=True):
+        cost = f", {n.cost:.0f} in all" if a.price else ""
+        print(f"{n.stage}: {n.tokens} tokens a row, {n.flops / 1e12:.3g} TFLOP a step, {n.step_seconds:.3g} s a step at {a.mfu:.0%} of the peak, {n.seconds / 3600:.3g} h for {stage.steps} steps{cost}")  # fmt: skip  # noqa: E501
+    print(f"{'fits' if fits else 'does not fit'}: {max(used) / GIB:.2f} of {room:.0f} GiB")
+    if not fits:
+        print("try: --set engine.shard=full (more processes), --set engine.recompute=full, --set engine.offload=true,\n     --set precision=bf16, or fewer stages.N.limits.tokens")  # fmt: skip  # noqa: E501
+    return OK if fits else BAD
+
+
 def _resume(a: argparse.Namespace) -> int:
     from diptych.recipes.run import resume
 
-    return _finish_run(a, lambda: resume(a.folder, device=a.device))
+    return _finish_run(a, lambda: resume(a.folder, device=a.device, profile=a.profile, track=a.track))
 
 
 def _generate(a: argparse.Namespace) -> None:
@@ -845,6 +935,91 @@ def _data_prepare(a: argparse.Namespace) -> None:
 
     counts = stamps.prepare(a.out, a.source)
     print("\n".join(f"{number:6d}  {what}" for what, number in counts.items()))
+
+
+def _data_convert(a: argparse.Namespace) -> int:
+    from diptych.data.convert import convert
+
+    told = convert(a.format, a.source, a.out, a.images)
+    if a.json:
+        print(json.dumps(vars(told)))
+    else:
+        for line in told.skipped:
+            print(f"skipped {line}")
+        print(f"{a.out}: {told.rows} rows, {told.pictures} pictures, {len(told.skipped)} skipped")
+    return OK if told.rows else BAD
+
+
+def _data_shard(a: argparse.Namespace) -> None:
+    from diptych.data.catalog import sources
+    from diptych.data.mixture import First
+    from diptych.data.shards import shard
+
+    told = {}
+    for name, source in sources(a.names, catalog=a.catalog, size=a.size).items():
+        source = First(source, min(a.limit, len(source))) if a.limit else source
+        told[name] = shard(source, a.out / name, rows=a.rows, seed=None if a.seed < 0 else a.seed)
+    if a.json:
+        print(json.dumps(told))
+        return
+    rows = [[n, t["rows"], t["pictures"], t["shards"], len(t["skipped"])] for n, t in told.items()]
+    _table(str(a.out), ["data set", "rows", "pictures", "shards", "skipped"], rows)
+    for row, why in (item for t in told.values() for item in t["skipped"].items()):
+        print(f"skipped {row}: {why}")
+
+
+def _data_stats(a: argparse.Namespace) -> None:
+    from diptych import models
+    from diptych.data.catalog import sources
+    from diptych.data.shards import stats
+    from diptych.parts.tokenizer import Tokenizer
+
+    config = models.config(a.layout)
+    model = models.create(models.SIZES[a.layout].family, config, Tokenizer.tiny(), "meta")
+    found = {n: s.to_json() for n, s in stats(sources(a.names, a.catalog, a.size), model.lay_out, a.limit).items()}
+    if a.json:
+        print(json.dumps(found))
+        return
+    head = ("rows", "bad", "tokens", "p5", "p50", "p95", "longest", "supervised")
+    _table(a.layout, ["data set", *head], [[n, *(f"{t.get(k, 0):g}" for k in head)] for n, t in found.items()])
+    for name, told in found.items():
+        for what in ("kinds", "shapes"):
+            most = max(told[what].values(), default=1)
+            for label, number in list(told[what].items())[:12]:
+                print(f"{name}  {label:<18} {number:>9}  {'█' * round(40 * number / most)}")
+
+
+def _data_bench(a: argparse.Namespace) -> None:
+    from diptych import models
+    from diptych.data.loader import Loader
+    from diptych.data.shards import speed
+    from diptych.recipes.run import configured, stage_sources
+
+    recipe = configured(a.recipe, catalog=a.catalog, encoded=a.encoded, override=_overrides(a))
+    name, config = models.config_from_json(recipe.model)
+    model = models.create(name, config, device="meta")
+    consumed = None
+    if a.against:
+        lines = (a.against / "metrics.jsonl").read_text().splitlines()[1:]
+        seconds = sorted(row["seconds"] * (1 - row["data_wait"]) for row in map(json.loads, lines))
+        tokens = [row["tokens_per_second"] * row["seconds"] for row in map(json.loads, lines)]
+        consumed = sum(tokens) / len(tokens) / seconds[len(seconds) // 2]
+    rows = []
+    for stage in recipe.stages:
+        for workers in a.workers:
+            loader = Loader(
+                stage_sources(recipe, stage), stage.data, model.lay_out, routes=model.routes,
+                tokens=stage.limits.tokens, pictures=stage.limits.pictures, seed=recipe.seed, workers=workers,
+                streams=recipe.streams, dropout=stage.dropout, conditions=model.conditions,
+            )  # fmt: skip
+            told = speed(loader, a.rows)
+            row = {"stage": stage.name, "workers": workers, **told.to_json()}
+            rows.append(row | ({"times_consumed": told.tokens_per_second / consumed} if consumed else {}))
+    if not a.json:
+        _table(
+            recipe.name, list(rows[0]), [[f"{v:.4g}" if isinstance(v, float) else v for v in r.values()] for r in rows]
+        )
+    print(json.dumps({"benchmark": "data", "recipe": recipe.name, "rows": rows}))
 
 
 def _data_precompute(a: argparse.Namespace) -> None:

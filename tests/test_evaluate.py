@@ -98,10 +98,13 @@ def test_the_truth_scores_one_and_noise_scores_nothing(tmp_path):
     noise = evaluate(Fake(truth=False), ("mini",), limit=3, progress=False)
     assert isinstance(Fake(), Engine) and truth.scores.keys() == noise.scores.keys()
     for name, score in truth.scores.items():
+        if name.endswith("/yes-ratio"):
+            continue  # is no share of what is right
         assert score.value > 0.9 and score.low <= score.value <= score.high, name
         assert score.low < 1, "a few right items are no certainty"
         removed = name.endswith("/instruction")  # noise, too, no longer shows what was to be removed
-        assert noise.scores[name].value < (0.5 if removed else 0.05) and noise.scores[name].high > 0, name
+        partial = removed or name.startswith("seg-mini") or "similarity" in name  # noise is a little like anything
+        assert noise.scores[name].value < (0.5 if partial else 0.05) and noise.scores[name].high > 0, name
     assert truth.failures == noise.failures == 0
     for name in ("geneval-mini@strict/overall", "geneval-mini@strict/held_out/position", "vqa-mini@exact/colour",
                  "caption-mini@strict/overall", "edit-mini@strict/preserved"):  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -115,6 +116,55 @@ def test_other_data_or_budgets_do_not_resume(tmp_run):
     changed = recipe.override({"stages.0.limits.tokens": "128"})
     with pytest.raises(ValueError, match="cannot resume: tokens was 192 when the state was saved and is 128 now"):
         train(changed, tmp_run, resume=True)
+
+
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_taken(tmp_path, capsys):
+    recipe, run = tiny.recipe(steps=6, checkpoint_every=2, keep=3), tmp_path / "cut"
+    whole = train(recipe, run)
+    released = weights(run)
+    first, second, last = checkpoint.available(run / "checkpoints")
+    assert checkpoint.newest(run / "checkpoints") == (last, [])
+    file = max((last / "state").iterdir(), key=lambda f: f.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1  # one bit
+    file.write_bytes(data)
+    file = max((second / "state").iterdir(), key=lambda f: f.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-100])  # a write that was cut off
+    rows = loop.train(recipe, run, stage_sources, resume=True, show=True) and metrics(run)
+    told = " ".join(capsys.readouterr().err.split())
+    for bad in (last, second):
+        assert f"{bad.name} is damaged" in told
+    assert "is not what was written; going on from" in told and first.name in told
+    assert losses(rows) == losses(whole) and weights(run) == released
+    assert [p.name[-1] for p in checkpoint.available(run / "checkpoints")] == ["2", "4", "6"]
+    for path in checkpoint.available(run / "checkpoints"):
+        (path / "state" / ".metadata").unlink()
+    with pytest.raises(
+        ValueError, match="no checkpoint can be used; checkpoint .*step-00000006 is damaged: state/.metada"
+    ):
+        train(recipe, run, resume=True)
+
+
+def test_a_crash_says_what_and_where_and_how_to_go_on(tmp_run, monkeypatch):
+    recipe = tiny.recipe(steps=6, checkpoint_every=2)
+    real = tiny.bagel_family.Bagel.losses
+
+    def breaks(self, batch, noise):
+        losses = real(self, batch, noise)
+        if noise.step < 4:
+            return losses
+        return losses | {"text": losses["text"]._replace(sum=losses["text"].sum * float("nan"))}
+
+    monkeypatch.setattr(tiny.bagel_family.Bagel, "losses", breaks)
+    with pytest.raises(
+        FloatingPointError, match="step 5: the loss is nan; nothing was updated. Samples of the row: shapes/"
+    ):
+        train(recipe, tmp_run)
+    told = json.loads((tmp_run / "crash.json").read_text())
+    assert told["step"] == 5 and told["last_checkpoint"].endswith("step-00000004") and "nan" in told["error"]
+    assert (
+        told["samples"] and told["traceback"].startswith("Traceback") and told["go_on"] == f"diptych resume {tmp_run}"
+    )
 
 
 def test_damaged_checkpoints_are_passed_over_or_named(tmp_run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from diptych import models
 from diptych.core.batch import pack
 from diptych.data.loader import Row, Stats
 from diptych.recipes.run import stage_sources
-from diptych.train import loop, optim
+from diptych.train import checkpoint, loop, optim
+from diptych.train.log import Work
 from diptych.train.parameters import Average, by_part, freeze, release_state, select
 from diptych.train.recipe import Optimizer, Recipe, Schedule
 from tests import tiny
@@ -159,8 +161,10 @@ def _one_step(model, recipe, sample=None):
     row = Row(
         pack([model.lay_out(sample or tiny.draw("shapes/draw/17"))], model.routes), 0, Stats(0, 0.0, 0, 0, {}, {}, {})
     )
-    trained = [p for part in parts.values() for p in part.values()]
-    return loop._step(recipe, stage, loop.State(model, optimizers=optimizers), iter([row]), trained)
+    state, saver = loop.State(model, optimizers=optimizers), checkpoint.Saver(Path("nowhere"), 1, False)
+    job = loop._Job(recipe, Path("nowhere"), stage_sources, state, None, threading.Event(), None, 0, 1, 1, saver)
+    job.work = Work("cpu", "fp32", lambda batch: 0.0)
+    return job.step(stage, iter([row]), 1, parts)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_samples():

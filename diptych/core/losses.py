@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
 class Term(NamedTuple):
-    """One loss term: the sum over its elements, and how many elements there are."""
+    """One loss term: the sum over its elements, and how many elements there are; where the family tells, also both of
+    every document of the row, for the log (``by_document``)."""
 
     sum: Tensor
     count: float  # type: ignore[assignment]  # tuples have a method of this name
+    documents: Tensor | None = None  # (D, 2)
 
 
 Losses = dict[str, Term]
+
+
+def by_document(values: Tensor, document: Tensor, documents: int, elements: int = 1) -> Tensor:
+    """(documents, 2) sums and counts of n values, each the sum over ``elements``, that belong to these documents."""
+    pairs = torch.stack([values.detach().float(), torch.full_like(values, elements, dtype=torch.float32)], 1)
+    return pairs.new_zeros(documents, 2).index_add_(0, document, pairs)
 
 
 def add_counts(counts: list[Mapping[str, float]]) -> dict[str, float]:

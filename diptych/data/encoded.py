@@ -93,7 +93,7 @@ def encoded(name: str, folder: Path, origin: Mapping[str, Any]) -> Encoded:
     index = _read(folder / INDEX)
     if index["origin"] != dict(origin):
         raise ValueError(f"{folder} was encoded from {index['origin']}, not from {dict(origin)}; encode it again")
-    files = [folder / _shard(k) for k in range(-(-index["rows"] // index["shard"]))]
+    files = [folder / shard_name(k) for k in range(-(-index["rows"] // index["shard"]))]
     if lacking := [file.name for file in files if not file.is_file()]:
         raise ValueError(
             f"{folder} lacks {len(lacking)} of {len(files)} shards ({lacking[0]} ...); encode it to its end"
@@ -202,10 +202,10 @@ def precompute(
     told: dict[str, Any] = {"rows": 0, "pictures": 0, "bytes": 0, "skipped": {}}
     for k in range(rank, -(-len(source) // shard), world):
         rows = range(k * shard, min((k + 1) * shard, len(source)))
-        if (folder / _shard(k)).is_file():
+        if (folder / shard_name(k)).is_file():
             progress(len(rows))
             continue
-        with _written(folder / _shard(k)) as tar:
+        with written(folder / shard_name(k)) as tar:
             seen = iter(
                 DataLoader(
                     _Watch(source, model.lay_out), sampler=rows, batch_size=None, num_workers=workers,
@@ -226,7 +226,7 @@ def precompute(
                     _add(tar, f"{number:09d}", sample, made[number], model.lay_out)
                 told["rows"] += len(good)
                 progress(len(window))
-        told["bytes"] += (folder / _shard(k)).stat().st_size
+        told["bytes"] += (folder / shard_name(k)).stat().st_size
     return told
 
 
@@ -293,7 +293,7 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
-class _written:
+class written:
     """A tar that appears whole or not at all."""
 
     def __init__(self, path: Path) -> None:
@@ -324,5 +324,5 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def _shard(number: int) -> str:
+def shard_name(number: int) -> str:
     return f"{number:06d}.tar"

@@ -82,15 +82,20 @@ def image_size(source: str | Path | bytes, name: str = "", max_pixels: int = MAX
         return image.size
 
 
-def _open(source: str | Path | bytes, name: str, max_pixels: int) -> PIL.Image.Image:
-    if PIL.ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on: cut-off pictures would be read as grey")
+def read_bytes(path: Path, name: str) -> bytes:
+    """The file as it is. Raises ``ValueError`` naming the picture."""
     try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise ValueError(f"picture {name!r} does not exist") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         raise ValueError(f"picture {name!r} cannot be read: {_reason(error)}") from error
+
+
+def _open(source: str | Path | bytes, name: str, max_pixels: int) -> PIL.Image.Image:
+    if PIL.ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on: cut-off pictures would be read as grey")
+    data = source if isinstance(source, bytes) else read_bytes(Path(source), name)
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
     except PIL.UnidentifiedImageError as error:

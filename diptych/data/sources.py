@@ -22,7 +22,7 @@ import numpy as np
 import PIL.Image
 
 from diptych.core.sample import Image, Message, Sample, assistant, sample_from_json, user
-from diptych.data.images import MAX_PIXELS, SUFFIXES, open_image
+from diptych.data.images import MAX_PIXELS, SUFFIXES, open_image, read_bytes
 
 Read = Literal["rows", "draw", "caption", "pictures"]
 HELD = 4  # row groups of parquet files kept decoded, per process
@@ -64,6 +64,10 @@ class JsonLines:
     def picture(self, index: int, reference: str) -> PIL.Image.Image:
         """A picture of the row."""
         return open_image(inside(self.images, reference), reference, self.max_pixels)
+
+    def data(self, index: int, reference: str) -> bytes:
+        """The picture's file as it is."""
+        return read_bytes(inside(self.images, reference), reference)
 
 
 def jsonl(name: str, path: Path, images: Path | None = None, max_pixels: int = MAX_PIXELS) -> JsonLines:
@@ -118,6 +122,10 @@ class ImageFolder:
     def picture(self, index: int, reference: str) -> PIL.Image.Image:
         """The picture."""
         return open_image(inside(self.folder, reference), reference, self.max_pixels)
+
+    def data(self, index: int, reference: str) -> bytes:
+        """The picture's file as it is."""
+        return read_bytes(inside(self.folder, reference), reference)
 
 
 def images(name: str, path: Path, max_pixels: int = MAX_PIXELS) -> ImageFolder:
@@ -187,7 +195,11 @@ class Parquet:
         return Sample(default if cells.get("id") is None else str(cells["id"]), _messages(self.read, "image", text))
 
     def picture(self, index: int, reference: str) -> PIL.Image.Image:
-        """A picture of the row: the bytes in ``image``, or those of that path in ``images``."""
+        """A picture of the row."""
+        return open_image(self.data(index, reference), reference, self.max_pixels)
+
+    def data(self, index: int, reference: str) -> bytes:
+        """The bytes in ``image``, or those of that path in ``images``."""
         cells = self._cells(index)
         held = {"image": cells["image"]} if self.read != "rows" else _by_path(cells.get("images"))
         if reference not in held:
@@ -196,7 +208,7 @@ class Parquet:
         data = data.get("bytes") if isinstance(data, dict) else data
         if not isinstance(data, bytes):
             raise ValueError(f"picture {reference!r} holds no bytes")
-        return open_image(data, reference, self.max_pixels)
+        return data
 
 
 COLUMNS: dict[Read, tuple[tuple[str, ...], tuple[str, ...]]] = {  # (required, optional)
@@ -217,7 +229,7 @@ def parquet(name: str, path: Path, read: Read = "rows", max_pixels: int = MAX_PI
 
     Raises ``ValueError`` for files that are not parquet or lack a column.
     """
-    pq, errors = _pyarrow()
+    pq, errors = pyarrow()
     files, groups, ends = find_files(path, (".parquet",)), [], []
     total = 0
     for number, file in enumerate(files):
@@ -239,7 +251,7 @@ def parquet(name: str, path: Path, read: Read = "rows", max_pixels: int = MAX_PI
     return Parquet(name, files, read, max_pixels, tuple(groups), np.array(ends))
 
 
-def _pyarrow() -> tuple[Any, tuple[type[Exception], ...]]:
+def pyarrow() -> tuple[Any, tuple[type[Exception], ...]]:
     """pyarrow.parquet, and what it raises for files that it cannot read."""
     try:
         import pyarrow
@@ -251,7 +263,7 @@ def _pyarrow() -> tuple[Any, tuple[type[Exception], ...]]:
 
 @lru_cache(maxsize=HELD)
 def _row_group(file: Path, group: int, columns: tuple[tuple[str, ...], tuple[str, ...]]) -> Any:
-    pq, errors = _pyarrow()
+    pq, errors = pyarrow()
     try:
         with pq.ParquetFile(file) as opened:
             wanted = [c for c in columns[0] + columns[1] if c in opened.schema_arrow.names]
@@ -324,10 +336,14 @@ class Tar:
 
     def picture(self, index: int, reference: str) -> PIL.Image.Image:
         """The picture in the member of that extension."""
+        return open_image(self.data(index, reference), f"{self.members[index][1]}.{reference}", self.max_pixels)
+
+    def data(self, index: int, reference: str) -> bytes:
+        """The picture's member as it is."""
         _, key, places = self.members[index]
         if reference not in places:
             raise ValueError(f"picture {reference!r} is not a member; {key} has {', '.join(places)}")
-        return open_image(self.member(index, reference), f"{key}.{reference}", self.max_pixels)
+        return self.member(index, reference)
 
 
 def webdataset(name: str, path: Path, read: Read = "rows", max_pixels: int = MAX_PIXELS) -> Tar:

@@ -22,7 +22,7 @@ from diptych.core import intervals
 from diptych.core.sample import Sample
 
 DRAWS = 2000  # bootstrap resamples
-FEW = 10  # clusters below which a bootstrap knows too little
+FEW = 30  # clusters below which a bootstrap knows too little
 
 
 # --- items and what became of them ------------------------------------------------------------------------------------

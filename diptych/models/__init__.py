@@ -301,6 +301,7 @@ def load(
     dtype: str | None = None,
     base: str | Path | None = None,
     quantize: str | None = None,
+    prepare: Callable[[Trainable], None] | None = None,
 ) -> Trainable:
     """The model of a folder (ours, a run's or a published one), a shipped name or a model of the hub, for use.
 
@@ -308,6 +309,7 @@ def load(
                   published ones. Buffers and the autoencoder are float32 where it is given
     ``base``      the model whose files are taken where a published folder lacks them
     ``quantize``  "int8" rounds the weights of the blocks (``parts.quantize``): for use, not for training
+    ``prepare``   is called with the empty model, on the meta device; parameters that it shards are filled with shards
 
     Tensors go one by one onto the device. Strict: missing, unknown and misshapen tensors are an error that lists them.
     """
@@ -321,7 +323,7 @@ def load(
         raise ValueError(f"unknown quantize {quantize!r}; there is int8")
     source = open_source(name_or_path, base)
     kind = source.dtype if dtype is None else folders.DTYPES[dtype]
-    return folders.make(source, create, torch.device(device), kind, quantize is not None)
+    return folders.make(source, create, torch.device(device), kind, quantize is not None, prepare)
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Any], where: str) -> None:

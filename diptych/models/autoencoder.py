@@ -82,6 +82,9 @@ class AutoencoderTraining(Trainable):
         yield from self.autoencoder.encoder.down
         yield from self.autoencoder.decoder.up
 
+    def trunk(self) -> Iterator[nn.Module]:
+        return iter(())  # every shape of pictures is another call
+
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
         """Every picture as one segment; texts are ignored."""
         stride = self.config.autoencoder.downsample

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diptych.core.batch import Batch, Pictures, pack
-from diptych.core.losses import Losses, Term
+from diptych.core.losses import Losses, Term, by_document
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Sample, Text
 from diptych.core.sequence import Kind, Segment
@@ -212,6 +212,9 @@ class Bagel(UnifiedModel):
         yield from self.decoder.layers
         yield from self.vision.layers
 
+    def trunk(self) -> Iterator[nn.Module]:
+        yield from self.decoder.layers
+
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
@@ -323,12 +326,16 @@ class Bagel(UnifiedModel):
 
         supervised = (batch.targets != NONE).nonzero()[:, 0]
         logits = self.decoder.logits(states.index_select(0, rank[supervised]))
-        text = F.cross_entropy(logits.float(), batch.targets[supervised], reduction="sum")
-        image = states.new_zeros(())
+        text = F.cross_entropy(logits.float(), batch.targets[supervised], reduction="none")
+        image, rows = states.new_zeros(()), len(batch.samples)
+        said = by_document(text, batch.document[supervised], rows)
+        shown = torch.zeros_like(said)
         for g, data, eps, t in drawn:
             prediction = self.latent_out(states.index_select(0, rank[g.tokens.flatten()])).view_as(data).float()
-            image = image + squared_error(prediction, data, eps, t, self.config.prediction).mean(-1).sum()
-        return {"text": Term(text, counts["text"]), "image": Term(image, counts["image"])}
+            error = squared_error(prediction, data, eps, t, self.config.prediction).mean(-1)
+            image = image + error.sum()
+            shown = shown + by_document(error.sum(-1), batch.document[g.tokens[:, 0]], rows, error.shape[-1])
+        return {"text": Term(text.sum(), counts["text"], said), "image": Term(image, counts["image"], shown)}
 
     # ---- reading ------------------------------------------------------------------------------------------------
 

@@ -376,6 +376,9 @@ class Cheers(UnifiedModel):
         for stage in self._stages():
             yield from stage.layers
 
+    def trunk(self) -> Iterator[nn.Module]:
+        yield from self.decoder.layers
+
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:

@@ -198,13 +198,20 @@ def open_published(family: str, layout: Layout, places: Places) -> Source:
 
 
 def make(
-    source: Source, create: Callable[..., Trainable], device: torch.device, dtype: torch.dtype | None, quantize: bool
+    source: Source,
+    create: Callable[..., Trainable],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    quantize: bool,
+    prepare: Callable[[Trainable], None] | None = None,
 ) -> Trainable:
     """The model of a source on ``device``, in evaluation mode, filled tensor by tensor; ``create`` makes an empty one.
 
     ``dtype`` is that of the parameters, None for as stored; buffers and the parts that no recipe may train (the
     autoencoder) then stay in float32. Raises ``ValueError`` listing every missing, unknown and misshapen tensor."""
     model = create(source.family, source.config, source.tokenizer, "meta")
+    if prepare:
+        prepare(model)
     expected = model.state_dict()
     wrong, lacking, plans = [], [], []
     claimed: set[str] = set()
@@ -251,6 +258,11 @@ def _copy(
 def _place(model: Trainable, own: str, tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> None:
     """Puts a copy of the tensor where the model's own is."""
     path, _, leaf = own.rpartition(".")
+    like = getattr(model.get_submodule(path), leaf)
+    if hasattr(like, "placements"):  # a DTensor: this process keeps its share
+        from torch.distributed.tensor import distribute_tensor
+
+        tensor = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
     tensor = tensor.to(device) if device.type != "cpu" else tensor
     wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
     tensor = tensor.to(wanted, copy=device.type == "cpu").contiguous()

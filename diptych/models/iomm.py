@@ -219,6 +219,9 @@ class Iomm(UnifiedModel):
         yield from self.mllm.blocks()
         yield from blocks(self.dit)
 
+    def trunk(self) -> Iterator[torch.nn.Module]:
+        return iter(())  # the reader reads prefix and queries apart; the generator is called once for every shape
+
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:

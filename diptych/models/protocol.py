@@ -106,7 +106,12 @@ class Trainable(nn.Module, ABC):
 
     @abstractmethod
     def blocks(self) -> Iterator[nn.Module]:
-        """What to shard, checkpoint and compile: each is called once per forward."""
+        """What to recompute and to compile one by one."""
+
+    def trunk(self) -> Iterator[nn.Module]:
+        """Those of ``blocks`` that every forward calls exactly once, whatever the batch holds: sharded one by one. What
+        batches may lack (a vision encoder) or call once for every shape of pictures is gathered with the rest."""
+        yield from self.blocks()
 
     @abstractmethod
     def initialise(self, seed: int) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +85,7 @@ def tiny_tokenizer() -> AutoencoderConfig:
 
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder | Identity | DiffusersAutoencoder | Quantised | Emu3:
     """The autoencoder that the config names."""
-    kinds = {"flux": Autoencoder, "kl": DiffusersAutoencoder, "vq": Quantised, "emu3": Emu3}
+    kinds: dict[str, Any] = {"flux": Autoencoder, "kl": DiffusersAutoencoder, "vq": Quantised, "emu3": Emu3}
     return Identity() if config.kind == "identity" else kinds[config.kind](config)
 
 
@@ -370,9 +370,9 @@ class Emu3(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        self._read: list[nn.Module] = []  # in a list, so that it is no submodule
+        self._read: list[Any] = []  # in a list, so that it is no submodule
 
-    def inner(self, device: torch.device) -> nn.Module:
+    def inner(self, device: torch.device) -> Any:
         """The network on a device. Raises ``ValueError`` where the config names no folder that holds one."""
         if not self._read:
             from transformers import Emu3VQVAE

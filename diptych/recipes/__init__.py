@@ -26,6 +26,7 @@ RECIPES = {
     "synergen/stage1": "diptych.recipes.synergen:stage1",
     "synergen/stage2": "diptych.recipes.synergen:stage2",
     "synergen/tune": "diptych.recipes.synergen:tune",
+    "sgt/bagel-lora": "diptych.recipes.sgt:bagel_lora",
 }
 
 

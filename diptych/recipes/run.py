@@ -42,19 +42,24 @@ def train(
     model: str | Path | None = None,
     encoded: str | None = None,
     folders: Mapping[str, str] | None = None,
+    profile: int = 0,
+    track: str | None = None,
 ) -> Path:
     """Trains a recipe (an object, a name or a file) into the folder ``run`` and returns its released model's folder.
 
     ``model`` is a folder or shipped name to go on training, of any family that has the recipe's parts, in place of the
     recipe's own; ``steps`` cuts or stretches all stages in proportion; ``override`` changes leaves by dotted path;
-    ``encoded`` is the folder of ``diptych data precompute``, ``folders`` plain folders of pictures by data set."""
+    ``encoded`` is the folder of ``diptych data precompute``, ``folders`` plain folders of pictures by data set;
+    ``profile`` traces so many steps; ``track`` names a tracker."""
     recipe = configured(
         recipe, model=model, steps=steps, seed=seed, catalog=catalog, encoded=encoded, override=override,
         folders=folders,
     )  # fmt: skip
     if run is None:
         run = Path("runs") / f"{recipe.name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return loop.train(recipe, run, stage_sources, pick_device(device), show=show, hook=draw_samples)
+    return loop.train(
+        recipe, run, stage_sources, pick_device(device), show=show, hook=draw_samples, profile=profile, track=track
+    )
 
 
 def configured(
@@ -80,13 +85,16 @@ def configured(
     return replace(recipe, **{name: value for name, value in given.items() if value is not None})
 
 
-def resume(run: str | Path, *, device: str = "auto", show: bool = True) -> Path:
+def resume(
+    run: str | Path, *, device: str = "auto", show: bool = True, profile: int = 0, track: str | None = None
+) -> Path:
     """Goes on with a run from its last checkpoint, exactly as if it had not stopped."""
     run = Path(run)
     if not (run / "recipe.json").is_file():
         raise ValueError(f"{run} is no run: it holds no recipe.json")
     recipe = Recipe.load(run / "recipe.json")
-    return loop.train(recipe, run, stage_sources, pick_device(device), resume=True, show=show, hook=draw_samples)
+    how: dict[str, Any] = {"show": show, "hook": draw_samples, "profile": profile, "track": track}
+    return loop.train(recipe, run, stage_sources, pick_device(device), resume=True, **how)
 
 
 def stage_sources(recipe: Recipe, stage: Stage) -> Mapping[str, Any]:

@@ -3,30 +3,91 @@ TensorBoard where it is installed."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from diptych.doctor import matmul_rate
 
-def memory() -> float:
-    """The most memory this process has held, in GiB."""
+
+def memory(device: torch.device | str = "cpu") -> float:
+    """The most memory this process has held, in GiB: of the GPU where it computes on one, else of the host."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform != "darwin" else 2**30)
+
+
+MEASURED = 10  # the step whose work is counted; by then everything is warm
+
+
+class Work:
+    """How much of the device's own matrix-product peak a run uses. One row's products are counted once, on the meta
+    device (``train.plan``), so that nothing of the run changes; recomputed ones count. The peak is measured here. A
+    family that cannot be planned has no ``mfu``."""
+
+    def __init__(self, device: str, precision: str, count: Callable[[Any], float]) -> None:
+        self.device, self.count, self.steps, self.per_token, self.peak = device, count, 0, 0.0, 0.0
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+
+    def logged(self, batch: Any, tokens: int, seconds: float) -> dict[str, float]:
+        """``mfu`` of a step (of so many tokens, one of its rows is ``batch``) from the measured one on."""
+        self.steps += 1
+        if self.steps == MEASURED:
+            try:
+                self.per_token = self.count(batch) / max(sum(batch.lengths), 1)
+            except ValueError:
+                return {}
+            self.peak = matmul_rate(self.dtype, self.device, n=768 if self.device == "cpu" else 8192) * 1e9
+        return {"mfu": self.per_token * tokens / seconds / self.peak} if self.peak else {}
+
+
+@contextmanager
+def profiler(file: Path | None, steps: int) -> Iterator[Callable[[], None]]:
+    """What to call after every step: traces ``steps`` of them, after five that warm up, into ``file``."""
+    if not steps or file is None:
+        yield lambda: None
+        return
+    from torch.profiler import profile, schedule
+
+    plan = schedule(wait=4, warmup=1, active=steps, repeat=1)
+    with profile(schedule=plan, on_trace_ready=lambda p: p.export_chrome_trace(str(file))) as traced:
+        yield traced.step
+
+
+TRACKERS = ("trackio", "wandb")
+
+
+def tracker(name: str | None, run: Path) -> Any:
+    """The module of a tracker, with a run begun. Raises ``ValueError`` for one that is unknown or not installed."""
+    if name is None:
+        return None
+    if name not in TRACKERS:
+        raise ValueError(f"unknown tracker {name!r}; choose from {', '.join(TRACKERS)}")
+    if not importlib.util.find_spec(name):
+        raise ValueError(f"tracking with {name} needs its package: pip install {name}")
+    module = importlib.import_module(name)
+    module.init(project="diptych", name=run.name, config=json.loads((run / "recipe.json").read_text()))
+    return module
 
 
 class Log:
     """Writes one JSON object a step; shows the latest. Lines of steps that a resumed run repeats are cut first."""
 
-    def __init__(self, run: Path, total: int, step: int, show: bool = True) -> None:
+    def __init__(self, run: Path, total: int, step: int, show: bool = True, track: str | None = None) -> None:
+        self.tracker = tracker(track, run)
         self.path, self.total, self.show = run / "metrics.jsonl", total, show
         keep_until(self.path, step)
         self.file: TextIO = self.path.open("a")
@@ -53,6 +114,8 @@ class Log:
             for name, value in row.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self.board.add_scalar(name, value, int(row["step"]))
+        if self.tracker:
+            self.tracker.log({k: v for k, v in row.items() if k not in ("step", "stage")}, step=int(row["step"]))
         now = time.perf_counter()
         self.recent.append((now, int(row["step"])))
         if not self.show:
@@ -67,8 +130,9 @@ class Log:
         terms = "  ".join(f"{k[5:]} {v:.3f}" for k, v in row.items() if k.startswith("loss/"))
         (t0, s0), (t1, s1) = self.recent[0], self.recent[-1]
         left = (self.total - s1) * (t1 - t0) / (s1 - s0) if s1 > s0 else 0.0
+        used = f"MFU {row['mfu']:.0%}  " if "mfu" in row else ""
         return (
-            f"loss {row['loss']:.3f}  {terms}  {row['tokens_per_second']:.0f} tok/s  "
+            f"loss {row['loss']:.3f}  {terms}  {row['tokens_per_second']:.0f} tok/s  {used}"
             f"{row['images_per_second']:.0f} img/s  wait {row['data_wait']:.1%}  {row['memory']:.1f} GiB  "
             f"ETA {int(left // 60)}:{int(left % 60):02d}"
         )
@@ -76,13 +140,15 @@ class Log:
     def say(self, text: str) -> None:
         """A message above the bar."""
         if self.show:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, soft_wrap=True)  # paths stay whole
 
     def close(self) -> None:
         if self.bar:
             self.bar.stop()
         if self.board:
             self.board.close()
+        if self.tracker:
+            self.tracker.finish()
         self.file.close()
 
 

@@ -9,18 +9,20 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from diptych import models
 from diptych.core.batch import Batch
-from diptych.core.losses import add_counts, check_weights, combine
+from diptych.core.losses import Losses, add_counts, check_weights, combine
 from diptych.core.noise import Noise
 from diptych.data.encoded import encoders_of, refuse_stale
 from diptych.data.loader import Loader, Row, merge_states
@@ -28,15 +30,25 @@ from diptych.models.folders import read_language_model
 from diptych.models.protocol import Trainable
 from diptych.parts.decoder import Decoder
 from diptych.parts.tokenizer import Tokenizer
-from diptych.train import checkpoint, optim
-from diptych.train.log import Log, memory
-from diptych.train.parallel import add_gradients, any_of, gather, processes, total
-from diptych.train.parameters import Average, freeze, release_state, select
+from diptych.train import checkpoint, lora, optim, plan
+from diptych.train.log import Log, Work, memory, profiler
+from diptych.train.parallel import (
+    add_gradients,
+    any_of,
+    gather,
+    local,
+    processes,
+    sharded,
+    spread,
+    total,
+    whole,
+)
+from diptych.train.parameters import Average, by_part, freeze, release_state, select
+from diptych.train.plan import Sources
 from diptych.train.recipe import Recipe, Stage
 
 FOREIGN = "transformers:"  # begins a source of ``init`` that transformers reads
 
-Sources = Callable[[Recipe, Stage], Mapping[str, Any]]  # the data sets of a stage, by name
 Hook = Callable[[Trainable, int, Path], None]  # called with the model, the step and the run after every checkpoint
 
 
@@ -61,12 +73,36 @@ class State:
     loader: dict | None = None
 
 
-def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = None) -> Trainable:
+def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = None, resuming: bool = False) -> Trainable:
     """The recipe's model with fresh weights, and with the parts that ``init`` names taken from other models, or a
-    decoder from a language model of transformers (whose tokenizer comes with it)."""
+    decoder from a language model of transformers (whose tokenizer comes with it).
+
+    Where processes share a model that all comes from one folder, or from a checkpoint (``resuming``: nothing is filled
+    in), each holds its shards and at most one whole tensor. Fresh weights are drawn whole, then shared."""
     name, config = models.config_from_json(recipe.model)
     if tokenizer is None:
         tokenizer = _tokenizer(recipe)
+
+    def prepare(made: Trainable) -> None:
+        lora.inject(made, recipe.lora, recipe.seed)
+        if recipe.engine.frozen == "bf16":
+            trained = {id(p) for s in recipe.stages for part in freeze(made, s.train).values() for p in part.values()}
+            for p in made.parameters():
+                p.data = p.data if id(p) in trained else p.data.to(torch.bfloat16)
+        spread(made, recipe.engine, recipe.precision, device)
+
+    if sharded(recipe.engine) and resuming:
+        model = models.create(name, config, tokenizer, "meta")
+        prepare(model)
+        return model.to_empty(device=device)
+    whole_model = recipe.init.keys() == {"model"} and "#" not in recipe.init["model"] and not recipe.lora
+    if sharded(recipe.engine) and whole_model:
+        model = models.load(recipe.init["model"], device, "fp32", prepare=prepare)
+        if models.config_to_json(name, model.config) != models.config_to_json(name, config):
+            raise ValueError(
+                f"{recipe.init['model']} has other settings than the recipe's model; drop init.model or agree"
+            )
+        return model
     with torch.random.fork_rng(devices=[]):  # what ``initialise`` leaves alone belongs to the seed too
         torch.manual_seed(recipe.seed)
         model = models.create(name, config, tokenizer)
@@ -82,7 +118,9 @@ def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = Non
             continue
         mine, theirs = _module(model, path, name), _module(other, other_path or path, where)
         models.load_strict(mine, theirs.state_dict(), f"{source}, taken over as {path!r},")
-    return model.to(device)
+    model = model.to(device)
+    prepare(model)
+    return model
 
 
 def _tokenizer(recipe: Recipe) -> Tokenizer:
@@ -99,11 +137,12 @@ def _foreign(model: Trainable, path: str, name: str, source: str) -> None:
     if isinstance(module, Decoder):
         read_language_model(module, _folder(where))
         return
-    if not hasattr(module, "load_pretrained"):
+    load: Any = getattr(module, "load_pretrained", None)
+    if load is None:
         raise ValueError(
             f"init: module {path!r} of {name} is neither a decoder nor one of transformers; {source!r} cannot fill it"
         )
-    module.load_pretrained(where)
+    load(where)
 
 
 def _folder(where: str) -> Path:
@@ -128,33 +167,50 @@ def train(
     show: bool = True,
     hook: Hook | None = None,
     stop: threading.Event | None = None,
+    profile: int = 0,
+    track: str | None = None,
 ) -> Path:
     """Runs the recipe into the folder ``run`` and returns the folder of the released model (``run/release``).
 
     ``run`` receives recipe.json (itself runnable), environment.json, metrics.jsonl (one object a step), checkpoints/,
-    samples/ (whatever ``hook`` draws) and release/. A folder that already holds a run is refused unless ``resume``.
-    Raises ``Interrupted`` after SIGINT, SIGTERM or ``stop``, with everything saved."""
+    samples/ (whatever ``hook`` draws) and release/; crash.json when something raised; trace.json when ``profile`` says
+    how many steps to trace. ``track`` names a tracker (trackio, wandb). A folder that already holds a run is refused
+    unless ``resume``, which goes on from the newest checkpoint whose checksums hold, on any number of processes that
+    share the rows of a step. Raises ``Interrupted`` after SIGINT, SIGTERM or ``stop``, with everything saved."""
     run = Path(run)
-    with processes() as (rank, world), _asked_to_stop(stop) as asked:
+    with processes(device) as (rank, world), _asked_to_stop(stop) as asked:
         _together(lambda: _prepare(run, recipe, resume) if rank == 0 else None)
-        model = build(recipe, device)
+        find = resume and rank == 0
+        found = _together(lambda: checkpoint.newest(run / "checkpoints") if find else (None, []))
+        saved, damaged = gather(found)[0]
+        model = build(recipe, device, resuming=saved is not None)
         _check(recipe, model)
-        state = State(model)
-        saved = checkpoint.available(run / "checkpoints") if resume else []
-        meta = checkpoint.read_meta(saved[-1]) if saved else None
-        if meta:
+        state, meta = State(model), None
+        if saved:
+            meta = checkpoint.read_meta(saved)
             state.stage, state.done, state.step = meta["stage"], meta["done"], meta["step"]
             state.loader = meta["loader"]
-        log = Log(run, recipe.steps, state.step, show) if rank == 0 else None
-        job = _Job(recipe, run, sources, state, log, asked, hook, rank, world)
+        log = Log(run, recipe.steps, state.step, show, track) if rank == 0 else None
+        if log:
+            for line in damaged:
+                log.say(f"{line}; going on from {saved}")
+        saver = checkpoint.Saver(run / "checkpoints", recipe.keep, recipe.engine.async_save)
+        job = _Job(recipe, run, sources, state, log, asked, hook, rank, world, meta["world"] if meta else world, saver)
         try:
-            for index in range(state.stage, len(recipe.stages)):
-                if index != state.stage:
-                    state.stage, state.done, state.loader = index, 0, None
-                job.run_stage(recipe.stages[index], saved[-1] if meta else None)
-                meta = None
+            with profiler(run / "trace.json" if rank == 0 else None, profile) as job.turn:
+                for index in range(state.stage, len(recipe.stages)):
+                    if index != state.stage:
+                        state.stage, state.done, state.loader = index, 0, None
+                    job.run_stage(recipe.stages[index], saved if meta else None)
+                    meta = None
+            saver.wait()
             job.release()
+        except Exception as error:
+            if not isinstance(error, Interrupted):
+                job.report(error)
+            raise
         finally:
+            saver.close()
             if log:
                 log.close()
     return run / "release"
@@ -173,6 +229,21 @@ class _Job:
     hook: Hook | None
     rank: int
     world: int
+    first_world: int  # processes that the run began with: they decide how many rows a step has
+    saver: checkpoint.Saver
+    work: Work = field(init=False)
+    turn: Callable[[], None] = field(init=False)  # called after every step
+    row: list[Row] = field(default_factory=list)  # rows of the step that is being computed
+
+    def rows(self, stage: Stage) -> int:
+        """How many rows this process adds up for a step. Raises ``ValueError`` where they do not divide."""
+        rows = stage.limits.rows_of(self.first_world) * self.first_world
+        if rows % self.world:
+            raise ValueError(
+                f"a step of this run has {rows} rows, which do not divide among {self.world} processes; "
+                f"it began with {self.first_world}"
+            )
+        return rows // self.world
 
     def run_stage(self, stage: Stage, saved: Path | None) -> None:
         """One stage from where the state stands (``saved``, where it was read from a checkpoint) to its end."""
@@ -184,8 +255,7 @@ class _Job:
         state.optimizers = optim.build(model, parts, rates, stage.optimizer)
         state.average = Average(named, stage.ema) if stage.ema else None
         if saved:
-            filled = checkpoint.load(saved, _tensors(state))
-            model.load_state_dict({k[len("model.") :]: v for k, v in filled.items() if k.startswith("model.")})
+            checkpoint.load(saved, _tensors(state))
             checkpoint.restore_optimizer(state.optimizers, names, saved, "optimizer.")
             if state.average:
                 state.average.steps = checkpoint.read_meta(saved)["average"]
@@ -209,18 +279,22 @@ class _Job:
         )
         if state.loader:
             loader.load_state_dict(state.loader)
-        rows = iter(loader)
+        rows, accumulate = iter(loader), self.rows(stage)
+        self.work = Work(str(model.device), recipe.precision, lambda batch: plan.flops(recipe, stage, batch))
         while state.done < stage.steps:
-            row = _step(recipe, stage, state, rows, list(named.values()))
+            logged = self.step(stage, rows, accumulate, parts)
             state.done += 1
             state.step += 1
             if self.log:
-                self.log.step({"step": state.step, "stage": stage.name, **row})
+                self.log.step({"step": state.step, "stage": stage.name, **logged})
+            self.turn()
             stopping = any_of(self.asked.is_set())
             last = state.done == stage.steps
             if stopping or last or state.step % recipe.checkpoint_every == 0:
                 path = self.save(loader, names)
+                self.draw()
                 if stopping and not (last and state.stage == len(recipe.stages) - 1):
+                    self.saver.wait()
                     self.release()
                     raise Interrupted(path, state.step)
         if state.average and state.stage < len(recipe.stages) - 1:
@@ -238,91 +312,183 @@ class _Job:
         refuse_stale(sources, lambda name: model.digest(name) if name in model.encoders else f"{model.family} has none")
 
     def save(self, loader: Loader, names: Mapping[int, str]) -> Path:
-        """Writes the checkpoint of this step; every process must call it."""
+        """Begins the checkpoint of this step; every process must call it."""
         state = self.state
-        path = self.folder / "checkpoints" / f"step-{state.step:08d}"
-        rows = merge_states(gather(loader.state_dict()))
+        meta = {
+            "stage": state.stage,
+            "done": state.done,
+            "step": state.step,
+            "loader": merge_states(gather(loader.state_dict())),
+            "average": state.average.steps if state.average else 0,
+            "world": self.first_world,
+        }
+        slots = checkpoint.optimizer_state(state.optimizers, names)
+        return self.saver.save(state.step, _tensors(state) | {f"optimizer.{k}": v for k, v in slots.items()}, meta)
+
+    def draw(self) -> None:
+        """Calls the hook on rank 0: with the model, or with a copy for use where processes share it. Every process must
+        call it."""
+        model, recipe = self.state.model, self.recipe
+        if not self.hook:
+            return
+        if sharded(recipe.engine):
+            weights = whole(model.state_dict())
+            if self.rank == 0:
+                model = _copy(model, lora.merged(weights), recipe.precision)
         if self.rank == 0:
-            meta = {
-                "stage": state.stage,
-                "done": state.done,
-                "step": state.step,
-                "loader": rows,
-                "average": state.average.steps if state.average else 0,
-            }
-            slots = checkpoint.optimizer_state(state.optimizers, names)
-            tensors = _tensors(state) | {f"optimizer.{k}": v for k, v in slots.items()}
-            checkpoint.save(path, tensors, meta, self.recipe.keep)
-            if self.hook:
-                self.hook(state.model, state.step, self.folder)
-        return path
+            self.hook(model, self.state.step, self.folder)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.state.model.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
 
     def release(self) -> None:
-        """Writes the model as it is now, averaged where the stage averages."""
+        """Writes the model as it is now, averaged where the stage averages; every process must call it."""
+        state = self.state
+        weights = whole(release_state(state.model, state.average))
         if self.rank == 0:
-            state = self.state
-            models.save(state.model, self.folder / "release", release_state(state.model, state.average))
+            models.save(state.model, self.folder / "release", lora.merged(weights))
+            if self.recipe.lora:
+                file = self.folder / "release" / "adapter.safetensors"
+                save_file(lora.adapters(weights), file, {"base": self.recipe.init.get("model", "")})
 
+    def report(self, error: Exception) -> None:
+        """Leaves crash.json: what happened, where, with which samples, and the checkpoint to go on from."""
+        with suppress(Exception):
+            self.saver.wait()
+        good = checkpoint.available(self.folder / "checkpoints")
+        row = {
+            "error": f"{type(error).__name__}: {error}",
+            "step": self.state.step + 1,
+            "stage": self.recipe.stages[self.state.stage].name,
+            "rank": self.rank,
+            "samples": [name for r in self.row for name in r.batch.samples],
+            "last_checkpoint": str(good[-1]) if good else None,
+            "go_on": f"diptych resume {self.folder}",
+            "traceback": traceback.format_exc(),
+        }
+        file = self.folder / ("crash.json" if self.rank == 0 else f"crash-{self.rank}.json")
+        with suppress(OSError):  # the disk may be what failed
+            file.write_text(json.dumps(row, indent=1))
+            error.add_note(f"see {file}; last good checkpoint: {row['last_checkpoint']}")
 
-def _step(
-    recipe: Recipe, stage: Stage, state: State, rows: Iterator[Row], trained: list[nn.Parameter]
-) -> dict[str, float]:
-    """One optimizer step over ``accumulate`` rows; returns what to log."""
-    model, start = state.model, time.perf_counter()
-    micro = _together(lambda: [next(rows) for _ in range(stage.limits.accumulate)])
-    waited = time.perf_counter() - start
-    batches = [r.batch.to(model.device) for r in micro]
-    counts = total(add_counts([model.counts(b) for b in batches]))
-    noise = Noise(recipe.seed, state.step)
-    optim.set_rates(state.optimizers, rate := optim.factor(stage.schedule, state.done, stage.steps))
-    sums: dict[str, float] = dict.fromkeys(counts, 0.0)
-    for batch in batches:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            losses = model(batch, noise)
-            loss = combine(losses, stage.loss, counts)
-        if any_of(not math.isfinite(float(loss.detach()))):
-            raise FloatingPointError(
-                f"step {state.step + 1}: the loss is {float(loss.detach())}; nothing was updated. {_named([batch])}"
-            )
-        if loss.requires_grad:  # a row may reach nothing that is trained
-            loss.backward()
-        for name, term in losses.items():
-            sums[name] += float(term.sum.detach())
-    for parameter in trained:  # as if every process had reached it, however many there are
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    add_gradients(trained)
-    norm = float(torch.nn.utils.clip_grad_norm_(trained, stage.optimizer.clip))
-    if not math.isfinite(norm):
+    def step(
+        self, stage: Stage, rows: Iterator[Row], accumulate: int, parts: Mapping[str, Mapping[str, nn.Parameter]]
+    ) -> dict[str, float]:
+        """One optimizer step over ``accumulate`` rows; returns what to log."""
+        state, model, start = self.state, self.state.model, time.perf_counter()
+        self.row = micro = _together(lambda: [next(rows) for _ in range(accumulate)])
+        waited = time.perf_counter() - start
+        batches = [r.batch.to(model.device) for r in micro]
+        counts = total(add_counts([model.counts(b) for b in batches]))
+        noise = Noise(self.recipe.seed, state.step)
+        optim.set_rates(state.optimizers, rate := optim.factor(stage.schedule, state.done, stage.steps))
+        tally = _Tally(counts, stage.data)
+        tokens = sum(sum(b.lengths) for b in batches)
+        for batch in batches:
+            with self.autocast():
+                losses = model(batch, noise)
+                loss = combine(losses, stage.loss, counts)
+            value = float(loss.detach())
+            self.stop_unless_finite("loss", value, [batch])
+            if loss.requires_grad:  # a row may reach nothing that is trained
+                loss.backward()
+            tally.add(losses, batch)
+        trained = [p for part in parts.values() for p in part.values()]
+        add_gradients(trained)
+        norms = {part: _norm(p.values()) for part, p in parts.items()}
+        norm = math.hypot(*norms.values())
+        self.stop_unless_finite("gradient's norm", norm, batches)
+        if (shrink := stage.optimizer.clip / (norm + 1e-6)) < 1:
+            torch._foreach_mul_([local(p.grad) for p in trained if p.grad is not None], shrink)
+        for optimizer in state.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if state.average:
+            state.average.update()
+        for r in micro:
+            tally.hold(r)
+        seconds = time.perf_counter() - start
+        pictures = sum(len(g.tokens) for b in batches for g in b.pictures)
+        return {
+            **tally.logged(stage.loss),
+            **{f"count/{n}": v for n, v in counts.items()},
+            "lr": rate * max(g["peak"] for o in state.optimizers for g in o.param_groups),
+            "gradient_norm": norm,
+            **{f"gradient_norm/{part}": v for part, v in norms.items()},
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "images_per_second": pictures / seconds,
+            **(self.work.logged(batches[0], tokens, seconds) if self.rank == 0 else {}),
+            "fill": tokens / (stage.limits.tokens * len(batches)),
+            "data_wait": waited / seconds,
+            "memory": memory(model.device),
+            "skipped": sum(len(r.stats.skipped) for r in micro),
+        }
+
+    def stop_unless_finite(self, what: str, value: float, batches: list[Batch]) -> None:
+        """Raises ``FloatingPointError`` in every process where any process met a number that is none, and names the
+        samples of its rows."""
+        names = [] if math.isfinite(value) else [name for batch in batches for name in batch.samples]
+        if not any_of(bool(names)):
+            return
+        rows = [(v, n) for v, n in gather((value, names)) if n]
+        some = [name for _, n in rows for name in n]
+        told = f"{', '.join(some[:8])}{' ...' if len(some) > 8 else ''}"
         raise FloatingPointError(
-            f"step {state.step + 1}: the gradient's norm is {norm}; nothing was updated. {_named(batches)}"
+            f"step {self.state.step + 1}: the {what} is {rows[0][0]}; nothing was updated. Samples of the row: {told}"
         )
-    for optimizer in state.optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    if state.average:
-        state.average.update()
-    sums = total(sums)
-    held = total({name: float(sum(r.stats.samples.get(name, 0) for r in micro)) for name in stage.data})
-    terms = {name: sums[name] / max(counts[name], 1.0) for name in sums}
-    seconds = time.perf_counter() - start
-    tokens = sum(sum(b.lengths) for b in batches)
-    pictures = sum(len(g.tokens) for b in batches for g in b.pictures)
-    return {
-        "loss": sum(stage.loss[n] * v for n, v in terms.items()),
-        **{f"loss/{n}": v for n, v in terms.items()},
-        **{f"count/{n}": v for n, v in counts.items()},
-        "lr": rate * max(g["peak"] for o in state.optimizers for g in o.param_groups),
-        "gradient_norm": norm,
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "images_per_second": pictures / seconds,
-        "fill": tokens / (stage.limits.tokens * len(batches)),
-        "data_wait": waited / seconds,
-        "memory": memory(),
-        "skipped": sum(len(r.stats.skipped) for r in micro),
-        **{f"samples/{name}": n for name, n in held.items()},
-    }
+
+
+def _copy(model: Trainable, weights: dict[str, torch.Tensor], precision: str) -> Trainable:
+    """A model of its own with these weights; what is trained in bf16 is used in bf16."""
+    made = models.create(model.family, model.config, model.tokenizer, "meta")
+    if precision == "bf16":
+        parts = by_part(made)
+        lower = {n for part in parts.keys() - made.frozen for n in parts[part]}
+        weights = {n: w.to(torch.bfloat16) if n in lower else w for n, w in weights.items()}
+    made.load_state_dict(weights, assign=True)
+    return made.to(model.device).eval()
+
+
+class _Tally:
+    """Sums of a step: loss terms, loss terms by data set (of families that tell), samples by data set."""
+
+    def __init__(self, counts: Mapping[str, float], data: Mapping[str, float]) -> None:
+        self.counts = counts
+        self.sums = {f"loss/{n}": 0.0 for n in counts} | {f"samples/{name}": 0.0 for name in data}
+        self.by_data = {f"{name}/{n}/{what}": 0.0 for name in data for n in counts for what in ("sum", "count")}
+        self.data = sorted(data, key=len, reverse=True)  # a name may begin with another
+
+    def add(self, losses: Losses, batch: Batch) -> None:
+        owners = [next((d for d in self.data if sample.startswith(f"{d}/")), None) for sample in batch.samples]
+        for n, term in losses.items():
+            self.sums[f"loss/{n}"] += float(term.sum.detach())
+            for owner, (value, count) in zip(owners, [] if term.documents is None else term.documents.tolist()):
+                if owner:
+                    self.by_data[f"{owner}/{n}/sum"] += value
+                    self.by_data[f"{owner}/{n}/count"] += count
+
+    def hold(self, row: Row) -> None:
+        for name, n in row.stats.samples.items():
+            self.sums[f"samples/{name}"] += n
+
+    def logged(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """Everything over all processes, losses divided by their counts."""
+        sums = total(self.sums | self.by_data)
+        terms = {n: sums[f"loss/{n}"] / max(count, 1.0) for n, count in self.counts.items()}
+        pairs = {(d, n): (sums[f"{d}/{n}/sum"], sums[f"{d}/{n}/count"]) for d in self.data for n in terms}
+        return {
+            "loss": sum(weights[n] * v for n, v in terms.items()),
+            **{f"loss/{n}": v for n, v in terms.items()},
+            **{f"data/{d}/{n}": value / count for (d, n), (value, count) in pairs.items() if count},
+            **{name: v for name, v in sums.items() if name.startswith("samples/")},
+        }
+
+
+def _norm(parameters: Iterable[nn.Parameter]) -> float:
+    """The norm of all gradients together."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def _together(work: Callable[[], Any]) -> Any:
@@ -335,11 +501,6 @@ def _together(work: Callable[[], Any]) -> Any:
     if any_of(error is not None):
         raise error or ValueError("another process stopped with an error")
     return result
-
-
-def _named(batches: list[Batch]) -> str:
-    names = [name for batch in batches for name in batch.samples]
-    return f"Samples of the row: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
 
 
 def _tensors(state: State) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.models.protocol import Trainable
+from diptych.train.parallel import each_whole
 from diptych.train.recipe import Optimizer, Schedule
 
 
@@ -50,8 +51,8 @@ class Muon(torch.optim.Optimizer):
                         state["momentum"] = torch.zeros_like(p)
                     state["momentum"].lerp_(gradient, 1 - group["momentum"])
                     buffers.append(gradient.lerp(state["momentum"], group["momentum"]))  # Nesterov
-                update = orthogonalise(torch.stack(buffers)) * (0.2 * max(shape) ** 0.5)
-                for (p, _), u in zip(pairs, update, strict=True):
+                update = each_whole(torch.stack(buffers), orthogonalise) * (0.2 * max(shape) ** 0.5)
+                for (p, _), u in zip(pairs, update.unbind(), strict=True):
                     if group["weight_decay"]:
                         p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(u.to(p.dtype), alpha=-group["lr"])
@@ -89,7 +90,13 @@ def build(
         if own := [p for p in parameters.values() if id(p) in matrices]:
             muon.append({"params": own, "lr": rates[part], "peak": rates[part], "weight_decay": config.weight_decay})
     optimizers: list[torch.optim.Optimizer] = []
-    if adamw:
+    if adamw and config.name == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise ValueError("adamw8bit needs the package bitsandbytes and a GPU: pip install bitsandbytes") from error
+        optimizers.append(AdamW8bit(adamw, lr=0.0, betas=config.betas, eps=config.eps))
+    elif adamw:
         optimizers.append(torch.optim.AdamW(adamw, lr=0.0, betas=config.betas, eps=config.eps, fused=True))
     if muon:
         optimizers.append(Muon(muon, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay))

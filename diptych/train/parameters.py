@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.models.protocol import Trainable
+from diptych.train.parallel import local
 
 
 def by_part(model: Trainable) -> dict[str, dict[str, nn.Parameter]]:
@@ -40,6 +41,8 @@ def select(model: Trainable, train: Mapping[str, float]) -> dict[str, float]:
 def freeze(model: Trainable, train: Mapping[str, float]) -> dict[str, dict[str, nn.Parameter]]:
     """Freezes every part that ``train`` does not name (no gradient, eval mode) and returns the trained ones."""
     rates, parts = select(model, train), by_part(model)
+    for part, own in parts.items():  # where a part has adapters, they are trained in its place (train/lora.py)
+        parts[part] = {n: p for n, p in own.items() if ".lora_" in n} or own
     trained = {id(p) for part in rates for p in parts[part].values()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
@@ -56,8 +59,8 @@ def _set_modes(module: nn.Module, parent: bool) -> None:
 
 
 class Average:
-    """Exponential moving average of the trained parameters, in float32, with a warm-up so that short runs are not
-    half made of the starting weights: decay = min(decay, (1 + step) / (10 + step))."""
+    """Exponential moving average of the trained parameters, in float32 and sharded as they are, with a warm-up so that
+    short runs are not half made of the starting weights: decay = min(decay, (1 + step) / (10 + step))."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.decay, self.steps = decay, 0
@@ -68,7 +71,8 @@ class Average:
     def update(self) -> None:
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(list(self.shadow.values()), [self.live[n].float() for n in self.shadow], 1 - decay)
+        shadow, live = ([local(t) for t in ts] for ts in (self.shadow.values(), (self.live[n] for n in self.shadow)))
+        torch._foreach_lerp_(shadow, [p.float() for p in live], 1 - decay)
 
     def state(self) -> dict[str, Tensor]:
         """The averages by parameter name."""
@@ -78,7 +82,7 @@ class Average:
     def hand_on(self) -> None:
         """Makes the averages the weights: what the next stage starts from."""
         for name, parameter in self.live.items():
-            parameter.copy_(self.shadow[name])
+            local(parameter).copy_(local(self.shadow[name]))
 
 
 def release_state(model: Trainable, average: Average | None) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from diptych import models
 
-FREE = ("data", "train", "loss", "dropout", "init", "folders")  # mappings of a recipe whose keys are the user's
+FREE = ("data", "train", "loss", "dropout", "init", "folders", "lora")  # mappings of a recipe whose keys are the user's
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW, or Muon on the blocks' matrices with AdamW on everything else."""
+    """AdamW, AdamW with states of eight bits (on a GPU, through bitsandbytes), or Muon on the blocks' matrices with
+    AdamW on everything else."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon", "adamw8bit"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -47,16 +48,50 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Limits:
-    """The budgets of one packed row, and how many rows one process adds up for a step."""
+    """The budgets of one packed row, and how many rows are added up for a step: ``accumulate`` on every process, or
+    ``rows`` on all of them together, however many there are."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     tokens: int = 4096
     pictures: int = 256
     accumulate: int = 1
+    rows: int | None = None
 
     def __post_init__(self) -> None:
-        if min(self.tokens, self.pictures, self.accumulate) < 1:
-            raise ValueError(f"tokens, pictures and accumulate must be at least 1: {self}")
+        if min(self.tokens, self.pictures, self.accumulate, self.rows or 1) < 1:
+            raise ValueError(f"tokens, pictures, accumulate and rows must be at least 1: {self}")
+        if self.rows and self.accumulate != 1:
+            raise ValueError(f"give accumulate (rows of a process) or rows (of all processes), not both: {self}")
+
+    def rows_of(self, processes: int) -> int:
+        """How many rows one of the processes adds up. Raises ``ValueError`` where ``rows`` do not divide."""
+        if self.rows is None:
+            return self.accumulate
+        if self.rows % processes:
+            raise ValueError(f"{self.rows} rows a step do not divide among {processes} processes")
+        return self.rows // processes
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a run uses its processes and its memory. What is computed does not depend on it, but for rounding.
+
+    ``shard``      parameters, gradients, optimizer and average over the processes (FSDP2): ``none`` (every process
+                   holds all), ``full``, or ``hybrid`` (within each machine); one process holds all in any case
+    ``recompute``  activations of the blocks on the way back: ``none``, ``selective`` (all but products), ``full``
+    ``compile``    a back end of torch.compile (``inductor``) for every block
+    ``frozen``     what weights that no stage trains are kept in: ``fp32``, or ``bf16`` (then compute in bf16 too)
+    ``offload``    shards live in the memory of the host
+    ``async_save`` checkpoints are written while training goes on, from a copy in the memory of the host
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    shard: Literal["none", "full", "hybrid"] = "none"
+    recompute: Literal["none", "selective", "full"] = "none"
+    compile: str | None = None
+    frozen: Literal["fp32", "bf16"] = "fp32"
+    offload: bool = False
+    async_save: bool = True
 
 
 @dataclass(frozen=True)
@@ -125,6 +160,8 @@ class Recipe:
     workers: int = 1
     streams: int = 16
     precision: Literal["fp32", "bf16"] = "fp32"
+    engine: Engine = Engine()
+    lora: dict[str, int] = field(default_factory=dict)  # part -> rank: its linear layers are adapted, not trained
     checkpoint_every: int = 500
     keep: int = 2  # checkpoints that stay
     skip_limit: int = 100  # unreadable rows before the run stops
@@ -132,6 +169,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError(f"recipe {self.name!r} has no stages")
+        if self.engine.frozen == "bf16" and self.precision != "bf16":
+            raise ValueError("engine.frozen bf16 needs precision bf16: a product has one dtype")
         if len({s.name for s in self.stages}) != len(self.stages):
             raise ValueError(f"recipe {self.name!r} has two stages of one name: {[s.name for s in self.stages]}")
         named = {name.partition("#")[0].removesuffix("/pictures") for s in self.stages for name in s.data}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from diptych.core.sample import Image, Sample, Text, user
 from diptych.core.sequence import Kind
 from diptych.data.loader import Row, Stats
 from diptych.train import optim
-from diptych.train.loop import State, _step
+from diptych.train.checkpoint import Saver
+from diptych.train.log import Work
+from diptych.train.loop import State, _Job
 from diptych.train.parameters import freeze, select
 from diptych.train.recipe import Limits, Optimizer
 from tests import tiny
@@ -153,11 +157,13 @@ def run(model, recipe, groups, steps):
     """``steps`` optimizer steps of the real loop over given rows; returns the losses."""
     stage = recipe.stages[0]
     rates, parts = select(model, stage.train), freeze(model, stage.train)
-    trained = [p for part in parts.values() for p in part.values()]
     state = State(model, optimizers=optim.build(model, parts, rates, stage.optimizer))
+    saver = Saver(Path("nowhere"), 1, False)
+    job = _Job(recipe, Path(), lambda *_: {}, state, None, Event(), None, 0, 1, 1, saver)
+    job.work = Work("cpu", recipe.precision, lambda batch: 0.0)
     losses = []
     for _ in range(steps):
-        losses.append(_step(recipe, stage, state, iter(rows(model, groups)), trained)["loss"])
+        losses.append(job.step(stage, iter(rows(model, groups)), stage.limits.accumulate, parts)["loss"])
         state.done, state.step = state.done + 1, state.step + 1
     return losses
 

@@ -1,0 +1,243 @@
+"""Other projects' training data as rows of ours: LLaVA, BAGEL, OmniGen2 and Cheers.
+
+A format is a function from a file to rows; a row is a sample whose pictures are paths (they stay where they are) or
+bytes (they are written beside the new file). What is drawn by chance in the original trainer (one of several captions)
+is drawn by the row's id."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diptych.core.sample import Image, Message, Part, Sample, Text, assistant, sample_to_json, user
+from diptych.data.mixture import bits
+from diptych.data.sources import find_files, pyarrow
+
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+class Row(NamedTuple):
+    """A sample, and the pictures that its file holds as bytes, by the names that the sample uses."""
+
+    sample: Sample
+    pictures: Mapping[str, bytes]
+
+
+Made = Row | str  # or why a row cannot be used
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """(where, row) of a .json list or of a .jsonl file."""
+    if file.suffix == ".json":
+        try:
+            rows = json.loads(file.read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON: {error}") from error
+        if not isinstance(rows, list):
+            raise ValueError(f"{file} must hold a list of rows")
+        yield from ((f"{file}[{i}]", row) for i, row in enumerate(rows))
+        return
+    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                yield f"{file}:{number}", json.loads(line)
+            except ValueError as error:
+                yield f"{file}:{number}", ValueError(f"not JSON: {error}")
+
+
+def _turns(row: Any, slot: str, role: Callable[[str, str], Any]) -> tuple[Message, ...]:
+    """The messages of ``conversations``, with the row's pictures in its slots, in order. ``role(marker, speaker)`` says
+    what a picture is for."""
+    if not isinstance(row, dict) or not isinstance(row.get("conversations"), list) or not row["conversations"]:
+        raise ValueError("it has no 'conversations'")
+    if row.get("video"):
+        raise ValueError("it shows a video")
+    shown = row.get("image") or []
+    images = [i.strip() for i in re.split("[,;]", shown)] if isinstance(shown, str) else list(shown)
+    left, messages = iter(images), []
+    for turn in row["conversations"]:
+        said, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        if said not in SPEAKERS or not isinstance(text, str):
+            raise ValueError(f"a turn is from {said!r}; known: {', '.join(SPEAKERS)}")
+        speaker, parts = SPEAKERS[said], list[Part]()
+        for piece in re.split(f"({slot})", text):
+            if re.fullmatch(slot, piece):
+                if (image := next(left, None)) is None:
+                    raise ValueError(f"it has {len(images)} pictures and more places for them")
+                parts.append(Image(image, role(piece, speaker)))
+            elif piece.strip():
+                parts.append(Text(piece.strip(), loss=speaker == "assistant"))
+        if parts:
+            messages.append(Message(speaker, tuple(parts)))  # type: ignore[arg-type]
+    if unused := len(list(left)):
+        raise ValueError(f"{unused} of its {len(images)} pictures have no place in the conversation")
+    return tuple(messages)
+
+
+def llava(file: Path) -> Iterator[Made]:
+    """LLaVA's json or jsonl (also InternVL's, and BAGEL's ``vlm_sft``): ``image``, ``conversations``, ``<image>``."""
+    yield from _each(file, lambda row: _turns(row, "<image>", lambda marker, speaker: "understand"))
+
+
+def cheers(file: Path) -> Iterator[Made]:
+    """Cheers' jsonl: ``<im_start><image><im_end>`` is read, ``<im_start><image_gen><im_end>`` is drawn; a picture that
+    is read where another is drawn is the source of an edit (specs: Cheers 6.3)."""
+
+    def turns(row: Any) -> tuple[Message, ...]:
+        draws = "<image_gen>" in json.dumps(row)
+        return _turns(
+            row, r"<im_start><image(?:_gen)?><im_end>",
+            lambda marker, _: "target" if "_gen" in marker else "condition" if draws else "understand",
+        )  # fmt: skip
+
+    yield from _each(file, turns)
+
+
+def omnigen2(file: Path) -> Iterator[Made]:
+    """OmniGen2's jsonl: ``instruction``, ``output_image`` and, for edits and pictures in context, ``input_images``."""
+
+    def turns(row: Any) -> tuple[Message, ...]:
+        if lacks := [k for k in ("instruction", "output_image") if not isinstance(row.get(k), str)]:
+            raise ValueError(f"it lacks {', '.join(lacks)}")
+        sources = row.get("input_images") or []
+        sources = [sources] if isinstance(sources, str) else sources
+        asked = user(*(Image(s, "condition") for s in sources), row["instruction"])
+        return asked, assistant(Image(row["output_image"], "target"))
+
+    yield from _each(file, turns)
+
+
+def _each(file: Path, turns: Callable[[Any], tuple[Message, ...]]) -> Iterator[Made]:
+    for where, row in _json_rows(file):
+        try:
+            if isinstance(row, Exception):
+                raise row
+            messages = turns(row)
+            name = row.get("id")
+            yield Row(Sample(f"{file.stem}/{where.rpartition(':')[2] if name is None else name}", messages), {})
+        except (ValueError, AttributeError, TypeError) as error:
+            yield f"{where}: {error}"
+
+
+def bagel_t2i(file: Path) -> Iterator[Made]:
+    """BAGEL's ``t2i`` parquet: ``image`` bytes and ``captions``, JSON of captions by name, of which one is taken."""
+    for where, cells in _parquet_rows(file, ("image", "captions")):
+        try:
+            captions = json.loads(cells["captions"])
+            texts = [t for t in (captions.values() if isinstance(captions, dict) else captions) if isinstance(t, str)]
+            if not texts or not isinstance(cells["image"], bytes):
+                raise ValueError("it has no captions or no picture")
+            name = where.replace(":row ", "-")
+            said = texts[bits(name, "caption") % len(texts)]
+            picture = f"{Path(name).name}.{_suffix(cells['image'])}"
+            sample = Sample(Path(name).name, (user(said), assistant(Image(picture, "target"))))
+            yield Row(sample, {picture: cells["image"]})
+        except (ValueError, TypeError) as error:
+            yield f"{where}: {error}"
+
+
+def bagel_edit(file: Path) -> Iterator[Made]:
+    """BAGEL's ``unified_edit`` parquet: ``image_list`` (bytes) and ``instruction_list`` (wordings of each change, of
+    which one is taken): a chain of edits, each of the picture before it."""
+    for where, cells in _parquet_rows(file, ("image_list", "instruction_list")):
+        try:
+            images, wordings = cells["image_list"], cells["instruction_list"]
+            if len(images) != len(wordings) + 1 or not all(isinstance(i, bytes) for i in images):
+                raise ValueError(f"{len(images)} pictures do not fit {len(wordings)} instructions")
+            name = Path(where.replace(":row ", "-")).name
+            names = [f"{name}-{k}.{_suffix(data)}" for k, data in enumerate(images)]
+            messages: list[Message] = []
+            for k, some in enumerate(wordings):
+                words = [some] if isinstance(some, str) else list(some)
+                said = words[bits(name, "wording", k) % len(words)]
+                source = (Image(names[0], "condition"),) if k == 0 else ()
+                messages += [user(*source, said), assistant(Image(names[k + 1], "target"))]
+            yield Row(Sample(name, tuple(messages)), dict(zip(names, images, strict=True)))
+        except (ValueError, TypeError, ZeroDivisionError) as error:
+            yield f"{where}: {error}"
+
+
+def _parquet_rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    pq, errors = pyarrow()
+    try:
+        with pq.ParquetFile(file) as opened:
+            if lacks := [c for c in columns if c not in opened.schema_arrow.names]:
+                raise ValueError(f"{file} lacks columns {lacks}; it has {', '.join(opened.schema_arrow.names)}")
+            number = 0
+            for batch in opened.iter_batches(64, columns=list(columns)):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file}:row {number}", row
+    except errors as error:
+        raise ValueError(f"{file} is not a readable parquet file: {error}") from error
+
+
+def _suffix(data: bytes) -> str:
+    heads = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp"}
+    return next((suffix for head, suffix in heads.items() if data.startswith(head)), "png")
+
+
+FORMATS: dict[str, tuple[Callable[[Path], Iterator[Made]], tuple[str, ...]]] = {
+    "llava": (llava, (".json", ".jsonl")),
+    "bagel-t2i": (bagel_t2i, (".parquet",)),
+    "bagel-edit": (bagel_edit, (".parquet",)),
+    "bagel-sft": (llava, (".jsonl",)),
+    "omnigen2": (omnigen2, (".jsonl",)),
+    "cheers": (cheers, (".jsonl",)),
+}
+
+
+@dataclass
+class Converted:
+    """What ``convert`` did."""
+
+    rows: int = 0
+    pictures: int = 0
+    skipped: list[str] = field(default_factory=list)
+
+
+def convert(format: str, source: Path, out: Path, images: Path | None = None) -> Converted:
+    """Writes the rows of a file, a folder or a pattern as jsonl into ``out`` and returns what was done; rows that
+    cannot be used are listed with file, line and reason.
+
+    Pictures held as bytes are written into the folder ``OUT-images`` (without .jsonl); paths are made relative to
+    ``images``, the folder that the catalog will name. Raises ``ValueError`` for unknown formats and unreadable
+    files."""
+    if format not in FORMATS:
+        raise ValueError(f"unknown format {format!r}; choose from {', '.join(FORMATS)}")
+    read, suffixes = FORMATS[format]
+    told, folder = Converted(), out.with_name(f"{out.stem}-images")
+    tmp = out.with_name(f".{out.name}.tmp")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tmp.open("w", encoding="utf-8") as file:
+        for found in find_files(source, suffixes):
+            for made in read(found):
+                if isinstance(made, str):
+                    told.skipped.append(made)
+                    continue
+                try:
+                    sample = made.sample.map_images(lambda i: _relative(i, images)) if images else made.sample
+                except ValueError as error:
+                    told.skipped.append(f"{found}: {made.sample.id}: {error}")
+                    continue
+                for name, data in made.pictures.items():
+                    folder.mkdir(exist_ok=True)
+                    (folder / name).write_bytes(data)
+                file.write(json.dumps(sample_to_json(sample), ensure_ascii=False) + "\n")
+                told.rows += 1
+                told.pictures += sum(1 for _ in sample.images())
+    tmp.rename(out)
+    return told
+
+
+def _relative(image: Image, root: Path) -> Image:
+    path = Path(str(image.image))
+    if not path.is_absolute():
+        return image
+    if not path.is_relative_to(root.absolute()):
+        raise ValueError(f"picture {str(path)!r} lies outside {str(root)!r}")
+    return Image(path.relative_to(root.absolute()).as_posix(), image.role, image.size, image.nearest)

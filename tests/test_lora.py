@@ -1,0 +1,71 @@
+"""Adapters on named parts: trained alone, merged into releases, taken away again."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diptych import models
+from diptych.train import loop, lora
+from tests import tiny
+from tests.test_training import losses, train
+
+pytest.importorskip("peft")
+
+
+def recipe(**changes):
+    return tiny.recipe(
+        **{"steps": 4, "lora": {"decoder.text": 2}, "train": {"decoder.text": 1e-2, "head": 1e-3}} | changes
+    )
+
+
+def test_a_release_is_the_base_with_its_adapters_merged(tmp_path):
+    made, run = recipe(ema=None, checkpoint_every=2), tmp_path / "run"
+    base = loop.build(tiny.recipe()).state_dict()
+    rows = train(made, run)
+    released, adapter = models.load(run), load_file(run / "release" / "adapter.safetensors")
+    after = released.state_dict()
+    assert after.keys() == base.keys()
+    moved = {n for n, v in after.items() if not torch.equal(v, base[n])}
+    adapted = {n.replace(lora.DOWN, ".") for n in adapter if lora.DOWN in n}
+    assert adapted == {n for n in moved if n.startswith("decoder.")} and all(
+        ".layers." in n and n.endswith("weight") for n in adapted
+    )
+    assert not any(re.search(r"(self_attn|o_proj|mlp)\.1\.", n) for n in adapted)  # the other route is another part
+    plain = loop.build(tiny.recipe())
+    lora.apply(plain, run / "release" / "adapter.safetensors")
+    for name in adapted:
+        assert torch.allclose(plain.get_parameter(name), after[name], atol=1e-6)
+    lora.apply(plain, run / "release" / "adapter.safetensors", sign=-1)
+    assert all(torch.allclose(v, base[n], atol=1e-6) for n, v in plain.state_dict().items())
+    import shutil
+
+    from diptych.train import checkpoint
+
+    shutil.rmtree(checkpoint.available(run / "checkpoints")[-1])
+    before = (run / "release" / "model.safetensors").read_bytes()
+    assert losses(train(made, run, resume=True)) == losses(rows)
+    assert (run / "release" / "model.safetensors").read_bytes() == before
+
+
+def test_adapters_change_nothing_at_first():
+    plain, adapted = loop.build(tiny.recipe()), loop.build(recipe())
+    sequences = [plain.lay_out(s) for s in tiny.samples()]
+    from diptych.core.batch import pack
+    from diptych.core.noise import Noise
+
+    a, b = (m.losses(pack(sequences, 2), Noise()) for m in (plain, adapted))
+    assert all(torch.equal(a[n].sum, b[n].sum) for n in a)
+    assert lora.merged(adapted.state_dict()).keys() == plain.state_dict().keys()
+
+
+def test_what_cannot_be_adapted(tmp_path):
+    with pytest.raises(ValueError, match="unknown part 'tail'; bagel has: decoder.text"):
+        loop.build(recipe(lora={"tail": 2}))
+    with pytest.raises(ValueError, match="part 'projector' of bagel has no linear layer in a block"):
+        loop.build(recipe(lora={"projector": 2}))
+    with pytest.raises(ValueError, match="rank of lora must be at least 1, not 0"):
+        loop.build(recipe(lora={"decoder.text": 0}))

@@ -1,0 +1,116 @@
+"""What a plan says is what a run takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diptych import cli, models
+from diptych.core.batch import pack
+from diptych.core.noise import Noise
+from diptych.recipes.run import stage_sources
+from diptych.train.plan import plan
+from diptych.train.recipe import Engine, Limits
+from tests import tiny
+
+
+def wide(**changes):
+    """Wide enough that its activations are most of what the process holds."""
+    c = tiny.bagel()
+    decoder = replace(c.decoder, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6)
+    row = models.config_to_json("bagel", replace(c, decoder=replace(decoder, num_key_value_heads=2)))
+    base = tiny.recipe(
+        steps=2, checkpoint_every=1, limits=Limits(tokens=3072, pictures=256), optimizer=tiny.Optimizer("adamw")
+    )
+    return replace(base, model=row, **changes)
+
+
+RUN = """
+import resource, sys
+from diptych.recipes.run import stage_sources
+from diptych.train import loop
+from diptych.train.recipe import Recipe
+loop.train(Recipe.load(sys.argv[1]), sys.argv[2], stage_sources, show=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def peak(recipe, tmp_path):
+    """Bytes that a process really held at most."""
+    (tmp_path / "recipe.json").write_text(recipe.to_json())
+    command = [sys.executable, "-c", RUN, str(tmp_path / "recipe.json"), str(tmp_path / "run")]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+BASE = """
+import resource
+import diptych.recipes.run, diptych.train.plan, torch.utils.tensorboard
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_the_memory_planned_is_the_memory_taken_within_15_percent(tmp_path):
+    recipe = wide()
+    need = plan(recipe, stage_sources, device="cpu")[0]
+    base = int(subprocess.run([sys.executable, "-c", BASE], check=True, capture_output=True, text=True).stdout)
+    planned = need.total + need.saving + base  # pytest's own process is larger than a run's
+    assert need.activations > 0.3 * planned, "the comparison should not be of libraries"
+    assert peak(recipe, tmp_path) == pytest.approx(planned, rel=0.15)
+
+
+def test_what_is_counted():
+    need = plan(wide(), stage_sources, device="cpu")[0]
+    made = models.create("bagel", models.config_from_json(wide().model)[1], device="meta")
+    all_, frozen = (sum(p.numel() for p in m.parameters()) for m in (made, made.autoencoder))
+    buffers = sum(b.numel() * b.element_size() for b in made.buffers())
+    assert need.weights == 4 * all_ + buffers
+    assert need.gradients == need.average == 4 * (all_ - frozen) and need.optimizer == 8 * (all_ - frozen)
+    assert need.total == need.weights + need.gradients + need.optimizer + need.average + need.activations
+    less = plan(wide(engine=Engine(recompute="full")), stage_sources, device="cpu")[0]
+    some = plan(wide(engine=Engine(recompute="selective")), stage_sources, device="cpu")[0]
+    assert less.activations < some.activations < need.activations and less.flops > some.flops >= need.flops
+    shards = plan(wide(engine=Engine(shard="full")), stage_sources, gpus=4, device="cpu")[0]
+    assert 4 * shards.optimizer == pytest.approx(need.optimizer, rel=0.01) and shards.gathered > 0
+    hybrid = plan(wide(engine=Engine(shard="hybrid")), stage_sources, gpus=4, nodes=2, device="cpu")[0]
+    assert hybrid.optimizer == pytest.approx(2 * shards.optimizer, rel=0.01)
+
+
+def test_the_work_planned_is_the_work_done():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    made = tiny.model("bagel")
+    with FlopCounterMode(display=False) as real:
+        losses = made(pack([made.lay_out(s) for s in tiny.samples()], 2), Noise())
+        sum(t.sum for t in losses.values()).backward()
+    from diptych.train.plan import Hollow, fused
+
+    hollow = models.create("bagel", tiny.bagel(), device="meta")
+    with FlopCounterMode(display=False) as counted, Hollow(hollow), fused():
+        losses = hollow(pack([hollow.lay_out(s) for s in tiny.samples()], 2), Noise())
+        sum(t.sum for t in losses.values()).backward()
+    # torch has no count for its own attention on a CPU
+    a, b = (c.get_flop_counts()["Global"].items() for c in (real, counted))
+    a, b = ({op: n for op, n in some if "attention" not in str(op)} for some in (a, b))
+    assert a == b and counted.get_total_flops() > real.get_total_flops()
+    assert next(hollow.parameters()).grad.is_meta and not torch.is_inference_mode_enabled()
+
+
+def test_from_the_command_line(tmp_path, capsys):
+    file = tmp_path / "recipe.json"
+    file.write_text(tiny.recipe().to_json())
+    assert cli.main(["plan", str(file), "--gpus", "8", "--gpu", "a100", "--price", "2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"] and told["memory"] == 80 and told["stages"][0]["cost"] > 0
+    assert cli.main(["plan", str(file), "--memory", "0.0001"]) == 2
+    assert "does not fit" in (out := capsys.readouterr().out) and "engine.recompute=full" in out
+    assert cli.main(["plan", str(file), "--gpus", "8", "--nodes", "3"]) == 2
+    assert cli.main(["plan", str(file), "--gpu", "abacus"]) == 2
+    assert (
+        "8 processes do not divide among 3 machines" in (err := capsys.readouterr().err)
+        and "unknown GPU 'abacus'" in err
+    )
