@@ -460,7 +460,12 @@ def _plan(a: argparse.Namespace) -> int:
 
         rate, room = matmul_rate(torch.float32) * 1e9, a.memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB  # fmt: skip  # noqa: E501
     recipe = configured(
-        a.recipe, model=a.model, steps=a.steps, catalog=a.catalog, encoded=a.encoded, override=_overrides(a)
+        a.recipe,
+        model=a.model,
+        steps=a.steps,
+        catalog=a.catalog,
+        encoded=a.encoded,
+        override=_pairs(a.override, "--set", "PATH=VALUE"),
     )
     needs = plan(recipe, stage_sources, gpus=a.gpus, nodes=a.nodes, device=device, peak=rate, mfu=a.mfu, price=a.price)
     used = [n.host * a.gpus / a.nodes if device == "cpu" else n.total for n in needs]
@@ -995,7 +1000,9 @@ def _data_bench(a: argparse.Namespace) -> None:
     from diptych.data.shards import speed
     from diptych.recipes.run import configured, stage_sources
 
-    recipe = configured(a.recipe, catalog=a.catalog, encoded=a.encoded, override=_overrides(a))
+    recipe = configured(
+        a.recipe, catalog=a.catalog, encoded=a.encoded, override=_pairs(a.override, "--set", "PATH=VALUE")
+    )
     name, config = models.config_from_json(recipe.model)
     model = models.create(name, config, device="meta")
     consumed = None

@@ -18,6 +18,7 @@ from diptych.core import intervals
 from diptych.core.batch import pack
 from diptych.core.mask import dense
 from diptych.core.sample import Image, Sample, assistant, user
+from diptych.core.tensors import NONE
 from tests import tiny
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -104,7 +105,9 @@ def test_allocation_sums_to_one_and_markers_count_where_asked(model):
             assert found.picture.shape == (3, len(collect.layers(model)))
             np.testing.assert_allclose(found.picture + found.text + found.markers, 1, atol=1e-5)
         assert (without.markers > 0).all() and np.allclose(counted.markers, 0)
-        assert (counted.picture > without.picture).all() and (counted.text > without.text).all()
+        assert (counted.text > without.text).all()
+        own = collect.places(model, request(samples[0]), model.lay_out(request(samples[0]))).picture_markers.any()
+        assert (counted.picture > without.picture).all() if own else np.allclose(counted.picture, without.picture)
     rows = without.to_json()
     assert rows[0]["picture"]["low"] < rows[0]["picture"]["value"] < rows[0]["picture"]["high"]
 
@@ -182,13 +185,20 @@ class Deaf(type(tiny.model("bagel"))):
         yield self.projector
 
 
-def test_families_that_lack_what_is_asked_say_so(model):
-    deaf = Deaf(tiny.bagel(), model.tokenizer)
+def test_a_family_that_does_not_attend_says_so():
+    deaf = Deaf(tiny.bagel(), tiny.model("bagel").tokenizer)
     deaf.initialise(0)
     with pytest.raises(ValueError, match="no attention to look at"):
         attention.allocation(deaf.eval(), [tiny.ask()])
+
+
+def test_families_that_lack_what_is_asked_say_so(model):
     with pytest.raises(ValueError, match=r"has no point 'retina'; it has .*layer.0 .. layer.1"):
-        collect.module(tiny.model("bagel"), "retina")
+        collect.module(model, "retina")
+    for part in ("vision", "projector"):
+        if part not in separability.points(model):
+            with pytest.raises(ValueError, match=f"has no point '{part}'"):
+                separability.features(model, [tiny.picture(0)], [part])
     with pytest.raises(ValueError, match="has no point 'layer.9'"):
         collect.module(model, "layer.9")
     with pytest.raises(ValueError, match="shows no picture"):
@@ -270,10 +280,25 @@ def test_features_are_means_over_the_pictures_own_tokens(model):
     modules = {name: collect.module(model, name) for name in at}
     with collect.outputs(modules, kept.__setitem__):
         model.extend([model.open()], [laid])
-    expected = F.normalize(kept["vision"].mean((0, 1)).double(), dim=0)
-    torch.testing.assert_close(together["vision"][0], expected, atol=1e-6, rtol=1e-5)
-    inner = F.normalize(kept["layer.1"][1:-1].mean(0).double(), dim=0)  # without the two markers
-    torch.testing.assert_close(together["layer.1"][0], inner, atol=1e-6, rtol=1e-5)
+    order = torch.cat(pack([laid], model.routes).routes)
+    own = torch.tensor([s.image is not None and i == NONE for s in laid.segments for i in s.ids])[order]
+    for name in at:
+        rows = kept[name].flatten(0, -2)
+        rows = rows[own] if name.startswith("layer.") else rows  # without markers
+        torch.testing.assert_close(together[name][0], F.normalize(rows.mean(0).double(), dim=0), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "family, parts",
+    [
+        ("bagel", ("vision", "projector")),
+        ("cheers", ("vision", "projector")),
+        ("iomm", ()),
+        ("synergen", ("projector",)),
+    ],
+)
+def test_points_are_what_a_family_has(family, parts):
+    assert separability.points(tiny.model(family)) == (*parts, "layer.0", "layer.1")
 
 
 @pytest.mark.parametrize("name", separability.SETS)
@@ -295,7 +320,24 @@ def test_intervals():
 # ---- keywords --------------------------------------------------------------------------------------------------------
 
 
-def test_keyword_masses_sum_to_one(model):
+@pytest.fixture(scope="module", params=[f for f in tiny.FAMILIES if f != "iomm"])
+def drawer(request):
+    """A family whose pictures attend to their prompt."""
+    return tiny.shake(tiny.model(request.param))
+
+
+def steps(model):
+    sample = Sample("d", (user("a star"), assistant(Image(None, "target"))))
+    return keywords.begin(model, sample, model.settings, 0).steps
+
+
+def test_a_family_that_draws_outside_its_sequence_says_so():
+    with pytest.raises(ValueError, match="'iomm' has no attention to look at: .* a picture and the .* of its prompt"):
+        keywords.keywords(tiny.model("iomm"), ["a red star"], keywords.shapes_words())
+
+
+def test_keyword_masses_sum_to_one(drawer):
+    model = drawer
     prompts = ["a red circle left of a blue star", "two green squares above a cross"]
     found = keywords.keywords(model, prompts, keywords.shapes_words(), steps=3)
     assert found.classes == ("object", "colour", "position", "other")
@@ -303,7 +345,7 @@ def test_keyword_masses_sum_to_one(model):
     np.testing.assert_allclose(found.mass.sum(-1), 1, atol=1e-5)
     assert (found.mass > 0).all()
     np.testing.assert_allclose(found.share.sum(-1), 100, rtol=1e-9)
-    assert found.steps[0] == 0 and found.steps[-1] == model.settings.num_inference_steps - 1
+    assert found.steps[0] == 0 and found.steps[-1] == steps(model) - 1
     assert found.even.sum() == pytest.approx(100)
 
 
@@ -318,11 +360,12 @@ def test_words_get_their_classes(model):
     assert model.tokenizer.decode(colour).strip() == "red"
 
 
-def test_keywords_refuse(model):
+def test_keywords_refuse(drawer):
+    model, most = drawer, steps(drawer)
     with pytest.raises(ValueError, match="no prompt has a word of class animal; they have a, red, star"):
         keywords.keywords(model, ["a red star"], {"animal": frozenset({"cat"})})
-    with pytest.raises(ValueError, match="cannot look at 9 of 4 steps"):
-        keywords.keywords(model, ["a red star"], keywords.shapes_words(), steps=9)
+    with pytest.raises(ValueError, match=f"cannot look at {most + 1} of {most} steps"):
+        keywords.keywords(model, ["a red star"], keywords.shapes_words(), steps=most + 1)
     with pytest.raises(ValueError, match="'other' is what no class names"):
         keywords.keywords(model, ["a red star"], {"other": frozenset({"a"})})
 

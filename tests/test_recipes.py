@@ -11,9 +11,13 @@ import yaml
 
 from diptych import models, recipes
 from diptych.data import embedded
+from diptych.data.selfcondition import PICTURES
+from diptych.parts.decoder import Decoder
+from diptych.parts.mllm import Mllm
 from diptych.parts.tokenizer import Tokenizer
+from diptych.parts.vision import VisionEncoder
 from diptych.train import optim
-from diptych.train.loop import _check
+from diptych.train.loop import FOREIGN, _check
 from diptych.train.parameters import select
 from diptych.train.recipe import Limits, Recipe, Schedule, Stage, leaves
 from tests import tiny
@@ -41,10 +45,13 @@ def test_names_parts_terms_and_data_that_exist(name):
         assert select(model, stage.train)
         module, function = recipes.RECIPES[name].split(":")
         told = getattr(importlib.import_module(module), function).__doc__
-        assert "--catalog" in told or set(stage.data) <= set(embedded.names())
+        assert "--catalog" in told or {n.removesuffix(PICTURES) for n in stage.data} <= set(embedded.names())
     for part, source in recipe.init.items():
-        assert part == "model" or any(p.partition(".")[0] == part for p in model.parts)
-        assert source in models.SIZES or source in told  # what does not ship is told of
+        module = model.get_submodule("" if part == "model" else part)
+        if source.startswith(FOREIGN):
+            assert isinstance(module, (Decoder, VisionEncoder, Mllm))
+        else:
+            assert source.partition("#")[0] in models.SIZES or source in told  # what does not ship is told of
 
 
 @every
@@ -122,13 +129,13 @@ def test_a_part_with_a_dot_in_its_name_can_be_set():
         ("stages.0.steps", "0", "stage 'a' needs at least one step, not 0"),
         ("stages.0.train", "{}", "stage 'a' trains nothing"),
         ("stages.0.train.decoder", "fast", "stages.0.train.decoder: Input should be a valid number"),
-        ("stages.0.limits.tokens", "0", "tokens, pictures and accumulate must be at least 1"),
+        ("stages.0.limits.tokens", "0", "tokens, pictures, accumulate and rows must be at least 1"),
         ("stages.0.schedule.decay", "2", "a schedule needs warmup >= 0 and decay, floor in [0, 1]"),
-        ("stages.0.optimizer.name", "sgd", "stages.0.optimizer.name: Input should be 'adamw' or 'muon' (got 'sgd')"),
+        ("stages.0.optimizer.name", "sgd", "name: Input should be 'adamw', 'muon' or 'adamw8bit' (got 'sgd')"),
         ("precision", "fp8", "precision: Input should be 'fp32' or 'bf16' (got 'fp8')"),
         ("stages", "[]", "recipe 'test' has no stages"),
         ("stages.1.name", "a", "has two stages of one name"),
-        ("model.family", "cheers", "unknown family 'cheers'; choose from bagel"),
+        ("model.family", "eagle", "unknown family 'eagle'; choose from bagel"),
         ("model.latent_patch", "two", "bagel.latent_patch: Input should be a valid integer"),
     ],
 )  # fmt: skip

@@ -15,7 +15,7 @@ from tests import tiny
 
 @pytest.fixture
 def small(monkeypatch):
-    arms = {arm: study._sgt(proxy=proxy) for arm, proxy in list(sgt.ARMS.items())[:2]}
+    arms = {arm: make for arm, make in list(study.STUDIES["sgt-proxies"].arms.items())[:2]}
     monkeypatch.setitem(study.STUDIES, "small", study.Study("A small table", arms, "none"))
     monkeypatch.setattr(study, "BENCHMARKS", ("vqa-mini",))
 
@@ -48,8 +48,9 @@ def test_every_arm_is_a_recipe_and_the_base_is_one_of_them(name):
     made = {arm: make(8) for arm, make in this.arms.items()}
     assert all(r.steps in (4, 8) for r in made.values()) and len({r.to_json() for r in made.values()}) == len(made)
     assert set(this.benchmarks) <= set(TABLE)
+    start = this.model if isinstance(this.model, str) else "some/model" if this.model else ""
     for recipe in made.values():
-        assert this.on(recipe, "some/model").stages == recipe.stages
+        assert this.on(recipe, start).stages == recipe.stages
 
 
 def test_arms_that_agree_in_the_first_stage_share_its_run(tmp_path, monkeypatch):

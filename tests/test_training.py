@@ -342,7 +342,7 @@ def test_saving_replaces_a_folder_as_a_whole(tiny_model, tmp_path):
 @pytest.mark.parametrize(
     "change, told",
     [
-        ({"family": "cheers"}, "unknown family 'cheers'; choose from bagel, autoencoder"),
+        ({"family": "eagle"}, "unknown family 'eagle'; choose from bagel, "),
         ({"latent_patches": 2}, "bad model config: bagel.latent_patches: Unexpected keyword argument"),
         ({"size": [1]}, "bagel.size"),
     ],

@@ -206,3 +206,8 @@ def recipe(**changes) -> Recipe:
     row = models.config_to_json("bagel", bagel())
     base = Recipe("test", row, (replace(stage, **in_stage),), size=32, workers=0, streams=4, checkpoint_every=5)
     return replace(base, **in_recipe)
+
+
+def having(model, **settings):
+    """Those of the settings that the family has."""
+    return {name: value for name, value in settings.items() if hasattr(model.settings, name)}

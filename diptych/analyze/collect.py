@@ -133,25 +133,39 @@ def read(model: UnifiedModel, sequence: Laid, see: Callable[[int, Call], None]) 
 def step(model: UnifiedModel, drawing: Drawing, see: Callable[[int, Call], None]) -> Drawing:
     """One step of a drawing; ``see`` gets (layer, call) where a block attends from the picture to its context.
 
-    Item 0 of a call is the full context (``contexts[0]``), whose tokens are the first keys. Raises ``ValueError`` for a
-    family whose blocks do not attend so.
+    The call is that of the full context (``contexts[0]``) alone: its tokens are the first keys, then come the
+    picture's; padding is left out. Raises ``ValueError`` for a family whose blocks do not attend so.
     """
-    length, seen = drawing.contexts[0].length, []
+    context, seen = drawing.contexts[0], []
     own = {id(layer) for layer in layers(model)}
     mine = {i for i, block in enumerate(model.blocks()) if id(block) in own}  # others attend inside a picture's token
 
     def check(call: Call) -> None:
-        if call.block not in mine or call.k.shape[-2] < length + call.q.shape[-2]:
+        if call.block not in mine or call.k.shape[-2] <= context.length:
             return
-        if not bool(call.visible()[..., :length].all()):
-            raise ValueError(f"family {model.family!r} hides a part of the prompt from the picture that is drawn")
         seen.append(call.block)
-        see(len(seen) - 1, call)
+        see(len(seen) - 1, _prompt_first(model, call, context.cache.buffer[len(seen) - 1, 0, : context.length]))
 
     with attention(model, check):
         [drawing] = model.step([drawing])
-    _once_each(model, seen, f"a picture and the {length} tokens of its prompt")
+    _once_each(model, seen, f"a picture and the {context.length} tokens of its prompt")
     return drawing
+
+
+def _prompt_first(model: UnifiedModel, call: Call, prompt: Float[Tensor, "S K D"]) -> Call:
+    """Item 0 of a call, its keys in order: the prompt's, which are known and stand before or after the picture's, and
+    the others that the picture sees."""
+    n = len(prompt)
+    starts = (at for at in (0, call.q.shape[-2]) if torch.equal(call.k[0, :, at : at + n], prompt.transpose(0, 1)))
+    if (at := next(starts, None)) is None:
+        raise ValueError(f"family {model.family!r} does not show the picture its prompt as it was read")
+    visible = call.visible().flatten(0, -2)
+    others = visible.any(0)
+    others[at : at + n] = False
+    order = torch.cat([torch.arange(at, at + n, device=others.device), others.nonzero()[:, 0]])
+    if not bool(visible[:, order].all()):
+        raise ValueError(f"family {model.family!r} hides a part of what it sees from the picture that is drawn")
+    return Call(call.block, call.q[:1], call.k[:1, :, order], None, False, call.scale)
 
 
 def _once_each(model: UnifiedModel, seen: list[int], what: str) -> None:

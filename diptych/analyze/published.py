@@ -36,7 +36,7 @@ def published_weights(model: UnifiedModel, sequence: Laid) -> list[Float[Tensor,
         collect.read(model, sequence, lambda _, call: keys.append(call.k[0].clone()))
     order = torch.cat(pack([sequence], model.routes).routes).to(model.device)
     return [
-        _softmax(_queries(model, layer, states[name][order.argsort()], k.shape[-1]), k)
+        _softmax(_queries(model, layer, states[name].flatten(0, -2)[order.argsort()], k.shape[-1]), k)
         for (name, layer), k in zip(layers.items(), keys, strict=True)
     ]
 
@@ -66,7 +66,7 @@ def published_keywords(
         first.remove()
     shares: dict[str, list[float]] = {name: [] for name in classes}
     for layer, k in zip(layers, keys, strict=True):
-        weights = _softmax(_queries(model, layer, entered[0][-n:], k.shape[-1]), k).mean((0, 1))
+        weights = _softmax(_queries(model, layer, entered[-1][-n:], k.shape[-1]), k).mean((0, 1))
         for name, at in classes.items():
             shares[name].append(100 * float(weights[list(at)].sum()))
     return drawing, shares

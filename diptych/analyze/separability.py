@@ -142,7 +142,8 @@ def features(
     """L2-normalised means over each picture's tokens at every point (``collect.module`` says which there are), float64.
 
     A part's output is averaged over all its tokens; a layer's over the picture's tokens without markers. Raises
-    ``ValueError`` for an unknown point, and for one that reading a picture does not pass once.
+    ``ValueError`` for an unknown point, and for one that
+    reading does not pass once (a part: once in all, or once for each picture).
     """
     modules = {name: collect.module(model, name) for name in at}
     groups: dict[tuple[int, int], list[int]] = {}
@@ -172,13 +173,18 @@ def _read(
     mine = torch.stack([(batch.document == i) & (batch.ids == NONE) & kind for i in range(n)])[:, order]
     out: dict[str, Tensor] = {}
     for name, calls in kept.items():
-        if len(calls) != 1 or (not name.startswith("layer.") and len(calls[0]) % n):
+        layer = name.startswith("layer.")
+        if len(calls) != 1 and (layer or len(calls) != n):
             raise ValueError(f"reading {n} pictures of one size passes {name!r} {len(calls)} times, not once")
-        if name.startswith("layer."):
-            weights = mine.float() / mine.sum(1, keepdim=True)
-            out[name] = weights @ calls[0]
+        rows = torch.cat([c.flatten(0, -2) for c in calls])
+        if len(rows) != mine.shape[1] if layer else len(rows) % n:
+            raise ValueError(
+                f"{name!r} gives {len(rows)} tokens for {n} pictures of one size, so whose they are is unknown"
+            )
+        if layer:
+            out[name] = mine.float() / mine.sum(1, keepdim=True) @ rows
         else:
-            out[name] = calls[0].reshape(n, -1, calls[0].shape[-1]).mean(1)
+            out[name] = rows.unflatten(0, (n, -1)).mean(1)
     return out
 
 

@@ -580,7 +580,7 @@ class Question:
 
 def random_question(rng: np.random.Generator, types: tuple[str, ...] = ()) -> Question:
     """A question of a random type (of ``types``, or any) about a scene made for it, so that answers are balanced."""
-    return QUESTIONS[pick(rng, types or tuple(QUESTIONS))](rng)
+    return {**QUESTIONS, "where": _ask_where}[pick(rng, types or tuple(QUESTIONS))](rng)
 
 
 def _unlike(rng: np.random.Generator, n: int, avoid: Callable[[Kind], bool]) -> list[Kind]:
@@ -680,6 +680,15 @@ def _ask_which(rng: np.random.Generator) -> Question:
             continue
         if not any(relation in relations(other, scene.things[1]) for other in scene.things[2:]):
             return Question("which", f"what is {relation} the {kinds[1][1]}?", kinds[0][1], scene)
+
+
+def _ask_where(rng: np.random.Generator) -> Question:
+    """The row and the column of an object: taught, because relations are hard to learn without it, and never scored."""
+    n = int(rng.integers(1, MOST + 1))
+    kinds, cells = _distinct(rng, n), _cells(rng, n)
+    column, row = cells[0]
+    answer = f"{('top', 'middle', 'bottom')[row]} {('left', 'middle', 'right')[column]}"
+    return Question("where", f"where is the {kinds[0][1]}?", answer, _place(rng, kinds, cells))
 
 
 QUESTIONS: dict[str, Callable[[np.random.Generator], Question]] = {
@@ -896,7 +905,7 @@ def _annotated(rng: np.random.Generator, size: int, task: str) -> tasks.Annotate
 SOURCES: dict[str, Callable[..., Made]] = {
     "shapes/draw": make_draw,
     "shapes/ask": make_ask,
-    "shapes/ask-where": partial(make_ask, types=("position", "which")),
+    "shapes/ask-where": partial(make_ask, types=("position", "which", "where")),
     "shapes/caption": make_caption,
     "shapes/edit": make_edit,
     **tasks.sources("shapes", _annotated),

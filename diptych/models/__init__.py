@@ -302,6 +302,7 @@ def load(
     base: str | Path | None = None,
     quantize: str | None = None,
     prepare: Callable[[Trainable], None] | None = None,
+    share: Callable[[Any, Any], Any] | None = None,
 ) -> Trainable:
     """The model of a folder (ours, a run's or a published one), a shipped name or a model of the hub, for use.
 
@@ -309,7 +310,8 @@ def load(
                   published ones. Buffers and the autoencoder are float32 where it is given
     ``base``      the model whose files are taken where a published folder lacks them
     ``quantize``  "int8" rounds the weights of the blocks (``parts.quantize``): for use, not for training
-    ``prepare``   is called with the empty model, on the meta device; parameters that it shards are filled with shards
+    ``prepare``   is called with the empty model, on the meta device
+    ``share``     what this process keeps of a tensor, in place of one of the model's own that ``prepare`` sharded
 
     Tensors go one by one onto the device. Strict: missing, unknown and misshapen tensors are an error that lists them.
     """
@@ -323,7 +325,7 @@ def load(
         raise ValueError(f"unknown quantize {quantize!r}; there is int8")
     source = open_source(name_or_path, base)
     kind = source.dtype if dtype is None else folders.DTYPES[dtype]
-    return folders.make(source, create, torch.device(device), kind, quantize is not None, prepare)
+    return folders.make(source, create, torch.device(device), kind, quantize is not None, prepare, share)
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Any], where: str) -> None:

@@ -509,7 +509,7 @@ class Cheers(UnifiedModel):
         image = self.pixel_decoder.decode(z) if self.config.pixels else z
         detail = self.vision.embed(image, self.vision.resized((rows, columns)))
         merge = self.config.merge
-        return self.projector(self.vision.features(detail), (rows // merge, columns // merge)), detail
+        return self.projector(self.vision(image, embedded=detail), (rows // merge, columns // merge)), detail
 
     def _predict(
         self, hidden: Float[Tensor, "N n d"], detail: Float[Tensor, "N m v"], t: Float[Tensor, " N"], z: Tensor

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from diptych.models.protocol import Trainable
 from diptych.models.weights import (
+    Rule,
     Rules,
     State,
     Step,
@@ -29,10 +30,12 @@ from diptych.models.weights import (
     names,
     plan,
     raise_all,
+    siglip,
 )
 from diptych.parts.decoder import Decoder
 from diptych.parts.quantize import to_int8
 from diptych.parts.tokenizer import Tokenizer
+from diptych.parts.vision import VisionEncoder
 
 Json = Mapping[str, Mapping[str, Any]]  # content by file name
 States = Mapping[str, State]  # tensors by stem, such as "ema"
@@ -204,11 +207,13 @@ def make(
     dtype: torch.dtype | None,
     quantize: bool,
     prepare: Callable[[Trainable], None] | None = None,
+    share: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Trainable:
     """The model of a source on ``device``, in evaluation mode, filled tensor by tensor; ``create`` makes an empty one.
 
     ``dtype`` is that of the parameters, None for as stored; buffers and the parts that no recipe may train (the
-    autoencoder) then stay in float32. Raises ``ValueError`` listing every missing, unknown and misshapen tensor."""
+    autoencoder) then stay in float32. ``share`` gives what this process keeps of a tensor, in place of the model's own.
+    Raises ``ValueError`` listing every missing, unknown and misshapen tensor."""
     model = create(source.family, source.config, source.tokenizer, "meta")
     if prepare:
         prepare(model)
@@ -236,10 +241,10 @@ def make(
     if quantize:
         to_int8(model.blocks())
     for tensors, step in plans:
-        _copy(model, tensors, step, device, chosen)
+        _copy(model, tensors, step, device, chosen, share)
     values = source.computed(source.config) if lacking else {}
     for own in lacking:
-        _place(model, own, values[own], device, chosen(own))
+        _place(model, own, values[own], device, chosen(own), share)
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     return model.eval()
 
@@ -249,20 +254,30 @@ def _among(name: str, globs: tuple[str, ...]) -> bool:
 
 
 def _copy(
-    model: Trainable, tensors: Tensors, step: Step, device: torch.device, chosen: Callable[[str], torch.dtype | None]
+    model: Trainable,
+    tensors: Tensors,
+    step: Step,
+    device: torch.device,
+    chosen: Callable[[str], torch.dtype | None],
+    share: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> None:
     for own, tensor in step.apply(tensors.read).items():
-        _place(model, own, tensor, device, chosen(own))
+        _place(model, own, tensor, device, chosen(own), share)
 
 
-def _place(model: Trainable, own: str, tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Puts a copy of the tensor where the model's own is."""
+def _place(
+    model: Trainable,
+    own: str,
+    tensor: Tensor,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    share: Callable[[Tensor, Tensor], Tensor] | None,
+) -> None:
+    """Puts a copy of the tensor, or this process's share of it, where the model's own is."""
     path, _, leaf = own.rpartition(".")
     like = getattr(model.get_submodule(path), leaf)
-    if hasattr(like, "placements"):  # a DTensor: this process keeps its share
-        from torch.distributed.tensor import distribute_tensor
-
-        tensor = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    if share:
+        tensor = share(tensor, like)
     tensor = tensor.to(device) if device.type != "cpu" else tensor
     wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
     tensor = tensor.to(wanted, copy=device.type == "cpu").contiguous()
@@ -301,7 +316,7 @@ def write_published(model: Trainable, layout: Layout, folder: Path, state: State
     model.tokenizer.save(folder, split=True)
 
 
-# ---- language models of transformers ----------------------------------------------------------------------------
+# ---- parts of transformers ----------------------------------------------------------------------------
 
 
 def read_language_model(decoder: Decoder, folder: Path) -> None:
@@ -319,9 +334,33 @@ def read_language_model(decoder: Decoder, folder: Path) -> None:
         if getattr(theirs, f.name) != getattr(mine, f.name) and (f.name != "head_dim" or theirs.width != mine.width)
     ]
     raise_all(wrong, f"{folder} does not fit the decoder")
-    tensors, own = Tensors(path), decoder.state_dict()
-    steps, _, wrong = plan(decoder_rules(hf, mine.copies("mlp")), tensors.shapes, own)
-    raise_all(wrong, f"{folder} does not fit the decoder")
+    _fill(decoder, Tensors(path), decoder_rules(hf, mine.copies("mlp")), f"{folder} does not fit the decoder")
+
+
+def read_vision_encoder(vision: VisionEncoder, folder: Path) -> None:
+    """Fills a vision encoder from a folder of transformers: SigLIP with its text tower or without.
+
+    Raises ``ValueError`` where sizes differ and for every missing, unknown and misshapen tensor."""
+    if not (folder / "config.json").is_file() or not (path := Places((folder,)).weights("model")):
+        raise ValueError(f"{folder} is no encoder of transformers: it lacks config.json or model.safetensors")
+    hf, mine = read_json(folder / "config.json"), vision.config
+    there = hf.get("vision_config", hf)
+    wrong = [
+        f"{n} is {there[n]} there, {getattr(mine, n)} here"
+        for n in ("num_attention_heads", "patch_size", "image_size")
+        if there.get(n, getattr(mine, n)) != getattr(mine, n)
+    ]
+    raise_all(wrong, f"{folder} does not fit the encoder")
+    tensors = Tensors(path)
+    prefix = "vision_model." if any(n.startswith("vision_model.") for n in tensors.shapes) else ""
+    words = tuple(Rule(name, (), ignored=True) for name in ("text_model.**", "logit_scale", "logit_bias"))
+    _fill(vision, tensors, siglip(mine.patch_size, prefix, mine.pooling) + words, f"{folder} does not fit the encoder")
+
+
+def _fill(module: nn.Module, tensors: Tensors, rules: Rules, told: str) -> None:
+    own = module.state_dict()
+    steps, _, wrong = plan(rules, tensors.shapes, own)
+    raise_all(wrong, told)
     with torch.no_grad():
         for step in steps:
             for name, tensor in step.apply(tensors.read).items():

@@ -260,6 +260,9 @@ class SynerGen(UnifiedModel):
         yield from self.decoder.layers
         yield from self.unfold.layers
 
+    def trunk(self) -> Iterator[nn.Module]:
+        yield from self.decoder.layers  # a row without a picture to draw does not call the code head
+
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:

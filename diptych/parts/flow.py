@@ -144,7 +144,7 @@ def check_step(drawings: Sequence[Drawn]) -> None:
 def euler(
     drawings: Sequence[Drawn],
     velocities: Callable[[Float[Tensor, "B n f"], Float[Tensor, " B"], int], Float[Tensor, "R B n f"]],
-    times: Sequence[Float[Tensor, " steps_1"]] | None = None,
+    times: Sequence[Tensor] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """The next state of every drawing, and the velocity without guidance. ``velocities(x_t, t, branches)`` gives those
     of the first ``branches`` contexts; outside the guidance interval only the full one is asked for. ``times`` of each

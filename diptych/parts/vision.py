@@ -104,9 +104,15 @@ class VisionEncoder(nn.Module):
         self.head = Pooling(c) if c.pooling else None
 
     def forward(
-        self, images: Float[Tensor, "N 3 H W"], places: Int[Tensor, " n"] | None = None
+        self,
+        images: Float[Tensor, "N c H W"],
+        places: Int[Tensor, " n"] | None = None,
+        embedded: Float[Tensor, "N n d"] | None = None,
     ) -> Float[Tensor, "N n d"]:
-        """``places`` are the rows of the position table, unless the grid's own in a table of ``side``."""
+        """``places`` are the rows of the position table, unless the grid's own in a table of ``side``; ``embedded`` is
+        what ``embed`` gave, where it is at hand."""
+        if embedded is not None:
+            return self.features(embedded)
         grid = (images.shape[-2] // self.config.patch_size, images.shape[-1] // self.config.patch_size)
         if places is None:
             places = grid_places(grid, self.config.side, images.device)

@@ -54,6 +54,8 @@ def tiny(**changes: Any) -> Recipe:
 def b1_5() -> Recipe:
     """Cheers. ``catalog`` says where the seven mixes of the paper are. Cost: 128 A100 (the last stage: 8 for two days).
 
+    FLUX.2's autoencoder comes with the published model, which never trained it; its pixel decoder is the trained one.
+
     A batch of 512 is 8 pictures on each of 64 processes, or the same with ``accumulate``. Shares are of samples.
 
     diptych train cheers/1.5b --catalog my_data.yaml
@@ -67,19 +69,18 @@ def b1_5() -> Recipe:
             data=data,
             loss={"text": 1.0, "image": 1.0},
             optimizer=Optimizer("adamw", betas=(0.9, 0.95), eps=1e-8),
-            limits=Limits(tokens=8192, pictures=8),
             dropout={"text": 0.2},
-            **{"schedule": Schedule(warmup=steps // 50)} | how,
+            **{"schedule": Schedule(warmup=steps // 50), "limits": Limits(tokens=8192, pictures=8)} | how,
         )
 
     return Recipe(
         name="cheers/1.5b",
         model=config_to_json("cheers", replace(config("cheers/1.5b"), published_quirks=())),
         init={
-            "decoder": "Qwen/Qwen2.5-1.5B-Instruct",
-            "vision": "google/siglip2-so400m-patch16-512",
-            "autoencoder": "black-forest-labs/FLUX.2-dev",
-            "pixel_decoder": "black-forest-labs/FLUX.2-dev",
+            "decoder": "transformers:Qwen/Qwen2.5-1.5B-Instruct",
+            "vision": "transformers:google/siglip2-so400m-patch16-512",
+            "autoencoder": "cheers/1.5b",
+            "pixel_decoder": "cheers/1.5b",
         },
         stages=(
             stage("alignment", 30_000, 1e-4, ("projector", "head"), {"captions": 4.5, "recaptioned-imagenet": 13.0}),

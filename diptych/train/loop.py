@@ -26,10 +26,11 @@ from diptych.core.losses import Losses, add_counts, check_weights, combine
 from diptych.core.noise import Noise
 from diptych.data.encoded import encoders_of, refuse_stale
 from diptych.data.loader import Loader, Row, merge_states
-from diptych.models.folders import read_language_model
+from diptych.models.folders import read_language_model, read_vision_encoder
 from diptych.models.protocol import Trainable
 from diptych.parts.decoder import Decoder
 from diptych.parts.tokenizer import Tokenizer
+from diptych.parts.vision import VisionEncoder
 from diptych.train import checkpoint, lora, optim, plan
 from diptych.train.log import Log, Work, memory, profiler
 from diptych.train.parallel import (
@@ -39,6 +40,7 @@ from diptych.train.parallel import (
     local,
     processes,
     sharded,
+    share,
     spread,
     total,
     whole,
@@ -97,7 +99,7 @@ def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = Non
         return model.to_empty(device=device)
     whole_model = recipe.init.keys() == {"model"} and "#" not in recipe.init["model"] and not recipe.lora
     if sharded(recipe.engine) and whole_model:
-        model = models.load(recipe.init["model"], device, "fp32", prepare=prepare)
+        model = models.load(recipe.init["model"], device, "fp32", prepare=prepare, share=share)
         if models.config_to_json(name, model.config) != models.config_to_json(name, config):
             raise ValueError(
                 f"{recipe.init['model']} has other settings than the recipe's model; drop init.model or agree"
@@ -136,6 +138,9 @@ def _foreign(model: Trainable, path: str, name: str, source: str) -> None:
     module, where = _module(model, path, name), source.removeprefix(FOREIGN)
     if isinstance(module, Decoder):
         read_language_model(module, _folder(where))
+        return
+    if isinstance(module, VisionEncoder):
+        read_vision_encoder(module, _folder(where))
         return
     load: Any = getattr(module, "load_pretrained", None)
     if load is None:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from diptych.models.protocol import Trainable
@@ -167,6 +167,13 @@ def _reached(module: nn.Module, inputs: tuple) -> tuple:
 def local(tensor: Tensor) -> Tensor:
     """This process's share of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def share(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's share of a tensor that all have, sharded as ``like`` is; the tensor itself where that is whole."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def whole(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

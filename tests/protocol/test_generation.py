@@ -117,7 +117,7 @@ def test_a_stream_says_what_an_answer_says(engine):
     answer = engine.chat(sample.messages, max_new_tokens=9)
     *deltas, stop = engine.stream(sample.messages, max_new_tokens=9)
     assert all(isinstance(d, TextDelta) for d in deltas) and isinstance(stop, Stop)
-    assert "".join(d.text for d in deltas).strip() == answer.text
+    assert "".join(d.text for d in deltas) == answer.text
     assert stop.reason == answer.finish_reason and stop.usage.written == len(answer.ids) and stop.usage.read > 0
     assert stop.parameters == answer.parameters
 
@@ -154,11 +154,6 @@ def begin(model, prompt="a blue star", seed=0, **changes):
     return model.start([tuple(contexts)], [model.canvas(request)], [settings], [seed])[0]
 
 
-def having(model, **settings):
-    """Those of the settings that the family has."""
-    return {name: value for name, value in settings.items() if hasattr(model.settings, name)}
-
-
 def finish(model, *drawings):
     drawings = list(drawings)
     while not drawings[0].done:
@@ -175,7 +170,7 @@ def test_a_picture_drawn_alone_equals_one_drawn_in_a_batch(model):
 
 
 def test_a_picture_may_be_joined_late_and_left_early(model):
-    longer = having(model, num_inference_steps=6)
+    longer = tiny.having(model, num_inference_steps=6)
     first, second = begin(model, "a blue star", 0), begin(model, "two red squares", 1, **longer)
     alone = [
         finish(model, d)[0] for d in (begin(model, "a blue star", 0), begin(model, "two red squares", 1, **longer))
@@ -206,7 +201,7 @@ def test_reading_on_does_not_disturb_a_drawing(model):
 
 def test_guidance_scale_1_is_no_guidance(model):
     plain = finish(model, begin(model, guidance_scale=1.0))
-    always, never = (having(model, guidance_interval=(0.0, high)) for high in (1.0, 0.0))
+    always, never = (tiny.having(model, guidance_interval=(0.0, high)) for high in (1.0, 0.0))
     barely = finish(model, begin(model, guidance_scale=1.0 + 1e-7, **always))
     guided = finish(model, begin(model, guidance_scale=5.0, **always))
     if never:
@@ -229,7 +224,7 @@ def test_every_branch_drops_what_it_says(model):
 
 
 def test_a_finished_drawing_takes_no_further_step(model):
-    drawing = begin(model, **having(model, num_inference_steps=1))
+    drawing = begin(model, **tiny.having(model, num_inference_steps=1))
     while not drawing.done:
         [drawing] = model.step([drawing])
     with pytest.raises(ValueError, match="takes no further step"):
@@ -239,7 +234,7 @@ def test_a_finished_drawing_takes_no_further_step(model):
 
 
 def test_edits_with_image_guidance(engine):
-    how = having(engine.model, num_inference_steps=2, guidance_scale=2.0)
+    how = tiny.having(engine.model, num_inference_steps=2, guidance_scale=2.0)
     a, b, c = (
         engine.edit(tiny.picture(p), "make it red", image_guidance_scale=g, **how).images[0]
         for p, g in ((1, 1.0), (1, 3.0), (2, 1.0))
@@ -305,7 +300,7 @@ def test_engine_refuses_what_it_cannot_do(engine):
         engine.generate("x", n=0)
     with pytest.raises(ValueError, match="must end with a user's message"):
         engine.chat(tiny.say().messages)
-    for bad in having(engine.model, num_inference_steps=0, temperature=-1.0, guidance_scale=-1.0).items():
+    for bad in tiny.having(engine.model, num_inference_steps=0, temperature=-1.0, guidance_scale=-1.0).items():
         with pytest.raises(ValueError, match="must be at least|at least 0"):
             engine.generate("x", **dict([bad]))
     with pytest.raises(ValueError, match="picture 'nowhere.png' does not exist"):
@@ -333,7 +328,9 @@ def test_a_conversation_is_read_once(model, monkeypatch):
         going.append(user(text))
         fresh, reads = Engine(model), []
         if text in ("a red circle", "make it blue"):
-            how = having(model, num_inference_steps=2, guidance_scale=1.0) | {"seed": 1}  # one branch: the conversation
+            how = tiny.having(model, num_inference_steps=2, guidance_scale=1.0) | {
+                "seed": 1
+            }  # one branch: the conversation
             drawn = []
             for engine in (talk, fresh):
                 *_, done, _ = engine.stream_picture(going, **how)
@@ -357,7 +354,7 @@ def test_a_conversation_is_read_once(model, monkeypatch):
 
 
 def test_first_turns_do_not_depend_on_what_was_asked_before(model):
-    few = having(model, num_inference_steps=2)
+    few = tiny.having(model, num_inference_steps=2)
     alone = Engine(model).generate("two red stars", seed=3, **few).images[0]
     engine = Engine(model)
     engine.generate("two red circles", seed=3, **few)

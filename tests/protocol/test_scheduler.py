@@ -21,8 +21,8 @@ def prompt(text: str) -> Sample:
 
 def mixed(model):
     """Requests of every kind, length and size."""
-    few = replace(model.settings, num_inference_steps=3)
-    plain = replace(model.settings, num_inference_steps=2, guidance_scale=1.0)
+    few = replace(model.settings, **tiny.having(model, num_inference_steps=3))
+    plain = replace(model.settings, **tiny.having(model, num_inference_steps=2), guidance_scale=1.0)
     return [
         Draw(prompt("a blue star"), 0, None, model.settings),
         Say(tiny.request(tiny.ask()), 6),
@@ -135,16 +135,14 @@ def test_a_cancelled_request_is_gone_at_once_and_disturbs_nobody(model):
 def test_previews_are_as_many_as_asked_for_and_spread(model):
     for steps, previews in ((4, 1), (4, 3), (7, 2), (1, 2), (2, 5)):
         loop = Scheduler(model)
-        settings = replace(model.settings, num_inference_steps=steps)
-        loop.submit(Draw(prompt("a hat"), 0, None, settings, previews=previews))
-        seen = []
+        own = tiny.having(model, num_inference_steps=steps)
+        loop.submit(Draw(prompt("a hat"), 0, None, replace(model.settings, **own), previews=previews))
+        seen: list[ImagePreview] = []
         while not loop.idle:
-            seen += [e.step for _, e in loop.tick() if isinstance(e, ImagePreview)]
-        assert (
-            len(seen) == min(previews, steps - 1)
-            and len(set(seen)) == len(seen)
-            and 0 < min(seen, default=1) < steps + 1
-        )
+            seen += [e for _, e in loop.tick() if isinstance(e, ImagePreview)]
+        of = seen[0].of if seen else 1
+        assert of == own.get("num_inference_steps", of)
+        assert len(seen) == min(previews, of - 1) and len({e.step for e in seen}) == len(seen)
 
 
 def test_stop_texts_end_an_answer_and_are_never_told(model):
