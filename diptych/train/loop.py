@@ -137,7 +137,11 @@ def _tokenizer(recipe: Recipe) -> Tokenizer:
 
 def _foreign(model: Trainable, path: str, name: str, source: str) -> None:
     module, where = _module(model, path, name), source.removeprefix(FOREIGN)
-    readers = {Decoder: read_language_model, VisionEncoder: read_vision_encoder, LatentDecoder: read_autoencoder}
+    readers: dict[type, Any] = {
+        Decoder: read_language_model,
+        VisionEncoder: read_vision_encoder,
+        LatentDecoder: read_autoencoder,
+    }
     for kind, read in readers.items():
         if isinstance(module, kind):
             read(module, _folder(where))
