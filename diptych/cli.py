@@ -205,9 +205,10 @@ def parser() -> argparse.ArgumentParser:
         "diptych study sgt-ratio --steps 300 --limit 24",
         "diptych study iomm-recipes --seeds 0 --steps 400 --limit 24",
         "diptych study synergen-stages --seeds 0",
+        "diptych study cheers-detail --seeds 0 --limit 24",
     )
-    p.add_argument("study", help="sgt-proxies, sgt-ratio, sgt-amount, iomm-components, iomm-recipes, iomm-mask, iomm-tuning, synergen-folding, synergen-unfolded or synergen-stages")  # fmt: skip  # noqa: E501
-    p.add_argument("--model", help="where every arm starts (default: the study's own, bagel/tiny or iomm/tiny; synergen's make theirs)")  # fmt: skip  # noqa: E501
+    p.add_argument("study", help="sgt-proxies, sgt-ratio, sgt-amount, iomm-components, iomm-recipes, iomm-mask, iomm-tuning, synergen-folding, synergen-unfolded, synergen-stages, cheers-detail, cheers-pixels, cheers-merge or cheers-cascade")  # fmt: skip  # noqa: E501
+    p.add_argument("--model", help="where every arm starts (default: the study's own, bagel/tiny, iomm/tiny or cheers/tiny; synergen's make theirs)")  # fmt: skip  # noqa: E501
     p.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of every arm for each (default: 0 1 2)"
     )
