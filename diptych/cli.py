@@ -205,9 +205,10 @@ def parser() -> argparse.ArgumentParser:
         "diptych study sgt-ratio --steps 300 --limit 24",
         "diptych study iomm-recipes --seeds 0 --steps 400 --limit 24",
         "diptych study synergen-stages --seeds 0",
+        "diptych study cheers-detail --seeds 0 --limit 24",
     )
-    p.add_argument("study", help="sgt-proxies, sgt-ratio, sgt-amount, iomm-components, iomm-recipes, iomm-mask, iomm-tuning, synergen-folding, synergen-unfolded or synergen-stages")  # fmt: skip  # noqa: E501
-    p.add_argument("--model", help="where every arm starts (default: the study's own, bagel/tiny or iomm/tiny; synergen's make theirs)")  # fmt: skip  # noqa: E501
+    p.add_argument("study", help="sgt-proxies, sgt-ratio, sgt-amount, iomm-components, iomm-recipes, iomm-mask, iomm-tuning, synergen-folding, synergen-unfolded, synergen-stages, cheers-detail, cheers-pixels, cheers-merge or cheers-cascade")  # fmt: skip  # noqa: E501
+    p.add_argument("--model", help="where every arm starts (default: the study's own, bagel/tiny, iomm/tiny or cheers/tiny; synergen's make theirs)")  # fmt: skip  # noqa: E501
     p.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of every arm for each (default: 0 1 2)"
     )
@@ -216,7 +217,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--run", type=Path, help="folder of the runs; goes on with one that is there (default: runs/STUDY)")
     p.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the page and plot")
 
-    p = verb("analyze", _analyze, "look inside a model: separability of features, attention to pictures, attention to words, what reading and drawing share", "diptych analyze bagel/tiny separability --data emoji/fruit --at vision projector layer.5", "diptych analyze runs/mine attention --against bagel/tiny --rows question --out analysis", "diptych analyze bagel/tiny keywords --prompt 'a red cat left of a dog' --words object=cat,dog colour=red", "diptych analyze synergen/tiny similarity", "diptych analyze synergen/tiny locality --data shapes/draw")  # fmt: skip  # noqa: E501
+    p = verb("analyze", _analyze, "look inside a model: separability of features, attention to pictures, attention to words, what reading and drawing share, gates of detail", "diptych analyze bagel/tiny separability --data emoji/fruit --at vision projector layer.5", "diptych analyze runs/mine attention --against bagel/tiny --rows question --out analysis", "diptych analyze bagel/tiny keywords --prompt 'a red cat left of a dog' --words object=cat,dog colour=red", "diptych analyze synergen/tiny similarity", "diptych analyze synergen/tiny locality --data shapes/draw", "diptych analyze cheers/tiny gates --prompt 'a red circle' --steps 20")  # fmt: skip  # noqa: E501
     _model(p)
     p.add_argument("probe", choices=list(_ANALYZE_OPTIONS))
     p.add_argument("--against", metavar="MODEL", help="compare with this model: the change, in percent by layer")
@@ -232,9 +233,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--catalog", help="attention: YAML file that says where your own data sets are")
     p.add_argument("--rows", choices=["answer", "question"], help="attention: queries are the token that predicts the answer (default), or the question's words")  # fmt: skip  # noqa: E501
     p.add_argument("--markers", action="store_true", help="attention: markers count with their text or picture")
-    p.add_argument("--prompt", action="append", help="keywords: what to draw; may be given again (default: shapes)")
+    p.add_argument(
+        "--prompt", action="append", help="keywords, gates: what to draw; may be given again (default: shapes)"
+    )
     p.add_argument("--words", nargs="+", metavar="CLASS=WORD,...", help="keywords: the classes (default: the vocabulary of shapes)")  # fmt: skip  # noqa: E501
-    p.add_argument("--steps", type=int, help="keywords: how many steps to look at (default: 4)")
+    p.add_argument(
+        "--steps", type=int, help="keywords: how many steps to look at (default: 4); gates: how many to draw in (20)"
+    )
     p.add_argument("--published", action="store_true", help="attention, keywords: add what SGT's code computes")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--json", action="store_true", help="print files and numbers as JSON")
@@ -751,6 +756,7 @@ _ANALYZE_OPTIONS = {
     "separability": {"data", "size", "at"},
     "attention": {"data", "size", "catalog", "rows", "markers", "published"},
     "keywords": {"prompt", "words", "steps", "published"},
+    "gates": {"prompt", "steps"},
     "similarity": {"data", "size", "catalog"},
     "locality": {"data", "size", "catalog"},
 }
@@ -833,10 +839,18 @@ def _drawings(a: argparse.Namespace, size: int, n: int) -> tuple[list, str]:
     return [source[i] for i in range(min(a.n or n, len(source)))], what
 
 
+def _gates(a: argparse.Namespace, models: Any, size: int) -> Any:
+    from diptych.analyze import keywords, run
+
+    prompts = a.prompt or keywords.shapes_prompts(a.n or 8, a.seed)
+    return run.run_gates(models, prompts, "yours" if a.prompt else "shapes", a.steps or 20, a.seed)
+
+
 _PROBES = {
     "separability": _separability,
     "attention": _attention,
     "keywords": _keywords,
+    "gates": _gates,
     "similarity": _similarity,
     "locality": _locality,
 }

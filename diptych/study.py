@@ -17,13 +17,14 @@ from rich.console import Console
 
 from diptych import models
 from diptych.analyze.copying import copying
+from diptych.analyze.drawing import drawing
 from diptych.core.intervals import mean
 from diptych.evaluate import evaluate
 from diptych.evaluate.figures import intervals
 from diptych.evaluate.scores import Score, macro, paired
 from diptych.generate.engine import Engine, load
 from diptych.models.hf import write_transformers
-from diptych.recipes import iomm, sgt, synergen
+from diptych.recipes import cheers, iomm, sgt, synergen
 from diptych.recipes.run import resume, train
 from diptych.train.recipe import Recipe
 
@@ -81,6 +82,16 @@ def _on_words(recipe: Recipe, model: str) -> Recipe:
     return replace(recipe, init=recipe.init | {"decoder": f"transformers:{words}"})
 
 
+def _cheers(**changes: Any) -> Callable[[int], Recipe]:
+    return lambda steps: cheers.tiny(tokens=768, **changes).with_steps(steps)
+
+
+def _begun(*modules: str) -> Callable[[Recipe, str], Recipe]:
+    """Arms begin with these modules of the model, which they train on; the rest begins anew in all of them."""
+    return lambda recipe, model: replace(recipe, init=recipe.init | dict.fromkeys(modules, model))
+
+
+BESIDE = {"model": "cheers/tiny", "measure": drawing, "steps": 200}
 READER = {"takes": ("mllm", "autoencoder"), "model": "iomm/tiny"}
 
 
@@ -161,6 +172,34 @@ STUDIES = {
         fill=_on_words,
         steps=500,
         benchmarks=("words", "glyphs-say", "glyphs-draw"),
+    ),
+    "cheers-detail": Study(
+        "What the fine stage is given: gated detail, all of it, or none at equal parameters (Cheers, table 5)",
+        {"gated": _cheers(), "ungated": _cheers(detail="added"), "none": _cheers(detail="none")},
+        "gated",
+        fill=_begun("decoder", "vision", "projector", "coarse"),
+        **BESIDE,
+    ),
+    "cheers-pixels": Study(
+        "Latents decoded to pixels before the vision encoder, or read as they are (Cheers, table 6)",
+        {"pixels": _cheers(), "latents": _cheers(**cheers.without_pixels())},
+        "pixels",
+        fill=_begun("decoder"),
+        **BESIDE,
+    ),
+    "cheers-merge": Study(
+        "Tokens of a picture at equal resolution (Cheers, section 2)",
+        {"2x2: 16 tokens": _cheers(), "1x1: 64 tokens": _cheers(merge=1)},
+        "2x2: 16 tokens",
+        fill=_begun("decoder", "vision", "fine", "gate"),
+        **BESIDE,
+    ),
+    "cheers-cascade": Study(
+        "Two stages with detail between them, or one",
+        {"cascade": _cheers(), "one stage": _cheers(head_layers=(2, 0))},
+        "cascade",
+        fill=_begun("decoder", "vision", "projector"),
+        **BESIDE,
     ),
 }
 
@@ -268,6 +307,10 @@ def _page(
 ) -> Path:
     first = next(iter(rights.values()))[0]
     begins = f"Every arm goes on from `{model}` for {steps} steps."
+    if model and this.fill:
+        begins = (
+            f"Arms begin with what they share of `{model}` (**start**), the rest anew, and train for {steps} steps."
+        )
     if model is None:
         half = ", one stage alone for half of them" if this.fill else ""
         begins = f"Every arm is trained for {steps} steps{half}."

@@ -249,3 +249,47 @@ def keywords(models: Models, title: str) -> bytes:
         figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
 
     return _figure(len(models), steps + 1, (2.2 * (steps + 1) + 0.9, 2.5 * len(models) + 0.8), draw)
+
+
+def gates(models: Models, prompts: Sequence[str], title: str, shown: int = 4, columns: int = 6) -> bytes:
+    """Above, by time: how far the gate is open, and how well its size follows the contours of the finished picture.
+    Below, one row a picture: the gate's size at some times (one scale a picture), and the picture. ``models`` maps a
+    name to ``Gates``; the maps are the first model's."""
+    import matplotlib.pyplot as plt
+
+    first = next(iter(models.values()))
+    some = range(min(shown, len(first.values)))
+    steps = np.unique(np.linspace(0, len(first.times) - 1, columns).round().astype(int))
+
+    def draw(figure: Any, axes: np.ndarray) -> None:
+        figure.suptitle(title, fontsize=10)
+        grid = axes[0, 0].get_gridspec()
+        for ax in axes[0]:
+            ax.remove()
+        half = (len(steps) + 1) // 2
+        opened, followed = figure.add_subplot(grid[0, :half]), figure.add_subplot(grid[0, half:])
+        for m, (name, g) in enumerate(models.items()):
+            time = 1 - np.asarray(g.times)
+            for ax, values in ((opened, g.activity), (followed, g.contours)):
+                ax.plot(time, np.nanmean(values, 0), color=f"C{m}", marker="o", markersize=3, label=name)
+                low, high = np.nanquantile(values, [0.25, 0.75], axis=0)
+                ax.fill_between(time, low, high, color=f"C{m}", alpha=0.15, linewidth=0)
+        opened.set(title="mean |gate| (band: half of the pictures)", xlabel="noise  →  data")
+        followed.set(title="correlation of |gate| with contours", xlabel="noise  →  data")
+        for ax in (opened, followed):
+            ax.grid(alpha=0.25, linewidth=0.6)
+        if len(models) > 1:
+            opened.legend(frameon=False, fontsize=8)
+        for row, i in zip(axes[1:], some, strict=True):
+            sizes = np.abs(first.values[i])
+            for ax, s in zip(row, steps, strict=False):
+                ax.imshow(sizes[s], cmap="magma", vmin=0, vmax=float(sizes.max()) or 1.0)
+                ax.set_title(f"{1 - first.times[s]:.2f}" if i else f"data share {1 - first.times[s]:.2f}", fontsize=8)
+            row[-1].imshow((first.pictures[i].permute(1, 2, 0).numpy() + 1) / 2)
+            row[-1].set_title(prompts[i] if len(prompts[i]) < 26 else prompts[i][:24] + " ...", fontsize=7)
+            for ax in row:
+                ax.set(xticks=[], yticks=[])
+
+    width = len(steps) + 1
+    with plt.rc_context({"axes.spines.left": True}):
+        return _figure(1 + len(some), width, (1.5 * width, 1.9 + 1.6 * len(some)), draw)

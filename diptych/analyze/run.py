@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from diptych.analyze import attention, figures, keywords, layers, separability
+from diptych.analyze import attention, figures, gates, keywords, layers, separability
 from diptych.analyze.published import published_attention, published_shares
 from diptych.core.sample import Image, Sample, assistant, user
 from diptych.models.protocol import UnifiedModel
@@ -157,6 +157,17 @@ def run_keywords(
         }
     title = f"attention to words while drawing, {len(prompts)} prompts"
     return Found("keywords", numbers, {"keywords": figures.keywords(found, title)})
+
+
+def run_gates(models: Models, prompts: Sequence[str], what: str, steps: int = 20, seed: int = 0) -> Found:
+    """How far a gate is open by step and place while prompts are drawn; a base draws the same from the same seeds."""
+    found = {name: gates.gates(m, prompts, steps, seed) for name, m in models.items()}
+    numbers = {
+        "what": "gates", "data": what, "prompts": list(prompts), "seed": seed,
+        "models": {name: g.to_json() for name, g in found.items()},
+    }  # fmt: skip
+    title = f"where the gate is open while drawing, {len(prompts)} prompts"
+    return Found("gates", numbers, {"gates": figures.gates(found, prompts, title)})
 
 
 def _mean_shares(prompts: Sequence[Sequence[Mapping[str, Sequence[float]]]]) -> list[dict[str, list[float]]]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from diptych.models.protocol import Trainable
 from diptych.models.weights import (
+    FLUX2_AUTOENCODER,
     Rule,
     Rules,
     State,
@@ -32,6 +33,7 @@ from diptych.models.weights import (
     raise_all,
     siglip,
 )
+from diptych.parts.autoencoder import LatentDecoder
 from diptych.parts.decoder import Decoder
 from diptych.parts.quantize import to_int8
 from diptych.parts.tokenizer import Tokenizer
@@ -316,7 +318,7 @@ def write_published(model: Trainable, layout: Layout, folder: Path, state: State
     model.tokenizer.save(folder, split=True)
 
 
-# ---- parts of transformers ----------------------------------------------------------------------------
+# ---- parts that others publish alone ----------------------------------------------------------------------------
 
 
 def read_language_model(decoder: Decoder, folder: Path) -> None:
@@ -355,6 +357,18 @@ def read_vision_encoder(vision: VisionEncoder, folder: Path) -> None:
     prefix = "vision_model." if any(n.startswith("vision_model.") for n in tensors.shapes) else ""
     words = tuple(Rule(name, (), ignored=True) for name in ("text_model.**", "logit_scale", "logit_bias"))
     _fill(vision, tensors, siglip(mine.patch_size, prefix, mine.pooling) + words, f"{folder} does not fit the encoder")
+
+
+def read_autoencoder(coder: LatentDecoder, path: Path) -> None:
+    """Fills an autoencoder, or its decoding half, from ``ae.safetensors`` of FLUX or FLUX.2: the file, or its folder.
+
+    Raises ``ValueError`` for every missing, unknown and misshapen tensor."""
+    file = path if path.is_file() else path / "ae.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{path} is no autoencoder: neither a safetensors file nor a folder with ae.safetensors")
+    own = coder.state_dict()
+    spare = () if any(n.startswith("encoder.") for n in own) else (Rule("encoder.**", (), ignored=True),)
+    _fill(coder, Tensors(file), spare + FLUX2_AUTOENCODER, f"{path} does not fit the autoencoder")
 
 
 def _fill(module: nn.Module, tensors: Tensors, rules: Rules, told: str) -> None:

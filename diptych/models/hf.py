@@ -97,7 +97,7 @@ def _language_config(c: DecoderConfig, kind: str) -> dict[str, Any]:
 
 
 def seeing(vision: VisionEncoder) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The weights and config.json of a SigLIP encoder without a pooling head."""
+    """The weights and config.json of a SigLIP encoder, with its pooling head where it has one."""
     c: VisionConfig = vision.config
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size",
              "layer_norm_eps")  # fmt: skip
@@ -106,9 +106,9 @@ def seeing(vision: VisionEncoder) -> tuple[dict[str, torch.Tensor], dict[str, An
         "model_type": "siglip_vision_model",
         "hidden_act": "gelu_pytorch_tanh",
         "num_channels": 3,
-        "vision_use_head": False,
+        "vision_use_head": c.pooling,
     }
-    return export(siglip(c.patch_size), vision.state_dict()), config
+    return export(siglip(c.patch_size, pooling=c.pooling), vision.state_dict()), config
 
 
 def _one(model: nn.Module, kind: type) -> Any:

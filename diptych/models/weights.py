@@ -373,6 +373,13 @@ FLUX_AUTOENCODER: Rules = rules({"encoder.**": "autoencoder.encoder.**", "decode
 """The autoencoder of a family from FLUX's or BAGEL's ``ae.safetensors``: module names are as published."""
 
 
+FLUX2_AUTOENCODER: Rules = (
+    *rules({"encoder.**": "encoder.**", "decoder.**": "decoder.**", "bn.running_*": "bn.running_*"}),
+    Rule("bn.num_batches_tracked", ("bn.num_batches_tracked",), lambda w: (w[0].long(),)),
+)
+"""FLUX.2's autoencoder as a module of its own; some exporters cast even the number of batches that it saw."""
+
+
 def flux_config(state: State, **constants: Any) -> AutoencoderConfig:
     """Sizes of FLUX's autoencoder, read off the tensors of ``ae.safetensors`` (names and shapes are enough), for no
     file says them; ``constants`` (scale, shift) are kept. Where a tensor lacks, the published size stands."""
@@ -497,22 +504,18 @@ _STAGE = {
 
 
 def cheers(patch: int) -> Rules:
-    """Cheers from ``model.safetensors`` (specs: Cheers 3). The language head repeats the embedding, and the exporter
-    casts even the number of batches that the statistics saw."""
+    """Cheers from ``model.safetensors`` (specs: Cheers 3), whose language head repeats the embedding."""
     language = tuple(
         replace(r, theirs=r.theirs.replace("model.", "model.language_model.", 1))
         if r.alias is None
         else replace(r, alias="model.language_model.embed_tokens.weight", repeated=True)
         for r in TEXT
     )
-    coders = rules({"encoder.**": "encoder.**", "decoder.**": "decoder.**", "bn.running_*": "bn.running_*"})
-    seen = "bn.num_batches_tracked"
-    coders += (Rule(seen, (seen,), lambda w: (w[0].long(),)),)
     return (
         within(language, ours="decoder.")
         + within(siglip(patch, "model.vision_representation.", pooling=True), ours="vision.")
-        + within(coders, "model.vae_model.", "autoencoder.")
-        + within(coders, "model.vae_decoder_projector.", "pixel_decoder.")
+        + within(FLUX2_AUTOENCODER, "model.vae_model.", "autoencoder.")
+        + within(FLUX2_AUTOENCODER, "model.vae_decoder_projector.", "pixel_decoder.")
         + rules({"model.und_projector.**": "projector.**", "model.hi_gate.**": "gate.**"})
         + rules({"model.time_embed.mlp_1.**": "coarse.time.mlp.**", "model.time_embed.mlp_2.**": "fine.time.mlp.**"})
         + within(rules(_STAGE), "model.gen_projector.", "coarse.")

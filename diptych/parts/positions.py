@@ -58,4 +58,4 @@ class TimestepEmbedding(nn.Module):
         return torch.cat([cos, sin], -1).float()
 
     def forward(self, t: Float[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        return self.mlp(self.sinusoid(t).to(self.mlp[0].weight.dtype))
+        return self.mlp(self.sinusoid(t).to(next(self.mlp.parameters()).dtype))

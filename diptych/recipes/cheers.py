@@ -21,18 +21,19 @@ TINY = {
 }
 
 
-def tiny(**changes: Any) -> Recipe:
-    """Cheers at a size that two CPU cores train: 5.9 M parameters, 64 x 64 pixels, 16 tokens a picture. ``changes`` are
-    fields of its Config.
+def tiny(tokens: int = 2048, **changes: Any) -> Recipe:
+    """Cheers at a size that two CPU cores train: 5.9 M parameters, 64 x 64 pixels, 16 tokens a picture. ``tokens`` are
+    those of a row, ``changes`` fields of its Config.
 
     The pixel decoder stays what it began as, the autoencoder's own: training it costs more than all else together.
 
     diptych train cheers/tiny
     """
+    made = replace(config("cheers/tiny"), **changes)
     return Recipe(
         name="cheers/tiny",
-        model=config_to_json("cheers", replace(config("cheers/tiny"), **changes)),
-        init=dict(TINY),
+        model=config_to_json("cheers", made),
+        init={module: source for module, source in TINY.items() if made.pixels or module == "autoencoder"},
         stages=(
             Stage(
                 "unified",
@@ -42,7 +43,7 @@ def tiny(**changes: Any) -> Recipe:
                 loss={"text": 0.5, "image": 1.0},
                 optimizer=Optimizer("muon"),
                 schedule=Schedule(warmup=60, decay=0.4),
-                limits=Limits(tokens=2048, pictures=96),
+                limits=Limits(tokens=tokens, pictures=tokens // 21),
                 dropout={"text": 0.1},
                 ema=0.998,
             ),
@@ -52,11 +53,10 @@ def tiny(**changes: Any) -> Recipe:
 
 
 def b1_5() -> Recipe:
-    """Cheers. ``catalog`` says where the seven mixes of the paper are. Cost: 128 A100 (the last stage: 8 for two days).
-
-    FLUX.2's autoencoder comes with the published model, which never trained it; its pixel decoder is the trained one.
+    """Cheers. ``catalog`` says where the mixes of the paper are. Cost: 128 A100 (the last stage: 8 for two days).
 
     A batch of 512 is 8 pictures on each of 64 processes, or the same with ``accumulate``. Shares are of samples.
+    Qwen2.5 and SigLIP2 come from the hub; FLUX.2's ae.safetensors is looked for here (--set init.autoencoder=...).
 
     diptych train cheers/1.5b --catalog my_data.yaml
     """
@@ -79,8 +79,8 @@ def b1_5() -> Recipe:
         init={
             "decoder": "transformers:Qwen/Qwen2.5-1.5B-Instruct",
             "vision": "transformers:google/siglip2-so400m-patch16-512",
-            "autoencoder": "cheers/1.5b",
-            "pixel_decoder": "cheers/1.5b",
+            "autoencoder": "transformers:ae.safetensors",
+            "pixel_decoder": "transformers:ae.safetensors",
         },
         stages=(
             stage("alignment", 30_000, 1e-4, ("projector", "head"), {"captions": 4.5, "recaptioned-imagenet": 13.0}),
@@ -99,3 +99,9 @@ def b1_5() -> Recipe:
         precision="bf16",
         checkpoint_every=1000,
     )
+
+
+def without_pixels() -> dict[str, Any]:
+    """The changes that make the tiny vision encoder read latents, as many tokens as it has of pixels."""
+    vision = config("cheers/tiny").vision
+    return {"pixels": False, "vision": replace(vision, patch_size=1, image_size=vision.side)}

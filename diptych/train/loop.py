@@ -26,8 +26,9 @@ from diptych.core.losses import Losses, add_counts, check_weights, combine
 from diptych.core.noise import Noise
 from diptych.data.encoded import encoders_of, refuse_stale
 from diptych.data.loader import Loader, Row, merge_states
-from diptych.models.folders import read_language_model, read_vision_encoder
+from diptych.models.folders import read_autoencoder, read_language_model, read_vision_encoder
 from diptych.models.protocol import Trainable
+from diptych.parts.autoencoder import LatentDecoder
 from diptych.parts.decoder import Decoder
 from diptych.parts.tokenizer import Tokenizer
 from diptych.parts.vision import VisionEncoder
@@ -136,23 +137,27 @@ def _tokenizer(recipe: Recipe) -> Tokenizer:
 
 def _foreign(model: Trainable, path: str, name: str, source: str) -> None:
     module, where = _module(model, path, name), source.removeprefix(FOREIGN)
-    if isinstance(module, Decoder):
-        read_language_model(module, _folder(where))
-        return
-    if isinstance(module, VisionEncoder):
-        read_vision_encoder(module, _folder(where))
-        return
+    readers: dict[type, Any] = {
+        Decoder: read_language_model,
+        VisionEncoder: read_vision_encoder,
+        LatentDecoder: read_autoencoder,
+    }
+    for kind, read in readers.items():
+        if isinstance(module, kind):
+            read(module, _folder(where))
+            return
     load: Any = getattr(module, "load_pretrained", None)
     if load is None:
         raise ValueError(
-            f"init: module {path!r} of {name} is neither a decoder nor one of transformers; {source!r} cannot fill it"
+            f"init: module {path!r} of {name} is no decoder, vision encoder or autoencoder, nor one of transformers; "
+            f"{source!r} cannot fill it"
         )
     load(where)
 
 
 def _folder(where: str) -> Path:
-    """The folder of transformers of this path, or of this ``org/name`` of the hub."""
-    return Path(where) if Path(where).is_dir() else models.fetch(where)
+    """The folder (or file) of this path, or of this ``org/name`` of the hub."""
+    return Path(where) if Path(where).exists() else models.fetch(where)
 
 
 def _module(model: Trainable, path: str, name: str) -> nn.Module:
