@@ -12,6 +12,7 @@ import yaml
 from diptych import models, recipes
 from diptych.data import embedded
 from diptych.data.selfcondition import PICTURES
+from diptych.parts.autoencoder import LatentDecoder
 from diptych.parts.decoder import Decoder
 from diptych.parts.mllm import Mllm
 from diptych.parts.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ def test_names_parts_terms_and_data_that_exist(name):
     for part, source in recipe.init.items():
         module = model.get_submodule("" if part == "model" else part)
         if source.startswith(FOREIGN):
-            assert isinstance(module, (Decoder, VisionEncoder, Mllm))
+            assert isinstance(module, (Decoder, VisionEncoder, LatentDecoder, Mllm))
         else:
             assert source.partition("#")[0] in models.SIZES or source in told  # what does not ship is told of
 
