@@ -9,7 +9,6 @@ from diptych import models, study
 from diptych.analyze.copying import copying
 from diptych.evaluate.table import TABLE
 from diptych.generate.engine import Engine
-from diptych.recipes import sgt
 from tests import tiny
 
 
