@@ -149,9 +149,9 @@ STUDIES = {
         "pair",
     ),
     "synergen-folding": Study(
-        "Detail at equal length: token folding (SynerGen-VL, table 6)",
+        "Detail at equal length: 36 tokens of a small picture, 32 folded ones of a large one (SynerGen-VL, table 6)",
         {arm: _reader(how) for arm, how in synergen.READERS.items()},
-        "24 px, no folding: 36 tokens",
+        "24 px 1x1",
         model=None,
         steps=1500,
         benchmarks=("glyphs-read",),
@@ -159,7 +159,7 @@ STUDIES = {
     "synergen-unfolded": Study(
         "The same pixels with and without folding (SynerGen-VL, table 6, control)",
         {arm: _reader(how) for arm, how in synergen.UNFOLDED.items()},
-        "64 px, folded 2x4: 32 tokens",
+        "64 px 2x4",
         model=None,
         steps=1500,
         benchmarks=("glyphs-read",),

@@ -111,22 +111,22 @@ def _published(
 
 # ---- miniatures (specs: SynerGen-VL 8) --------------------------------------------------------------------------
 
-READERS = {  # side of a tile, most tiles, fold: the arms of table 6
-    "24 px, no folding: 36 tokens": (24, 1, (1, 1)),
-    "64 px, folded 2x4: 32 tokens": (64, 1, (2, 4)),
-    "24 px, folded 1x2: 18 tokens": (24, 1, (1, 2)),
-    "4 tiles and thumbnail of 32 px, folded 2x4: 40 tokens": (32, 4, (2, 4)),
+READERS = {  # pixels of a side, most tiles, fold: the arms of table 6
+    "24 px 1x1": (24, 1, (1, 1)),  # 36 tokens
+    "64 px 2x4": (64, 1, (2, 4)),  # 32 tokens
+    "24 px 1x2": (24, 1, (1, 2)),  # 18 tokens
+    "tiles 2x4": (32, 4, (2, 4)),  # 4 tiles and a thumbnail of 32 px: 40 tokens
 }
 UNFOLDED = {  # the upper bound, and what it costs
-    "64 px, folded 2x4: 32 tokens": (64, 1, (2, 4)),
-    "64 px, no folding: 256 tokens": (64, 1, (1, 1)),
+    "64 px 2x4": (64, 1, (2, 4)),
+    "64 px 1x1": (64, 1, (1, 1)),  # 256 tokens
 }
-ARMS = {  # the arms of table 7, and one for figure 4
+ARMS = {  # the arms of table 7, and one for figure 4: pictures that are read carry the picture loss too
     "S1+S2 full": {"full": True},
     "S1": {"stages": (1,)},
     "S2": {"stages": (2,)},
     "S1+S2": {},
-    "S1+S2, loss on read pictures too": {"image_loss_on_und": True},
+    "S1+S2 both": {"image_loss_on_und": True},
 }
 
 
