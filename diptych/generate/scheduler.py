@@ -27,7 +27,7 @@ from diptych.generate.memory import Memory
 from diptych.generate.sampling import check_sampling, next_word
 from diptych.models.protocol import Context, Drawing, Drop, UnifiedModel
 from diptych.parts.images import to_pil
-from diptych.parts.linear import steady
+from diptych.parts.linear import alone, steady
 
 Size = tuple[int, int]  # (width, height) in pixels
 
@@ -202,7 +202,8 @@ class Scheduler:
         going = [talk for talk in talks if talk.reason is None]
         if going:
             replies = [self.model.reply(talk.ids[-1:]) for talk in going]
-            contexts = self.model.extend([talk.context for talk in going], replies)
+            with alone():
+                contexts = self.model.extend([talk.context for talk in going], replies)
             for talk, context in zip(going, contexts, strict=True):
                 talk.context = context
         return events

@@ -79,9 +79,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if (
-            x.numel() == x.shape[-1] and x.dtype == torch.float32
-        ):  # one word: what a call costs matters, not what it computes
+        if x.numel() == x.shape[-1] and x.dtype == torch.float32:  # one word: the number of calls is what costs
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         y = x.float()
         return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight

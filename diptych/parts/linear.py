@@ -7,18 +7,42 @@ result has the same bits whatever stands beside it. So products of few rows are 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diptych.core.tensors import Float
 
+_ALONE = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, each of a few rows is a product of its own: several times faster for one word, the same for eight, and
+    as independent of what stands beside it."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
 
 def linear(x: Float[Tensor, "*n i"], weight: Float[Tensor, "o i"], bias: Tensor | None = None) -> Float[Tensor, "*n o"]:
     """x weight^T + bias, row by row independent of the number of rows (no gradient, CPU; elsewhere ``F.linear``)."""
-    rows, threads = x.numel() // x.shape[-1], torch.get_num_threads()
+    rows = x.numel() // x.shape[-1]
+    if x.device.type != "cpu" or torch.is_grad_enabled() or (rows == 1 and _ALONE.get()):
+        return F.linear(x, weight, bias)
+    if _ALONE.get():
+        return torch.cat([F.linear(row, weight, bias) for row in x.reshape(rows, -1).split(1)]).reshape(
+            *x.shape[:-1], -1
+        )
+    threads = torch.get_num_threads()
     missing = -rows % (4 * threads)
-    if not missing or rows >= 16 * threads or x.device.type != "cpu" or torch.is_grad_enabled():
+    if not missing or rows >= 16 * threads:
         return F.linear(x, weight, bias)
     padded = torch.cat([x.reshape(rows, -1), x.new_zeros(missing, x.shape[-1])])
     return F.linear(padded, weight, bias)[:rows].reshape(*x.shape[:-1], -1)
