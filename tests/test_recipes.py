@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 from dataclasses import asdict, fields, replace
+from fnmatch import fnmatchcase
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from diptych import models, recipes
 from diptych.data import embedded
@@ -17,11 +20,13 @@ from diptych.parts.decoder import Decoder
 from diptych.parts.mllm import Mllm
 from diptych.parts.tokenizer import Tokenizer
 from diptych.parts.vision import VisionEncoder
+from diptych.recipes import sgt
 from diptych.train import optim
 from diptych.train.loop import FOREIGN, _check
 from diptych.train.parameters import select
 from diptych.train.recipe import Limits, Recipe, Schedule, Stage, leaves
 from tests import tiny
+from tests.test_training import train
 
 every = pytest.mark.parametrize("name", recipes.RECIPES)
 
@@ -192,3 +197,20 @@ def test_schedules():
     assert rates(shape="cosine", floor=0.1)[-1] > 0.1
     assert min(rates(shape="cosine", warmup=2, decay=0.3)) > 0
     assert Limits().accumulate == 1
+
+
+@pytest.mark.parametrize("family", ["cheers", "synergen"])
+def test_sgt_goes_on_from_any_family_that_names_its_parts(family, tmp_path):
+    """The same rates, mix and terms, on another model; who lacks a part is told which."""
+    recipe = replace(sgt.tiny(steps=2), init={"model": str(tmp_path / "start")})
+    recipe = recipe.override({"stages.0.limits": '{"tokens": 512, "pictures": 24}', "stages.0.schedule.warmup": "1"})
+    models.save(tiny.model(family), tmp_path / "start")
+    rows = train(replace(recipe, model=models.read_config(tmp_path / "start")), tmp_path / "run")
+    assert all({"samples/shapes/sgt/segment", "samples/shapes/ask", "loss/text", "loss/image"} <= set(r) for r in rows)
+    before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("start", "run/release"))
+    moved = {part for part, globs in tiny.model(family).parts.items() if any(
+        not torch.equal(before[n], after[n]) for n in before if any(fnmatchcase(n, g) for g in globs))}  # fmt: skip
+    assert {part.split(".")[0] for part in moved} == set(sgt.PARTS)
+    other = replace(recipe, model=models.config_to_json("iomm", tiny.iomm()))
+    with pytest.raises(ValueError, match="unknown part 'decoder'; iomm has:"):
+        _check(other, tiny.model("iomm"))
