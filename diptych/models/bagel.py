@@ -274,7 +274,7 @@ class Bagel(UnifiedModel):
         found = group.images.float() if group.encoded else self.encode("autoencoder", group.images)
         channels, eps = self.config.autoencoder.latent_channels, None
         if found.shape[1] > channels:
-            eps = draw_noise(noise, group, "posterior", (channels, *found.shape[2:])).to(found.device)
+            eps = draw_noise(noise, group, f"{group.kind} posterior", (channels, *found.shape[2:])).to(found.device)
         return latents_to_tokens(sampled(found, channels, eps), self.config.latent_patch)
 
     @torch.no_grad()

@@ -221,7 +221,8 @@ def shown(sample: Sample) -> list[Image]:
 
 
 def draw_noise(noise: Noise, group: Pictures, name: str, shape: tuple[int, ...]) -> Tensor:
-    """Normal draws for every picture of a group, (N, *shape), each from its own address."""
+    """Normal draws for every picture of a group, (N, *shape), each from its own address; a ``name`` that several kinds
+    of pictures draw under says which (ordinals count one kind)."""
     return torch.stack(
         [noise.normal(o, f"{name}{i}", shape) for o, i in zip(group.owners, group.ordinals, strict=True)]
     )

@@ -16,6 +16,7 @@ from diptych.core.sample import Image, Sample, assistant, user
 from diptych.core.sequence import Kind
 from diptych.generate.engine import Engine
 from diptych.generate.events import ImageDone, ImagePreview, Stop, TextDelta
+from diptych.generate.memory import Memory
 from tests import tiny
 from tests.tolerances import LOGITS, PIXELS, SUM
 
@@ -51,6 +52,24 @@ def test_reading_in_pieces_equals_reading_at_once(model, sample):
         [context] = model.extend([context], [piece])
     assert (context.length, context.position) == (whole.length, whole.position)
     assert torch.allclose(context.logits, whole.logits, rtol=0, atol=LOGITS)
+
+
+def test_sampled_latents_are_those_of_the_whole_when_reading_goes_on():
+    """A picture's noise is its own, also where reading begins in the middle: in pieces, and from a memory."""
+    model = tiny.sampling("bagel")
+    sources = [Image(tiny.picture(i), "condition") for i in (1, 2)]
+    sample = Sample("two", (user(sources[0], "one"), assistant("yes"), user(sources[1], "two"), assistant()))
+    [whole] = read(model, laid := model.lay_out(sample))
+    context = model.open()
+    for piece in cut(laid):
+        [context] = model.extend([context], [piece])
+    assert torch.allclose(context.logits, whole.logits, rtol=0, atol=LOGITS)
+    memory = Memory(model)
+    memory.read([model.lay_out(replace(sample, messages=sample.messages[:2]))], [False])
+    [later] = memory.read([laid], [True])
+    assert torch.allclose(later.logits, whole.logits, rtol=0, atol=LOGITS)
+    [other] = read(model, replace(laid, segments=tuple(replace(s, ordinal=0) for s in laid.segments)))
+    assert not torch.allclose(other.logits, whole.logits, rtol=0, atol=LOGITS)
 
 
 def test_reading_together_equals_reading_alone(model):

@@ -12,7 +12,7 @@ import torch
 from diptych.core.batch import pack
 from diptych.core.losses import combine
 from diptych.core.noise import Noise
-from diptych.core.sample import Image, Sample, Text, user
+from diptych.core.sample import Image, Sample, Text, assistant, user
 from diptych.core.sequence import Kind
 from diptych.data.loader import Row, Stats
 from diptych.train import optim
@@ -83,6 +83,14 @@ def test_noise_belongs_to_the_sample_and_the_step(model):
         return
     assert sums(model, [a])["image"] != sums(model, [b])["image"]  # one picture, two names
     assert sums(model, [a], Noise(3, 6))["image"] != sums(model, [a])["image"] != sums(model, [a], Noise(4, 5))["image"]
+
+
+def test_a_picture_read_and_the_same_picture_drawn_have_noise_of_their_own():
+    model, same = tiny.sampling("bagel"), tiny.picture(1)
+    sample = Sample("again", (user(Image(same, "condition"), "again"), assistant(Image(same, "target"))))
+    batch = pack([model.lay_out(sample)], model.routes)
+    read, drawn = (model._latents(*batch.of(kind), NOISE) for kind in (Kind.CLEAN, Kind.NOISED))
+    assert read.shape == drawn.shape and not torch.equal(read, drawn)
 
 
 def quiet(seed: int, words: str) -> Sample:
