@@ -121,9 +121,31 @@ class Sample:
         return bool(last and last.role == "assistant" and (not last.parts or _to_draw(last.parts[-1])))
 
     @property
+    def drawing(self) -> tuple[int, int] | None:
+        """The place (message, part) of the picture that is drawn: the end of a request for one, the last target of a
+        training sample. None where nothing is drawn, whatever was drawn before."""
+        if not self.messages or self.messages[-1].role != "assistant":
+            return None
+        if self.is_open:
+            return (len(self.messages) - 1, len(self.messages[-1].parts) - 1) if self.messages[-1].parts else None
+        places = [(i, j) for i, m in enumerate(self.messages) for j, p in enumerate(m.parts) if _is_target(p)]
+        return places[-1] if places else None
+
+    @property
+    def request_at(self) -> int | None:
+        """The place of the request: the last user message before the picture that is drawn, else the last of all."""
+        before = self.drawing[0] if self.drawing else len(self.messages)
+        return next((i for i in reversed(range(before)) if self.messages[i].role == "user"), None)
+
+    @property
     def request(self) -> Message | None:
-        """The last user message: what an answer answers and a drawing is drawn from."""
-        return next((m for m in reversed(self.messages) if m.role == "user"), None)
+        """The user's message that a drawing is drawn from; where nothing is drawn, that an answer answers."""
+        return None if self.request_at is None else self.messages[self.request_at]
+
+    @property
+    def prompt(self) -> str:
+        """The words of the request."""
+        return " ".join(p.text for p in (self.request.parts if self.request else ()) if isinstance(p, Text))
 
     def map_images(self, change) -> Sample:
         """The same sample with ``change(Image) -> Image`` applied to every picture."""
@@ -134,6 +156,10 @@ class Sample:
                 for m in self.messages
             ),
         )
+
+
+def _is_target(part: Part) -> bool:
+    return isinstance(part, Image) and part.role == "target"
 
 
 def _to_draw(part: Part) -> bool:

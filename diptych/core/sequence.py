@@ -88,7 +88,7 @@ class Segment:
 class Sequence:
     """A sample laid out: its id (random draws belong to it) and its segments in order.
 
-    Pictures without an ``ordinal`` are numbered here; a part of the sequence keeps its numbers, and with them its draws."""
+    Pictures without an ``ordinal`` are numbered here; a part of the sequence keeps its numbers, and so its draws."""
 
     id: str
     segments: tuple[Segment, ...]

@@ -14,7 +14,7 @@ from typing import Any
 import PIL.Image
 
 from diptych import models
-from diptych.core.sample import Image, Message, Sample, Text, sample_from_json, user
+from diptych.core.sample import Image, Message, Sample, sample_from_json, user
 from diptych.data.images import open_image
 from diptych.generate.events import Answer, Event, Picture, Pictures
 from diptych.generate.memory import Memory
@@ -180,7 +180,7 @@ class Engine:
         requests = [Draw(s, seed, size, chosen, negative_prompt) for s, seed in zip(samples, seeds, strict=True)]
         jobs = self._run(requests, batch_size)
         return [
-            Picture(j.image, _words(j.request.sample), j.request.seed, j.parameters)
+            Picture(j.image, j.request.sample.prompt, j.request.seed, j.parameters)
             for j in jobs
             if isinstance(j, Sketch) and j.image
         ]
@@ -207,7 +207,3 @@ def _open(image: Pixels | None) -> PIL.Image.Image:
     if image is None:
         raise ValueError("a picture of the conversation has no pixels")
     return open_image(Path(image), str(image))
-
-
-def _words(sample: Sample) -> str:
-    return " ".join(p.text for p in (sample.request or sample.messages[-1]).parts if isinstance(p, Text))

@@ -286,11 +286,12 @@ def _opened(sample: Sample, turn: Message) -> Sample:
 
 
 def _worded(opened: Sample, words: str) -> Sample:
-    """The request with other words in its last user message."""
-    assert opened.request
-    pictures = [p for p in opened.request.parts if isinstance(p, Image)]
-    changed = replace(opened.request, parts=(*pictures, Text(words)))
-    return replace(opened, messages=tuple(changed if m is opened.request else m for m in opened.messages))
+    """The request with other words."""
+    at = opened.request_at
+    assert at is not None
+    pictures = [p for p in opened.messages[at].parts if isinstance(p, Image)]
+    changed = replace(opened.messages[at], parts=(*pictures, Text(words)))
+    return replace(opened, messages=(*opened.messages[:at], changed, *opened.messages[at + 1 :]))
 
 
 def _settled(text: str, stops: Sequence[str]) -> str:

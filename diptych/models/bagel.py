@@ -218,7 +218,7 @@ class Bagel(UnifiedModel):
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
-        """Texts and pictures in order. ``text`` drops the last user message's words; ``image`` every picture read."""
+        """Texts and pictures in order. ``text`` drops the request's words; ``image`` every picture read."""
         segments: list[Segment] = []
         for message in sample.messages:
             for part in message.parts:

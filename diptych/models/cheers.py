@@ -382,8 +382,8 @@ class Cheers(UnifiedModel):
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
-        """ChatML with pictures in their place. ``text`` blanks every word but the pictures' markers, and what an answer
-        is to say is then not learned; ``image`` leaves out every picture that is only read."""
+        """ChatML with pictures in their place. ``text`` blanks every word up to the picture that is drawn but the
+        pictures' markers, and such words are not learned; ``image`` leaves out every picture that is only read."""
         out: list[Segment] = []
         run: list[tuple[int, bool]] = []  # words since the last picture, and whether each is to be predicted
         waiting = ""  # text without loss, encoded in one piece with what it touches
@@ -403,7 +403,7 @@ class Cheers(UnifiedModel):
         if "dummy_picture" in quirks and not any(True for _ in sample.images()):
             show(self._dummy(sample))
         system = [Message("system", (Text(SYSTEM),))] if roles and sample.messages[0].role != "system" else []
-        for message in (*system, *sample.messages):
+        for at, message in enumerate((*system, *sample.messages), -len(system)):
             last = message is sample.messages[-1]
             say(m["turn"])
             waiting = f"{message.role}\n" if roles else ""
@@ -430,6 +430,8 @@ class Cheers(UnifiedModel):
                 say(m["start"], learned=learned)
                 if learned:
                     show(self._drawn(part, visible := "visible_noise" in quirks))
+                    if (at, i) == sample.drawing:
+                        drop -= {"text"}
                     if visible:
                         say(m["end"])
                         continue

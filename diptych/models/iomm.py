@@ -227,7 +227,7 @@ class Iomm(UnifiedModel):
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
         """The conversation in the reader's template. A picture to draw is queries and then its latents.
 
-        ``image`` drops the pictures that are read; ``text`` the words of the last user message, in whose place a
+        ``image`` drops the pictures that are read; ``text`` the words of the request, in whose place a
         picture to draw has the prompt of its sources, or of nothing at all."""
         page, template, previous = _Page(self), self.config.mllm.template, None
         for i, message in enumerate(sample.messages):

@@ -266,7 +266,7 @@ class SynerGen(UnifiedModel):
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
-        """Messages in order. ``text`` puts the unconditional words in place of the last user message's; ``image``
+        """Messages in order. ``text`` puts the unconditional words in place of the request's; ``image``
         leaves every picture to read out."""
         segments = [Segment(Kind.TEXT, tuple(self.begin))] if self.begin else []
         seen = sum(image.role == "understand" for image in sample.images())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diptych.core.batch import pack
-from diptych.core.sample import Image, Sample, Text, user
+from diptych.core.sample import Image, Sample, Text, assistant, user
 from diptych.core.sequence import Kind
 from diptych.core.tensors import NONE
 from diptych.train.parameters import by_part
@@ -64,8 +64,15 @@ def test_dropping_everything_leaves_nothing_of_a_request(model):
     assert left[0].pictures == 0 and "star" not in left[0].describe(model.tokenizer.decode)
 
 
-def test_dropping_text_drops_the_last_request(model):
-    assert "what colour" not in model.lay_out(tiny.story(), frozenset({"text"})).describe(model.tokenizer.decode)
+def test_dropping_text_drops_the_request_of_the_drawing_and_not_a_later_question(model):
+    """A picture is drawn, then asked about: what the drawing is drawn from goes, and nothing after it."""
+    bare = model.lay_out(tiny.story(), frozenset({"text"})).describe(model.tokenizer.decode)
+    assert "green square" not in bare and "what colour" in bare
+    full = model.lay_out(tiny.story())
+    assert sum(s.supervised for s in model.lay_out(tiny.story(), frozenset({"text"})).segments) >= 1
+    asked = Sample("asked", (*tiny.story().messages[:3], assistant()))
+    assert "what colour" not in model.lay_out(asked, frozenset({"text"})).describe(model.tokenizer.decode)
+    assert full.pictures == model.lay_out(tiny.story(), frozenset({"text"})).pictures
 
 
 def words(model, laid) -> list[str]:
