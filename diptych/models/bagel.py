@@ -46,6 +46,7 @@ from diptych.models.protocol import (
     advance,
     draw_noise,
     draw_weights,
+    dropped,
     flow_branches,
     read_on,
     shown,
@@ -218,23 +219,17 @@ class Bagel(UnifiedModel):
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
-        """Texts and pictures in order. ``text`` drops the request's words; ``image`` every picture read."""
-        segments: list[Segment] = []
+        """Texts and pictures in order; nothing stands in the place of what is dropped."""
+        sample, segments = dropped(sample, drop), list[Segment]()
         for message in sample.messages:
             for part in message.parts:
                 if isinstance(part, Text):
-                    if not ("text" in drop and message is sample.request):
-                        segments.append(self._text(part))
-                elif part.blank:
-                    if not (sample.is_open and part is sample.messages[-1].parts[-1]):
-                        raise ValueError(
-                            f"sample {sample.id!r} has a picture without pixels that is not the one to draw"
-                        )
-                else:
+                    segments.append(self._text(part))
+                elif not part.blank:
                     final = message is sample.messages[-1] and part is message.parts[-1]
                     if part.role == "target" and not sample.is_open:
                         segments.append(self._drawn(part))
-                    if "image" not in drop and not (part.role == "target" and final):
+                    if not (part.role == "target" and final):
                         segments += self._read(part)
         if sample.is_open and not sample.messages[-1].parts:
             segments.append(Segment(Kind.TEXT, (self.markers["bos"],)))

@@ -53,6 +53,7 @@ from diptych.models.protocol import (
     advance,
     draw_noise,
     draw_weights,
+    dropped,
     flow_branches,
     read_on,
     shown,
@@ -382,8 +383,8 @@ class Cheers(UnifiedModel):
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
-        """ChatML with pictures in their place. ``text`` blanks every word up to the picture that is drawn but the
-        pictures' markers, and such words are not learned; ``image`` leaves out every picture that is only read."""
+        """ChatML with pictures in their place. Instead of dropping the words of a request, ``text`` blanks every word
+        up to the picture that is drawn but the pictures' markers; such words are not learned."""
         out: list[Segment] = []
         run: list[tuple[int, bool]] = []  # words since the last picture, and whether each is to be predicted
         waiting = ""  # text without loss, encoded in one piece with what it touches
@@ -400,6 +401,7 @@ class Cheers(UnifiedModel):
             run.clear()
             out.append(segment)
 
+        sample = dropped(sample, drop - {"text"})
         if "dummy_picture" in quirks and not any(True for _ in sample.images()):
             show(self._dummy(sample))
         system = [Message("system", (Text(SYSTEM),))] if roles and sample.messages[0].role != "system" else []
@@ -418,15 +420,9 @@ class Cheers(UnifiedModel):
                         waiting += part.text
                     continue
                 if part.blank:
-                    if not (sample.is_open and final):
-                        raise ValueError(
-                            f"sample {sample.id!r} has a picture without pixels that is not the one to draw"
-                        )
                     say(m["start"])
                     continue
                 learned = part.role == "target" and not sample.is_open
-                if "image" in drop and part.role != "target":
-                    continue
                 say(m["start"], learned=learned)
                 if learned:
                     show(self._drawn(part, visible := "visible_noise" in quirks))

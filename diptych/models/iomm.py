@@ -40,7 +40,18 @@ from diptych.core.sample import Image, Message, Sample, Text
 from diptych.core.sequence import Kind, Segment
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, Bool, Float, Tensor, to_float
-from diptych.models.protocol import NOTHING, Context, Drawing, Drop, Encoder, UnifiedModel, advance, draw_noise, shown
+from diptych.models.protocol import (
+    NOTHING,
+    Context,
+    Drawing,
+    Drop,
+    Encoder,
+    UnifiedModel,
+    advance,
+    draw_noise,
+    dropped,
+    shown,
+)
 from diptych.parts.adapters import Connector, NoQueries, ResidualQueries, StaticQueries
 from diptych.parts.attention import Cache, Cached, Continued, Recorded, documents
 from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, sampled, tiny_autoencoder
@@ -225,10 +236,9 @@ class Iomm(UnifiedModel):
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
-        """The conversation in the reader's template. A picture to draw is queries and then its latents.
-
-        ``image`` drops the pictures that are read; ``text`` the words of the request, in whose place a
-        picture to draw has the prompt of its sources, or of nothing at all."""
+        """The conversation in the reader's template. A picture to draw is queries and then its latents; one that no
+        words ask for has the prompt of its sources, or of nothing at all."""
+        sample = dropped(sample, drop)
         page, template, previous = _Page(self), self.config.mllm.template, None
         for i, message in enumerate(sample.messages):
             following = sample.messages[i + 1] if i + 1 < len(sample.messages) else None
@@ -238,20 +248,14 @@ class Iomm(UnifiedModel):
                 page.write(template.opening("assistant"))
                 if sample.is_open and following is None and not message.parts:
                     return page.done(sample.id)
-                self._answer(page, sample, message, drop)
-            else:
-                hush = "text" in drop and message is sample.request
-                parts = tuple(
-                    p for p in message.parts
-                    if not (hush if isinstance(p, Text) else "image" in drop)
-                )  # fmt: skip
-                if following is not None and _draws(following):
-                    self._request(page, parts, self.config.crop)
-                elif parts:
-                    page.write(template.opening(message.role))
-                    for part in parts:
-                        page.part(part)
-                    page.end()
+                self._answer(page, sample, message)
+            elif following is not None and _draws(following):
+                self._request(page, message.parts, self.config.crop)
+            elif message.parts:
+                page.write(template.opening(message.role))
+                for part in message.parts:
+                    page.part(part)
+                page.end()
             previous = message
         return page.done(sample.id)
 
@@ -270,7 +274,7 @@ class Iomm(UnifiedModel):
             page.part(part, crop)
         page.end()
 
-    def _answer(self, page: _Page, sample: Sample, message: Message, drop: Drop) -> None:
+    def _answer(self, page: _Page, sample: Sample, message: Message) -> None:
         """An assistant's turn, after its opening."""
         final = message is sample.messages[-1]
         for part in message.parts:
@@ -278,17 +282,13 @@ class Iomm(UnifiedModel):
             if isinstance(part, Image) and part.role == "target":
                 page.write_ids(self.image_markers[0])
                 if part.blank:
-                    if not (last and sample.is_open):
-                        raise ValueError(
-                            f"sample {sample.id!r} has a picture without pixels that is not the one to draw"
-                        )
                     return
                 if not sample.is_open:
                     page.draw(part)
-                if not last and "image" not in drop:
+                if not last:
                     page.see(part)
                     page.write_ids(self.image_markers[1])
-            elif isinstance(part, Text) or "image" not in drop:
+            else:
                 page.part(part)
         if not final or not (message.parts and _draws(message, -1)):
             page.end(any(isinstance(p, Text) and p.loss for p in message.parts[-1:]))

@@ -85,7 +85,8 @@ class Trainable(nn.Module, ABC):
 
     @abstractmethod
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
-        """The sample as segments; ``drop`` names conditions to leave out (guidance, and dropout in training).
+        """The sample as segments; ``drop`` names conditions to leave out (guidance, and dropout in training): what they
+        are ``dropped`` says, and the family only what stands in the place of words that are not there.
 
         A request (``sample.is_open``) ends where its answer or its picture begins, whatever opens it included; pictures
         before that have been drawn, so they are read. In a training sample a target is drawn, and read by what follows.
@@ -213,6 +214,29 @@ def advance(drawing: Drawing, state: Tensor, slot: Any = None) -> Drawing:
 
 
 # ---- what families that draw share ------------------------------------------------------------------------------
+
+
+def dropped(sample: Sample, drop: Drop) -> Sample:
+    """The sample without the conditions that ``drop`` names of the picture that is drawn (``Sample.drawing``)::
+
+        text    the words of its request
+        image   every picture before it: sources, pictures to understand, and what was drawn earlier
+
+    Where nothing is drawn, of the answer. The same in every family; what follows the drawing stays.
+    Raises ``ValueError`` for a picture without pixels that is not the one to draw."""
+    place, asked, messages = sample.drawing, sample.request_at, []
+    for i, message in enumerate(sample.messages):
+        parts = []
+        for j, part in enumerate(message.parts):
+            if isinstance(part, Image):
+                if part.blank and not (sample.is_open and (i, j) == place):
+                    raise ValueError(f"sample {sample.id!r} has a picture without pixels that is not the one to draw")
+                gone = "image" in drop and (place is None or (i, j) < place)
+            else:
+                gone = "text" in drop and i == asked
+            parts += [] if gone else [part]
+        messages.append(replace(message, parts=tuple(parts)))
+    return replace(sample, messages=tuple(messages)) if drop else sample
 
 
 def shown(sample: Sample) -> list[Image]:

@@ -44,6 +44,7 @@ from diptych.models.protocol import (
     Encoder,
     UnifiedModel,
     draw_weights,
+    dropped,
     flow_branches,
     read_on,
     shown,
@@ -266,40 +267,37 @@ class SynerGen(UnifiedModel):
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
-        """Messages in order. ``text`` puts the unconditional words in place of the request's; ``image``
-        leaves every picture to read out."""
+        """Messages in order; a picture that no words ask for is asked for by the unconditional ones."""
+        sample = dropped(sample, drop)
         segments = [Segment(Kind.TEXT, tuple(self.begin))] if self.begin else []
         seen = sum(image.role == "understand" for image in sample.images())
-        for message in sample.messages:
-            segments += self._message(message, sample, drop, max(1, self.config.see.most // max(seen, 1)))
+        for i, message in enumerate(sample.messages):
+            asks = sample.drawing is not None and i == sample.request_at
+            segments += self._message(message, sample, asks, max(1, self.config.see.most // max(seen, 1)))
         return Laid(sample.id, tuple(segments))
 
-    def _message(self, message: Message, sample: Sample, drop: Drop, most: int) -> list[Segment]:
+    def _message(self, message: Message, sample: Sample, asks: bool, most: int) -> list[Segment]:
         """One message: words joined up to where a picture stands. A word with loss is the target of the place before
         it, whatever stands there; so is the end of a message that closes with words that carry loss."""
         opens = sample.is_open and message is sample.messages[-1]
-        free = "text" in drop and message is sample.request
         ids, said = list(self.roles[message.role]), []
         pictures: dict[int, Segment] = {}
         said += [False] * len(ids)
         for part in message.parts:
             if isinstance(part, Text):
-                words = self.tokenizer.encode(part.text)
-                if free:
-                    before, after = map(self.tokenizer.encode, UNCONDITIONAL)
-                    words = [] if self.uncond in ids else [*before, self.uncond, *after]
-                ids += words
+                ids += (words := self.tokenizer.encode(part.text))
                 said += [part.loss] * len(words)
             elif part.blank:
-                if not (opens and part is message.parts[-1]):
-                    raise ValueError(f"sample {sample.id!r} has a picture without pixels that is not the one to draw")
                 ids.append(self.boi)
             else:
                 drawn = part.role == "target" and not sample.is_open
-                if drawn or "image" not in drop:
-                    pictures[len(ids)] = block = self._picture(part, drawn, most)
-                    ids += block.ids
-                    said += [False] * len(block)
+                pictures[len(ids)] = block = self._picture(part, drawn, most)
+                ids += block.ids
+                said += [False] * len(block)
+        if asks and not any(isinstance(part, Text) for part in message.parts):
+            before, after = map(self.tokenizer.encode, UNCONDITIONAL)
+            ids += (words := [*before, self.uncond, *after])
+            said += [False] * len(words)
         if not opens:
             ids += self.end
             last = message.parts[-1] if message.parts else None
