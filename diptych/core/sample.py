@@ -47,7 +47,8 @@ class Image:
     ``nearest`` says that colours are labels: it is resized to the nearest pixel, so that no colour is made up.
     ``encoded`` is what frozen encoders of a family made of it beforehand (``diptych data precompute``), by the
     encoder's name; such a picture keeps its ``size`` and may have no pixels.
-    ``masked`` is the share of its tokens, in [0, 1], that a model is to read as blanks.
+    ``masked`` is the share of its tokens, in [0, 1], that a model is to read as blanks; a picture to draw has none, and
+    of a source the details are to be kept.
     """
 
     image: str | PIL.Image.Image | None
@@ -60,6 +61,8 @@ class Image:
     def __post_init__(self) -> None:
         if not 0 <= self.masked <= 1:
             raise ValueError(f"the masked share of a picture's tokens must lie in [0, 1], not {self.masked}")
+        if self.masked and self.role != "understand":
+            raise ValueError(f"masked is {self.masked}, but only a picture to understand can be masked, no {self.role}")
 
     @property
     def blank(self) -> bool:

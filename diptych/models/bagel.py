@@ -61,7 +61,7 @@ from diptych.parts.images import SizeRule, latents_to_tokens, to_tensor, tokens_
 from diptych.parts.positions import TimestepEmbedding, grid_places, grid_table
 from diptych.parts.routed import Routed
 from diptych.parts.tokenizer import Tokenizer
-from diptych.parts.vision import VisionConfig, VisionEncoder, kept
+from diptych.parts.vision import VisionConfig, VisionEncoder, blanked
 
 READ, DRAW = 0, 1  # the two routes
 
@@ -257,9 +257,8 @@ class Bagel(UnifiedModel):
         def pixels() -> Tensor:
             return to_tensor(image.pixels, (width, height), image.nearest)
 
-        seen = kind == Kind.VISION
-        held, encoded = (pixels(), False) if seen else image.through("autoencoder", pixels)
-        columns = {"image": held, "encoded": encoded, "masked": image.masked if seen else 0.0}
+        held, encoded = (pixels(), False) if kind == Kind.VISION else image.through("autoencoder", pixels)
+        columns = {"image": held, "encoded": encoded, "masked": image.masked}
         return Segment(kind, ids, grid=grid, full=True, shared=True, advance=1, route=route, **columns)
 
     # ---- network ------------------------------------------------------------------------------------------------
@@ -285,7 +284,7 @@ class Bagel(UnifiedModel):
     def _embed_vision(self, group: Pictures, noise: Noise) -> Float[Tensor, "N n d"]:
         places = grid_places(group.grid, self.config.seen_side, group.images.device, self.config.stretch)
         seen = self.projector(self.vision(to_float(group.images), places)) + self.vision_positions[places]
-        return seen * kept(group, noise)[..., None] if group.masked else seen
+        return blanked(seen, group, noise)
 
     def _run(
         self, batch: Batch, pictures: list[tuple[Tensor, Tensor]], positions: Tensor, order: Tensor, attend: Attend

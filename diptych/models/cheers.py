@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,7 @@ from diptych.parts.flow import (
 from diptych.parts.images import SizeRule, crop, letterbox, to_tensor
 from diptych.parts.positions import TimestepEmbedding
 from diptych.parts.tokenizer import Tokenizer
-from diptych.parts.vision import VisionConfig, VisionEncoder
+from diptych.parts.vision import VisionConfig, VisionEncoder, blanked
 
 START, END, BLANK = "<im_start>", "<im_end>", "<no_mean>"
 ADDED = ("<image>", "<image_gen>", START, END, BLANK)  # at the end of Qwen's vocabulary, in this order
@@ -473,9 +473,9 @@ class Cheers(UnifiedModel):
             return to_tensor(framed, size, image.nearest)
 
         held, encoded = image.through("autoencoder", pixels)
-        return self._block(kind, size, held, encoded=encoded)
+        return self._block(kind, size, held, encoded=encoded, masked=image.masked)
 
-    def _block(self, kind: Kind, size: tuple[int, int], image: Tensor, **how: bool) -> Segment:
+    def _block(self, kind: Kind, size: tuple[int, int], image: Tensor, **how: Any) -> Segment:
         grid = (size[1] // self.config.stride, size[0] // self.config.stride)
         return Segment(kind, (NONE,) * (grid[0] * grid[1]), image=image, grid=grid, **{"full": True, **how})
 
@@ -541,7 +541,7 @@ class Cheers(UnifiedModel):
                 eps = draw_noise(noise, g, "noise", tuple(data.shape[1:])).to(data.device)
                 t = self.config.times(noise, g.owners, g.ordinals).to(data.device) if g.drawn else t + 1
             tokens, detail = self._see(mix(data, eps, t))
-            pictures.append((g.tokens, tokens))
+            pictures.append((g.tokens, blanked(tokens, g, noise)))
             if self._supervised(g):
                 drawn.append((g.tokens, data, eps, t, detail))
         states = self.decoder(self.decoder.embed(batch, pictures), batch.positions, documents(batch))
@@ -570,14 +570,14 @@ class Cheers(UnifiedModel):
         batch = pack(sequences, self.routes).to(self.device)
         if batch.of(Kind.NOISED):
             raise ValueError("a noised picture is drawn, not read; use start and step")
-        starts = torch.tensor([c.position for c in contexts], device=self.device)
+        starts, noise = torch.tensor([c.position for c in contexts], device=self.device), Noise()
         caches = [c.cache.room(c.length, len(s)) for c, s in zip(contexts, sequences, strict=True)]
         ends = torch.tensor(batch.lengths).cumsum(0)
         sources: list[list[tuple[int, Tensor]]] = [[] for _ in contexts]
         pictures = []
         for g in batch.pictures:
             z = self._latents(g)
-            pictures.append((g.tokens, self._see(z)[0]))
+            pictures.append((g.tokens, blanked(self._see(z)[0], g, noise)))
             for places, latents in zip(g.tokens, z, strict=True):
                 if g.kind == Kind.CLEAN:
                     d = int(batch.document[places[0]])

@@ -57,6 +57,7 @@ from diptych.parts.fold import Ratio, fold, folded, unfold
 from diptych.parts.images import SizeRule, Tiling, fit
 from diptych.parts.routed import Routed
 from diptych.parts.tokenizer import Tokenizer
+from diptych.parts.vision import blanked
 
 WORDS, PICTURES = 0, 1  # the two routes
 UNCONDITIONAL = ("Here is a random image", ":")  # around <UNCOND>
@@ -331,7 +332,8 @@ class SynerGen(UnifiedModel):
             )
         grid = self._grid(height, width)
         ids = (self.boi, *[NONE] * (tiles * grid[0] * grid[1]), self.eoi)
-        return Segment(Kind.CODES, ids, image=held, grid=grid, route=PICTURES, drawn=drawn, encoded=encoded)
+        how = {"drawn": drawn, "encoded": encoded, "masked": image.masked}
+        return Segment(Kind.CODES, ids, image=held, grid=grid, route=PICTURES, **how)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of the tokens of a picture."""
@@ -382,11 +384,13 @@ class SynerGen(UnifiedModel):
 
     def losses(self, batch: Batch, noise: Noise) -> Losses:
         """``text``: cross-entropy summed over supervised words; ``image``: over codes (Eq. 4), in nats. A picture's
-        first token is predicted from <boi>, every other from the token before it. Nothing is random."""
+        first token is predicted from <boi>, every other from the token before it. Only masks are random."""
         counts, order = self.counts(batch), torch.cat(batch.routes)
         rank = inverse_permutation(order)
         codes = {id(g): self._codes(g) for g in batch.of(Kind.CODES)}
-        pictures = [(g.tokens, self._embed_codes(codes[id(g)], g.grid)) for g in batch.of(Kind.CODES)]
+        pictures = [
+            (g.tokens, blanked(self._embed_codes(codes[id(g)], g.grid), g, noise)) for g in batch.of(Kind.CODES)
+        ]
         states = self._run(batch, pictures, batch.positions, order, documents(batch, order))
 
         supervised = (batch.targets != NONE).nonzero()[:, 0]
@@ -408,11 +412,13 @@ class SynerGen(UnifiedModel):
     @torch.inference_mode()
     def extend(self, contexts: Sequence[Context], sequences: Sequence[Laid]) -> list[Context]:
         """Reads; a context keeps its last final state, from which a picture's first token is drawn."""
-        batch = pack(sequences, self.routes).to(self.device)
+        batch, noise = pack(sequences, self.routes).to(self.device), Noise()
         order = torch.cat(batch.routes)
         positions = batch.positions + torch.tensor([c.position for c in contexts], device=self.device)[batch.document]
         caches = [c.cache.room(c.length, len(s)) for c, s in zip(contexts, sequences, strict=True)]
-        pictures = [(g.tokens, self._embed_codes(self._codes(g), g.grid)) for g in batch.of(Kind.CODES)]
+        pictures = [
+            (g.tokens, blanked(self._embed_codes(self._codes(g), g.grid), g, noise)) for g in batch.of(Kind.CODES)
+        ]
         attend = Cached(caches, [c.length for c in contexts], batch, order if pictures else None)
         states = self._run(batch, pictures, positions, order, attend)
         last = torch.tensor(batch.lengths, device=self.device).cumsum(0) - 1
