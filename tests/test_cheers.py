@@ -228,12 +228,12 @@ def test_unequal_requests_together_equal_each_alone(model):
 
 
 def test_pictures_of_unequal_prompts_together_equal_each_alone(model):
-    requests = [replace(s, messages=(*s.messages, assistant(Image(None, "target")))) for s in several()]
+    requests = [replace(s, messages=(*s.messages, assistant(Image(None, "target", (48, 32))))) for s in several()]
     drops = (frozenset(), frozenset({"text"}))
     contexts = [tuple(model.extend([model.open()], [model.lay_out(r, d)])[0] for d in drops) for r in requests]
     settings = replace(model.settings, num_inference_steps=2)
     n = len(contexts)
-    start = model.start(contexts, [(32, 48)] * n, [settings] * n, list(range(n)))
+    start = model.start(contexts, requests, [settings] * n, list(range(n)))
 
     def draw(drawings):
         while not drawings[0].done:
@@ -253,8 +253,10 @@ def test_an_edit_begins_at_its_source(model):
         part = [Image(tiny.picture(1), "condition")] if image else []
         request = Sample("e", (user(*part, "make it red"), assistant(Image(None, "target", size))))
         [context] = model.extend([model.open()], [model.lay_out(request)])
-        settings = replace(model.settings, source_share=share, num_inference_steps=10, timestep_shift=2.0)
-        return model.start([(context,)], [model.canvas(request)], [settings], [3])[0]
+        settings = replace(
+            model.settings, source_share=share, num_inference_steps=10, timestep_shift=2.0, guidance_scale=1.0
+        )
+        return model.start([(context,)], [request], [settings], [3])[0]
 
     noise, edit = begin(0.0), begin(0.3)
     source = edit.contexts[0].slot[-1][1]
@@ -264,6 +266,24 @@ def test_an_edit_begins_at_its_source(model):
     assert torch.equal(begin(0.3, image=False).state, noise.state)
     with pytest.raises(ValueError, match="begins at its source has the source's size"):
         begin(0.3, size=(64, 32))
+
+
+def test_a_new_drawing_does_not_begin_at_an_old_source(model):
+    """Sources are the pictures of the request; an earlier edit's is context."""
+    settings = replace(model.settings, source_share=0.3, guidance_scale=1.0)
+    edit = (user(Image(tiny.picture(1), "condition"), "make it red"), assistant(Image(tiny.picture(2), "target")))
+    wanted = assistant(Image(None, "target", (32, 32)))
+
+    def begin(*messages):
+        request = Sample("r", (*messages, wanted))
+        [context] = model.extend([model.open()], [model.lay_out(request)])
+        return model.start([(context,)], [request], [settings], [3])[0]
+
+    fresh, later = begin(user("a star")), begin(*edit, user("a star"))
+    assert torch.equal(later.state, fresh.state) and later.steps == fresh.steps
+    again = begin(*edit, user(Image(tiny.picture(2), "condition"), "and larger"))
+    direct = begin(user(Image(tiny.picture(2), "condition"), "and larger"))
+    assert torch.equal(again.state, direct.state) and not torch.equal(again.state, fresh.state)
 
 
 def test_a_rewound_context_forgets_later_sources(model):
@@ -289,8 +309,9 @@ def test_schedules():
 def test_bf16_latents_are_a_quirk():
     contexts = {}
     for name, model in (("plain", made()), ("quirky", made(published_quirks=("bf16_latents",)))):
-        [context] = model.extend([model.open()], [model.lay_out(tiny.request(tiny.draw()))])
-        [d] = model.start([(context,)], [(32, 32)], [model.settings], [0])
+        request = Sample("p", (user("a star"), assistant(Image(None, "target", (32, 32)))))
+        [context] = model.extend([model.open()], [model.lay_out(request)])
+        [d] = model.start([(context,)], [request], [replace(model.settings, guidance_scale=1.0)], [0])
         [contexts[name]] = model.step([d])
     states = {name: d.state for name, d in contexts.items()}
     assert torch.equal(states["quirky"], states["plain"].bfloat16().float())
@@ -300,11 +321,12 @@ def test_bf16_latents_are_a_quirk():
 def test_both_branches_share_the_tokenizer(model):
     """Guided or not, a step looks at the picture once."""
     request = Sample("p", (user("a star"), assistant(Image(None, "target", (32, 32)))))
-    drops = model.branches(request, replace(model.settings, guidance_scale=3.0))
+    settings = replace(model.settings, guidance_scale=3.0, guidance_interval=(0.0, 1.0))
+    drops = model.branches(request, settings)
     contexts = tuple(model.extend([model.open()], [model.lay_out(request, d)])[0] for d in drops)
     seen = []
     hook = model.vision.layers[0].register_forward_hook(lambda m, i, o: seen.append(len(o)))
-    model.step(model.start([contexts], [(32, 32)], [replace(model.settings, guidance_interval=(0.0, 1.0))], [0]))
+    model.step(model.start([contexts], [request], [settings], [0]))
     hook.remove()
     assert len(contexts) == 2 and seen == [1]
 
@@ -340,7 +362,7 @@ def test_every_arm_trains_reads_and_draws(changes):
     )
     request = Sample("p", (user("a star"), assistant(Image(None, "target", (32, 32)))))
     [context] = model.extend([model.open()], [model.lay_out(request)])
-    [d] = model.step(model.start([(context,)], [(32, 32)], [model.settings], [0]))
+    [d] = model.step(model.start([(context,)], [request], [replace(model.settings, guidance_scale=1.0)], [0]))
     assert model.preview([d]).shape == (1, 3, 32, 32)
 
 

@@ -79,7 +79,7 @@ def gates(model: UnifiedModel, prompts: Sequence[str], steps: int = 20, seed: in
         request = Sample(prompt, (user(prompt), assistant(Image(None, "target"))))
         settings = replace(model.settings, num_inference_steps=steps, guidance_scale=1.0)
         [context] = model.extend([model.open()], [model.lay_out(request)])
-        [drawing] = model.start([(context,)], [model.canvas(request)], [settings], [seed + i])
+        [drawing] = model.start([(context,)], [request], [settings], [seed + i])
         seen: list[Tensor] = []
         with outputs({"gate": gate}, lambda name, output, seen=seen: seen.append(output)):
             while not drawing.done:

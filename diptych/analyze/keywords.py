@@ -192,7 +192,7 @@ def begin(model: UnifiedModel, sample: Sample, settings: Any, seed: int) -> Any:
     if not len(sequences[0]):
         raise ValueError(f"sample {sample.id!r} has no words to look at")
     contexts = [model.extend([model.open()], [s])[0] if len(s) else model.open() for s in sequences]
-    return model.start([tuple(contexts)], [model.canvas(sample)], [settings], [seed])[0]
+    return model.start([tuple(contexts)], [sample], [settings], [seed])[0]
 
 
 def drawn_segment(model: UnifiedModel, canvas: tuple[int, int]) -> Segment:

@@ -169,7 +169,7 @@ class Scheduler:
             return
         r = job.request
         contexts = self._shared(job) or tuple(self._read(self._branch(job, drop), job) for drop in job.drops)
-        [job.drawing] = self.model.start([contexts], [job.canvas], [r.settings], [r.seed])
+        [job.drawing] = self.model.start([contexts], [job.opened], [r.settings], [r.seed])
 
     def _branch(self, job: Sketch, drop: Drop) -> Laid:
         """What a branch of guidance reads."""

@@ -381,12 +381,13 @@ class Bagel(UnifiedModel):
     def start(
         self,
         contexts: Sequence[tuple[Context, ...]],
-        canvases: Sequence[tuple[int, int]],
+        samples: Sequence[Sample],
         settings: Sequence[FlowSettings],
         seeds: Sequence[int],
     ) -> list[Drawing]:
         drawings = []
-        for branches, (height, width), s, seed in zip(contexts, canvases, settings, seeds, strict=True):
+        for branches, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
+            height, width = self.canvas(sample)
             grid = (height // self.config.stride, width // self.config.stride)
             noise = Noise(seed).normal("drawing", "noise", (grid[0] * grid[1], self.latent_in.in_features))
             drawings.append(Drawing(noise.to(self.device), branches, (height, width), s, 0, s.num_inference_steps))

@@ -57,6 +57,7 @@ from diptych.models.protocol import (
     flow_branches,
     read_on,
     shown,
+    sources,
 )
 from diptych.models.weights import cheers, count, decoder_config
 from diptych.parts.attention import Cache, Cached, Fixed, documents, sdpa
@@ -621,24 +622,31 @@ class Cheers(UnifiedModel):
     def start(
         self,
         contexts: Sequence[tuple[Context, ...]],
-        canvases: Sequence[tuple[int, int]],
+        samples: Sequence[Sample],
         settings: Sequence[Settings],
         seeds: Sequence[int],
     ) -> list[Drawing]:
         drawings = []
-        for branches, canvas, s, seed in zip(contexts, canvases, settings, seeds, strict=True):
+        for branches, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
+            canvas = self.canvas(sample)
             rows, columns = (side // self.config.autoencoder.downsample for side in canvas)
             noise = Noise(seed).normal("drawing", "noise", (self.config.autoencoder.features, rows, columns))
-            drawings.append(self.begin(noise.to(self.device), branches, canvas, s))
+            edited = any(picture.role == "condition" for picture in sources(sample))
+            source = branches[0].slot[-1][1] if edited else None  # the request was read last
+            drawings.append(self.begin(noise.to(self.device), branches, canvas, s, source))
         return drawings
 
     def begin(
-        self, noise: Float[Tensor, "c h w"], branches: tuple[Context, ...], canvas: tuple[int, int], s: Settings
+        self,
+        noise: Float[Tensor, "c h w"],
+        branches: tuple[Context, ...],
+        canvas: tuple[int, int],
+        s: Settings,
+        source: Float[Tensor, "c h w"] | None = None,
     ) -> Drawing:
         """A drawing from given noise; an edit's begins at ``source_share`` of its last source (specs: Cheers 5.4)."""
-        state, share = noise, s.source_share if branches[0].slot else 0.0
-        if share:
-            source = branches[0].slot[-1][1]
+        state, share = noise, s.source_share if source is not None else 0.0
+        if share and source is not None:
             if source.shape != noise.shape:
                 raise ValueError(
                     "an edit that begins at its source has the source's size; set source_share to 0 for another"

@@ -492,7 +492,7 @@ class Iomm(UnifiedModel):
     def start(
         self,
         contexts: Sequence[tuple[Context, ...]],
-        canvases: Sequence[tuple[int, int]],
+        samples: Sequence[Sample],
         settings: Sequence[FlowSettings],
         seeds: Sequence[int],
     ) -> list[Drawing]:
@@ -500,7 +500,8 @@ class Iomm(UnifiedModel):
         flat = {id(c): c for branches in contexts for c in branches}
         conditions = dict(zip(flat, self._conditions(list(flat.values())), strict=True))
         drawings = []
-        for branches, (height, width), s, seed in zip(contexts, canvases, settings, seeds, strict=True):
+        for branches, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
+            height, width = self.canvas(sample)
             n = (height // self.config.stride) * (width // self.config.stride)
             noise = Noise(seed).normal("drawing", "noise", (n, self.features)).to(self.device)
             slot = (tuple(conditions[id(c)] for c in branches), None)

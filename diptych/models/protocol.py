@@ -155,8 +155,9 @@ class UnifiedModel(Trainable):
 
     @abstractmethod
     def canvas(self, sample: Sample) -> tuple[int, int]:
-        """The (height, width) to draw for a request: the size it asks for, else that of the picture it edits, else the
-        model's own. Raises ``ValueError`` for a size that cannot be drawn."""
+        """The (height, width) to draw for a request: the size it asks for, else that of the last picture of the
+        conversation (its source, or what was drawn before), else the model's own. Raises ``ValueError`` for a size that
+        cannot be drawn."""
 
     @abstractmethod
     def open(self) -> Context:
@@ -188,11 +189,12 @@ class UnifiedModel(Trainable):
     def start(
         self,
         contexts: Sequence[tuple[Context, ...]],
-        canvases: Sequence[tuple[int, int]],
+        samples: Sequence[Sample],
         settings: Sequence[Any],
         seeds: Sequence[int],
     ) -> list[Drawing]:
-        """Begins pictures: noise or an empty grid, drawn from each picture's own seed."""
+        """Begins the pictures that requests ask for, each from its own seed: noise or an empty grid. ``contexts`` have
+        read what ``branches`` of the request and its settings lists."""
 
     @abstractmethod
     def step(self, drawings: Sequence[Drawing]) -> list[Drawing]:
@@ -242,6 +244,12 @@ def dropped(sample: Sample, drop: Drop) -> Sample:
 def shown(sample: Sample) -> list[Image]:
     """The pictures of a request's conversation, in order."""
     return [p for p in sample.images() if not p.blank]
+
+
+def sources(sample: Sample) -> list[Image]:
+    """The pictures that a drawing is made from: those shown in its request, in order. What was shown or drawn before is
+    context."""
+    return [p for p in (sample.request.parts if sample.request else ()) if isinstance(p, Image)]
 
 
 def draw_noise(noise: Noise, group: Pictures, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -452,13 +452,14 @@ class SynerGen(UnifiedModel):
     def start(
         self,
         contexts: Sequence[tuple[Context, ...]],
-        canvases: Sequence[tuple[int, int]],
+        samples: Sequence[Sample],
         settings: Sequence[CodeSettings],
         seeds: Sequence[int],
     ) -> list[Drawing]:
         """Empty grids of codes, to be filled token by token; ``state`` is (tokens, slots), ``NONE`` where not drawn."""
         drawings = []
-        for branches, canvas, s, seed in zip(contexts, canvases, settings, seeds, strict=True):
+        for branches, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
+            canvas = self.canvas(sample)
             rows, columns = self._grid(*canvas)
             state = torch.full((rows * columns, self.config.slots), NONE, device=self.device)
             drawings.append(Drawing(state, branches, canvas, (s, seed), 0, rows * columns))

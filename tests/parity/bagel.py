@@ -601,7 +601,8 @@ def check_drawing(
     n = starts.shape[1]
     grid = grid_of(folder.get(f"{given}.packed_vae_position_ids")[:n], c.latent_side)
     canvas = (grid[0] * c.stride, grid[1] * c.stride)
-    sample = Sample("draw", (user("1"), assistant(Image(None, "target", (canvas[1], canvas[0])))))
+    shown = [Image(PIL.Image.new("RGB", (1, 1)), "condition")] if branches > 2 else []
+    sample = Sample("draw", (user(*shown, "1"), assistant(Image(None, "target", (canvas[1], canvas[0])))))
     folder.same(f"{given}: canvas", list(made.canvas(sample)), list(canvas))
 
     whole = [x[0] for x in contexts]
@@ -630,7 +631,7 @@ def check_drawing(
 
     count = len(contexts)
     guided = [x[:branches] for x in contexts]
-    drawings = made.start(guided, [canvas] * count, [chosen] * count, [0] * count)
+    drawings = made.start(guided, [sample] * count, [chosen] * count, [0] * count)
     drawings = [replace(d, state=x) for d, x in zip(drawings, starts, strict=True)]
     times, states, velocities = [], [], []
     while not drawings[0].done:
@@ -744,8 +745,9 @@ def probes(folder: Folder) -> None:
 
     [context] = made.extend([made.open()], [made.lay_out(Sample("caption", (user(words(folder, "caption")),)))])
     grid = grid_of(folder.get("generation.in.plain.packed_vae_position_ids"), made.config.latent_side)
-    canvas = (grid[0] * made.config.stride, grid[1] * made.config.stride)
-    [drawing] = made.start([(context,)], [canvas], [FlowSettings(2, guidance_scale=1.0, timestep_shift=3.0)], [0])
+    size = (grid[1] * made.config.stride, grid[0] * made.config.stride)
+    asked = Sample("draw", (user("1"), assistant(Image(None, "target", size))))
+    [drawing] = made.start([(context,)], [asked], [FlowSettings(2, guidance_scale=1.0, timestep_shift=3.0)], [0])
     noise = folder.get("generation.in.plain.packed_init_noises")
     watched = read_on = replace(drawing, state=noise)
     for step, shares in enumerate(meta["gen.released_share_percent"].values()):

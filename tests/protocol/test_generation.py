@@ -170,7 +170,7 @@ def begin(model, prompt="a blue star", seed=0, **changes):
     for drop in model.branches(request, settings):
         laid = model.lay_out(request, drop)
         contexts.append(read(model, laid)[0] if len(laid) else model.open())
-    return model.start([tuple(contexts)], [model.canvas(request)], [settings], [seed])[0]
+    return model.start([tuple(contexts)], [request], [settings], [seed])[0]
 
 
 def finish(model, *drawings):
