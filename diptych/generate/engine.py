@@ -110,17 +110,18 @@ class Engine:
     ) -> Pictures:
         if n < 1:
             raise ValueError(f"n must be at least 1, not {n}")
-        chosen = self.settings(settings)
+        chosen = self.settings(settings, sample)
         drawn = self.draw([sample] * n, range(seed, seed + n), size, chosen, negative_prompt=negative_prompt)
         return Pictures([d.image for d in drawn], prompt, seed, drawn[0].parameters)
 
-    def settings(self, changes: Mapping[str, Any]) -> Any:
-        """The model's own settings with ``changes``; a value of None changes nothing. Raises ``ValueError`` for unknown
-        names, listing the known."""
-        known = asdict(self.model.settings)
+    def settings(self, changes: Mapping[str, Any], sample: Sample | None = None) -> Any:
+        """The model's own settings (those that suit the request ``sample``, where one is given) with ``changes``; a
+        value of None changes nothing. Raises ``ValueError`` for unknown names, listing the known."""
+        own = self.model.defaults(sample) if sample else self.model.settings
+        known = asdict(own)
         if unknown := sorted(changes.keys() - known.keys()):
             raise ValueError(f"unknown settings {unknown}; known: {', '.join(known)}")
-        return replace(self.model.settings, **{k: v for k, v in changes.items() if v is not None})
+        return replace(own, **{k: v for k, v in changes.items() if v is not None})
 
     # ---- events -------------------------------------------------------------------------------------------------
 
@@ -140,8 +141,8 @@ class Engine:
         **settings: Any,
     ) -> Iterator[Event]:
         """A picture as it sharpens: ``previews`` evenly spread ``ImagePreview``, then ``ImageDone`` and ``Stop``."""
-        sample, chosen = _conversation(messages), self.settings(settings)
-        return self._events(Draw(sample, seed, size, chosen, negative_prompt, previews))
+        sample = _conversation(messages)
+        return self._events(Draw(sample, seed, size, self.settings(settings, sample), negative_prompt, previews))
 
     def _events(self, request: Say | Draw) -> Iterator[Event]:
         loop = Scheduler(self.model, self.memory, 1)
@@ -174,10 +175,12 @@ class Engine:
         batch_size: int = 32,
         negative_prompt: str = "",
     ) -> list[Picture]:
-        """One picture per sample (its messages end with a user's), each from its own seed; ``size`` is (width, height).
-        A picture does not depend on what it was drawn beside."""
-        chosen = settings or self.model.settings
-        requests = [Draw(s, seed, size, chosen, negative_prompt) for s, seed in zip(samples, seeds, strict=True)]
+        """One picture per sample (its messages end with a user's), each from its own seed; ``size`` is (width, height);
+        without ``settings`` each has what suits it. A picture does not depend on what it was drawn beside."""
+        requests = [
+            Draw(s, seed, size, settings or self.model.defaults(s), negative_prompt)
+            for s, seed in zip(samples, seeds, strict=True)
+        ]
         jobs = self._run(requests, batch_size)
         return [
             Picture(j.image, j.request.sample.prompt, j.request.seed, j.parameters)

@@ -64,6 +64,7 @@ from diptych.parts.tokenizer import Tokenizer
 from diptych.parts.vision import VisionConfig, VisionEncoder, blanked
 
 READ, DRAW = 0, 1  # the two routes
+EDITS = FlowSettings(image_guidance_scale=2.0, guidance_interval=(0.0, 1.0), renorm="text_channel")  # specs: SGT 3.5
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Config:
     draw: SizeRule = SizeRule(longest=1024, shortest=512, stride=16)
     size: tuple[int, int] = (1024, 1024)
     settings: FlowSettings = field(default_factory=FlowSettings)
+    edits: FlowSettings | None = None  # of requests that show sources; None: as ``settings``
 
     def __post_init__(self) -> None:
         if self.decoder.routes != 2:
@@ -110,6 +112,7 @@ class Config:
             DecoderConfig(152064, 3584, 18944, 28, 28, 4, qk_norm=True, routes=2, routed=("attention", "norms", "mlp")),
             VisionConfig(1152, 4304, 26, 16, patch_size=14, image_size=980),
             AutoencoderConfig(),
+            edits=EDITS,
         )
 
     @staticmethod
@@ -174,7 +177,7 @@ class Bagel(UnifiedModel):
         super().__init__()
         c, d = config, config.decoder.hidden_size
         self.config, self.tokenizer = config, tokenizer
-        self.settings = config.settings
+        self.settings, self.edits = config.settings, config.edits
         self.decoder = Decoder(c.decoder)
         self.vision = VisionEncoder(c.vision)
         self.projector = Projector(c.vision.hidden_size, d)
@@ -502,6 +505,7 @@ def published_config(json: Json, states: States) -> Config:
         see=SizeRule(longest=longest, shortest=shortest, stride=vision.patch_size),
         draw=SizeRule(longest=most * stride, shortest=(most + 1) // 2 * stride, stride=stride),
         size=(most * stride, most * stride),
+        edits=EDITS,
     )
 
 
@@ -532,7 +536,7 @@ PUBLISHED = Layout(
     optional=("config.json",),
     config=published_config,
     describe=published_files,
-    free=("times", "see", "draw", "size", "settings"),
+    free=("times", "see", "draw", "size", "settings", "edits"),
     computed=position_tables,
 )
 """``ByteDance-Seed/BAGEL-7B-MoT``; ``Two-hot/SGT-BAGEL`` is an ``ema.safetensors`` over it (specs: SGT 3.6)."""

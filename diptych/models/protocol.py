@@ -152,6 +152,11 @@ class UnifiedModel(Trainable):
     """A family that reads pictures and draws them. Generation takes lists: one request is a list of one."""
 
     settings: Any  # the family's own frozen dataclass; these suit the weights
+    edits: Any = None  # those that suit requests which show sources; None: the same
+
+    def defaults(self, sample: Sample) -> Any:
+        """The settings that suit a request: those of edits where it shows ``sources``, as far as the model has any."""
+        return self.settings if self.edits is None or not sources(sample) else self.edits
 
     @abstractmethod
     def canvas(self, sample: Sample) -> tuple[int, int]:

@@ -262,6 +262,22 @@ def test_edits_with_image_guidance(engine):
     assert np.abs(np.asarray(a, int) - np.asarray(c, int)).max() > 0  # the source matters
 
 
+def test_edits_have_defaults_of_their_own(fresh):
+    """Where a model has them: of requests that show a source, and of no conversation that once showed one."""
+    drawn = tiny.request(tiny.draw())
+    edit = tiny.request(tiny.edit(size=(32, 32)))
+    after = Sample("after", (*tiny.edit().messages, user("a star")))
+    assert all(fresh.defaults(s) == fresh.settings for s in (drawn, edit, after)) or fresh.edits
+    fresh.edits = replace(fresh.settings, guidance_scale=1.25, **tiny.having(fresh, num_inference_steps=2))
+    assert fresh.defaults(edit) == fresh.edits and fresh.defaults(drawn) == fresh.defaults(after) == fresh.settings
+    engine = Engine(fresh)
+    assert engine.edit(tiny.picture(1), "x").parameters["guidance_scale"] == 1.25
+    assert engine.edit(tiny.picture(1), "x", guidance_scale=1.5).parameters["guidance_scale"] == 1.5
+    assert [p.parameters["guidance_scale"] for p in engine.draw([drawn, edit], [0, 1])] == [
+        fresh.settings.guidance_scale, 1.25
+    ]  # fmt: skip
+
+
 def test_an_edit_has_its_sources_size(engine):
     assert engine.edit(tiny.picture(0, 64, 32), "make it red").images[0].size == (64, 32)
     many = [Sample("s", (user("a star"),)), tiny.request(tiny.edit("e", size=(64, 32)))]
