@@ -190,6 +190,10 @@ class UnifiedModel(Trainable):
     def branches(self, sample: Sample, settings: Any) -> tuple[Drop, ...]:
         """The contexts that drawing a request needs, the full one first: what ``lay_out`` must drop for each."""
 
+    def steps(self, canvas: tuple[int, int], settings: Any) -> int:
+        """How many steps a picture takes, at most. Families that draw codes answer with how many tokens it has."""
+        return settings.num_inference_steps
+
     @abstractmethod
     def start(
         self,

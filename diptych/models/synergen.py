@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -449,6 +450,9 @@ class SynerGen(UnifiedModel):
         """As families that draw by a flow: full, without text, without pictures."""
         return flow_branches(sample, settings)
 
+    def steps(self, canvas: tuple[int, int], settings: CodeSettings) -> int:
+        return prod(self._grid(*canvas))
+
     def start(
         self,
         contexts: Sequence[tuple[Context, ...]],
@@ -460,9 +464,8 @@ class SynerGen(UnifiedModel):
         drawings = []
         for branches, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
             canvas = self.canvas(sample)
-            rows, columns = self._grid(*canvas)
-            state = torch.full((rows * columns, self.config.slots), NONE, device=self.device)
-            drawings.append(Drawing(state, branches, canvas, (s, seed), 0, rows * columns))
+            state = torch.full((self.steps(canvas, s), self.config.slots), NONE, device=self.device)
+            drawings.append(Drawing(state, branches, canvas, (s, seed), 0, len(state)))
         return drawings
 
     @torch.inference_mode()

@@ -46,6 +46,10 @@ class CodeSettings:
         if self.top_k < 1 or not 0 < self.top_p <= 1:
             raise ValueError(f"top_k must be at least 1 and top_p in (0, 1], not {self.top_k} and {self.top_p}")
 
+    def within(self, steps: int) -> CodeSettings:
+        """The same: how many codes there are is not for the settings to say."""
+        return self
+
 
 class CodeHead(nn.Module):
     """The transformer over slots. ``config.vocab_size`` is the number of codes; there is no rotation, since every slot

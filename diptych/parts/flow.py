@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
@@ -49,6 +49,10 @@ class FlowSettings:
     def times(self, steps: int) -> Float[Tensor, " steps_1"]:
         """The steps + 1 times from 1 to 0 between which a drawing moves."""
         return warp(steps) if self.warped else schedule(steps, self.timestep_shift)
+
+    def within(self, steps: int) -> FlowSettings:
+        """The same in at most so many steps."""
+        return replace(self, num_inference_steps=min(steps, self.num_inference_steps))
 
     def guided(self, t: float) -> bool:
         """Whether guidance is active at this time; an interval that begins at 0 holds the 0."""

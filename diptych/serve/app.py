@@ -163,8 +163,10 @@ class Service:
             for number in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(number, float) and not abs(number) <= 1e6:
                     raise ValueError(f"settings.{name} must be a finite number up to 1e6, not {number}")
-        steps = getattr(chosen, "num_inference_steps", 0)
-        if steps > self.limits.steps:
+        model, size = engine.model, _size(body.size)
+        asked = replace(sample, messages=(*sample.messages, assistant(Image(None, "target", size))))
+        steps = model.steps(model.canvas(asked), chosen)
+        if steps > max(self.limits.steps, model.steps(model.canvas(_request()), model.settings)):  # its own will do
             raise ValueError(f"num_inference_steps may be at most {self.limits.steps}, not {steps}")
         return chosen
 

@@ -242,6 +242,13 @@ def test_every_branch_drops_what_it_says(model):
     assert model.branches(edit, replace(settings, guidance_scale=1.0, image_guidance_scale=1.0)) == (frozenset(),)
 
 
+def test_a_drawing_takes_as_many_steps_as_the_model_says(model):
+    drawing, settings = begin(model, **tiny.having(model, num_inference_steps=3)), model.settings.within(3)
+    assert drawing.steps == model.steps(drawing.canvas, settings) == model.steps(drawing.canvas, settings.within(9))
+    assert drawing.steps == 3 or drawing.steps == len(drawing.state)  # where a step is a token of codes
+    assert model.steps((64, 64), settings) in (3, 4 * drawing.steps)
+
+
 def test_a_finished_drawing_takes_no_further_step(model):
     drawing = begin(model, **tiny.having(model, num_inference_steps=1))
     while not drawing.done:
