@@ -17,7 +17,7 @@ from diptych.core.sample import Image, Sample, Text, assistant, user
 from diptych.core.sequence import Kind
 from diptych.core.tensors import NONE
 from diptych.models.cheers import Cheers, Config, Settings
-from diptych.models.protocol import Context
+from diptych.models.protocol import NOTHING, TEXT, Context
 from diptych.models.weights import cheers, export, load
 from diptych.parts.attention import Cache
 from diptych.parts.flow import schedule
@@ -118,9 +118,10 @@ def test_a_guided_step_costs_what_it_should(published):
 
     def operations(branches: int) -> float:
         cache = Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, torch.float32, "meta").room(0, 64)
-        contexts = tuple(Context(cache, 64, 64, slot=()) for _ in range(branches))
+        sides = [(NOTHING, 1.0), (TEXT, 9.5)][:branches]
+        contexts = tuple(Context(cache, 64, 64, slot=()) for _ in sides)
         noise = torch.zeros(128, 32, 32, device="meta")
-        drawing = published.begin(noise, contexts, (512, 512), published.settings)
+        drawing = published.begin(noise, contexts, dict(sides), (512, 512), published.settings)
         with FlopCounterMode(display=False) as counter:
             published.step([drawing])
         return counter.get_total_flops() / 1e12

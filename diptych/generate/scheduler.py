@@ -90,10 +90,10 @@ class Sketch:
         r = self.request = request
         self.opened = _opened(r.sample, assistant(Image(None, "target", r.size)))
         self.canvas = model.canvas(self.opened)
-        self.drops = model.branches(self.opened, r.settings)
+        self.branches = model.branches(self.opened, r.settings)
         self.parameters: dict[str, Any] = {"size": self.canvas[::-1], "seed": r.seed, **asdict(r.settings)}
         if r.negative_prompt:
-            if not any("text" in drop for drop in self.drops):
+            if not any("text" in drop for drop in self.branches):
                 raise ValueError("negative_prompt needs guidance: with this guidance_scale no branch reads it")
             self.parameters["negative_prompt"] = r.negative_prompt
         self.drawing: Drawing | None = None
@@ -151,7 +151,7 @@ class Scheduler:
         groups: dict[tuple, list[Sketch]] = {}
         for job in self.running:
             if isinstance(job, Sketch):
-                groups.setdefault((job.canvas, len(job.drops)), []).append(job)
+                groups.setdefault((job.canvas, len(job.branches)), []).append(job)
         for group in groups.values():
             events += self._step(group)
         ended = {id(job) for job, event in events if isinstance(event, Stop)}
@@ -168,7 +168,7 @@ class Scheduler:
             job.read = job.context.length
             return
         r = job.request
-        contexts = self._shared(job) or tuple(self._read(self._branch(job, drop), job) for drop in job.drops)
+        contexts = self._shared(job) or tuple(self._read(self._branch(job, drop), job) for drop in job.branches)
         [job.drawing] = self.model.start([contexts], [job.opened], [r.settings], [r.seed])
 
     def _branch(self, job: Sketch, drop: Drop) -> Laid:
@@ -187,7 +187,7 @@ class Scheduler:
         for other in self.running:
             if isinstance(other, Sketch) and other.drawing and other.request.sample is r.sample:
                 o = other.request
-                if (o.size, o.negative_prompt, other.drops) == (r.size, r.negative_prompt, job.drops):
+                if (o.size, o.negative_prompt, other.branches) == (r.size, r.negative_prompt, job.branches):
                     return other.drawing.contexts
         return None
 

@@ -38,6 +38,7 @@ from diptych.core.tensors import NONE, Float, Tensor, to_float
 from diptych.models.folders import Json, Layout, States
 from diptych.models.protocol import (
     NOTHING,
+    Branches,
     Context,
     Drawing,
     Drop,
@@ -378,7 +379,7 @@ class Bagel(UnifiedModel):
             raise ValueError(f"size must be multiples of {stride} up to {most}, not {width}x{height}")
         return height, width
 
-    def branches(self, sample: Sample, settings: FlowSettings) -> tuple[Drop, ...]:
+    def branches(self, sample: Sample, settings: FlowSettings) -> Branches:
         return flow_branches(sample, settings)
 
     def start(
@@ -389,11 +390,12 @@ class Bagel(UnifiedModel):
         seeds: Sequence[int],
     ) -> list[Drawing]:
         drawings = []
-        for branches, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
+        for read, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
             height, width = self.canvas(sample)
             grid = (height // self.config.stride, width // self.config.stride)
             noise = Noise(seed).normal("drawing", "noise", (grid[0] * grid[1], self.latent_in.in_features))
-            drawings.append(Drawing(noise.to(self.device), branches, (height, width), s, 0, s.num_inference_steps))
+            steps = self.steps((height, width), s)
+            drawings.append(Drawing(noise.to(self.device), read, self.branches(sample, s), (height, width), s, steps))
         return drawings
 
     @torch.inference_mode()

@@ -45,6 +45,7 @@ from diptych.core.tensors import NONE, Float, Int, Tensor, to_float
 from diptych.models.folders import Json, Layout, States
 from diptych.models.protocol import (
     NOTHING,
+    Branches,
     Context,
     Drawing,
     Drop,
@@ -616,7 +617,7 @@ class Cheers(UnifiedModel):
             raise ValueError(f"size must be multiples of {self.config.stride}, not {width}x{height}")
         return height, width
 
-    def branches(self, sample: Sample, settings: Settings) -> tuple[Drop, ...]:
+    def branches(self, sample: Sample, settings: Settings) -> Branches:
         return flow_branches(sample, settings)
 
     def start(
@@ -627,19 +628,20 @@ class Cheers(UnifiedModel):
         seeds: Sequence[int],
     ) -> list[Drawing]:
         drawings = []
-        for branches, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
+        for read, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
             canvas = self.canvas(sample)
             rows, columns = (side // self.config.autoencoder.downsample for side in canvas)
             noise = Noise(seed).normal("drawing", "noise", (self.config.autoencoder.features, rows, columns))
             edited = any(picture.role == "condition" for picture in sources(sample))
-            source = branches[0].slot[-1][1] if edited else None  # the request was read last
-            drawings.append(self.begin(noise.to(self.device), branches, canvas, s, source))
+            source = read[0].slot[-1][1] if edited else None  # the request was read last
+            drawings.append(self.begin(noise.to(self.device), read, self.branches(sample, s), canvas, s, source))
         return drawings
 
     def begin(
         self,
         noise: Float[Tensor, "c h w"],
-        branches: tuple[Context, ...],
+        contexts: tuple[Context, ...],
+        branches: Branches,
         canvas: tuple[int, int],
         s: Settings,
         source: Float[Tensor, "c h w"] | None = None,
@@ -653,7 +655,7 @@ class Cheers(UnifiedModel):
                 )
             state = mix(source[None], noise[None], noise.new_tensor([1 - share]))[0]
         times = self._times(s, share)
-        return Drawing(state.flatten(1).T, branches, canvas, s, 0, len(times) - 1, Going(times))
+        return Drawing(state.flatten(1).T, contexts, branches, canvas, s, len(times) - 1, slot=Going(times))
 
     def _times(self, s: Settings, share: float) -> Float[Tensor, " steps_1"]:
         steps, first = max(1, int((1 - share) * s.num_inference_steps + 1e-9)), 1 - share

@@ -41,7 +41,10 @@ from diptych.core.sequence import Kind, Segment
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, Bool, Float, Tensor, to_float
 from diptych.models.protocol import (
+    IMAGE,
     NOTHING,
+    TEXT,
+    Branches,
     Context,
     Drawing,
     Drop,
@@ -480,13 +483,15 @@ class Iomm(UnifiedModel):
             raise ValueError(f"size must be multiples of {self.config.stride}, not {width}x{height}")
         return height, width
 
-    def branches(self, sample: Sample, settings: FlowSettings) -> tuple[Drop, ...]:
+    def branches(self, sample: Sample, settings: FlowSettings) -> Branches:
         """Full; without words when their scale is not 1; without pictures when the conversation shows some and their
         scale is not 1."""
-        shows = bool(shown(sample))
-        if shows and settings.image_guidance_scale != 1:
-            return (NOTHING, frozenset({"text"}), frozenset({"image"}))
-        return (NOTHING,) if settings.guidance_scale == 1 else (NOTHING, frozenset({"text"}))
+        branches = {NOTHING: 1.0}
+        if settings.guidance_scale != 1:
+            branches[TEXT] = settings.guidance_scale
+        if shown(sample) and settings.image_guidance_scale != 1:
+            branches[IMAGE] = settings.image_guidance_scale
+        return branches
 
     @torch.inference_mode()
     def start(
@@ -497,15 +502,15 @@ class Iomm(UnifiedModel):
         seeds: Sequence[int],
     ) -> list[Drawing]:
         """Runs the queries of every context once; a drawing keeps its conditions through all steps."""
-        flat = {id(c): c for branches in contexts for c in branches}
+        flat = {id(c): c for read in contexts for c in read}
         conditions = dict(zip(flat, self._conditions(list(flat.values())), strict=True))
         drawings = []
-        for branches, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
+        for read, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
             height, width = self.canvas(sample)
             n = (height // self.config.stride) * (width // self.config.stride)
             noise = Noise(seed).normal("drawing", "noise", (n, self.features)).to(self.device)
-            slot = (tuple(conditions[id(c)] for c in branches), None)
-            drawings.append(Drawing(noise, branches, (height, width), s, 0, s.num_inference_steps, slot))
+            slot, steps = (tuple(conditions[id(c)] for c in read), None), self.steps((height, width), s)
+            drawings.append(Drawing(noise, read, self.branches(sample, s), (height, width), s, steps, slot=slot))
         return drawings
 
     def _conditions(self, contexts: list[Context]) -> list[Float[Tensor, "M d"]]:

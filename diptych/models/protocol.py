@@ -28,7 +28,8 @@ from diptych.parts.routed import spare_parameters
 from diptych.parts.tokenizer import Tokenizer
 
 Drop = frozenset[str]  # which of a family's conditions to leave out
-NOTHING: Drop = frozenset()
+NOTHING, TEXT, IMAGE = Drop(), Drop({"text"}), Drop({"image"})
+Branches = Mapping[Drop, float]  # what a context of guidance leaves out -> how far guidance goes away from it
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +50,18 @@ class Drawing:
     """A picture in the making: ``state`` is noise on its way to latents, or a grid of codes being filled."""
 
     state: Tensor
-    contexts: tuple[Context, ...]  # one per branch of guidance, as ``branches`` listed them
+    contexts: tuple[Context, ...]  # one for each of ``branches``
+    branches: Branches
     canvas: tuple[int, int]  # (height, width) in pixels
     settings: Any  # the family's own
-    step: int
     steps: int
+    step: int = 0
     slot: Any = None  # family-private
+
+    def __post_init__(self) -> None:
+        if len(self.contexts) != len(self.branches):
+            told = ", ".join("+".join(sorted(drop)) or "nothing" for drop in self.branches)
+            raise ValueError(f"guidance needs contexts without {told}; there are {len(self.contexts)}")
 
     @property
     def done(self) -> bool:
@@ -187,8 +194,9 @@ class UnifiedModel(Trainable):
         """Words that end an answer."""
 
     @abstractmethod
-    def branches(self, sample: Sample, settings: Any) -> tuple[Drop, ...]:
-        """The contexts that drawing a request needs, the full one first: what ``lay_out`` must drop for each."""
+    def branches(self, sample: Sample, settings: Any) -> Branches:
+        """The contexts that drawing a request needs: what ``lay_out`` must drop for each, and how far guidance goes
+        away from it, in the order in which it does; the full one first."""
 
     def steps(self, canvas: tuple[int, int], settings: Any) -> int:
         """How many steps a picture takes, at most. Families that draw codes answer with how many tokens it has."""
@@ -279,14 +287,15 @@ def read_on(
     ]
 
 
-def flow_branches(sample: Sample, settings: FlowSettings | CodeSettings) -> tuple[Drop, ...]:
+def flow_branches(sample: Sample, settings: FlowSettings | CodeSettings) -> Branches:
     """Full; without text when its scale exceeds 1; without pictures when the conversation shows some and their scale
     exceeds 1. There is no guidance at all when the text scale is at most 1."""
     if settings.guidance_scale <= 1:
-        return (NOTHING,)
+        return {NOTHING: 1.0}
+    branches = {NOTHING: 1.0, TEXT: settings.guidance_scale}
     if shown(sample) and settings.image_guidance_scale > 1:
-        return (NOTHING, frozenset({"text"}), frozenset({"image"}))
-    return (NOTHING, frozenset({"text"}))
+        branches[IMAGE] = settings.image_guidance_scale
+    return branches
 
 
 def draw_weights(

@@ -39,6 +39,7 @@ from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, Float, Int, Tensor, to_float
 from diptych.models.protocol import (
     NOTHING,
+    Branches,
     Context,
     Drawing,
     Drop,
@@ -446,7 +447,7 @@ class SynerGen(UnifiedModel):
             raise ValueError(f"size must be multiples of {stride} up to {most}, not {width}x{height}")
         return height, width
 
-    def branches(self, sample: Sample, settings: CodeSettings) -> tuple[Drop, ...]:
+    def branches(self, sample: Sample, settings: CodeSettings) -> Branches:
         """As families that draw by a flow: full, without text, without pictures."""
         return flow_branches(sample, settings)
 
@@ -462,10 +463,10 @@ class SynerGen(UnifiedModel):
     ) -> list[Drawing]:
         """Empty grids of codes, to be filled token by token; ``state`` is (tokens, slots), ``NONE`` where not drawn."""
         drawings = []
-        for branches, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
+        for read, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
             canvas = self.canvas(sample)
             state = torch.full((self.steps(canvas, s), self.config.slots), NONE, device=self.device)
-            drawings.append(Drawing(state, branches, canvas, (s, seed), 0, len(state)))
+            drawings.append(Drawing(state, read, self.branches(sample, s), canvas, (s, seed), len(state)))
         return drawings
 
     @torch.inference_mode()
@@ -478,7 +479,8 @@ class SynerGen(UnifiedModel):
         R, B, slots = len(drawings[0].contexts), len(drawings), self.config.slots
         h = torch.stack([d.slot.h if d.slot else torch.stack([c.slot for c in d.contexts]) for d in drawings], 1)
         chance = [Noise(d.settings[1], d.step).uniform("drawing", "codes", (slots,)) for d in drawings]
-        codes = self.unfold.sample(h, [d.settings[0] for d in drawings], torch.stack(chance).to(self.device))
+        settings, scales = [d.settings[0] for d in drawings], [tuple(d.branches.values()) for d in drawings]
+        codes = self.unfold.sample(h, settings, scales, torch.stack(chance).to(self.device))
         at = torch.tensor([d.step for d in drawings], device=self.device)
         grid, (m, n) = self._grid(*drawings[0].canvas), self.config.fold
         token = self.visual_embed(codes, self.visual_embed.positions((grid[0] * m, grid[1] * n))[at])

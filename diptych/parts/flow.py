@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -59,12 +59,17 @@ class FlowSettings:
         low, high = self.guidance_interval
         return low < t <= high or t == low == 0 < high
 
-    def combine(self, branches: Float[Tensor, "R n f"]) -> Float[Tensor, "n f"]:
-        """The guided velocity of one picture from those of its branches: full, without text, without pictures."""
-        full, *others = branches.split(1)
-        no_text, no_image = (*others, None, None)[:2]
-        scales = self.guidance_scale, self.image_guidance_scale
-        return guide(full, no_text, no_image, *scales, self.renorm, self.renorm_min)[0]
+    def combine(
+        self, velocities: Float[Tensor, "R n f"], branches: Mapping[frozenset[str], float]
+    ) -> Float[Tensor, "n f"]:
+        """The guided velocity of one picture from those of (the first of) its branches, which say what each leaves out
+        and its scale."""
+        found = {drop: (v[None], g) for (drop, g), v in zip(branches.items(), velocities, strict=False)}
+        full, _ = found.pop(frozenset())
+        no_text, text_scale = found.pop(frozenset({"text"}), (None, 1.0))
+        no_image, image_scale = found.pop(frozenset({"image"}), (None, 1.0))
+        assert not found, f"a flow is guided away from no text and no image, not {found.keys()}"
+        return guide(full, no_text, no_image, text_scale, image_scale, self.renorm, self.renorm_min)[0]
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -131,6 +136,7 @@ class Drawn(Protocol):
     state: Any
     settings: Any
     contexts: Any
+    branches: Any
     canvas: Any
     step: int
     steps: int
@@ -161,7 +167,7 @@ def euler(
     v = velocities(x_t, torch.stack([t[0] for t in now]).to(x_t.device), branches)
     out = []
     for i, (d, t) in enumerate(zip(drawings, now, strict=True)):
-        own = d.settings.combine(v[:, i] if guided[i] else v[:1, i])
+        own = d.settings.combine(v[:, i] if guided[i] else v[:1, i], d.branches)
         out.append((d.state - own * float(t[0] - t[1]), own))
     return out
 

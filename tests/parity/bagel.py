@@ -631,6 +631,7 @@ def check_drawing(
 
     count = len(contexts)
     guided = [x[:branches] for x in contexts]
+    chosen = replace(chosen, guidance_scale=1.0) if branches == 1 else chosen
     drawings = made.start(guided, [sample] * count, [chosen] * count, [0] * count)
     drawings = [replace(d, state=x) for d, x in zip(drawings, starts, strict=True)]
     times, states, velocities = [], [], []
@@ -711,7 +712,7 @@ def editing(folder: Folder) -> None:
     check_cache(folder, context, f"{at}.out.cache_full")
     for group in groups(folder, at):
         branches = made.branches(request, settings(folder.meta[at][f"in.{group}.args"]))
-        folder.same(f"{group}: branches", branches, (NOTHING, TEXT, IMAGE)[: len(branches)])
+        folder.same(f"{group}: branches", tuple(branches), (NOTHING, TEXT, IMAGE)[: len(branches)])
         drops = (NOTHING, TEXT, IMAGE)
         laid = [with_images(made.lay_out(request, drop), images, made, encoded=True) for drop in drops]
         contexts = made.extend([made.open() for _ in laid], laid)

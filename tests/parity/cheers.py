@@ -369,8 +369,11 @@ def drawing(folder: Folder, stage: str) -> None:
     )
     factor = made.config.autoencoder.downsample
     canvas = (z0.shape[-2] * factor, z0.shape[-1] * factor)
+    scales = dict(zip(drops, (1.0, case["cfg_scale"]), strict=False))
     origins = [c.slot[-1][1] if c.slot else None for c in branches[0]]
-    drawings = [made.begin(z, tuple(b[i] for b in branches), canvas, settings, origins[i]) for i, z in enumerate(z0)]
+    drawings = [
+        made.begin(z, tuple(b[i] for b in branches), scales, canvas, settings, origins[i]) for i, z in enumerate(z0)
+    ]
     kept = []
     original = made._velocity
     made._velocity = lambda *args: kept.append(original(*args)) or kept[-1]

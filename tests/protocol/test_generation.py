@@ -232,6 +232,8 @@ def test_guidance_scale_1_is_no_guidance(model):
 def test_every_branch_drops_what_it_says(model):
     settings = replace(model.settings, guidance_scale=2.0, image_guidance_scale=1.5)
     edit = replace(tiny.edit(), messages=(tiny.edit().messages[0], assistant(Image(None, "target"))))
+    assert model.branches(to_draw(), settings) == {frozenset(): 1.0, frozenset({"text"}): 2.0}
+    assert model.branches(edit, settings)[frozenset({"image"})] == 1.5
     for request in (to_draw(), edit):
         first, *rest = model.branches(request, settings)
         assert first == frozenset() and rest and all(b <= set(model.conditions) for b in rest)
@@ -239,7 +241,13 @@ def test_every_branch_drops_what_it_says(model):
         assert len(set(told)) == len(told)
         words = "a blue star" if request is not edit else "make the star red"
         assert all((words in t) == ("text" not in drop) for t, drop in zip(told, (first, *rest)))
-    assert model.branches(edit, replace(settings, guidance_scale=1.0, image_guidance_scale=1.0)) == (frozenset(),)
+    assert model.branches(edit, replace(settings, guidance_scale=1.0, image_guidance_scale=1.0)) == {frozenset(): 1.0}
+
+
+def test_a_drawing_has_a_context_for_every_branch(model):
+    request, settings = to_draw(), replace(model.settings, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="guidance needs contexts without nothing, text; there are 1"):
+        model.start([(read(model, model.lay_out(request))[0],)], [request], [settings], [0])
 
 
 def test_a_drawing_takes_as_many_steps_as_the_model_says(model):
