@@ -89,7 +89,7 @@ def gates(model: UnifiedModel, prompts: Sequence[str], steps: int = 20, seed: in
         rows, columns = _grid(drawing.canvas, seen[0].shape[1])
         values.append(torch.stack(seen).view(len(seen), rows, columns).float().cpu().numpy())
         pictures.append(model.finish([drawing])[0].cpu())
-        times = tuple(float(t) for t in drawing.settings.times(drawing.steps)[:-1])
+        times = tuple(float(t) for t in drawing.times[:-1])
     return Gates(np.stack(values), times, torch.stack(pictures))
 
 

@@ -52,23 +52,23 @@ from diptych.models.protocol import (
     Encoder,
     UnifiedModel,
     advance,
+    check_step,
     draw_noise,
     draw_weights,
     dropped,
+    fitted,
     flow_branches,
     read_on,
-    shown,
     sources,
 )
 from diptych.models.weights import cheers, count, decoder_config
-from diptych.parts.attention import Cache, Cached, Fixed, documents, sdpa
+from diptych.parts.attention import Cached, Fixed, documents, sdpa
 from diptych.parts.autoencoder import AutoencoderConfig, LatentDecoder, build_autoencoder, tiny_autoencoder
 from diptych.parts.decoder import MLP, Attention, Decoder, DecoderConfig, RMSNorm, Rope
 from diptych.parts.flow import (
     FlowSettings,
     Prediction,
     TimeDraw,
-    check_step,
     euler,
     mix,
     schedule,
@@ -302,15 +302,6 @@ class Gate(nn.Module):
         return self.layer_norm(s + self.gate(s) * (s if self.detail == "none" else e))
 
 
-@dataclass(frozen=True, eq=False)
-class Going:
-    """What a drawing keeps between steps: its times, the contexts side by side, its last velocity."""
-
-    times: Tensor
-    table: Fixed | None = None
-    velocity: Tensor | None = None
-
-
 class Cheers(UnifiedModel):
     """Cheers of any size."""
 
@@ -493,7 +484,7 @@ class Cheers(UnifiedModel):
     # ---- network ------------------------------------------------------------------------------------------------
 
     def _latents(self, group: Pictures) -> Float[Tensor, "N c h w"]:
-        return group.images.float() if group.encoded else self.encode("autoencoder", group.images)
+        return self.through("autoencoder", group).float()
 
     def encode(self, encoder: str, images: Tensor) -> Float[Tensor, "N c h w"]:
         """Latents of uint8 or float pictures: the posterior's mean (specs: Cheers 2.1). No gradient passes, unless the
@@ -561,9 +552,7 @@ class Cheers(UnifiedModel):
     # ---- reading ------------------------------------------------------------------------------------------------
 
     def open(self) -> Context:
-        c, weight = self.config.decoder, self.decoder.embed_tokens.weight
-        cache = Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, weight.dtype, weight.device)
-        return Context(cache, slot=())
+        return Context(self.decoder.cache(), slot=())
 
     @torch.inference_mode()
     def extend(self, contexts: Sequence[Context], sequences: Sequence[Laid]) -> list[Context]:
@@ -609,13 +598,7 @@ class Cheers(UnifiedModel):
     # ---- drawing ------------------------------------------------------------------------------------------------
 
     def canvas(self, sample: Sample) -> tuple[int, int]:
-        last, sizes = sample.messages[-1].parts[-1:], self.config.sizes
-        asked = last[0].size if last and isinstance(last[0], Image) else None
-        sources = shown(sample)
-        width, height = asked or (sizes(*sources[-1].dimensions) if sources and sizes else self.config.size)
-        if width % self.config.stride or height % self.config.stride or min(width, height) <= 0:
-            raise ValueError(f"size must be multiples of {self.config.stride}, not {width}x{height}")
-        return height, width
+        return fitted(sample, self.config.size, self.config.stride, self.config.sizes)
 
     def branches(self, sample: Sample, settings: Settings) -> Branches:
         return flow_branches(sample, settings)
@@ -644,7 +627,7 @@ class Cheers(UnifiedModel):
         branches: Branches,
         canvas: tuple[int, int],
         s: Settings,
-        source: Float[Tensor, "c h w"] | None = None,
+        source: Float[Tensor, "c _ _"] | None = None,
     ) -> Drawing:
         """A drawing from given noise; an edit's begins at ``source_share`` of its last source (specs: Cheers 5.4)."""
         state, share = noise, s.source_share if source is not None else 0.0
@@ -655,7 +638,7 @@ class Cheers(UnifiedModel):
                 )
             state = mix(source[None], noise[None], noise.new_tensor([1 - share]))[0]
         times = self._times(s, share)
-        return Drawing(state.flatten(1).T, contexts, branches, canvas, s, len(times) - 1, slot=Going(times))
+        return Drawing(state.flatten(1).T, contexts, branches, canvas, s, len(times) - 1, times)
 
     def _times(self, s: Settings, share: float) -> Float[Tensor, " steps_1"]:
         steps, first = max(1, int((1 - share) * s.num_inference_steps + 1e-9)), 1 - share
@@ -676,7 +659,7 @@ class Cheers(UnifiedModel):
         interval they are not computed."""
         check_step(drawings)
         contexts = [d.contexts[b] for b in range(len(drawings[0].contexts)) for d in drawings]
-        canvas, table = drawings[0].canvas, drawings[0].slot.table
+        canvas, table = drawings[0].canvas, drawings[0].slot
         if table is None or not table.holds(contexts):
             table = Fixed(contexts, canvas[0] * canvas[1] // self.config.stride**2)
 
@@ -684,10 +667,10 @@ class Cheers(UnifiedModel):
             return self._velocity(self._grid(x_t, canvas), t, table, branches).flatten(-2).transpose(-1, -2)
 
         out = []
-        for d, (state, v) in zip(drawings, euler(drawings, velocities, [d.slot.times for d in drawings]), strict=True):
+        for d, (state, v) in zip(drawings, euler(drawings, velocities), strict=True):
             if "bf16_latents" in self.config.published_quirks:
                 state = state.bfloat16().float()
-            out.append(advance(d, state, Going(d.slot.times, table, v)))
+            out.append(advance(d, state, v, table))
         return out
 
     def _grid(self, tokens: Float[Tensor, "B m c"], canvas: tuple[int, int]) -> Float[Tensor, "B c h w"]:
@@ -710,20 +693,10 @@ class Cheers(UnifiedModel):
         each = prediction.unflatten(0, (branches, len(z)))
         return torch.stack([velocity(p, z, t, self.config.prediction) for p in each])
 
-    def preview(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
-        """x_t - t v: the picture that the last velocity points to."""
-        states = []
-        for d in drawings:
-            v, t = d.slot.velocity, float(d.slot.times[d.step])
-            states.append(d.state if v is None else d.state - t * v)
-        return self._decode(states, drawings)
-
-    def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
-        return self._decode([d.state for d in drawings], drawings)
-
     @torch.inference_mode()
-    def _decode(self, states: list[Tensor], drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
-        pictures = self.autoencoder.decode(self._grid(torch.stack(states), drawings[0].canvas)).float()
+    def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+        latents = self._grid(torch.stack([d.state for d in drawings]), drawings[0].canvas)
+        pictures = self.autoencoder.decode(latents).float()
         return (pictures * 2 - 1 if self.config.unit_pixels else pictures).clamp(-1, 1)
 
 

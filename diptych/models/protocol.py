@@ -20,10 +20,13 @@ from diptych.core.batch import Batch, Pictures
 from diptych.core.losses import Losses
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Sample
+from diptych.core.sequence import Kind, Segment
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import Float, Tensor
+from diptych.parts.autoencoder import sampled
 from diptych.parts.codes import CodeSettings
 from diptych.parts.flow import FlowSettings
+from diptych.parts.images import SizeRule, latents_to_tokens
 from diptych.parts.routed import spare_parameters
 from diptych.parts.tokenizer import Tokenizer
 
@@ -55,7 +58,9 @@ class Drawing:
     canvas: tuple[int, int]  # (height, width) in pixels
     settings: Any  # the family's own
     steps: int
+    times: Tensor | None = None  # of a flow: the steps + 1 times between which it moves
     step: int = 0
+    velocity: Tensor | None = None  # of a flow: where its last step pointed
     slot: Any = None  # family-private
 
     def __post_init__(self) -> None:
@@ -67,6 +72,13 @@ class Drawing:
     def done(self) -> bool:
         """Whether only ``finish`` is left."""
         return self.step >= self.steps
+
+    @property
+    def ahead(self) -> Drawing:
+        """The drawing as it would end now: of a flow x_t - t v, the end that its last step pointed at."""
+        if self.velocity is None or self.times is None:
+            return self
+        return replace(self, state=self.state - float(self.times[self.step]) * self.velocity)
 
 
 class Encoder(NamedTuple):
@@ -130,6 +142,11 @@ class Trainable(nn.Module, ABC):
         that is trained or random: what segments hold with ``encoded``, and what ``diptych data precompute`` keeps."""
         raise NotImplementedError(f"{self.family} declares encoders and lacks encode")
 
+    def through(self, encoder: str, group: Pictures) -> Tensor:
+        """What one of ``encoders`` makes of a group's pictures, or made of them beforehand."""
+        assert group.images is not None
+        return group.images if group.encoded else self.encode(encoder, group.images)
+
     def digest(self, encoder: str) -> str:
         """Hex digest of everything that decides what ``encoder`` makes of a picture: weights and settings."""
         modules, settings = self.encoders[encoder]
@@ -179,9 +196,9 @@ class UnifiedModel(Trainable):
     def extend(self, contexts: Sequence[Context], sequences: Sequence[Laid]) -> list[Context]:
         """The contexts after reading one sequence each; their logits predict the next word."""
 
-    @abstractmethod
     def reply(self, ids: Sequence[int], drop: Drop = NOTHING) -> Laid:
         """Words of an answer, as a sequence to read on; with ``drop``, as a branch of guidance reads them."""
+        return Laid("reply", (Segment(Kind.TEXT, tuple(ids)),))
 
     def rewind(self, context: Context, length: int, position: int) -> Context:
         """The context as it was after its first ``length`` tokens, where position ids stood at ``position``; read on
@@ -218,21 +235,32 @@ class UnifiedModel(Trainable):
         """One denoising step, or one patch of codes, for all of them at once. They must be of one canvas size and have
         equally many branches. Raises ``ValueError`` otherwise, and for a drawing that is done."""
 
-    @abstractmethod
     def preview(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
         """The pictures as they would look if drawing ended here."""
+        return self.finish([d.ahead for d in drawings])
 
     @abstractmethod
     def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
-        """The pictures in [-1, 1]."""
+        """The pictures in [-1, 1]; what codes have not been drawn yet is grey."""
 
 
-def advance(drawing: Drawing, state: Tensor, slot: Any = None) -> Drawing:
+# ---- what families that draw share: steps ------------------------------------------------------------------------
+
+
+def check_step(drawings: Sequence[Drawing]) -> None:
+    """Raises ``ValueError`` where drawings cannot take a step together, or one is done."""
+    if len({d.canvas for d in drawings}) != 1 or len({len(d.contexts) for d in drawings}) != 1:
+        raise ValueError("one step takes drawings of one canvas size and one number of branches")
+    if any(d.done for d in drawings):
+        raise ValueError("a finished drawing takes no further step")
+
+
+def advance(drawing: Drawing, state: Tensor, velocity: Tensor | None = None, slot: Any = None) -> Drawing:
     """The drawing one step on."""
-    return replace(drawing, state=state, step=drawing.step + 1, slot=slot)
+    return replace(drawing, state=state, step=drawing.step + 1, velocity=velocity, slot=slot)
 
 
-# ---- what families that draw share ------------------------------------------------------------------------------
+# ---- requests ---------------------------------------------------------------------------------------------------
 
 
 def dropped(sample: Sample, drop: Drop) -> Sample:
@@ -267,6 +295,33 @@ def sources(sample: Sample) -> list[Image]:
     """The pictures that a drawing is made from: those shown in its request, in order. What was shown or drawn before is
     context."""
     return [p for p in (sample.request.parts if sample.request else ()) if isinstance(p, Image)]
+
+
+def fitted(
+    sample: Sample, size: tuple[int, int], stride: int, rule: SizeRule | None = None, most: int | None = None
+) -> tuple[int, int]:
+    """The (height, width) to draw for a request: the size it asks for, else what ``rule`` makes of the last picture of
+    its conversation, else ``size``; these are (width, height). Raises ``ValueError`` for sides that are no multiples of
+    ``stride`` or exceed ``most``."""
+    last, before = sample.messages[-1].parts[-1:], shown(sample) if rule else []
+    asked = last[0].size if last and isinstance(last[0], Image) else None
+    width, height = asked or (rule(*before[-1].dimensions) if rule and before else size)
+    if any(side % stride or not 0 < side <= (most or side) for side in (width, height)):
+        up = f" up to {most}" if most else ""
+        raise ValueError(f"size must be multiples of {stride}{up}, not {width}x{height}")
+    return height, width
+
+
+# ---- pictures ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def latent_tokens(model: Trainable, group: Pictures, noise: Noise) -> Float[Tensor, "N n f"]:
+    """Patches of a group's latents; a posterior is sampled with noise that belongs to each picture."""
+    found, channels, eps = model.through("autoencoder", group).float(), model.config.autoencoder.latent_channels, None
+    if found.shape[1] > channels:
+        eps = draw_noise(noise, group, f"{group.kind} posterior", (channels, *found.shape[2:])).to(found.device)
+    return latents_to_tokens(sampled(found, channels, eps), model.config.latent_patch)
 
 
 def draw_noise(noise: Noise, group: Pictures, name: str, shape: tuple[int, ...]) -> Tensor:

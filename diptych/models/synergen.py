@@ -45,13 +45,15 @@ from diptych.models.protocol import (
     Drop,
     Encoder,
     UnifiedModel,
+    advance,
+    check_step,
     draw_weights,
     dropped,
+    fitted,
     flow_branches,
     read_on,
-    shown,
 )
-from diptych.parts.attention import Attend, Cache, Cached, Streams, documents, inverse_permutation
+from diptych.parts.attention import Attend, Cached, Streams, documents, inverse_permutation
 from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, tiny_tokenizer
 from diptych.parts.codes import CodeHead, CodeSettings, linear_cross_entropy
 from diptych.parts.decoder import Decoder, DecoderConfig
@@ -347,7 +349,7 @@ class SynerGen(UnifiedModel):
     @torch.no_grad()
     def _codes(self, group: Pictures) -> Int[Tensor, "N t n s"]:
         """Folded codes of a group's pictures, tile by tile."""
-        codes = group.images if group.encoded else self.encode("autoencoder", group.images)
+        codes = self.through("autoencoder", group)
         return fold(codes.long().flatten(0, 1), self.config.fold).unflatten(0, codes.shape[:2])
 
     @torch.no_grad()
@@ -408,8 +410,7 @@ class SynerGen(UnifiedModel):
     # ---- reading ------------------------------------------------------------------------------------------------
 
     def open(self) -> Context:
-        c, weight = self.config.decoder, self.decoder.embed_tokens.weight
-        return Context(Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, weight.dtype, weight.device))
+        return Context(self.decoder.cache())
 
     @torch.inference_mode()
     def extend(self, contexts: Sequence[Context], sequences: Sequence[Laid]) -> list[Context]:
@@ -428,9 +429,6 @@ class SynerGen(UnifiedModel):
         read = read_on(contexts, sequences, caches, self.decoder.logits(final).float())
         return [replace(context, slot=h) for context, h in zip(read, final, strict=True)]
 
-    def reply(self, ids: Sequence[int], drop: Drop = NOTHING) -> Laid:
-        return Laid("reply", (Segment(Kind.TEXT, tuple(ids)),))
-
     @property
     def stop_ids(self) -> frozenset[int]:
         return frozenset({self.end[0]})
@@ -438,14 +436,8 @@ class SynerGen(UnifiedModel):
     # ---- drawing ------------------------------------------------------------------------------------------------
 
     def canvas(self, sample: Sample) -> tuple[int, int]:
-        last = sample.messages[-1].parts[-1:]
-        asked = last[0].size if last and isinstance(last[0], Image) else None
-        sources = shown(sample)
-        width, height = asked or (self.config.draw(*sources[-1].dimensions) if sources else self.config.size)
-        stride, most = self.config.stride, self.config.draw.longest
-        if width % stride or height % stride or not (0 < width <= most and 0 < height <= most):
-            raise ValueError(f"size must be multiples of {stride} up to {most}, not {width}x{height}")
-        return height, width
+        c = self.config
+        return fitted(sample, c.size, c.stride, c.draw, c.draw.longest)
 
     def branches(self, sample: Sample, settings: CodeSettings) -> Branches:
         """As families that draw by a flow: full, without text, without pictures."""
@@ -472,10 +464,7 @@ class SynerGen(UnifiedModel):
     @torch.inference_mode()
     def step(self, drawings: Sequence[Drawing]) -> list[Drawing]:
         """The codes of one token each; every branch reads the token, through the vision experts, as in training."""
-        if len({d.canvas for d in drawings}) != 1 or len({len(d.contexts) for d in drawings}) != 1:
-            raise ValueError("one step takes drawings of one canvas size and one number of branches")
-        if any(d.done for d in drawings):
-            raise ValueError("a finished drawing takes no further step")
+        check_step(drawings)
         R, B, slots = len(drawings[0].contexts), len(drawings), self.config.slots
         h = torch.stack([d.slot.h if d.slot else torch.stack([c.slot for c in d.contexts]) for d in drawings], 1)
         chance = [Noise(d.settings[1], d.step).uniform("drawing", "codes", (slots,)) for d in drawings]
@@ -490,10 +479,9 @@ class SynerGen(UnifiedModel):
         token = token.to(self.decoder.embed_tokens.weight.dtype).repeat(R, 1)
         new = self.decoder(token, positions, streams.grow(), [0, R * B]).unflatten(0, (R, B))
         return [
-            replace(
+            advance(
                 d,
-                state=d.state.index_copy(0, at[i : i + 1], codes[i : i + 1]),
-                step=d.step + 1,
+                d.state.index_copy(0, at[i : i + 1], codes[i : i + 1]),
                 slot=_Going(streams, tuple(b * B + i for b in range(R)), new[:, i]),
             )
             for i, d in enumerate(drawings)
@@ -515,21 +503,10 @@ class SynerGen(UnifiedModel):
         ]
         return Streams(read, max(d.steps - d.step for d in drawings))
 
-    def preview(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
-        """What has been drawn; the rest is grey."""
-        images = self._decode([d.state.clamp(min=0) for d in drawings], drawings)
-        p, (m, n) = self.config.autoencoder.downsample, self.config.fold
-        drawn = torch.stack([d.state != NONE for d in drawings])
-        rows, columns = self._grid(*drawings[0].canvas)
-        seen = unfold(drawn, (rows * m, columns * n), self.config.fold)
-        return images * seen.repeat_interleave(p, 1).repeat_interleave(p, 2)[:, None]
-
-    def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
-        return self._decode([d.state for d in drawings], drawings)
-
     @torch.inference_mode()
-    def _decode(self, states: list[Tensor], drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
-        rows, columns = self._grid(*drawings[0].canvas)
-        m, n = self.config.fold
-        codes = unfold(torch.stack(states), (rows * m, columns * n), self.config.fold)
-        return self.autoencoder.decode(codes).float().clamp(-1, 1)
+    def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+        (rows, columns), (m, n) = self._grid(*drawings[0].canvas), self.config.fold
+        codes = unfold(torch.stack([d.state for d in drawings]), (rows * m, columns * n), self.config.fold)
+        images = self.autoencoder.decode(codes.clamp(min=0)).float().clamp(-1, 1)
+        p = self.config.autoencoder.downsample
+        return images * (codes != NONE).repeat_interleave(p, 1).repeat_interleave(p, 2)[:, None]

@@ -138,29 +138,17 @@ class Drawn(Protocol):
     contexts: Any
     branches: Any
     canvas: Any
+    times: Any
     step: int
-    steps: int
-    done: Any
-
-
-def check_step(drawings: Sequence[Drawn]) -> None:
-    """Raises ``ValueError`` where drawings cannot take a step together, or one is done."""
-    if len({d.canvas for d in drawings}) != 1 or len({len(d.contexts) for d in drawings}) != 1:
-        raise ValueError("one step takes drawings of one canvas size and one number of branches")
-    if any(d.done for d in drawings):
-        raise ValueError("a finished drawing takes no further step")
 
 
 def euler(
     drawings: Sequence[Drawn],
     velocities: Callable[[Float[Tensor, "B n f"], Float[Tensor, " B"], int], Float[Tensor, "R B n f"]],
-    times: Sequence[Tensor] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """The next state of every drawing, and the velocity without guidance. ``velocities(x_t, t, branches)`` gives those
-    of the first ``branches`` contexts; outside the guidance interval only the full one is asked for. ``times`` of each
-    drawing are those of its settings unless given."""
-    whole = [d.settings.times(d.steps) for d in drawings] if times is None else times
-    now = [t[d.step : d.step + 2] for d, t in zip(drawings, whole, strict=True)]
+    of the first ``branches`` contexts; outside the guidance interval only the full one is asked for."""
+    now = [d.times[d.step : d.step + 2] for d in drawings]
     guided = [d.settings.guided(float(t[0])) for d, t in zip(drawings, now, strict=True)]
     branches = len(drawings[0].contexts) if any(guided) else 1
     x_t = torch.stack([d.state for d in drawings])

@@ -28,7 +28,7 @@ from diptych.models.bagel import Bagel, Config, published_config
 from diptych.models.protocol import NOTHING, Context
 from diptych.models.weights import BAGEL, FLUX_AUTOENCODER, export, load
 from diptych.parts.attention import inverse_permutation
-from diptych.parts.flow import FlowSettings, TimeDraw, schedule, shift_time, squared_error
+from diptych.parts.flow import FlowSettings, TimeDraw, shift_time, squared_error
 from diptych.parts.images import SizeRule, latents_to_tokens, to_tensor, tokens_to_latents
 from diptych.parts.positions import grid_places, grid_table
 from diptych.parts.tokenizer import Tokenizer
@@ -636,10 +636,10 @@ def check_drawing(
     drawings = [replace(d, state=x) for d, x in zip(drawings, starts, strict=True)]
     times, states, velocities = [], [], []
     while not drawings[0].done:
-        times.append(schedule(drawings[0].steps, chosen.timestep_shift)[drawings[0].step])
+        times.append(drawings[0].times[drawings[0].step])
         states.append(torch.cat([d.state for d in drawings]))
         drawings = made.step(drawings)
-        velocities.append(torch.cat([d.slot[1] for d in drawings]))
+        velocities.append(torch.cat([d.velocity for d in drawings]))
     out = f"{at}.out.{group}"
     folder.close(f"{out}.t", torch.stack(times), tolerance=1e-6)
     folder.close(f"{out}.x_t", torch.stack(states))

@@ -381,7 +381,7 @@ def drawing(folder: Folder, stage: str) -> None:
     while not drawings[0].done:
         states.append(made._grid(torch.stack([d.state for d in drawings]), canvas))
         drawings = made.step(drawings)
-    folder.close(f"{at}t_schedule", 1 - drawings[0].slot.times[:-1], tolerance=1e-6)
+    folder.close(f"{at}t_schedule", 1 - drawings[0].times[:-1], tolerance=1e-6)
     folder.close(f"{at}x_trajectory", torch.stack(states))
     for b, name in enumerate(("v_cond", "v_uncond")[: len(drops)]):
         folder.close(at + name, -torch.stack([v[b] for v in kept]))

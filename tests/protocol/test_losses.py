@@ -16,6 +16,7 @@ from diptych.core.sample import Image, Sample, Text, assistant, user
 from diptych.core.sequence import Kind
 from diptych.data.loader import Row, Stats
 from diptych.data.selfcondition import SelfConditioned, bare
+from diptych.models.protocol import latent_tokens
 from diptych.train import optim
 from diptych.train.checkpoint import Saver
 from diptych.train.log import Work
@@ -90,13 +91,13 @@ def test_a_picture_read_and_the_same_picture_drawn_have_noise_of_their_own():
     model, same = tiny.sampling("bagel"), tiny.picture(1)
     sample = Sample("again", (user(Image(same, "condition"), "again"), assistant(Image(same, "target"))))
     batch = pack([model.lay_out(sample)], model.routes)
-    read, drawn = (model._latents(*batch.of(kind), NOISE) for kind in (Kind.CLEAN, Kind.NOISED))
+    read, drawn = (latent_tokens(model, *batch.of(kind), NOISE) for kind in (Kind.CLEAN, Kind.NOISED))
     assert read.shape == drawn.shape and not torch.equal(read, drawn)
 
 
 def itself(masked: float, name="self", seed=5) -> Sample:
     """A picture that is drawn from its own tokens, some of them blank."""
-    return SelfConditioned([bare(tiny.draw(name, seed))], masked, "the same picture")[0]
+    return SelfConditioned([bare(tiny.draw(name, seed, size=(64, 64)))], masked, "the same picture")[0]
 
 
 def test_a_picture_is_drawn_from_what_its_mask_leaves(model):
@@ -106,8 +107,8 @@ def test_a_picture_is_drawn_from_what_its_mask_leaves(model):
         return sums(model, [model.lay_out(s) for s in samples], noise)["image"]
 
     def shown(masked, seed=5):  # the picture that is read is another than the one that is drawn
-        sample = Sample("self", (user(Image(tiny.picture(seed), masked=masked), "x"), *tiny.draw().messages[1:]))
-        return loss(sample)
+        read = Image(tiny.picture(seed, 64, 64), masked=masked)
+        return loss(Sample("self", (user(read, "x"), *tiny.draw().messages[1:])))
 
     assert len({shown(m) for m in (0.0, 0.5, 1.0)}) == 3
     assert shown(1.0, 5) == pytest.approx(shown(1.0, 6), rel=1e-6) and shown(0.5, 5) != shown(0.5, 6)
