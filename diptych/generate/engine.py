@@ -56,10 +56,17 @@ class Engine:
     # ---- one request --------------------------------------------------------------------------------------------
 
     def chat(
-        self, messages: Messages, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+        self,
+        messages: Messages,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        pictures: int = 4,
     ) -> Answer:
-        """The answer to a conversation whose last message is the user's."""
-        return self.answers([_conversation(messages)], max_new_tokens, temperature, seed, top_p=top_p)[0]
+        """The answer to a conversation whose last message is the user's, with up to ``pictures`` of the model's own."""
+        sample = _conversation(messages)
+        return self.answers([sample], max_new_tokens, temperature, seed, top_p=top_p, pictures=pictures)[0]
 
     def ask(
         self, image: Pixels, question: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
@@ -128,7 +135,7 @@ class Engine:
     def stream(
         self, messages: Messages, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
     ) -> Iterator[Event]:
-        """The answer as it comes: ``TextDelta`` ... ``Stop``."""
+        """The answer as it comes: ``TextDelta`` ... ``Stop``, and an ``ImageDone`` for every picture that it holds."""
         return self._events(Say(_conversation(messages), max_new_tokens, temperature, top_p, seed))
 
     def stream_picture(
@@ -160,11 +167,16 @@ class Engine:
         seed: int = 0,
         batch_size: int = 32,
         top_p: float = 1.0,
+        pictures: int = 0,
     ) -> list[Answer]:
         """One answer per sample, whose messages end with a user's; ``batch_size`` of them are said together."""
-        jobs = self._run([Say(s, max_new_tokens, temperature, top_p, seed) for s in samples], batch_size)
+        asked = [Say(s, max_new_tokens, temperature, top_p, seed, pictures=pictures) for s in samples]
         decode = self.model.tokenizer.decode
-        return [Answer(decode(j.ids), tuple(j.ids), str(j.reason), j.parameters) for j in jobs if isinstance(j, Talk)]
+        return [
+            Answer(decode(j.ids), tuple(j.ids), str(j.reason), j.parameters, j.images)
+            for j in self._run(asked, batch_size)
+            if isinstance(j, Talk)
+        ]
 
     def draw(
         self,

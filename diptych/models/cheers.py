@@ -595,6 +595,13 @@ class Cheers(UnifiedModel):
     def stop_ids(self) -> frozenset[int]:
         return frozenset({self.markers["stop"]})
 
+    @property
+    def picture_word(self) -> int:
+        return self.markers["start"]
+
+    def drawn(self, image: Image) -> tuple[Segment, ...]:
+        return self._picture(Kind.VISION, image), Segment(Kind.TEXT, (self.markers["end"],))
+
     # ---- drawing ------------------------------------------------------------------------------------------------
 
     def canvas(self, sample: Sample) -> tuple[int, int]:

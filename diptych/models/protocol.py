@@ -210,6 +210,15 @@ class UnifiedModel(Trainable):
     def stop_ids(self) -> frozenset[int]:
         """Words that end an answer."""
 
+    @property
+    def picture_word(self) -> int | None:
+        """The word with which an answer begins a picture of its own accord; None in families that never say it."""
+        return None
+
+    def drawn(self, image: Image) -> tuple[Segment, ...]:
+        """A picture that an answer began with ``picture_word`` and that has been drawn, up to where words go on."""
+        raise NotImplementedError(f"{self.family} says a picture_word and lacks drawn")
+
     @abstractmethod
     def branches(self, sample: Sample, settings: Any) -> Branches:
         """The contexts that drawing a request needs: what ``lay_out`` must drop for each, and how far guidance goes

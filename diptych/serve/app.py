@@ -302,7 +302,7 @@ class Conversation:
             return Draw(opened, seed, None, self.settings, self.negative, b.partial_images)
         logprobs = (b.top_logprobs or 0) if b.logprobs else None
         opened = replace(turn, messages=(*turn.messages, assistant()))
-        return Say(opened, self.wanted, b.temperature, b.top_p, seed, b.stops, logprobs)
+        return Say(opened, self.wanted, b.temperature, b.top_p, seed, b.stops, logprobs, pictures=0)
 
     async def follow(self, call: Call) -> AsyncIterator[tuple[int, Event]]:
         """Events with their choice; what has been said and drawn is kept in ``parts``."""
