@@ -38,7 +38,6 @@ from diptych.core.tensors import NONE, Float, Tensor, to_float
 from diptych.models.folders import Json, Layout, States
 from diptych.models.protocol import (
     NOTHING,
-    Branches,
     Context,
     Drawing,
     Drop,
@@ -50,7 +49,6 @@ from diptych.models.protocol import (
     draw_weights,
     dropped,
     fitted,
-    flow_branches,
     latent_tokens,
     read_on,
 )
@@ -362,9 +360,6 @@ class Bagel(UnifiedModel):
     def canvas(self, sample: Sample) -> tuple[int, int]:
         c = self.config
         return fitted(sample, c.size, c.stride, c.draw, c.stride * c.latent_side)
-
-    def branches(self, sample: Sample, settings: FlowSettings) -> Branches:
-        return flow_branches(sample, settings)
 
     def start(
         self,

@@ -57,7 +57,6 @@ from diptych.models.protocol import (
     draw_weights,
     dropped,
     fitted,
-    flow_branches,
     read_on,
     sources,
 )
@@ -606,9 +605,6 @@ class Cheers(UnifiedModel):
 
     def canvas(self, sample: Sample) -> tuple[int, int]:
         return fitted(sample, self.config.size, self.config.stride, self.config.sizes)
-
-    def branches(self, sample: Sample, settings: Settings) -> Branches:
-        return flow_branches(sample, settings)
 
     def start(
         self,

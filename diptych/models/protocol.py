@@ -24,8 +24,6 @@ from diptych.core.sequence import Kind, Segment
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import Float, Tensor
 from diptych.parts.autoencoder import sampled
-from diptych.parts.codes import CodeSettings
-from diptych.parts.flow import FlowSettings
 from diptych.parts.images import SizeRule, latents_to_tokens
 from diptych.parts.routed import spare_parameters
 from diptych.parts.tokenizer import Tokenizer
@@ -219,10 +217,18 @@ class UnifiedModel(Trainable):
         """A picture that an answer began with ``picture_word`` and that has been drawn, up to where words go on."""
         raise NotImplementedError(f"{self.family} says a picture_word and lacks drawn")
 
-    @abstractmethod
     def branches(self, sample: Sample, settings: Any) -> Branches:
         """The contexts that drawing a request needs: what ``lay_out`` must drop for each, and how far guidance goes
-        away from it, in the order in which it does; the full one first."""
+        away from it, in the order in which it does; the full one first.
+
+        Without text when its scale exceeds 1, and then without pictures too when the conversation shows some and their
+        scale exceeds 1 (specs: SGT 3.5)."""
+        branches = {NOTHING: 1.0}
+        if settings.guidance_scale > 1:
+            branches[TEXT] = settings.guidance_scale
+            if shown(sample) and settings.image_guidance_scale > 1:
+                branches[IMAGE] = settings.image_guidance_scale
+        return branches
 
     def steps(self, canvas: tuple[int, int], settings: Any) -> int:
         """How many steps a picture takes, at most. Families that draw codes answer with how many tokens it has."""
@@ -349,17 +355,6 @@ def read_on(
         Context(cache, c.length + len(s), c.position + sum(x.moves for x in s.segments), scores, c.slot)
         for cache, c, s, scores in zip(caches, contexts, sequences, logits, strict=True)
     ]
-
-
-def flow_branches(sample: Sample, settings: FlowSettings | CodeSettings) -> Branches:
-    """Full; without text when its scale exceeds 1; without pictures when the conversation shows some and their scale
-    exceeds 1. There is no guidance at all when the text scale is at most 1."""
-    if settings.guidance_scale <= 1:
-        return {NOTHING: 1.0}
-    branches = {NOTHING: 1.0, TEXT: settings.guidance_scale}
-    if shown(sample) and settings.image_guidance_scale > 1:
-        branches[IMAGE] = settings.image_guidance_scale
-    return branches
 
 
 def draw_weights(

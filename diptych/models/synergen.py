@@ -39,7 +39,6 @@ from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, Float, Int, Tensor, to_float
 from diptych.models.protocol import (
     NOTHING,
-    Branches,
     Context,
     Drawing,
     Drop,
@@ -50,7 +49,6 @@ from diptych.models.protocol import (
     draw_weights,
     dropped,
     fitted,
-    flow_branches,
     read_on,
 )
 from diptych.parts.attention import Attend, Cached, Streams, documents, inverse_permutation
@@ -438,10 +436,6 @@ class SynerGen(UnifiedModel):
     def canvas(self, sample: Sample) -> tuple[int, int]:
         c = self.config
         return fitted(sample, c.size, c.stride, c.draw, c.draw.longest)
-
-    def branches(self, sample: Sample, settings: CodeSettings) -> Branches:
-        """As families that draw by a flow: full, without text, without pictures."""
-        return flow_branches(sample, settings)
 
     def steps(self, canvas: tuple[int, int], settings: CodeSettings) -> int:
         return prod(self._grid(*canvas))
