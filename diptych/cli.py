@@ -560,17 +560,17 @@ def _chat(a: argparse.Namespace) -> None:
             print(f"unknown command {command}; there are /image, /draw, /new, /quit")
         else:
             messages.append(Message("user", (*shown, Text(line))))
-            shown, said = [], []
+            shown, said, text = [], [], ""
             for event in engine.stream(messages, a.max_new_tokens, a.temperature, seed=a.seed):
                 if isinstance(event, TextDelta):
-                    said = [*said[:-1], Text(said[-1].text + event.text)] if said and isinstance(said[-1], Text) else [*said, Text(event.text)]  # fmt: skip  # noqa: E501
+                    text += event.text
                     print(event.text, end="", flush=True)
                 if isinstance(event, ImageDone):
-                    said.append(Image(event.image, "target"))
+                    said, text = [*said, Text(text), Image(event.image, "target")], ""
                     print(f"\n{_numbered(a.out, drawn, event.image)}")
                     drawn += 1
             print()
-            messages.append(Message("assistant", tuple(said) or (Text(""),)))
+            messages.append(Message("assistant", (*said, Text(text))))
 
 
 def _numbered(folder: Path, number: int, image: Any) -> Path:
