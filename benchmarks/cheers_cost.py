@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diptych import models
 from diptych.models.cheers import Cheers, Config
-from diptych.models.protocol import Context, Drawing
+from diptych.models.protocol import NOTHING, TEXT, Context, Drawing
 from diptych.parts.attention import Cache
 
 PARTS = {  # told -> (module, what of it a step calls)
@@ -33,11 +33,12 @@ def drawing(model: Cheers, pixels: int, words: int, branches: int) -> Drawing:
     """A picture about to be drawn after a prompt of ``words`` tokens, of which nothing is computed."""
     c = model.config.decoder
     cache = Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, torch.float32, model.device).room(0, words)
-    contexts = tuple(Context(cache, words, words, slot=()) for _ in range(branches))
+    sides = [(NOTHING, 1.0), (TEXT, model.settings.guidance_scale)][:branches]
+    contexts = tuple(Context(cache, words, words, slot=()) for _ in sides)
     side = pixels // model.config.autoencoder.downsample
     noise = torch.zeros(model.config.autoencoder.features, side, side, device=model.device)
     settings = replace(model.settings, guidance_interval=(0.0, 1.0))
-    return model.begin(noise, contexts, (pixels, pixels), settings)
+    return model.begin(noise, contexts, dict(sides), (pixels, pixels), settings)
 
 
 @contextmanager

@@ -531,7 +531,7 @@ def _ask(a: argparse.Namespace) -> None:
 def _chat(a: argparse.Namespace) -> None:
     from diptych.core.sample import Image, Message, Text
     from diptych.data.images import open_image
-    from diptych.generate.events import TextDelta
+    from diptych.generate.events import ImageDone, TextDelta
 
     engine, messages, shown, drawn = _load(a), [], [], 0
     print(f"{engine.name}: type a message; /image PATH shows a picture, /draw PROMPT draws one, /new, /quit")
@@ -554,22 +554,31 @@ def _chat(a: argparse.Namespace) -> None:
             except (ValueError, OSError) as error:
                 print(f"error: {error}")
         elif command == "/draw":
-            a.out.mkdir(parents=True, exist_ok=True)
-            file = a.out / f"picture-{drawn:03d}.png"
-            engine.generate(rest, seed=a.seed + drawn).images[0].save(file)
+            print(_numbered(a.out, drawn, engine.generate(rest, seed=a.seed + drawn).images[0]))
             drawn += 1
-            print(file)
         elif command.startswith("/"):
             print(f"unknown command {command}; there are /image, /draw, /new, /quit")
         else:
             messages.append(Message("user", (*shown, Text(line))))
-            shown, said = [], ""
+            shown, said, text = [], [], ""
             for event in engine.stream(messages, a.max_new_tokens, a.temperature, seed=a.seed):
                 if isinstance(event, TextDelta):
-                    said += event.text
+                    text += event.text
                     print(event.text, end="", flush=True)
+                if isinstance(event, ImageDone):
+                    said, text = [*said, Text(text), Image(event.image, "target")], ""
+                    print(f"\n{_numbered(a.out, drawn, event.image)}")
+                    drawn += 1
             print()
-            messages.append(Message("assistant", (Text(said),)))
+            messages.append(Message("assistant", (*said, Text(text))))
+
+
+def _numbered(folder: Path, number: int, image: Any) -> Path:
+    """The file of a chat's picture, written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"picture-{number:03d}.png"
+    image.save(file)
+    return file
 
 
 def _serve(a: argparse.Namespace) -> None:

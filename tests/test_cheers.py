@@ -17,7 +17,7 @@ from diptych.core.sample import Image, Sample, Text, assistant, user
 from diptych.core.sequence import Kind
 from diptych.core.tensors import NONE
 from diptych.models.cheers import Cheers, Config, Settings
-from diptych.models.protocol import Context
+from diptych.models.protocol import NOTHING, TEXT, Context
 from diptych.models.weights import cheers, export, load
 from diptych.parts.attention import Cache
 from diptych.parts.flow import schedule
@@ -118,9 +118,10 @@ def test_a_guided_step_costs_what_it_should(published):
 
     def operations(branches: int) -> float:
         cache = Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, torch.float32, "meta").room(0, 64)
-        contexts = tuple(Context(cache, 64, 64, slot=()) for _ in range(branches))
+        sides = [(NOTHING, 1.0), (TEXT, 9.5)][:branches]
+        contexts = tuple(Context(cache, 64, 64, slot=()) for _ in sides)
         noise = torch.zeros(128, 32, 32, device="meta")
-        drawing = published.begin(noise, contexts, (512, 512), published.settings)
+        drawing = published.begin(noise, contexts, dict(sides), (512, 512), published.settings)
         with FlopCounterMode(display=False) as counter:
             published.step([drawing])
         return counter.get_total_flops() / 1e12
@@ -228,12 +229,12 @@ def test_unequal_requests_together_equal_each_alone(model):
 
 
 def test_pictures_of_unequal_prompts_together_equal_each_alone(model):
-    requests = [replace(s, messages=(*s.messages, assistant(Image(None, "target")))) for s in several()]
+    requests = [replace(s, messages=(*s.messages, assistant(Image(None, "target", (48, 32))))) for s in several()]
     drops = (frozenset(), frozenset({"text"}))
     contexts = [tuple(model.extend([model.open()], [model.lay_out(r, d)])[0] for d in drops) for r in requests]
     settings = replace(model.settings, num_inference_steps=2)
     n = len(contexts)
-    start = model.start(contexts, [(32, 48)] * n, [settings] * n, list(range(n)))
+    start = model.start(contexts, requests, [settings] * n, list(range(n)))
 
     def draw(drawings):
         while not drawings[0].done:
@@ -253,17 +254,37 @@ def test_an_edit_begins_at_its_source(model):
         part = [Image(tiny.picture(1), "condition")] if image else []
         request = Sample("e", (user(*part, "make it red"), assistant(Image(None, "target", size))))
         [context] = model.extend([model.open()], [model.lay_out(request)])
-        settings = replace(model.settings, source_share=share, num_inference_steps=10, timestep_shift=2.0)
-        return model.start([(context,)], [model.canvas(request)], [settings], [3])[0]
+        settings = replace(
+            model.settings, source_share=share, num_inference_steps=10, timestep_shift=2.0, guidance_scale=1.0
+        )
+        return model.start([(context,)], [request], [settings], [3])[0]
 
     noise, edit = begin(0.0), begin(0.3)
     source = edit.contexts[0].slot[-1][1]
     assert torch.allclose(edit.state, 0.3 * source.flatten(1).T + 0.7 * noise.state, atol=1e-6)
     assert (noise.steps, edit.steps) == (10, 7)
-    assert float(edit.slot.times[0]) == pytest.approx(0.7) and float(edit.slot.times[-1]) == 0  # time and state agree
+    assert float(edit.times[0]) == pytest.approx(0.7) and float(edit.times[-1]) == 0  # time and state agree
     assert torch.equal(begin(0.3, image=False).state, noise.state)
     with pytest.raises(ValueError, match="begins at its source has the source's size"):
         begin(0.3, size=(64, 32))
+
+
+def test_a_new_drawing_does_not_begin_at_an_old_source(model):
+    """Sources are the pictures of the request; an earlier edit's is context."""
+    settings = replace(model.settings, source_share=0.3, guidance_scale=1.0)
+    edit = (user(Image(tiny.picture(1), "condition"), "make it red"), assistant(Image(tiny.picture(2), "target")))
+    wanted = assistant(Image(None, "target", (32, 32)))
+
+    def begin(*messages):
+        request = Sample("r", (*messages, wanted))
+        [context] = model.extend([model.open()], [model.lay_out(request)])
+        return model.start([(context,)], [request], [settings], [3])[0]
+
+    fresh, later = begin(user("a star")), begin(*edit, user("a star"))
+    assert torch.equal(later.state, fresh.state) and later.steps == fresh.steps
+    again = begin(*edit, user(Image(tiny.picture(2), "condition"), "and larger"))
+    direct = begin(user(Image(tiny.picture(2), "condition"), "and larger"))
+    assert torch.allclose(again.state, direct.state, atol=1e-5) and not torch.allclose(again.state, fresh.state)
 
 
 def test_a_rewound_context_forgets_later_sources(model):
@@ -289,8 +310,9 @@ def test_schedules():
 def test_bf16_latents_are_a_quirk():
     contexts = {}
     for name, model in (("plain", made()), ("quirky", made(published_quirks=("bf16_latents",)))):
-        [context] = model.extend([model.open()], [model.lay_out(tiny.request(tiny.draw()))])
-        [d] = model.start([(context,)], [(32, 32)], [model.settings], [0])
+        request = Sample("p", (user("a star"), assistant(Image(None, "target", (32, 32)))))
+        [context] = model.extend([model.open()], [model.lay_out(request)])
+        [d] = model.start([(context,)], [request], [replace(model.settings, guidance_scale=1.0)], [0])
         [contexts[name]] = model.step([d])
     states = {name: d.state for name, d in contexts.items()}
     assert torch.equal(states["quirky"], states["plain"].bfloat16().float())
@@ -300,11 +322,12 @@ def test_bf16_latents_are_a_quirk():
 def test_both_branches_share_the_tokenizer(model):
     """Guided or not, a step looks at the picture once."""
     request = Sample("p", (user("a star"), assistant(Image(None, "target", (32, 32)))))
-    drops = model.branches(request, replace(model.settings, guidance_scale=3.0))
+    settings = replace(model.settings, guidance_scale=3.0, guidance_interval=(0.0, 1.0))
+    drops = model.branches(request, settings)
     contexts = tuple(model.extend([model.open()], [model.lay_out(request, d)])[0] for d in drops)
     seen = []
     hook = model.vision.layers[0].register_forward_hook(lambda m, i, o: seen.append(len(o)))
-    model.step(model.start([contexts], [(32, 32)], [replace(model.settings, guidance_interval=(0.0, 1.0))], [0]))
+    model.step(model.start([contexts], [request], [settings], [0]))
     hook.remove()
     assert len(contexts) == 2 and seen == [1]
 
@@ -340,7 +363,7 @@ def test_every_arm_trains_reads_and_draws(changes):
     )
     request = Sample("p", (user("a star"), assistant(Image(None, "target", (32, 32)))))
     [context] = model.extend([model.open()], [model.lay_out(request)])
-    [d] = model.step(model.start([(context,)], [(32, 32)], [model.settings], [0]))
+    [d] = model.step(model.start([(context,)], [request], [replace(model.settings, guidance_scale=1.0)], [0]))
     assert model.preview([d]).shape == (1, 3, 32, 32)
 
 

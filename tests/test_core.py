@@ -123,6 +123,20 @@ def test_segments_refuse_what_makes_no_sense():
         text(2).ids = ()
 
 
+def test_the_request_is_that_of_the_drawing():
+    blank, drawn = Image(None, "target"), Image("a.png", "target")
+    first, later = user("a cat"), user("what is it?")
+    assert Sample("open", (first, assistant(drawn), later, assistant(blank))).request is later
+    assert Sample("asked", (first, assistant(drawn), later, assistant())).request is later
+    assert Sample("ends", (first, assistant(drawn), later)).request is later
+    told = Sample("told", (first, assistant(drawn, "done"), later, assistant("a cat")))
+    assert told.request is first and told.drawing == (1, 0) and told.prompt == "a cat"
+    twice = Sample("twice", (first, assistant(drawn), first, assistant("here", drawn)))
+    assert twice.drawing == (3, 1) and twice.request_at == 2
+    alone = Sample("alone", (assistant(drawn),))
+    assert alone.request is None and alone.prompt == "" and Sample("said", (first, assistant("yes"))).drawing is None
+
+
 def test_positions_shared_advanced_and_counted():
     clean = drawn(3, Kind.CLEAN, hidden=False, advance=1)
     sequence = Sequence("s", (text(2), drawn(), clean, text(2)))

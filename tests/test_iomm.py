@@ -281,13 +281,13 @@ def test_guidance_1_is_the_conditional_field_and_0_the_unconditional(model):
         settings = replace(model.settings, guidance_interval=(0.0, 1.0), num_inference_steps=1, **changes)
         drops = model.branches(request, settings)
         contexts = tuple(model.extend([model.open()], [model.lay_out(request, d)])[0] for d in drops)
-        return model.start([contexts], [(32, 32)], [settings], [0])[0]
+        return model.start([contexts], [request], [settings], [0])[0]
 
-    full, free = fields(guidance_scale=2.0).slot[0]
+    full, free = fields(guidance_scale=2.0).slot
     one, zero = fields(guidance_scale=1.0), fields(guidance_scale=0.0)
-    assert len(one.contexts) == 1 and torch.allclose(one.slot[0][0], full, atol=LOGITS)
+    assert len(one.contexts) == 1 and torch.allclose(one.slot[0], full, atol=LOGITS)
     assert not torch.equal(full[: len(free)], free[: len(full)])
-    unconditional = replace(one, slot=((free,), None))
+    unconditional = replace(one, slot=(free,))
     assert torch.allclose(model.finish(model.step([zero])), model.finish(model.step([unconditional])), atol=LOGITS)
 
 

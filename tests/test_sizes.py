@@ -1,8 +1,10 @@
 """The published size of BAGEL, counted on the meta device: nothing is allocated."""
 
+import PIL.Image
 import pytest
 
 from diptych import models
+from diptych.core.sample import Image, Sample, user
 from diptych.models.bagel import Bagel
 from diptych.models.weights import BAGEL, FLUX_AUTOENCODER, export, load
 from diptych.train.parameters import by_part
@@ -71,3 +73,14 @@ def test_a_checkpoint_without_position_tables_loads_and_one_without_a_weight_doe
     del theirs["connector.fc2.bias"]
     with pytest.raises(ValueError, match=r"missing connector.fc2.bias \(ours: projector.fc2.bias\)"):
         load(BAGEL, theirs, state)
+
+
+def test_edits_have_the_published_settings_and_drawings_theirs(model):
+    """specs: SGT 3.5. What ships has settings of its own, and they are those of its edits too."""
+    edit = Sample("e", (user(Image(PIL.Image.new("RGB", (32, 32)), "condition"), "make it red"),))
+    drawn, edits = model.defaults(Sample("d", (user("a star"),))), model.defaults(edit)
+    assert (drawn.image_guidance_scale, drawn.guidance_interval, drawn.renorm) == (1.0, (0.4, 1.0), "global")
+    assert (edits.image_guidance_scale, edits.guidance_interval, edits.renorm) == (2.0, (0.0, 1.0), "text_channel")
+    assert edits.guidance_scale == drawn.guidance_scale == 4.0 and edits.timestep_shift == drawn.timestep_shift == 3.0
+    shipped = models.load("bagel/tiny")
+    assert shipped.defaults(edit) == shipped.settings == shipped.config.settings

@@ -349,7 +349,8 @@ def test_guidance_of_one_is_conditional(model):
     chance = torch.rand(3, model.config.slots, generator=torch.Generator().manual_seed(2))
     for temperature in (0.0, 1.0):
         one = [CodeSettings(guidance_scale=1.0, temperature=temperature)] * 3
-        assert torch.equal(model.unfold.sample(h, one, chance), model.unfold.sample(h[:1], one, chance))
+        guided = model.unfold.sample(h, one, [(1.0, 1.0)] * 3, chance)
+        assert torch.equal(guided, model.unfold.sample(h[:1], one, [(1.0,)] * 3, chance))
 
 
 @torch.no_grad()

@@ -124,6 +124,15 @@ def model(family: str, seed: int = 0) -> UnifiedModel:
     return made.eval()
 
 
+def sampling(family: str) -> UnifiedModel:
+    """A random model whose autoencoder has a posterior: what it makes of a picture has noise of its own."""
+    config = FAMILIES[family]()
+    spread = replace(config.autoencoder, posterior=True, statistics=False)
+    made = models.create(family, replace(config, autoencoder=spread))
+    made.initialise(0)
+    return shake(made.eval())
+
+
 def shake(made: UnifiedModel, seed: int = 1) -> UnifiedModel:
     """Moves every parameter by about what fresh weights are, so that nothing is zero or equal because of how they begin
     and rounding does not grow to something that one sees."""

@@ -79,7 +79,7 @@ def gates(model: UnifiedModel, prompts: Sequence[str], steps: int = 20, seed: in
         request = Sample(prompt, (user(prompt), assistant(Image(None, "target"))))
         settings = replace(model.settings, num_inference_steps=steps, guidance_scale=1.0)
         [context] = model.extend([model.open()], [model.lay_out(request)])
-        [drawing] = model.start([(context,)], [model.canvas(request)], [settings], [seed + i])
+        [drawing] = model.start([(context,)], [request], [settings], [seed + i])
         seen: list[Tensor] = []
         with outputs({"gate": gate}, lambda name, output, seen=seen: seen.append(output)):
             while not drawing.done:
@@ -89,7 +89,7 @@ def gates(model: UnifiedModel, prompts: Sequence[str], steps: int = 20, seed: in
         rows, columns = _grid(drawing.canvas, seen[0].shape[1])
         values.append(torch.stack(seen).view(len(seen), rows, columns).float().cpu().numpy())
         pictures.append(model.finish([drawing])[0].cpu())
-        times = tuple(float(t) for t in drawing.settings.times(drawing.steps)[:-1])
+        times = tuple(float(t) for t in drawing.times[:-1])
     return Gates(np.stack(values), times, torch.stack(pictures))
 
 

@@ -25,8 +25,7 @@ from diptych.analyze import collect
 from diptych.core.sample import Image, Sample, Text, assistant, user
 from diptych.core.sequence import Segment
 from diptych.core.tensors import NONE
-from diptych.models.protocol import UnifiedModel
-from diptych.parts.flow import FlowSettings, schedule
+from diptych.models.protocol import Drawing, UnifiedModel
 
 OTHER = "other"
 Words = Mapping[str, frozenset[str]]  # class -> its words, lowercase
@@ -169,7 +168,7 @@ def _look(
         else:
             [drawing] = model.step([drawing])
     counts = torch.bincount(number, minlength=len(words) + 2)[:-1]
-    return torch.stack(looked).double().numpy(), counts.numpy(), tuple(chosen), _times(drawing.steps, settings, chosen)
+    return torch.stack(looked).double().numpy(), counts.numpy(), tuple(chosen), _times(drawing, chosen)
 
 
 def spread(total: int, n: int) -> list[int]:
@@ -179,11 +178,8 @@ def spread(total: int, n: int) -> list[int]:
     return [round(i) for i in np.linspace(0, total - 1, n)]
 
 
-def _times(steps: int, settings: Any, chosen: Sequence[int]) -> tuple[float | None, ...]:
-    if not isinstance(settings, FlowSettings):
-        return (None,) * len(chosen)
-    times = schedule(steps, settings.timestep_shift)
-    return tuple(round(float(times[i]), 6) for i in chosen)
+def _times(drawing: Drawing, chosen: Sequence[int]) -> tuple[float | None, ...]:
+    return tuple(None if drawing.times is None else round(float(drawing.times[i]), 6) for i in chosen)
 
 
 def begin(model: UnifiedModel, sample: Sample, settings: Any, seed: int) -> Any:
@@ -192,7 +188,7 @@ def begin(model: UnifiedModel, sample: Sample, settings: Any, seed: int) -> Any:
     if not len(sequences[0]):
         raise ValueError(f"sample {sample.id!r} has no words to look at")
     contexts = [model.extend([model.open()], [s])[0] if len(s) else model.open() for s in sequences]
-    return model.start([tuple(contexts)], [model.canvas(sample)], [settings], [seed])[0]
+    return model.start([tuple(contexts)], [sample], [settings], [seed])[0]
 
 
 def drawn_segment(model: UnifiedModel, canvas: tuple[int, int]) -> Segment:

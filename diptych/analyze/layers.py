@@ -29,7 +29,7 @@ import torch
 from diptych.analyze import collect
 from diptych.core import intervals
 from diptych.core.batch import pack
-from diptych.core.sample import Image, Sample, Text, assistant, user
+from diptych.core.sample import Image, Sample, assistant, user
 from diptych.core.sequence import Kind
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, Float, Tensor
@@ -55,7 +55,7 @@ def pair(model: UnifiedModel, sample: Sample) -> Pair:
     """The two roles of a sample that asks for a picture and shows it. Raises ``ValueError`` for another sample, and for
     a family whose pictures are not the same tokens in both."""
     targets = [p for p in sample.images() if p.role == "target"]
-    caption = " ".join(p.text for p in (sample.request.parts if sample.request else ()) if isinstance(p, Text))
+    caption = sample.prompt
     if len(targets) != 1 or not caption or len(list(sample.images())) != 1:
         raise ValueError(f"sample {sample.id!r} does not ask for one picture in words; choose a data set of drawings")
     picture = targets[0].pixels

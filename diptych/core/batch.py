@@ -97,7 +97,6 @@ def pack(sequences: Iterable[Sequence], routes: int = 1, pad_to: int | None = No
     groups: dict[tuple, list[tuple]] = {}
     number = 0
     for d, sequence in enumerate(sequences):
-        ordinals: dict[Kind, int] = {}
         positions += sequence.positions()
         for s in sequence.segments:
             n = len(s)
@@ -105,11 +104,9 @@ def pack(sequences: Iterable[Sequence], routes: int = 1, pad_to: int | None = No
                 raise ValueError(f"sample {sequence.id!r}: a {s.kind} segment takes route {s.route} of {routes}")
             if s.open:
                 places = [len(ids) + i for i, token in enumerate(s.ids) if token == NONE]
-                ordinal = ordinals.get(s.kind, 0)
-                ordinals[s.kind] = ordinal + 1
                 shape = None if s.image is None else (tuple(s.image.shape), s.image.dtype)
                 key = (s.kind, s.grid or (1, len(places)), s.drawn, s.encoded, s.masked, shape)
-                groups.setdefault(key, []).append((s.image, places, sequence.id, ordinal))
+                groups.setdefault(key, []).append((s.image, places, sequence.id, s.ordinal))
             ids += s.ids
             targets += s.targets or [NONE] * n
             document += [d] * n

@@ -47,7 +47,8 @@ class Image:
     ``nearest`` says that colours are labels: it is resized to the nearest pixel, so that no colour is made up.
     ``encoded`` is what frozen encoders of a family made of it beforehand (``diptych data precompute``), by the
     encoder's name; such a picture keeps its ``size`` and may have no pixels.
-    ``masked`` is the share of its tokens, in [0, 1], that a model is to read as blanks.
+    ``masked`` is the share of its tokens, in [0, 1], that a model is to read as blanks; a picture to draw has none, and
+    of a source the details are to be kept.
     """
 
     image: str | PIL.Image.Image | None
@@ -60,6 +61,8 @@ class Image:
     def __post_init__(self) -> None:
         if not 0 <= self.masked <= 1:
             raise ValueError(f"the masked share of a picture's tokens must lie in [0, 1], not {self.masked}")
+        if self.masked and self.role != "understand":
+            raise ValueError(f"masked is {self.masked}, but only a picture to understand can be masked, no {self.role}")
 
     @property
     def blank(self) -> bool:
@@ -121,9 +124,31 @@ class Sample:
         return bool(last and last.role == "assistant" and (not last.parts or _to_draw(last.parts[-1])))
 
     @property
+    def drawing(self) -> tuple[int, int] | None:
+        """The place (message, part) of the picture that is drawn: the end of a request for one, the last target of a
+        training sample. None where nothing is drawn, whatever was drawn before."""
+        if not self.messages or self.messages[-1].role != "assistant":
+            return None
+        if self.is_open:
+            return (len(self.messages) - 1, len(self.messages[-1].parts) - 1) if self.messages[-1].parts else None
+        places = [(i, j) for i, m in enumerate(self.messages) for j, p in enumerate(m.parts) if _is_target(p)]
+        return places[-1] if places else None
+
+    @property
+    def request_at(self) -> int | None:
+        """The place of the request: the last user message before the picture that is drawn, else the last of all."""
+        before = self.drawing[0] if self.drawing else len(self.messages)
+        return next((i for i in reversed(range(before)) if self.messages[i].role == "user"), None)
+
+    @property
     def request(self) -> Message | None:
-        """The last user message: what an answer answers and a drawing is drawn from."""
-        return next((m for m in reversed(self.messages) if m.role == "user"), None)
+        """The user's message that a drawing is drawn from; where nothing is drawn, that an answer answers."""
+        return None if self.request_at is None else self.messages[self.request_at]
+
+    @property
+    def prompt(self) -> str:
+        """The words of the request."""
+        return " ".join(p.text for p in (self.request.parts if self.request else ()) if isinstance(p, Text))
 
     def map_images(self, change) -> Sample:
         """The same sample with ``change(Image) -> Image`` applied to every picture."""
@@ -134,6 +159,10 @@ class Sample:
                 for m in self.messages
             ),
         )
+
+
+def _is_target(part: Part) -> bool:
+    return isinstance(part, Image) and part.role == "target"
 
 
 def _to_draw(part: Part) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from diptych.core.tensors import NONE, Tensor
@@ -38,6 +38,8 @@ class Segment:
     ``drawn``     the picture is what is to be generated: it carries the picture loss
     ``encoded``   ``image`` is not what an encoder is to be shown but what it made of that (``Image.through``)
     ``masked``    the share of the picture's tokens that the network blanks, at random (IOMM's self-conditioning)
+    ``ordinal``   its number among its sample's segments of this kind, which addresses its random draws; ``NONE`` until
+                  it stands in a ``Sequence``
     """
 
     kind: Kind
@@ -53,6 +55,7 @@ class Segment:
     drawn: bool = False
     encoded: bool = False
     masked: float = 0.0
+    ordinal: int = NONE
 
     def __post_init__(self) -> None:
         if not self.ids:
@@ -83,10 +86,22 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Sequence:
-    """A sample laid out: its id (random draws belong to it) and its segments in order."""
+    """A sample laid out: its id (random draws belong to it) and its segments in order.
+
+    Pictures without an ``ordinal`` are numbered here; a part of the sequence keeps its numbers, and so its draws."""
 
     id: str
     segments: tuple[Segment, ...]
+
+    def __post_init__(self) -> None:
+        numbered: list[Segment] = []
+        following: dict[Kind, int] = {}
+        for s in self.segments:
+            if s.open:
+                s = replace(s, ordinal=following.get(s.kind, 0)) if s.ordinal == NONE else s
+                following[s.kind] = s.ordinal + 1
+            numbered.append(s)
+        object.__setattr__(self, "segments", tuple(numbered))
 
     def __len__(self) -> int:
         return sum(len(s) for s in self.segments)

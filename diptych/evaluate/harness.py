@@ -159,8 +159,8 @@ def evaluate(
     items = {b.name: _cut(b, b.items(seed, sides[b.name] or 0), limit) for b in chosen}
     if isinstance(engine, Pictures):
         engine.expect([item for of in items.values() for item in of])
-    settings = settings or engine.model.settings
-    card = cards.sampling_card(engine, asked, chosen, items, sides, seed, limit, TEMPERATURE, settings)
+    shown = settings or engine.model.settings  # None draws with what suits each request
+    card = cards.sampling_card(engine, asked, chosen, items, sides, seed, limit, TEMPERATURE, shown)
     with _somewhere(folder) as where:
         with _opened(where, chosen, items, sides, card, progress) as work:
             for benchmark in chosen:

@@ -92,7 +92,7 @@ class Endpoint:
         more = {k: v for k, v in asdict(settings or self.model.settings).items() if v is not None}
 
         def one(sample: Sample, seed: int) -> Picture:
-            prompt = " ".join(p.text for p in sample.messages[-1].parts if isinstance(p, Text))
+            prompt = sample.prompt
             asked: dict[str, Any] = {"model": self.name, "prompt": prompt, "n": 1, "extra_body": {"seed": seed, **more}}
             if size is not None:
                 asked["size"] = f"{size[0]}x{size[1]}"

@@ -14,7 +14,7 @@ from typing import Any
 import PIL.Image
 
 from diptych import models
-from diptych.core.sample import Image, Message, Sample, Text, sample_from_json, user
+from diptych.core.sample import Image, Message, Sample, sample_from_json, user
 from diptych.data.images import open_image
 from diptych.generate.events import Answer, Event, Picture, Pictures
 from diptych.generate.memory import Memory
@@ -56,10 +56,17 @@ class Engine:
     # ---- one request --------------------------------------------------------------------------------------------
 
     def chat(
-        self, messages: Messages, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+        self,
+        messages: Messages,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        pictures: int = 4,
     ) -> Answer:
-        """The answer to a conversation whose last message is the user's."""
-        return self.answers([_conversation(messages)], max_new_tokens, temperature, seed, top_p=top_p)[0]
+        """The answer to a conversation whose last message is the user's, with up to ``pictures`` of the model's own."""
+        sample = _conversation(messages)
+        return self.answers([sample], max_new_tokens, temperature, seed, top_p=top_p, pictures=pictures)[0]
 
     def ask(
         self, image: Pixels, question: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
@@ -110,24 +117,25 @@ class Engine:
     ) -> Pictures:
         if n < 1:
             raise ValueError(f"n must be at least 1, not {n}")
-        chosen = self.settings(settings)
+        chosen = self.settings(settings, sample)
         drawn = self.draw([sample] * n, range(seed, seed + n), size, chosen, negative_prompt=negative_prompt)
         return Pictures([d.image for d in drawn], prompt, seed, drawn[0].parameters)
 
-    def settings(self, changes: Mapping[str, Any]) -> Any:
-        """The model's own settings with ``changes``; a value of None changes nothing. Raises ``ValueError`` for unknown
-        names, listing the known."""
-        known = asdict(self.model.settings)
+    def settings(self, changes: Mapping[str, Any], sample: Sample | None = None) -> Any:
+        """The model's own settings (those that suit the request ``sample``, where one is given) with ``changes``; a
+        value of None changes nothing. Raises ``ValueError`` for unknown names, listing the known."""
+        own = self.model.defaults(sample) if sample else self.model.settings
+        known = asdict(own)
         if unknown := sorted(changes.keys() - known.keys()):
             raise ValueError(f"unknown settings {unknown}; known: {', '.join(known)}")
-        return replace(self.model.settings, **{k: v for k, v in changes.items() if v is not None})
+        return replace(own, **{k: v for k, v in changes.items() if v is not None})
 
     # ---- events -------------------------------------------------------------------------------------------------
 
     def stream(
         self, messages: Messages, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
     ) -> Iterator[Event]:
-        """The answer as it comes: ``TextDelta`` ... ``Stop``."""
+        """The answer as it comes: ``TextDelta`` ... ``Stop``, and an ``ImageDone`` for every picture that it holds."""
         return self._events(Say(_conversation(messages), max_new_tokens, temperature, top_p, seed))
 
     def stream_picture(
@@ -140,8 +148,8 @@ class Engine:
         **settings: Any,
     ) -> Iterator[Event]:
         """A picture as it sharpens: ``previews`` evenly spread ``ImagePreview``, then ``ImageDone`` and ``Stop``."""
-        sample, chosen = _conversation(messages), self.settings(settings)
-        return self._events(Draw(sample, seed, size, chosen, negative_prompt, previews))
+        sample = _conversation(messages)
+        return self._events(Draw(sample, seed, size, self.settings(settings, sample), negative_prompt, previews))
 
     def _events(self, request: Say | Draw) -> Iterator[Event]:
         loop = Scheduler(self.model, self.memory, 1)
@@ -159,11 +167,16 @@ class Engine:
         seed: int = 0,
         batch_size: int = 32,
         top_p: float = 1.0,
+        pictures: int = 0,
     ) -> list[Answer]:
         """One answer per sample, whose messages end with a user's; ``batch_size`` of them are said together."""
-        jobs = self._run([Say(s, max_new_tokens, temperature, top_p, seed) for s in samples], batch_size)
+        asked = [Say(s, max_new_tokens, temperature, top_p, seed, pictures=pictures) for s in samples]
         decode = self.model.tokenizer.decode
-        return [Answer(decode(j.ids), tuple(j.ids), str(j.reason), j.parameters) for j in jobs if isinstance(j, Talk)]
+        return [
+            Answer(decode(j.ids), tuple(j.ids), str(j.reason), j.parameters, j.images)
+            for j in self._run(asked, batch_size)
+            if isinstance(j, Talk)
+        ]
 
     def draw(
         self,
@@ -174,13 +187,15 @@ class Engine:
         batch_size: int = 32,
         negative_prompt: str = "",
     ) -> list[Picture]:
-        """One picture per sample (its messages end with a user's), each from its own seed; ``size`` is (width, height).
-        A picture does not depend on what it was drawn beside."""
-        chosen = settings or self.model.settings
-        requests = [Draw(s, seed, size, chosen, negative_prompt) for s, seed in zip(samples, seeds, strict=True)]
+        """One picture per sample (its messages end with a user's), each from its own seed; ``size`` is (width, height);
+        without ``settings`` each has what suits it. A picture does not depend on what it was drawn beside."""
+        requests = [
+            Draw(s, seed, size, settings or self.model.defaults(s), negative_prompt)
+            for s, seed in zip(samples, seeds, strict=True)
+        ]
         jobs = self._run(requests, batch_size)
         return [
-            Picture(j.image, _words(j.request.sample), j.request.seed, j.parameters)
+            Picture(j.image, j.request.sample.prompt, j.request.seed, j.parameters)
             for j in jobs
             if isinstance(j, Sketch) and j.image
         ]
@@ -207,7 +222,3 @@ def _open(image: Pixels | None) -> PIL.Image.Image:
     if image is None:
         raise ValueError("a picture of the conversation has no pixels")
     return open_image(Path(image), str(image))
-
-
-def _words(sample: Sample) -> str:
-    return " ".join(p.text for p in (sample.request or sample.messages[-1]).parts if isinstance(p, Text))

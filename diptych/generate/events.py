@@ -74,6 +74,7 @@ class Answer:
     ids: tuple[int, ...]
     finish_reason: str
     parameters: Mapping[str, Any]
+    images: tuple[PIL.Image.Image, ...] = ()  # drawn in its course, where the model began them
 
 
 @dataclass(frozen=True, eq=False)

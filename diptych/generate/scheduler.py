@@ -20,6 +20,7 @@ import PIL.Image
 import torch
 
 from diptych.core.sample import Image, Message, Sample, Text, assistant, user
+from diptych.core.sequence import Kind, Segment
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import Tensor
 from diptych.generate.events import Event, ImageDone, ImagePreview, Stop, TextDelta, Usage, Word
@@ -35,7 +36,9 @@ Size = tuple[int, int]  # (width, height) in pixels
 @dataclass(frozen=True, eq=False)
 class Say:
     """A request for words. ``stop`` are texts that end the answer and are not part of it; ``logprobs`` is how many
-    likeliest words to report beside each word said (None: report nothing)."""
+    likeliest words to report beside each word said (None: report nothing); ``pictures`` is how many pictures the answer
+    may draw where the model begins one (``picture_word``), with the settings that suit them and seeds from ``seed`` on:
+    beyond that the word is said like any other."""
 
     sample: Sample
     max_new_tokens: int = 64
@@ -44,6 +47,7 @@ class Say:
     seed: int = 0
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    pictures: int = 4
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, self.top_p)
@@ -65,7 +69,7 @@ class Draw:
 
 
 class Talk:
-    """An answer on its way: ``ids`` said so far, and how it ended."""
+    """An answer on its way: ``ids`` said so far, and how it ended. While ``sketch`` is drawn the words wait."""
 
     def __init__(self, model: UnifiedModel, request: Say) -> None:
         r = self.request = request
@@ -81,19 +85,28 @@ class Talk:
         self.text = self.told = ""
         self.read = 0
         self.reason: str | None = None
+        self.sketch: Sketch | None = None
+        self.parts: tuple[Text | Image, ...] = ()  # of the answer, up to its last picture
+        self.since = 0  # words of ``ids`` before the end of the last picture; ``laid`` holds these
+
+    @property
+    def images(self) -> tuple[PIL.Image.Image, ...]:
+        """The pictures of the answer."""
+        return tuple(p.pixels for p in self.parts if isinstance(p, Image))
 
 
 class Sketch:
-    """A picture on its way."""
+    """A picture on its way; of an answer that began it (``talk``), or asked for."""
 
-    def __init__(self, model: UnifiedModel, request: Draw) -> None:
-        r = self.request = request
+    def __init__(self, model: UnifiedModel, request: Draw, talk: Talk | None = None) -> None:
+        r, self.talk = request, talk
+        self.request = request
         self.opened = _opened(r.sample, assistant(Image(None, "target", r.size)))
         self.canvas = model.canvas(self.opened)
-        self.drops = model.branches(self.opened, r.settings)
+        self.branches = model.branches(self.opened, r.settings)
         self.parameters: dict[str, Any] = {"size": self.canvas[::-1], "seed": r.seed, **asdict(r.settings)}
         if r.negative_prompt:
-            if not any("text" in drop for drop in self.drops):
+            if not any("text" in drop for drop in self.branches):
                 raise ValueError("negative_prompt needs guidance: with this guidance_scale no branch reads it")
             self.parameters["negative_prompt"] = r.negative_prompt
         self.drawing: Drawing | None = None
@@ -132,8 +145,7 @@ class Scheduler:
         """Frees the job's place at once; it says no more."""
         if job in self.waiting:
             self.waiting.remove(job)
-        if job in self.running:
-            self.running.remove(job)
+        self.running = [j for j in self.running if j is not job and getattr(j, "talk", None) is not job]
 
     @property
     def idle(self) -> bool:
@@ -147,15 +159,15 @@ class Scheduler:
             self.at = [self.waiting.popleft()]
             self._begin(self.at[0])
             self.running += self.at
-        events = self._say([job for job in self.running if isinstance(job, Talk)])
+        events = self._say([job for job in self.running if isinstance(job, Talk) and not job.sketch])
         groups: dict[tuple, list[Sketch]] = {}
         for job in self.running:
             if isinstance(job, Sketch):
-                groups.setdefault((job.canvas, len(job.drops)), []).append(job)
+                groups.setdefault((job.canvas, len(job.branches)), []).append(job)
         for group in groups.values():
             events += self._step(group)
         ended = {id(job) for job, event in events if isinstance(event, Stop)}
-        self.running = [job for job in self.running if id(job) not in ended]
+        self.running = [j for j in self.running if id(j) not in ended and not (isinstance(j, Sketch) and j.image)]
         self.at = []
         return events
 
@@ -167,9 +179,10 @@ class Scheduler:
             job.context = self._read(job.laid, job)
             job.read = job.context.length
             return
-        r = job.request
-        contexts = self._shared(job) or tuple(self._read(self._branch(job, drop), job) for drop in job.drops)
-        [job.drawing] = self.model.start([contexts], [job.canvas], [r.settings], [r.seed])
+        self._start(job, self._shared(job) or tuple(self._read(self._branch(job, d), job) for d in job.branches))
+
+    def _start(self, job: Sketch, contexts: tuple[Context, ...]) -> None:
+        [job.drawing] = self.model.start([contexts], [job.opened], [job.request.settings], [job.request.seed])
 
     def _branch(self, job: Sketch, drop: Drop) -> Laid:
         """What a branch of guidance reads."""
@@ -178,7 +191,8 @@ class Scheduler:
         return self.model.lay_out(job.opened, drop)
 
     def _read(self, laid: Laid, job: Job) -> Context:
-        later = len(job.request.sample.messages) > 1
+        asked = job.talk if isinstance(job, Sketch) and job.talk else job
+        later = len(asked.request.sample.messages) > 1
         return self.memory.read([laid], [later])[0] if len(laid) else self.model.open()
 
     def _shared(self, job: Sketch) -> tuple[Context, ...] | None:
@@ -187,7 +201,7 @@ class Scheduler:
         for other in self.running:
             if isinstance(other, Sketch) and other.drawing and other.request.sample is r.sample:
                 o = other.request
-                if (o.size, o.negative_prompt, other.drops) == (r.size, r.negative_prompt, job.drops):
+                if (o.size, o.negative_prompt, other.branches) == (r.size, r.negative_prompt, job.branches):
                     return other.drawing.contexts
         return None
 
@@ -198,8 +212,8 @@ class Scheduler:
         events: list[tuple[Job, Event]] = []
         for talk in talks:
             events += [(talk, event) for event in self._word(talk)]
-        self.at = [talk for talk in talks if talk.reason is None]
-        going = [talk for talk in talks if talk.reason is None]
+        going = [talk for talk in talks if talk.reason is None and not talk.sketch]
+        self.at = list(going)
         if going:
             replies = [self.model.reply(talk.ids[-1:]) for talk in going]
             with alone():
@@ -211,29 +225,61 @@ class Scheduler:
     def _word(self, talk: Talk) -> list[Event]:
         self.at, r = [talk], talk.request
         word = next_word(talk.context.logits, r.temperature, r.top_p, talk.generator)
+        if word == self.model.picture_word and len(talk.images) < r.pictures and len(talk.ids) + 1 < r.max_new_tokens:
+            return self._pause(talk, word)
         if word in self.model.stop_ids:
             talk.reason = "stop"
         else:
             talk.ids.append(word)
             if r.logprobs is not None:
                 talk.words.append(self._reported(talk.context, word, r.logprobs))
-            talk.text = self.model.tokenizer.decode(talk.ids)
+            talk.text = self.model.tokenizer.decode(talk.ids[talk.since :])
             ends = [at for s in r.stop if (at := talk.text.find(s)) >= 0]
             if ends:
                 talk.text, talk.reason = talk.text[: min(ends)], "stop"
             elif len(talk.ids) == r.max_new_tokens:
                 talk.reason = "length"
-        ready = talk.text if talk.reason else _settled(talk.text, r.stop)
-        events: list[Event] = []
-        if len(ready) > len(talk.told):
-            events.append(TextDelta(ready[len(talk.told) :], tuple(talk.words)))
-            talk.told, talk.words = ready, []
+        events = self._tell(talk, talk.text if talk.reason else _settled(talk.text, r.stop))
         if talk.reason:
-            read = talk.context.length - talk.read  # the last word said need not have been read
             assert talk.laid
-            self.memory.keep(talk.laid, talk.ids[:read], talk.context)
-            events.append(Stop(talk.reason, Usage(talk.read, len(talk.ids)), talk.parameters))
+            read = talk.context.length - len(talk.laid)  # the last word said need not have been read
+            self.memory.keep(talk.laid, talk.ids[talk.since :][:read], talk.context)
+            usage = Usage(talk.read, len(talk.ids), len(talk.images))
+            events.append(Stop(talk.reason, usage, talk.parameters))
         return events
+
+    def _tell(self, talk: Talk, ready: str) -> list[Event]:
+        """What of the text has not been told."""
+        if len(ready) <= len(talk.told):
+            return []
+        delta = TextDelta(ready[len(talk.told) :], tuple(talk.words))
+        talk.told, talk.words = ready, []
+        return [delta]
+
+    def _pause(self, talk: Talk, word: int) -> list[Event]:
+        """The answer begins a picture: it is drawn like any other, from what has been said."""
+        events, seed = self._tell(talk, talk.text), talk.request.seed + len(talk.images)
+        talk.ids.append(word)
+        talk.parts += (Text(talk.text, loss=True),) if talk.text else ()
+        [talk.context] = self.model.extend([talk.context], [self.model.reply([word])])
+        turn = assistant(*talk.parts, Image(None, "target"))
+        opened = replace(talk.opened, messages=(*talk.opened.messages[:-1], turn))
+        sketch = talk.sketch = Sketch(self.model, Draw(opened, seed, None, self.model.defaults(opened)), talk)
+        others = (self._read(self.model.lay_out(opened, drop), sketch) for drop in sketch.branches if drop)
+        self._start(sketch, (talk.context, *others))
+        self.running.append(sketch)
+        return events
+
+    def _resume(self, talk: Talk, image: PIL.Image.Image) -> None:
+        """The picture is part of the answer, which reads it and goes on."""
+        assert talk.laid
+        seen = Image(image, "target")
+        said, new = Segment(Kind.TEXT, tuple(talk.ids[talk.since :])), self.model.drawn(seen)
+        talk.laid = Laid(talk.laid.id, (*talk.laid.segments, said, *new))
+        rest = Laid(talk.laid.id, talk.laid.segments[-len(new) :])
+        [talk.context] = self.model.extend([talk.context], [rest])
+        talk.parts, talk.since, talk.sketch = (*talk.parts, seen), len(talk.ids), None
+        talk.text = talk.told = ""
 
     def _reported(self, context: Context, word: int, most: int) -> Word:
         scores = context.logits.float().log_softmax(-1)
@@ -246,15 +292,18 @@ class Scheduler:
 
     def _step(self, group: Sequence[Sketch]) -> list[tuple[Job, Event]]:
         """One step of pictures of one size; the finished ones are decoded one by one."""
-        self.at = list(group)
+        self.at = [job.talk or job for job in group]
         events: list[tuple[Job, Event]] = []
         moved = self.model.step([job.drawing for job in group if job.drawing])
         for job, drawing in zip(group, moved, strict=True):
-            self.at, job.drawing, previews = [job], drawing, job.request.previews
+            self.at, job.drawing, previews = [job.talk or job], drawing, job.request.previews
             if drawing.done:
                 job.image = to_pil(self.model.finish([drawing])[0])
-                events.append((job, ImageDone(job.image, job.request.seed)))
-                events.append((job, Stop("image", Usage(drawing.contexts[0].length, 0, 1), job.parameters)))
+                events.append((job.talk or job, ImageDone(job.image, job.request.seed)))
+                if job.talk:
+                    self._resume(job.talk, job.image)
+                else:
+                    events.append((job, Stop("image", Usage(drawing.contexts[0].length, 0, 1), job.parameters)))
             elif drawing.step in {round(drawing.steps * i / (previews + 1)) for i in range(1, previews + 1)}:
                 image = to_pil(self.model.preview([drawing])[0])
                 events.append((job, ImagePreview(image, drawing.step, drawing.steps)))
@@ -263,13 +312,13 @@ class Scheduler:
 
 def exact(model: UnifiedModel) -> bool:
     """Whether, on this machine, a picture keeps every bit of its latents in company; found by drawing two steps."""
-    settings = replace(model.settings, **{k: 2 for k in asdict(model.settings) if k == "num_inference_steps"})
+    settings = model.settings.within(2)
     size = model.canvas(Sample("", (user(""), assistant(Image(None, "target")))))[::-1]
 
     def latents(*prompts: str) -> Tensor:
         loop = Scheduler(model, slots=len(prompts))
         jobs = [loop.submit(Draw(Sample("", (user(p),)), 0, size, settings)) for p in prompts]
-        while not loop.idle:
+        for _ in range(2):
             loop.tick()
         assert isinstance(jobs[0], Sketch) and jobs[0].drawing
         return jobs[0].drawing.state
@@ -287,11 +336,12 @@ def _opened(sample: Sample, turn: Message) -> Sample:
 
 
 def _worded(opened: Sample, words: str) -> Sample:
-    """The request with other words in its last user message."""
-    assert opened.request
-    pictures = [p for p in opened.request.parts if isinstance(p, Image)]
-    changed = replace(opened.request, parts=(*pictures, Text(words)))
-    return replace(opened, messages=tuple(changed if m is opened.request else m for m in opened.messages))
+    """The request with other words."""
+    at = opened.request_at
+    assert at is not None
+    pictures = [p for p in opened.messages[at].parts if isinstance(p, Image)]
+    changed = replace(opened.messages[at], parts=(*pictures, Text(words)))
+    return replace(opened, messages=(*opened.messages[:at], changed, *opened.messages[at + 1 :]))
 
 
 def _settled(text: str, stops: Sequence[str]) -> str:

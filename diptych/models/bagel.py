@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import isqrt
+from math import isqrt, prod
 from typing import Any, ClassVar
 
 import torch
@@ -44,25 +44,28 @@ from diptych.models.protocol import (
     Encoder,
     UnifiedModel,
     advance,
+    check_step,
     draw_noise,
     draw_weights,
-    flow_branches,
+    dropped,
+    fitted,
+    latent_tokens,
     read_on,
-    shown,
 )
 from diptych.models.weights import BAGEL, FLUX_AUTOENCODER, count, decoder_config, flux_config, side
 from diptych.parts.adapters import Projector
-from diptych.parts.attention import Attend, Cache, Cached, Fixed, documents, inverse_permutation
-from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, sampled, tiny_autoencoder
+from diptych.parts.attention import Attend, Cached, Fixed, documents, inverse_permutation
+from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, tiny_autoencoder
 from diptych.parts.decoder import Decoder, DecoderConfig
-from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, check_step, euler, mix, squared_error, velocity
-from diptych.parts.images import SizeRule, latents_to_tokens, to_tensor, tokens_to_latents
+from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, euler, mix, squared_error, velocity
+from diptych.parts.images import SizeRule, to_tensor, tokens_to_latents
 from diptych.parts.positions import TimestepEmbedding, grid_places, grid_table
 from diptych.parts.routed import Routed
 from diptych.parts.tokenizer import Tokenizer
-from diptych.parts.vision import VisionConfig, VisionEncoder, kept
+from diptych.parts.vision import VisionConfig, VisionEncoder, blanked
 
 READ, DRAW = 0, 1  # the two routes
+EDITS = FlowSettings(image_guidance_scale=2.0, guidance_interval=(0.0, 1.0), renorm="text_channel")  # specs: SGT 3.5
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Config:
     draw: SizeRule = SizeRule(longest=1024, shortest=512, stride=16)
     size: tuple[int, int] = (1024, 1024)
     settings: FlowSettings = field(default_factory=FlowSettings)
+    edits: FlowSettings | None = None  # of requests that show sources; None: as ``settings``
 
     def __post_init__(self) -> None:
         if self.decoder.routes != 2:
@@ -109,6 +113,7 @@ class Config:
             DecoderConfig(152064, 3584, 18944, 28, 28, 4, qk_norm=True, routes=2, routed=("attention", "norms", "mlp")),
             VisionConfig(1152, 4304, 26, 16, patch_size=14, image_size=980),
             AutoencoderConfig(),
+            edits=EDITS,
         )
 
     @staticmethod
@@ -173,7 +178,7 @@ class Bagel(UnifiedModel):
         super().__init__()
         c, d = config, config.decoder.hidden_size
         self.config, self.tokenizer = config, tokenizer
-        self.settings = config.settings
+        self.settings, self.edits = config.settings, config.edits
         self.decoder = Decoder(c.decoder)
         self.vision = VisionEncoder(c.vision)
         self.projector = Projector(c.vision.hidden_size, d)
@@ -218,23 +223,17 @@ class Bagel(UnifiedModel):
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
-        """Texts and pictures in order. ``text`` drops the last user message's words; ``image`` every picture read."""
-        segments: list[Segment] = []
+        """Texts and pictures in order; nothing stands in the place of what is dropped."""
+        sample, segments = dropped(sample, drop), list[Segment]()
         for message in sample.messages:
             for part in message.parts:
                 if isinstance(part, Text):
-                    if not ("text" in drop and message is sample.request):
-                        segments.append(self._text(part))
-                elif part.blank:
-                    if not (sample.is_open and part is sample.messages[-1].parts[-1]):
-                        raise ValueError(
-                            f"sample {sample.id!r} has a picture without pixels that is not the one to draw"
-                        )
-                else:
+                    segments.append(self._text(part))
+                elif not part.blank:
                     final = message is sample.messages[-1] and part is message.parts[-1]
                     if part.role == "target" and not sample.is_open:
                         segments.append(self._drawn(part))
-                    if "image" not in drop and not (part.role == "target" and final):
+                    if not (part.role == "target" and final):
                         segments += self._read(part)
         if sample.is_open and not sample.messages[-1].parts:
             segments.append(Segment(Kind.TEXT, (self.markers["bos"],)))
@@ -262,20 +261,11 @@ class Bagel(UnifiedModel):
         def pixels() -> Tensor:
             return to_tensor(image.pixels, (width, height), image.nearest)
 
-        seen = kind == Kind.VISION
-        held, encoded = (pixels(), False) if seen else image.through("autoencoder", pixels)
-        columns = {"image": held, "encoded": encoded, "masked": image.masked if seen else 0.0}
+        held, encoded = (pixels(), False) if kind == Kind.VISION else image.through("autoencoder", pixels)
+        columns = {"image": held, "encoded": encoded, "masked": image.masked}
         return Segment(kind, ids, grid=grid, full=True, shared=True, advance=1, route=route, **columns)
 
     # ---- network ------------------------------------------------------------------------------------------------
-
-    def _latents(self, group: Pictures, noise: Noise) -> Float[Tensor, "N n f"]:
-        """Latent tokens of a group; the posterior is sampled with noise that belongs to each picture."""
-        found = group.images.float() if group.encoded else self.encode("autoencoder", group.images)
-        channels, eps = self.config.autoencoder.latent_channels, None
-        if found.shape[1] > channels:
-            eps = draw_noise(noise, group, "posterior", (channels, *found.shape[2:])).to(found.device)
-        return latents_to_tokens(sampled(found, channels, eps), self.config.latent_patch)
 
     @torch.no_grad()
     def encode(self, encoder: str, images: Tensor) -> Tensor:
@@ -290,7 +280,7 @@ class Bagel(UnifiedModel):
     def _embed_vision(self, group: Pictures, noise: Noise) -> Float[Tensor, "N n d"]:
         places = grid_places(group.grid, self.config.seen_side, group.images.device, self.config.stretch)
         seen = self.projector(self.vision(to_float(group.images), places)) + self.vision_positions[places]
-        return seen * kept(group, noise)[..., None] if group.masked else seen
+        return blanked(seen, group, noise)
 
     def _run(
         self, batch: Batch, pictures: list[tuple[Tensor, Tensor]], positions: Tensor, order: Tensor, attend: Attend
@@ -313,11 +303,11 @@ class Bagel(UnifiedModel):
         rank = inverse_permutation(order)
         pictures = [(g.tokens, self._embed_vision(g, noise)) for g in batch.of(Kind.VISION)]
         for g in batch.of(Kind.CLEAN):
-            latents = self._latents(g, noise)
+            latents = latent_tokens(self, g, noise)
             pictures.append((g.tokens, self._embed_latents(latents, latents.new_zeros(len(latents)), g.grid)))
         drawn = []
         for g in batch.of(Kind.NOISED):
-            data = self._latents(g, noise)
+            data = latent_tokens(self, g, noise)
             eps = draw_noise(noise, g, "noise", tuple(data.shape[1:])).to(data.device)
             t = self.config.times(noise, g.owners, g.ordinals).to(data.device)
             pictures.append((g.tokens, self._embed_latents(mix(data, eps, t), t, g.grid)))
@@ -340,8 +330,7 @@ class Bagel(UnifiedModel):
     # ---- reading ------------------------------------------------------------------------------------------------
 
     def open(self) -> Context:
-        c, weight = self.config.decoder, self.decoder.embed_tokens.weight
-        return Context(Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, weight.dtype, weight.device))
+        return Context(self.decoder.cache())
 
     @torch.inference_mode()
     def extend(self, contexts: Sequence[Context], sequences: Sequence[Laid]) -> list[Context]:
@@ -354,16 +343,13 @@ class Bagel(UnifiedModel):
         caches = [c.cache.room(c.length, len(s)) for c, s in zip(contexts, sequences, strict=True)]
         pictures = [(g.tokens, self._embed_vision(g, noise)) for g in batch.of(Kind.VISION)]
         for g in batch.of(Kind.CLEAN):
-            latents = self._latents(g, noise)
+            latents = latent_tokens(self, g, noise)
             pictures.append((g.tokens, self._embed_latents(latents, latents.new_zeros(len(latents)), g.grid)))
         attend = Cached(caches, [c.length for c in contexts], batch, order if pictures else None)
         states = self._run(batch, pictures, positions, order, attend)
         last = torch.tensor(batch.lengths, device=self.device).cumsum(0) - 1
         logits = self.decoder.logits(states[inverse_permutation(order)[last]]).float()
         return read_on(contexts, sequences, caches, logits)
-
-    def reply(self, ids: Sequence[int], drop: Drop = NOTHING) -> Laid:
-        return Laid("reply", (Segment(Kind.TEXT, tuple(ids)),))
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -372,31 +358,27 @@ class Bagel(UnifiedModel):
     # ---- drawing ------------------------------------------------------------------------------------------------
 
     def canvas(self, sample: Sample) -> tuple[int, int]:
-        last = sample.messages[-1].parts[-1:]
-        asked = last[0].size if last and isinstance(last[0], Image) else None
-        sources = shown(sample)
-        width, height = asked or (self.config.draw(*sources[-1].dimensions) if sources else self.config.size)
-        stride, most = self.config.stride, self.config.stride * self.config.latent_side
-        if width % stride or height % stride or not (0 < width <= most and 0 < height <= most):
-            raise ValueError(f"size must be multiples of {stride} up to {most}, not {width}x{height}")
-        return height, width
-
-    def branches(self, sample: Sample, settings: FlowSettings) -> tuple[Drop, ...]:
-        return flow_branches(sample, settings)
+        c = self.config
+        return fitted(sample, c.size, c.stride, c.draw, c.stride * c.latent_side)
 
     def start(
         self,
         contexts: Sequence[tuple[Context, ...]],
-        canvases: Sequence[tuple[int, int]],
+        samples: Sequence[Sample],
         settings: Sequence[FlowSettings],
         seeds: Sequence[int],
     ) -> list[Drawing]:
         drawings = []
-        for branches, (height, width), s, seed in zip(contexts, canvases, settings, seeds, strict=True):
-            grid = (height // self.config.stride, width // self.config.stride)
-            noise = Noise(seed).normal("drawing", "noise", (grid[0] * grid[1], self.latent_in.in_features))
-            drawings.append(Drawing(noise.to(self.device), branches, (height, width), s, 0, s.num_inference_steps))
+        for read, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
+            canvas, branches = self.canvas(sample), self.branches(sample, s)
+            noise = Noise(seed).normal("drawing", "noise", (prod(self._grid(canvas)), self.latent_in.in_features))
+            steps = self.steps(canvas, s)
+            drawings.append(Drawing(noise.to(self.device), read, branches, canvas, s, steps, s.times(steps)))
         return drawings
+
+    def _grid(self, canvas: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of the tokens of a picture."""
+        return canvas[0] // self.config.stride, canvas[1] // self.config.stride
 
     @torch.inference_mode()
     def step(self, drawings: Sequence[Drawing]) -> list[Drawing]:
@@ -404,13 +386,13 @@ class Bagel(UnifiedModel):
         check_step(drawings)
         table = self._fixed(drawings)
         moved = euler(drawings, lambda x_t, t, branches: self._velocity(x_t, t, drawings, table, branches))
-        return [advance(d, state, (table, v)) for d, (state, v) in zip(drawings, moved, strict=True)]
+        return [advance(d, state, v, table) for d, (state, v) in zip(drawings, moved, strict=True)]
 
     def _fixed(self, drawings: Sequence[Drawing]) -> Fixed:
         """The contexts' keys and values side by side, branch-major; kept while the same drawings go on together."""
         contexts = [d.contexts[b] for b in range(len(drawings[0].contexts)) for d in drawings]
-        if drawings[0].slot and drawings[0].slot[0].holds(contexts):
-            return drawings[0].slot[0]
+        if drawings[0].slot and drawings[0].slot.holds(contexts):
+            return drawings[0].slot
         return Fixed(contexts, len(drawings[0].state) + 2)
 
     def _velocity(
@@ -423,8 +405,7 @@ class Bagel(UnifiedModel):
     ) -> Float[Tensor, "R B n f"]:
         """The velocity of every branch; the picture's tokens are embedded once and shared by all branches."""
         B, n, _ = x_t.shape
-        grid = (drawings[0].canvas[0] // self.config.stride, drawings[0].canvas[1] // self.config.stride)
-        latents = self._embed_latents(x_t, t, grid)
+        latents = self._embed_latents(x_t, t, self._grid(drawings[0].canvas))
         markers = torch.tensor([self.markers["image"], self.markers["end"]], device=self.device)
         words = self.decoder.embed_tokens(markers)
         blocks = B * branches
@@ -438,21 +419,10 @@ class Bagel(UnifiedModel):
         prediction = self.latent_out(states[2 * blocks :]).float().view(branches, B, n, -1)
         return torch.stack([velocity(p, x_t, t, self.config.prediction) for p in prediction])
 
-    def preview(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
-        """x_t - t v: the picture that the last velocity points to."""
-        states = []
-        for d in drawings:
-            t = float(d.settings.times(d.steps)[d.step])
-            states.append(d.state - t * d.slot[1] if d.slot else d.state)
-        return self._decode(states, drawings)
-
-    def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
-        return self._decode([d.state for d in drawings], drawings)
-
     @torch.inference_mode()
-    def _decode(self, states: list[Tensor], drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
-        grid = (drawings[0].canvas[0] // self.config.stride, drawings[0].canvas[1] // self.config.stride)
-        latents = tokens_to_latents(torch.stack(states), grid, self.config.latent_patch)
+    def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+        states = torch.stack([d.state for d in drawings])
+        latents = tokens_to_latents(states, self._grid(drawings[0].canvas), self.config.latent_patch)
         return self.autoencoder.decode(latents).float().clamp(-1, 1)
 
 
@@ -507,6 +477,7 @@ def published_config(json: Json, states: States) -> Config:
         see=SizeRule(longest=longest, shortest=shortest, stride=vision.patch_size),
         draw=SizeRule(longest=most * stride, shortest=(most + 1) // 2 * stride, stride=stride),
         size=(most * stride, most * stride),
+        edits=EDITS,
     )
 
 
@@ -537,7 +508,7 @@ PUBLISHED = Layout(
     optional=("config.json",),
     config=published_config,
     describe=published_files,
-    free=("times", "see", "draw", "size", "settings"),
+    free=("times", "see", "draw", "size", "settings", "edits"),
     computed=position_tables,
 )
 """``ByteDance-Seed/BAGEL-7B-MoT``; ``Two-hot/SGT-BAGEL`` is an ``ema.safetensors`` over it (specs: SGT 3.6)."""

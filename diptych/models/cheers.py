@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -45,27 +45,29 @@ from diptych.core.tensors import NONE, Float, Int, Tensor, to_float
 from diptych.models.folders import Json, Layout, States
 from diptych.models.protocol import (
     NOTHING,
+    Branches,
     Context,
     Drawing,
     Drop,
     Encoder,
     UnifiedModel,
     advance,
+    check_step,
     draw_noise,
     draw_weights,
-    flow_branches,
+    dropped,
+    fitted,
     read_on,
-    shown,
+    sources,
 )
 from diptych.models.weights import cheers, count, decoder_config
-from diptych.parts.attention import Cache, Cached, Fixed, documents, sdpa
+from diptych.parts.attention import Cached, Fixed, documents, sdpa
 from diptych.parts.autoencoder import AutoencoderConfig, LatentDecoder, build_autoencoder, tiny_autoencoder
 from diptych.parts.decoder import MLP, Attention, Decoder, DecoderConfig, RMSNorm, Rope
 from diptych.parts.flow import (
     FlowSettings,
     Prediction,
     TimeDraw,
-    check_step,
     euler,
     mix,
     schedule,
@@ -76,7 +78,7 @@ from diptych.parts.flow import (
 from diptych.parts.images import SizeRule, crop, letterbox, to_tensor
 from diptych.parts.positions import TimestepEmbedding
 from diptych.parts.tokenizer import Tokenizer
-from diptych.parts.vision import VisionConfig, VisionEncoder
+from diptych.parts.vision import VisionConfig, VisionEncoder, blanked
 
 START, END, BLANK = "<im_start>", "<im_end>", "<no_mean>"
 ADDED = ("<image>", "<image_gen>", START, END, BLANK)  # at the end of Qwen's vocabulary, in this order
@@ -299,15 +301,6 @@ class Gate(nn.Module):
         return self.layer_norm(s + self.gate(s) * (s if self.detail == "none" else e))
 
 
-@dataclass(frozen=True, eq=False)
-class Going:
-    """What a drawing keeps between steps: its times, the contexts side by side, its last velocity."""
-
-    times: Tensor
-    table: Fixed | None = None
-    velocity: Tensor | None = None
-
-
 class Cheers(UnifiedModel):
     """Cheers of any size."""
 
@@ -382,8 +375,8 @@ class Cheers(UnifiedModel):
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
-        """ChatML with pictures in their place. ``text`` blanks every word but the pictures' markers, and what an answer
-        is to say is then not learned; ``image`` leaves out every picture that is only read."""
+        """ChatML with pictures in their place. Instead of dropping the words of a request, ``text`` blanks every word
+        up to the picture that is drawn but the pictures' markers; such words are not learned."""
         out: list[Segment] = []
         run: list[tuple[int, bool]] = []  # words since the last picture, and whether each is to be predicted
         waiting = ""  # text without loss, encoded in one piece with what it touches
@@ -400,10 +393,11 @@ class Cheers(UnifiedModel):
             run.clear()
             out.append(segment)
 
+        sample = dropped(sample, drop - {"text"})
         if "dummy_picture" in quirks and not any(True for _ in sample.images()):
             show(self._dummy(sample))
         system = [Message("system", (Text(SYSTEM),))] if roles and sample.messages[0].role != "system" else []
-        for message in (*system, *sample.messages):
+        for at, message in enumerate((*system, *sample.messages), -len(system)):
             last = message is sample.messages[-1]
             say(m["turn"])
             waiting = f"{message.role}\n" if roles else ""
@@ -418,18 +412,14 @@ class Cheers(UnifiedModel):
                         waiting += part.text
                     continue
                 if part.blank:
-                    if not (sample.is_open and final):
-                        raise ValueError(
-                            f"sample {sample.id!r} has a picture without pixels that is not the one to draw"
-                        )
                     say(m["start"])
                     continue
                 learned = part.role == "target" and not sample.is_open
-                if "image" in drop and part.role != "target":
-                    continue
                 say(m["start"], learned=learned)
                 if learned:
                     show(self._drawn(part, visible := "visible_noise" in quirks))
+                    if (at, i) == sample.drawing:
+                        drop -= {"text"}
                     if visible:
                         say(m["end"])
                         continue
@@ -475,9 +465,9 @@ class Cheers(UnifiedModel):
             return to_tensor(framed, size, image.nearest)
 
         held, encoded = image.through("autoencoder", pixels)
-        return self._block(kind, size, held, encoded=encoded)
+        return self._block(kind, size, held, encoded=encoded, masked=image.masked)
 
-    def _block(self, kind: Kind, size: tuple[int, int], image: Tensor, **how: bool) -> Segment:
+    def _block(self, kind: Kind, size: tuple[int, int], image: Tensor, **how: Any) -> Segment:
         grid = (size[1] // self.config.stride, size[0] // self.config.stride)
         return Segment(kind, (NONE,) * (grid[0] * grid[1]), image=image, grid=grid, **{"full": True, **how})
 
@@ -493,7 +483,7 @@ class Cheers(UnifiedModel):
     # ---- network ------------------------------------------------------------------------------------------------
 
     def _latents(self, group: Pictures) -> Float[Tensor, "N c h w"]:
-        return group.images.float() if group.encoded else self.encode("autoencoder", group.images)
+        return self.through("autoencoder", group).float()
 
     def encode(self, encoder: str, images: Tensor) -> Float[Tensor, "N c h w"]:
         """Latents of uint8 or float pictures: the posterior's mean (specs: Cheers 2.1). No gradient passes, unless the
@@ -543,7 +533,7 @@ class Cheers(UnifiedModel):
                 eps = draw_noise(noise, g, "noise", tuple(data.shape[1:])).to(data.device)
                 t = self.config.times(noise, g.owners, g.ordinals).to(data.device) if g.drawn else t + 1
             tokens, detail = self._see(mix(data, eps, t))
-            pictures.append((g.tokens, tokens))
+            pictures.append((g.tokens, blanked(tokens, g, noise)))
             if self._supervised(g):
                 drawn.append((g.tokens, data, eps, t, detail))
         states = self.decoder(self.decoder.embed(batch, pictures), batch.positions, documents(batch))
@@ -561,9 +551,7 @@ class Cheers(UnifiedModel):
     # ---- reading ------------------------------------------------------------------------------------------------
 
     def open(self) -> Context:
-        c, weight = self.config.decoder, self.decoder.embed_tokens.weight
-        cache = Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, weight.dtype, weight.device)
-        return Context(cache, slot=())
+        return Context(self.decoder.cache(), slot=())
 
     @torch.inference_mode()
     def extend(self, contexts: Sequence[Context], sequences: Sequence[Laid]) -> list[Context]:
@@ -572,14 +560,14 @@ class Cheers(UnifiedModel):
         batch = pack(sequences, self.routes).to(self.device)
         if batch.of(Kind.NOISED):
             raise ValueError("a noised picture is drawn, not read; use start and step")
-        starts = torch.tensor([c.position for c in contexts], device=self.device)
+        starts, noise = torch.tensor([c.position for c in contexts], device=self.device), Noise()
         caches = [c.cache.room(c.length, len(s)) for c, s in zip(contexts, sequences, strict=True)]
         ends = torch.tensor(batch.lengths).cumsum(0)
         sources: list[list[tuple[int, Tensor]]] = [[] for _ in contexts]
         pictures = []
         for g in batch.pictures:
             z = self._latents(g)
-            pictures.append((g.tokens, self._see(z)[0]))
+            pictures.append((g.tokens, blanked(self._see(z)[0], g, noise)))
             for places, latents in zip(g.tokens, z, strict=True):
                 if g.kind == Kind.CLEAN:
                     d = int(batch.document[places[0]])
@@ -606,48 +594,54 @@ class Cheers(UnifiedModel):
     def stop_ids(self) -> frozenset[int]:
         return frozenset({self.markers["stop"]})
 
+    @property
+    def picture_word(self) -> int:
+        return self.markers["start"]
+
+    def drawn(self, image: Image) -> tuple[Segment, ...]:
+        return self._picture(Kind.VISION, image), Segment(Kind.TEXT, (self.markers["end"],))
+
     # ---- drawing ------------------------------------------------------------------------------------------------
 
     def canvas(self, sample: Sample) -> tuple[int, int]:
-        last, sizes = sample.messages[-1].parts[-1:], self.config.sizes
-        asked = last[0].size if last and isinstance(last[0], Image) else None
-        sources = shown(sample)
-        width, height = asked or (sizes(*sources[-1].dimensions) if sources and sizes else self.config.size)
-        if width % self.config.stride or height % self.config.stride or min(width, height) <= 0:
-            raise ValueError(f"size must be multiples of {self.config.stride}, not {width}x{height}")
-        return height, width
-
-    def branches(self, sample: Sample, settings: Settings) -> tuple[Drop, ...]:
-        return flow_branches(sample, settings)
+        return fitted(sample, self.config.size, self.config.stride, self.config.sizes)
 
     def start(
         self,
         contexts: Sequence[tuple[Context, ...]],
-        canvases: Sequence[tuple[int, int]],
+        samples: Sequence[Sample],
         settings: Sequence[Settings],
         seeds: Sequence[int],
     ) -> list[Drawing]:
         drawings = []
-        for branches, canvas, s, seed in zip(contexts, canvases, settings, seeds, strict=True):
+        for read, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
+            canvas = self.canvas(sample)
             rows, columns = (side // self.config.autoencoder.downsample for side in canvas)
             noise = Noise(seed).normal("drawing", "noise", (self.config.autoencoder.features, rows, columns))
-            drawings.append(self.begin(noise.to(self.device), branches, canvas, s))
+            edited = any(picture.role == "condition" for picture in sources(sample))
+            source = read[0].slot[-1][1] if edited else None  # the request was read last
+            drawings.append(self.begin(noise.to(self.device), read, self.branches(sample, s), canvas, s, source))
         return drawings
 
     def begin(
-        self, noise: Float[Tensor, "c h w"], branches: tuple[Context, ...], canvas: tuple[int, int], s: Settings
+        self,
+        noise: Float[Tensor, "c h w"],
+        contexts: tuple[Context, ...],
+        branches: Branches,
+        canvas: tuple[int, int],
+        s: Settings,
+        source: Float[Tensor, "c _ _"] | None = None,
     ) -> Drawing:
         """A drawing from given noise; an edit's begins at ``source_share`` of its last source (specs: Cheers 5.4)."""
-        state, share = noise, s.source_share if branches[0].slot else 0.0
-        if share:
-            source = branches[0].slot[-1][1]
+        state, share = noise, s.source_share if source is not None else 0.0
+        if share and source is not None:
             if source.shape != noise.shape:
                 raise ValueError(
                     "an edit that begins at its source has the source's size; set source_share to 0 for another"
                 )
             state = mix(source[None], noise[None], noise.new_tensor([1 - share]))[0]
         times = self._times(s, share)
-        return Drawing(state.flatten(1).T, branches, canvas, s, 0, len(times) - 1, Going(times))
+        return Drawing(state.flatten(1).T, contexts, branches, canvas, s, len(times) - 1, times)
 
     def _times(self, s: Settings, share: float) -> Float[Tensor, " steps_1"]:
         steps, first = max(1, int((1 - share) * s.num_inference_steps + 1e-9)), 1 - share
@@ -668,7 +662,7 @@ class Cheers(UnifiedModel):
         interval they are not computed."""
         check_step(drawings)
         contexts = [d.contexts[b] for b in range(len(drawings[0].contexts)) for d in drawings]
-        canvas, table = drawings[0].canvas, drawings[0].slot.table
+        canvas, table = drawings[0].canvas, drawings[0].slot
         if table is None or not table.holds(contexts):
             table = Fixed(contexts, canvas[0] * canvas[1] // self.config.stride**2)
 
@@ -676,10 +670,10 @@ class Cheers(UnifiedModel):
             return self._velocity(self._grid(x_t, canvas), t, table, branches).flatten(-2).transpose(-1, -2)
 
         out = []
-        for d, (state, v) in zip(drawings, euler(drawings, velocities, [d.slot.times for d in drawings]), strict=True):
+        for d, (state, v) in zip(drawings, euler(drawings, velocities), strict=True):
             if "bf16_latents" in self.config.published_quirks:
                 state = state.bfloat16().float()
-            out.append(advance(d, state, Going(d.slot.times, table, v)))
+            out.append(advance(d, state, v, table))
         return out
 
     def _grid(self, tokens: Float[Tensor, "B m c"], canvas: tuple[int, int]) -> Float[Tensor, "B c h w"]:
@@ -702,20 +696,10 @@ class Cheers(UnifiedModel):
         each = prediction.unflatten(0, (branches, len(z)))
         return torch.stack([velocity(p, z, t, self.config.prediction) for p in each])
 
-    def preview(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
-        """x_t - t v: the picture that the last velocity points to."""
-        states = []
-        for d in drawings:
-            v, t = d.slot.velocity, float(d.slot.times[d.step])
-            states.append(d.state if v is None else d.state - t * v)
-        return self._decode(states, drawings)
-
-    def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
-        return self._decode([d.state for d in drawings], drawings)
-
     @torch.inference_mode()
-    def _decode(self, states: list[Tensor], drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
-        pictures = self.autoencoder.decode(self._grid(torch.stack(states), drawings[0].canvas)).float()
+    def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+        latents = self._grid(torch.stack([d.state for d in drawings]), drawings[0].canvas)
+        pictures = self.autoencoder.decode(latents).float()
         return (pictures * 2 - 1 if self.config.unit_pixels else pictures).clamp(-1, 1)
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, ClassVar, Literal
 
 import PIL.Image
@@ -33,20 +34,37 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from diptych.core.batch import Batch, Pictures, pack
+from diptych.core.batch import Batch, pack
 from diptych.core.losses import Losses, Term
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Message, Sample, Text
 from diptych.core.sequence import Kind, Segment
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, Bool, Float, Tensor, to_float
-from diptych.models.protocol import NOTHING, Context, Drawing, Drop, Encoder, UnifiedModel, advance, draw_noise, shown
+from diptych.models.protocol import (
+    IMAGE,
+    NOTHING,
+    TEXT,
+    Branches,
+    Context,
+    Drawing,
+    Drop,
+    Encoder,
+    UnifiedModel,
+    advance,
+    check_step,
+    draw_noise,
+    dropped,
+    fitted,
+    latent_tokens,
+    shown,
+)
 from diptych.parts.adapters import Connector, NoQueries, ResidualQueries, StaticQueries
-from diptych.parts.attention import Cache, Cached, Continued, Recorded, documents
-from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, sampled, tiny_autoencoder
+from diptych.parts.attention import Cached, Continued, Recorded, documents
+from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, tiny_autoencoder
 from diptych.parts.dit import DitConfig, blocks, build_dit
-from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, check_step, euler, mix, squared_error, velocity
-from diptych.parts.images import SizeRule, latents_to_tokens, to_tensor, tokens_to_latents
+from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, euler, mix, squared_error, velocity
+from diptych.parts.images import SizeRule, to_tensor, tokens_to_latents
 from diptych.parts.mllm import Mllm, MllmConfig, Template
 from diptych.parts.tokenizer import Tokenizer
 from diptych.parts.vision import kept
@@ -225,10 +243,9 @@ class Iomm(UnifiedModel):
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
-        """The conversation in the reader's template. A picture to draw is queries and then its latents.
-
-        ``image`` drops the pictures that are read; ``text`` the words of the last user message, in whose place a
-        picture to draw has the prompt of its sources, or of nothing at all."""
+        """The conversation in the reader's template. A picture to draw is queries and then its latents; one that no
+        words ask for has the prompt of its sources, or of nothing at all."""
+        sample = dropped(sample, drop)
         page, template, previous = _Page(self), self.config.mllm.template, None
         for i, message in enumerate(sample.messages):
             following = sample.messages[i + 1] if i + 1 < len(sample.messages) else None
@@ -238,20 +255,14 @@ class Iomm(UnifiedModel):
                 page.write(template.opening("assistant"))
                 if sample.is_open and following is None and not message.parts:
                     return page.done(sample.id)
-                self._answer(page, sample, message, drop)
-            else:
-                hush = "text" in drop and message is sample.request
-                parts = tuple(
-                    p for p in message.parts
-                    if not (hush if isinstance(p, Text) else "image" in drop)
-                )  # fmt: skip
-                if following is not None and _draws(following):
-                    self._request(page, parts, self.config.crop)
-                elif parts:
-                    page.write(template.opening(message.role))
-                    for part in parts:
-                        page.part(part)
-                    page.end()
+                self._answer(page, sample, message)
+            elif following is not None and _draws(following):
+                self._request(page, message.parts, self.config.crop)
+            elif message.parts:
+                page.write(template.opening(message.role))
+                for part in message.parts:
+                    page.part(part)
+                page.end()
             previous = message
         return page.done(sample.id)
 
@@ -270,7 +281,7 @@ class Iomm(UnifiedModel):
             page.part(part, crop)
         page.end()
 
-    def _answer(self, page: _Page, sample: Sample, message: Message, drop: Drop) -> None:
+    def _answer(self, page: _Page, sample: Sample, message: Message) -> None:
         """An assistant's turn, after its opening."""
         final = message is sample.messages[-1]
         for part in message.parts:
@@ -278,17 +289,13 @@ class Iomm(UnifiedModel):
             if isinstance(part, Image) and part.role == "target":
                 page.write_ids(self.image_markers[0])
                 if part.blank:
-                    if not (last and sample.is_open):
-                        raise ValueError(
-                            f"sample {sample.id!r} has a picture without pixels that is not the one to draw"
-                        )
                     return
                 if not sample.is_open:
                     page.draw(part)
-                if not last and "image" not in drop:
+                if not last:
                     page.see(part)
                     page.write_ids(self.image_markers[1])
-            elif isinstance(part, Text) or "image" not in drop:
+            else:
                 page.part(part)
         if not final or not (message.parts and _draws(message, -1)):
             page.end(any(isinstance(p, Text) and p.loss for p in message.parts[-1:]))
@@ -403,7 +410,7 @@ class Iomm(UnifiedModel):
             conditions, valid = self._condition(batch, s, states, attend.memory)
             rows = iter(zip(*(x.split([len(g.tokens) for g in drawn]) for x in (conditions, valid)), strict=True))
         for g in drawn:
-            data = self._latents(g, noise)
+            data = latent_tokens(self, g, noise)
             eps = draw_noise(noise, g, "noise", tuple(data.shape[1:])).to(data.device)
             t = self.config.times(noise, g.owners, g.ordinals).to(data.device)
             prediction = self.dit(mix(data, eps, t), t, *next(rows), g.grid).float()
@@ -416,15 +423,6 @@ class Iomm(UnifiedModel):
         return any(p.requires_grad for p in self.mllm.parameters()) or any(x.requires_grad for x in pictures)
 
     @torch.no_grad()
-    def _latents(self, group: Pictures, noise: Noise) -> Float[Tensor, "N n f"]:
-        """Latent tokens of a group; the posterior is sampled with noise that belongs to each picture."""
-        found = group.images.float() if group.encoded else self.encode("autoencoder", group.images)
-        channels, eps = self.config.autoencoder.latent_channels, None
-        if found.shape[1] > channels:
-            eps = draw_noise(noise, group, "posterior", (channels, *found.shape[2:])).to(found.device)
-        return latents_to_tokens(sampled(found, channels, eps), self.config.latent_patch)
-
-    @torch.no_grad()
     def encode(self, encoder: str, images: Tensor) -> Tensor:
         """Latents (followed by their deviation where the autoencoder has a posterior), or the reader's tokens of
         pictures before any is blanked."""
@@ -433,8 +431,7 @@ class Iomm(UnifiedModel):
     # ---- reading ------------------------------------------------------------------------------------------------
 
     def open(self) -> Context:
-        m, weight = self.mllm, self.mllm.language.embed_tokens.weight
-        return Context(Cache(m.layers, m.heads, m.head_width, weight.dtype, weight.device))
+        return Context(self.mllm.cache())
 
     @torch.inference_mode()
     def extend(self, contexts: Sequence[Context], sequences: Sequence[Laid]) -> list[Context]:
@@ -462,9 +459,6 @@ class Iomm(UnifiedModel):
             )
         ]  # fmt: skip
 
-    def reply(self, ids: Sequence[int], drop: Drop = NOTHING) -> Laid:
-        return Laid("reply", (Segment(Kind.TEXT, tuple(ids)),))
-
     @property
     def stop_ids(self) -> frozenset[int]:
         return frozenset({self.stop})
@@ -472,39 +466,36 @@ class Iomm(UnifiedModel):
     # ---- drawing ------------------------------------------------------------------------------------------------
 
     def canvas(self, sample: Sample) -> tuple[int, int]:
-        last = sample.messages[-1].parts[-1:]
-        asked = last[0].size if last and isinstance(last[0], Image) else None
-        sources = [] if self.config.crop else shown(sample)
-        width, height = asked or (self.config.draw(*sources[-1].dimensions) if sources else self.config.size)
-        if min(width, height) <= 0 or width % self.config.stride or height % self.config.stride:
-            raise ValueError(f"size must be multiples of {self.config.stride}, not {width}x{height}")
-        return height, width
+        c = self.config
+        return fitted(sample, c.size, c.stride, None if c.crop else c.draw)
 
-    def branches(self, sample: Sample, settings: FlowSettings) -> tuple[Drop, ...]:
+    def branches(self, sample: Sample, settings: FlowSettings) -> Branches:
         """Full; without words when their scale is not 1; without pictures when the conversation shows some and their
         scale is not 1."""
-        shows = bool(shown(sample))
-        if shows and settings.image_guidance_scale != 1:
-            return (NOTHING, frozenset({"text"}), frozenset({"image"}))
-        return (NOTHING,) if settings.guidance_scale == 1 else (NOTHING, frozenset({"text"}))
+        branches = {NOTHING: 1.0}
+        if settings.guidance_scale != 1:
+            branches[TEXT] = settings.guidance_scale
+        if shown(sample) and settings.image_guidance_scale != 1:
+            branches[IMAGE] = settings.image_guidance_scale
+        return branches
 
     @torch.inference_mode()
     def start(
         self,
         contexts: Sequence[tuple[Context, ...]],
-        canvases: Sequence[tuple[int, int]],
+        samples: Sequence[Sample],
         settings: Sequence[FlowSettings],
         seeds: Sequence[int],
     ) -> list[Drawing]:
         """Runs the queries of every context once; a drawing keeps its conditions through all steps."""
-        flat = {id(c): c for branches in contexts for c in branches}
+        flat = {id(c): c for read in contexts for c in read}
         conditions = dict(zip(flat, self._conditions(list(flat.values())), strict=True))
         drawings = []
-        for branches, (height, width), s, seed in zip(contexts, canvases, settings, seeds, strict=True):
-            n = (height // self.config.stride) * (width // self.config.stride)
-            noise = Noise(seed).normal("drawing", "noise", (n, self.features)).to(self.device)
-            slot = (tuple(conditions[id(c)] for c in branches), None)
-            drawings.append(Drawing(noise, branches, (height, width), s, 0, s.num_inference_steps, slot))
+        for read, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
+            canvas, branches, own = self.canvas(sample), self.branches(sample, s), [conditions[id(c)] for c in read]
+            noise = Noise(seed).normal("drawing", "noise", (prod(self._grid(canvas)), self.features)).to(self.device)
+            steps = self.steps(canvas, s)
+            drawings.append(Drawing(noise, read, branches, canvas, s, steps, s.times(steps), slot=tuple(own)))
         return drawings
 
     def _conditions(self, contexts: list[Context]) -> list[Float[Tensor, "M d"]]:
@@ -528,39 +519,29 @@ class Iomm(UnifiedModel):
         """One Euler step each. Branches of guidance are one batch; outside the interval they are not computed."""
         check_step(drawings)
         moved = euler(drawings, lambda x_t, t, branches: self._velocity(x_t, t, drawings, branches))
-        return [advance(d, state, (d.slot[0], v)) for d, (state, v) in zip(drawings, moved, strict=True)]
+        return [advance(d, state, v, d.slot) for d, (state, v) in zip(drawings, moved, strict=True)]
 
     def _velocity(
         self, x_t: Float[Tensor, "B n f"], t: Float[Tensor, " B"], drawings: Sequence[Drawing], branches: int
     ) -> Float[Tensor, "R B n f"]:
-        each = [d.slot[0][b] for b in range(branches) for d in drawings]
+        each = [d.slot[b] for b in range(branches) for d in drawings]
         lengths = torch.tensor([len(c) for c in each], device=self.device)
         longest = int(lengths.max())
         longest += -(longest + x_t.shape[1]) % WHOLE
         valid = torch.arange(longest, device=self.device) < lengths[:, None]
         condition = torch.stack([F.pad(c, (0, 0, 0, longest - len(c))) for c in each])
         x, times = x_t.repeat(branches, 1, 1), t.repeat(branches)
-        prediction = self.dit(x, times, condition, valid, self._grid(drawings)).float()
+        prediction = self.dit(x, times, condition, valid, self._grid(drawings[0].canvas)).float()
         return velocity(prediction, x, times, self.config.prediction).unflatten(0, (branches, -1))
 
-    def _grid(self, drawings: Sequence[Drawing]) -> tuple[int, int]:
-        height, width = drawings[0].canvas
-        return height // self.config.stride, width // self.config.stride
-
-    def preview(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
-        """x_t - t v: the picture that the last velocity points to."""
-        states = []
-        for d in drawings:
-            t, v = float(d.settings.times(d.steps)[d.step]), d.slot[1]
-            states.append(d.state if v is None else d.state - t * v)
-        return self._decode(states, drawings)
-
-    def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
-        return self._decode([d.state for d in drawings], drawings)
+    def _grid(self, canvas: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of the latent tokens of a picture."""
+        return canvas[0] // self.config.stride, canvas[1] // self.config.stride
 
     @torch.inference_mode()
-    def _decode(self, states: list[Tensor], drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
-        latents = tokens_to_latents(torch.stack(states), self._grid(drawings), self.config.latent_patch)
+    def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+        states = torch.stack([d.state for d in drawings])
+        latents = tokens_to_latents(states, self._grid(drawings[0].canvas), self.config.latent_patch)
         return self.autoencoder.decode(latents).float().clamp(-1, 1)
 
 

@@ -20,15 +20,17 @@ from diptych.core.batch import Batch, Pictures
 from diptych.core.losses import Losses
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Sample
+from diptych.core.sequence import Kind, Segment
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import Float, Tensor
-from diptych.parts.codes import CodeSettings
-from diptych.parts.flow import FlowSettings
+from diptych.parts.autoencoder import sampled
+from diptych.parts.images import SizeRule, latents_to_tokens
 from diptych.parts.routed import spare_parameters
 from diptych.parts.tokenizer import Tokenizer
 
 Drop = frozenset[str]  # which of a family's conditions to leave out
-NOTHING: Drop = frozenset()
+NOTHING, TEXT, IMAGE = Drop(), Drop({"text"}), Drop({"image"})
+Branches = Mapping[Drop, float]  # what a context of guidance leaves out -> how far guidance goes away from it
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,17 +51,32 @@ class Drawing:
     """A picture in the making: ``state`` is noise on its way to latents, or a grid of codes being filled."""
 
     state: Tensor
-    contexts: tuple[Context, ...]  # one per branch of guidance, as ``branches`` listed them
+    contexts: tuple[Context, ...]  # one for each of ``branches``
+    branches: Branches
     canvas: tuple[int, int]  # (height, width) in pixels
     settings: Any  # the family's own
-    step: int
     steps: int
+    times: Tensor | None = None  # of a flow: the steps + 1 times between which it moves
+    step: int = 0
+    velocity: Tensor | None = None  # of a flow: where its last step pointed
     slot: Any = None  # family-private
+
+    def __post_init__(self) -> None:
+        if len(self.contexts) != len(self.branches):
+            told = ", ".join("+".join(sorted(drop)) or "nothing" for drop in self.branches)
+            raise ValueError(f"guidance needs contexts without {told}; there are {len(self.contexts)}")
 
     @property
     def done(self) -> bool:
         """Whether only ``finish`` is left."""
         return self.step >= self.steps
+
+    @property
+    def ahead(self) -> Drawing:
+        """The drawing as it would end now: of a flow x_t - t v, the end that its last step pointed at."""
+        if self.velocity is None or self.times is None:
+            return self
+        return replace(self, state=self.state - float(self.times[self.step]) * self.velocity)
 
 
 class Encoder(NamedTuple):
@@ -85,7 +102,8 @@ class Trainable(nn.Module, ABC):
 
     @abstractmethod
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
-        """The sample as segments; ``drop`` names conditions to leave out (guidance, and dropout in training).
+        """The sample as segments; ``drop`` names conditions to leave out (guidance, and dropout in training): what they
+        are ``dropped`` says, and the family only what stands in the place of words that are not there.
 
         A request (``sample.is_open``) ends where its answer or its picture begins, whatever opens it included; pictures
         before that have been drawn, so they are read. In a training sample a target is drawn, and read by what follows.
@@ -122,6 +140,11 @@ class Trainable(nn.Module, ABC):
         that is trained or random: what segments hold with ``encoded``, and what ``diptych data precompute`` keeps."""
         raise NotImplementedError(f"{self.family} declares encoders and lacks encode")
 
+    def through(self, encoder: str, group: Pictures) -> Tensor:
+        """What one of ``encoders`` makes of a group's pictures, or made of them beforehand."""
+        assert group.images is not None
+        return group.images if group.encoded else self.encode(encoder, group.images)
+
     def digest(self, encoder: str) -> str:
         """Hex digest of everything that decides what ``encoder`` makes of a picture: weights and settings."""
         modules, settings = self.encoders[encoder]
@@ -151,11 +174,17 @@ class UnifiedModel(Trainable):
     """A family that reads pictures and draws them. Generation takes lists: one request is a list of one."""
 
     settings: Any  # the family's own frozen dataclass; these suit the weights
+    edits: Any = None  # those that suit requests which show sources; None: the same
+
+    def defaults(self, sample: Sample) -> Any:
+        """The settings that suit a request: those of edits where it shows ``sources``, as far as the model has any."""
+        return self.settings if self.edits is None or not sources(sample) else self.edits
 
     @abstractmethod
     def canvas(self, sample: Sample) -> tuple[int, int]:
-        """The (height, width) to draw for a request: the size it asks for, else that of the picture it edits, else the
-        model's own. Raises ``ValueError`` for a size that cannot be drawn."""
+        """The (height, width) to draw for a request: the size it asks for, else that of the last picture of the
+        conversation (its source, or what was drawn before), else the model's own. Raises ``ValueError`` for a size that
+        cannot be drawn."""
 
     @abstractmethod
     def open(self) -> Context:
@@ -165,9 +194,9 @@ class UnifiedModel(Trainable):
     def extend(self, contexts: Sequence[Context], sequences: Sequence[Laid]) -> list[Context]:
         """The contexts after reading one sequence each; their logits predict the next word."""
 
-    @abstractmethod
     def reply(self, ids: Sequence[int], drop: Drop = NOTHING) -> Laid:
         """Words of an answer, as a sequence to read on; with ``drop``, as a branch of guidance reads them."""
+        return Laid("reply", (Segment(Kind.TEXT, tuple(ids)),))
 
     def rewind(self, context: Context, length: int, position: int) -> Context:
         """The context as it was after its first ``length`` tokens, where position ids stood at ``position``; read on
@@ -179,40 +208,97 @@ class UnifiedModel(Trainable):
     def stop_ids(self) -> frozenset[int]:
         """Words that end an answer."""
 
-    @abstractmethod
-    def branches(self, sample: Sample, settings: Any) -> tuple[Drop, ...]:
-        """The contexts that drawing a request needs, the full one first: what ``lay_out`` must drop for each."""
+    @property
+    def picture_word(self) -> int | None:
+        """The word with which an answer begins a picture of its own accord; None in families that never say it."""
+        return None
+
+    def drawn(self, image: Image) -> tuple[Segment, ...]:
+        """A picture that an answer began with ``picture_word`` and that has been drawn, up to where words go on."""
+        raise NotImplementedError(f"{self.family} says a picture_word and lacks drawn")
+
+    def branches(self, sample: Sample, settings: Any) -> Branches:
+        """The contexts that drawing a request needs: what ``lay_out`` must drop for each, and how far guidance goes
+        away from it, in the order in which it does; the full one first.
+
+        Without text when its scale exceeds 1, and then without pictures too when the conversation shows some and their
+        scale exceeds 1 (specs: SGT 3.5)."""
+        branches = {NOTHING: 1.0}
+        if settings.guidance_scale > 1:
+            branches[TEXT] = settings.guidance_scale
+            if shown(sample) and settings.image_guidance_scale > 1:
+                branches[IMAGE] = settings.image_guidance_scale
+        return branches
+
+    def steps(self, canvas: tuple[int, int], settings: Any) -> int:
+        """How many steps a picture takes, at most. Families that draw codes answer with how many tokens it has."""
+        return settings.num_inference_steps
 
     @abstractmethod
     def start(
         self,
         contexts: Sequence[tuple[Context, ...]],
-        canvases: Sequence[tuple[int, int]],
+        samples: Sequence[Sample],
         settings: Sequence[Any],
         seeds: Sequence[int],
     ) -> list[Drawing]:
-        """Begins pictures: noise or an empty grid, drawn from each picture's own seed."""
+        """Begins the pictures that requests ask for, each from its own seed: noise or an empty grid. ``contexts`` have
+        read what ``branches`` of the request and its settings lists."""
 
     @abstractmethod
     def step(self, drawings: Sequence[Drawing]) -> list[Drawing]:
         """One denoising step, or one patch of codes, for all of them at once. They must be of one canvas size and have
         equally many branches. Raises ``ValueError`` otherwise, and for a drawing that is done."""
 
-    @abstractmethod
     def preview(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
         """The pictures as they would look if drawing ended here."""
+        return self.finish([d.ahead for d in drawings])
 
     @abstractmethod
     def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
-        """The pictures in [-1, 1]."""
+        """The pictures in [-1, 1]; what codes have not been drawn yet is grey."""
 
 
-def advance(drawing: Drawing, state: Tensor, slot: Any = None) -> Drawing:
+# ---- what families that draw share: steps ------------------------------------------------------------------------
+
+
+def check_step(drawings: Sequence[Drawing]) -> None:
+    """Raises ``ValueError`` where drawings cannot take a step together, or one is done."""
+    if len({d.canvas for d in drawings}) != 1 or len({len(d.contexts) for d in drawings}) != 1:
+        raise ValueError("one step takes drawings of one canvas size and one number of branches")
+    if any(d.done for d in drawings):
+        raise ValueError("a finished drawing takes no further step")
+
+
+def advance(drawing: Drawing, state: Tensor, velocity: Tensor | None = None, slot: Any = None) -> Drawing:
     """The drawing one step on."""
-    return replace(drawing, state=state, step=drawing.step + 1, slot=slot)
+    return replace(drawing, state=state, step=drawing.step + 1, velocity=velocity, slot=slot)
 
 
-# ---- what families that draw share ------------------------------------------------------------------------------
+# ---- requests ---------------------------------------------------------------------------------------------------
+
+
+def dropped(sample: Sample, drop: Drop) -> Sample:
+    """The sample without the conditions that ``drop`` names of the picture that is drawn (``Sample.drawing``)::
+
+        text    the words of its request
+        image   every picture before it: sources, pictures to understand, and what was drawn earlier
+
+    Where nothing is drawn, of the answer. The same in every family; what follows the drawing stays.
+    Raises ``ValueError`` for a picture without pixels that is not the one to draw."""
+    place, asked, messages = sample.drawing, sample.request_at, []
+    for i, message in enumerate(sample.messages):
+        parts = []
+        for j, part in enumerate(message.parts):
+            if isinstance(part, Image):
+                if part.blank and not (sample.is_open and (i, j) == place):
+                    raise ValueError(f"sample {sample.id!r} has a picture without pixels that is not the one to draw")
+                gone = "image" in drop and (place is None or (i, j) < place)
+            else:
+                gone = "text" in drop and i == asked
+            parts += [] if gone else [part]
+        messages.append(replace(message, parts=tuple(parts)))
+    return replace(sample, messages=tuple(messages)) if drop else sample
 
 
 def shown(sample: Sample) -> list[Image]:
@@ -220,8 +306,42 @@ def shown(sample: Sample) -> list[Image]:
     return [p for p in sample.images() if not p.blank]
 
 
+def sources(sample: Sample) -> list[Image]:
+    """The pictures that a drawing is made from: those shown in its request, in order. What was shown or drawn before is
+    context."""
+    return [p for p in (sample.request.parts if sample.request else ()) if isinstance(p, Image)]
+
+
+def fitted(
+    sample: Sample, size: tuple[int, int], stride: int, rule: SizeRule | None = None, most: int | None = None
+) -> tuple[int, int]:
+    """The (height, width) to draw for a request: the size it asks for, else what ``rule`` makes of the last picture of
+    its conversation, else ``size``; these are (width, height). Raises ``ValueError`` for sides that are no multiples of
+    ``stride`` or exceed ``most``."""
+    last, before = sample.messages[-1].parts[-1:], shown(sample) if rule else []
+    asked = last[0].size if last and isinstance(last[0], Image) else None
+    width, height = asked or (rule(*before[-1].dimensions) if rule and before else size)
+    if any(side % stride or not 0 < side <= (most or side) for side in (width, height)):
+        up = f" up to {most}" if most else ""
+        raise ValueError(f"size must be multiples of {stride}{up}, not {width}x{height}")
+    return height, width
+
+
+# ---- pictures ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def latent_tokens(model: Trainable, group: Pictures, noise: Noise) -> Float[Tensor, "N n f"]:
+    """Patches of a group's latents; a posterior is sampled with noise that belongs to each picture."""
+    found, channels, eps = model.through("autoencoder", group).float(), model.config.autoencoder.latent_channels, None
+    if found.shape[1] > channels:
+        eps = draw_noise(noise, group, f"{group.kind} posterior", (channels, *found.shape[2:])).to(found.device)
+    return latents_to_tokens(sampled(found, channels, eps), model.config.latent_patch)
+
+
 def draw_noise(noise: Noise, group: Pictures, name: str, shape: tuple[int, ...]) -> Tensor:
-    """Normal draws for every picture of a group, (N, *shape), each from its own address."""
+    """Normal draws for every picture of a group, (N, *shape), each from its own address; a ``name`` that several kinds
+    of pictures draw under says which (ordinals count one kind)."""
     return torch.stack(
         [noise.normal(o, f"{name}{i}", shape) for o, i in zip(group.owners, group.ordinals, strict=True)]
     )
@@ -235,16 +355,6 @@ def read_on(
         Context(cache, c.length + len(s), c.position + sum(x.moves for x in s.segments), scores, c.slot)
         for cache, c, s, scores in zip(caches, contexts, sequences, logits, strict=True)
     ]
-
-
-def flow_branches(sample: Sample, settings: FlowSettings | CodeSettings) -> tuple[Drop, ...]:
-    """Full; without text when its scale exceeds 1; without pictures when the conversation shows some and their scale
-    exceeds 1. There is no guidance at all when the text scale is at most 1."""
-    if settings.guidance_scale <= 1:
-        return (NOTHING,)
-    if shown(sample) and settings.image_guidance_scale > 1:
-        return (NOTHING, frozenset({"text"}), frozenset({"image"}))
-    return (NOTHING, frozenset({"text"}))
 
 
 def draw_weights(

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -43,12 +44,14 @@ from diptych.models.protocol import (
     Drop,
     Encoder,
     UnifiedModel,
+    advance,
+    check_step,
     draw_weights,
-    flow_branches,
+    dropped,
+    fitted,
     read_on,
-    shown,
 )
-from diptych.parts.attention import Attend, Cache, Cached, Streams, documents, inverse_permutation
+from diptych.parts.attention import Attend, Cached, Streams, documents, inverse_permutation
 from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, tiny_tokenizer
 from diptych.parts.codes import CodeHead, CodeSettings, linear_cross_entropy
 from diptych.parts.decoder import Decoder, DecoderConfig
@@ -56,6 +59,7 @@ from diptych.parts.fold import Ratio, fold, folded, unfold
 from diptych.parts.images import SizeRule, Tiling, fit
 from diptych.parts.routed import Routed
 from diptych.parts.tokenizer import Tokenizer
+from diptych.parts.vision import blanked
 
 WORDS, PICTURES = 0, 1  # the two routes
 UNCONDITIONAL = ("Here is a random image", ":")  # around <UNCOND>
@@ -266,40 +270,37 @@ class SynerGen(UnifiedModel):
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
-        """Messages in order. ``text`` puts the unconditional words in place of the last user message's; ``image``
-        leaves every picture to read out."""
+        """Messages in order; a picture that no words ask for is asked for by the unconditional ones."""
+        sample = dropped(sample, drop)
         segments = [Segment(Kind.TEXT, tuple(self.begin))] if self.begin else []
         seen = sum(image.role == "understand" for image in sample.images())
-        for message in sample.messages:
-            segments += self._message(message, sample, drop, max(1, self.config.see.most // max(seen, 1)))
+        for i, message in enumerate(sample.messages):
+            asks = sample.drawing is not None and i == sample.request_at
+            segments += self._message(message, sample, asks, max(1, self.config.see.most // max(seen, 1)))
         return Laid(sample.id, tuple(segments))
 
-    def _message(self, message: Message, sample: Sample, drop: Drop, most: int) -> list[Segment]:
+    def _message(self, message: Message, sample: Sample, asks: bool, most: int) -> list[Segment]:
         """One message: words joined up to where a picture stands. A word with loss is the target of the place before
         it, whatever stands there; so is the end of a message that closes with words that carry loss."""
         opens = sample.is_open and message is sample.messages[-1]
-        free = "text" in drop and message is sample.request
         ids, said = list(self.roles[message.role]), []
         pictures: dict[int, Segment] = {}
         said += [False] * len(ids)
         for part in message.parts:
             if isinstance(part, Text):
-                words = self.tokenizer.encode(part.text)
-                if free:
-                    before, after = map(self.tokenizer.encode, UNCONDITIONAL)
-                    words = [] if self.uncond in ids else [*before, self.uncond, *after]
-                ids += words
+                ids += (words := self.tokenizer.encode(part.text))
                 said += [part.loss] * len(words)
             elif part.blank:
-                if not (opens and part is message.parts[-1]):
-                    raise ValueError(f"sample {sample.id!r} has a picture without pixels that is not the one to draw")
                 ids.append(self.boi)
             else:
                 drawn = part.role == "target" and not sample.is_open
-                if drawn or "image" not in drop:
-                    pictures[len(ids)] = block = self._picture(part, drawn, most)
-                    ids += block.ids
-                    said += [False] * len(block)
+                pictures[len(ids)] = block = self._picture(part, drawn, most)
+                ids += block.ids
+                said += [False] * len(block)
+        if asks and not any(isinstance(part, Text) for part in message.parts):
+            before, after = map(self.tokenizer.encode, UNCONDITIONAL)
+            ids += (words := [*before, self.uncond, *after])
+            said += [False] * len(words)
         if not opens:
             ids += self.end
             last = message.parts[-1] if message.parts else None
@@ -333,7 +334,8 @@ class SynerGen(UnifiedModel):
             )
         grid = self._grid(height, width)
         ids = (self.boi, *[NONE] * (tiles * grid[0] * grid[1]), self.eoi)
-        return Segment(Kind.CODES, ids, image=held, grid=grid, route=PICTURES, drawn=drawn, encoded=encoded)
+        how = {"drawn": drawn, "encoded": encoded, "masked": image.masked}
+        return Segment(Kind.CODES, ids, image=held, grid=grid, route=PICTURES, **how)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of the tokens of a picture."""
@@ -345,7 +347,7 @@ class SynerGen(UnifiedModel):
     @torch.no_grad()
     def _codes(self, group: Pictures) -> Int[Tensor, "N t n s"]:
         """Folded codes of a group's pictures, tile by tile."""
-        codes = group.images if group.encoded else self.encode("autoencoder", group.images)
+        codes = self.through("autoencoder", group)
         return fold(codes.long().flatten(0, 1), self.config.fold).unflatten(0, codes.shape[:2])
 
     @torch.no_grad()
@@ -384,11 +386,13 @@ class SynerGen(UnifiedModel):
 
     def losses(self, batch: Batch, noise: Noise) -> Losses:
         """``text``: cross-entropy summed over supervised words; ``image``: over codes (Eq. 4), in nats. A picture's
-        first token is predicted from <boi>, every other from the token before it. Nothing is random."""
+        first token is predicted from <boi>, every other from the token before it. Only masks are random."""
         counts, order = self.counts(batch), torch.cat(batch.routes)
         rank = inverse_permutation(order)
         codes = {id(g): self._codes(g) for g in batch.of(Kind.CODES)}
-        pictures = [(g.tokens, self._embed_codes(codes[id(g)], g.grid)) for g in batch.of(Kind.CODES)]
+        pictures = [
+            (g.tokens, blanked(self._embed_codes(codes[id(g)], g.grid), g, noise)) for g in batch.of(Kind.CODES)
+        ]
         states = self._run(batch, pictures, batch.positions, order, documents(batch, order))
 
         supervised = (batch.targets != NONE).nonzero()[:, 0]
@@ -404,26 +408,24 @@ class SynerGen(UnifiedModel):
     # ---- reading ------------------------------------------------------------------------------------------------
 
     def open(self) -> Context:
-        c, weight = self.config.decoder, self.decoder.embed_tokens.weight
-        return Context(Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, weight.dtype, weight.device))
+        return Context(self.decoder.cache())
 
     @torch.inference_mode()
     def extend(self, contexts: Sequence[Context], sequences: Sequence[Laid]) -> list[Context]:
         """Reads; a context keeps its last final state, from which a picture's first token is drawn."""
-        batch = pack(sequences, self.routes).to(self.device)
+        batch, noise = pack(sequences, self.routes).to(self.device), Noise()
         order = torch.cat(batch.routes)
         positions = batch.positions + torch.tensor([c.position for c in contexts], device=self.device)[batch.document]
         caches = [c.cache.room(c.length, len(s)) for c, s in zip(contexts, sequences, strict=True)]
-        pictures = [(g.tokens, self._embed_codes(self._codes(g), g.grid)) for g in batch.of(Kind.CODES)]
+        pictures = [
+            (g.tokens, blanked(self._embed_codes(self._codes(g), g.grid), g, noise)) for g in batch.of(Kind.CODES)
+        ]
         attend = Cached(caches, [c.length for c in contexts], batch, order if pictures else None)
         states = self._run(batch, pictures, positions, order, attend)
         last = torch.tensor(batch.lengths, device=self.device).cumsum(0) - 1
         final = states[inverse_permutation(order)[last]]
         read = read_on(contexts, sequences, caches, self.decoder.logits(final).float())
         return [replace(context, slot=h) for context, h in zip(read, final, strict=True)]
-
-    def reply(self, ids: Sequence[int], drop: Drop = NOTHING) -> Laid:
-        return Laid("reply", (Segment(Kind.TEXT, tuple(ids)),))
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -432,45 +434,36 @@ class SynerGen(UnifiedModel):
     # ---- drawing ------------------------------------------------------------------------------------------------
 
     def canvas(self, sample: Sample) -> tuple[int, int]:
-        last = sample.messages[-1].parts[-1:]
-        asked = last[0].size if last and isinstance(last[0], Image) else None
-        sources = shown(sample)
-        width, height = asked or (self.config.draw(*sources[-1].dimensions) if sources else self.config.size)
-        stride, most = self.config.stride, self.config.draw.longest
-        if width % stride or height % stride or not (0 < width <= most and 0 < height <= most):
-            raise ValueError(f"size must be multiples of {stride} up to {most}, not {width}x{height}")
-        return height, width
+        c = self.config
+        return fitted(sample, c.size, c.stride, c.draw, c.draw.longest)
 
-    def branches(self, sample: Sample, settings: CodeSettings) -> tuple[Drop, ...]:
-        """As families that draw by a flow: full, without text, without pictures."""
-        return flow_branches(sample, settings)
+    def steps(self, canvas: tuple[int, int], settings: CodeSettings) -> int:
+        return prod(self._grid(*canvas))
 
     def start(
         self,
         contexts: Sequence[tuple[Context, ...]],
-        canvases: Sequence[tuple[int, int]],
+        samples: Sequence[Sample],
         settings: Sequence[CodeSettings],
         seeds: Sequence[int],
     ) -> list[Drawing]:
         """Empty grids of codes, to be filled token by token; ``state`` is (tokens, slots), ``NONE`` where not drawn."""
         drawings = []
-        for branches, canvas, s, seed in zip(contexts, canvases, settings, seeds, strict=True):
-            rows, columns = self._grid(*canvas)
-            state = torch.full((rows * columns, self.config.slots), NONE, device=self.device)
-            drawings.append(Drawing(state, branches, canvas, (s, seed), 0, rows * columns))
+        for read, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
+            canvas = self.canvas(sample)
+            state = torch.full((self.steps(canvas, s), self.config.slots), NONE, device=self.device)
+            drawings.append(Drawing(state, read, self.branches(sample, s), canvas, (s, seed), len(state)))
         return drawings
 
     @torch.inference_mode()
     def step(self, drawings: Sequence[Drawing]) -> list[Drawing]:
         """The codes of one token each; every branch reads the token, through the vision experts, as in training."""
-        if len({d.canvas for d in drawings}) != 1 or len({len(d.contexts) for d in drawings}) != 1:
-            raise ValueError("one step takes drawings of one canvas size and one number of branches")
-        if any(d.done for d in drawings):
-            raise ValueError("a finished drawing takes no further step")
+        check_step(drawings)
         R, B, slots = len(drawings[0].contexts), len(drawings), self.config.slots
         h = torch.stack([d.slot.h if d.slot else torch.stack([c.slot for c in d.contexts]) for d in drawings], 1)
         chance = [Noise(d.settings[1], d.step).uniform("drawing", "codes", (slots,)) for d in drawings]
-        codes = self.unfold.sample(h, [d.settings[0] for d in drawings], torch.stack(chance).to(self.device))
+        settings, scales = [d.settings[0] for d in drawings], [tuple(d.branches.values()) for d in drawings]
+        codes = self.unfold.sample(h, settings, scales, torch.stack(chance).to(self.device))
         at = torch.tensor([d.step for d in drawings], device=self.device)
         grid, (m, n) = self._grid(*drawings[0].canvas), self.config.fold
         token = self.visual_embed(codes, self.visual_embed.positions((grid[0] * m, grid[1] * n))[at])
@@ -480,10 +473,9 @@ class SynerGen(UnifiedModel):
         token = token.to(self.decoder.embed_tokens.weight.dtype).repeat(R, 1)
         new = self.decoder(token, positions, streams.grow(), [0, R * B]).unflatten(0, (R, B))
         return [
-            replace(
+            advance(
                 d,
-                state=d.state.index_copy(0, at[i : i + 1], codes[i : i + 1]),
-                step=d.step + 1,
+                d.state.index_copy(0, at[i : i + 1], codes[i : i + 1]),
                 slot=_Going(streams, tuple(b * B + i for b in range(R)), new[:, i]),
             )
             for i, d in enumerate(drawings)
@@ -505,21 +497,10 @@ class SynerGen(UnifiedModel):
         ]
         return Streams(read, max(d.steps - d.step for d in drawings))
 
-    def preview(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
-        """What has been drawn; the rest is grey."""
-        images = self._decode([d.state.clamp(min=0) for d in drawings], drawings)
-        p, (m, n) = self.config.autoencoder.downsample, self.config.fold
-        drawn = torch.stack([d.state != NONE for d in drawings])
-        rows, columns = self._grid(*drawings[0].canvas)
-        seen = unfold(drawn, (rows * m, columns * n), self.config.fold)
-        return images * seen.repeat_interleave(p, 1).repeat_interleave(p, 2)[:, None]
-
-    def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
-        return self._decode([d.state for d in drawings], drawings)
-
     @torch.inference_mode()
-    def _decode(self, states: list[Tensor], drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
-        rows, columns = self._grid(*drawings[0].canvas)
-        m, n = self.config.fold
-        codes = unfold(torch.stack(states), (rows * m, columns * n), self.config.fold)
-        return self.autoencoder.decode(codes).float().clamp(-1, 1)
+    def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+        (rows, columns), (m, n) = self._grid(*drawings[0].canvas), self.config.fold
+        codes = unfold(torch.stack([d.state for d in drawings]), (rows * m, columns * n), self.config.fold)
+        images = self.autoencoder.decode(codes.clamp(min=0)).float().clamp(-1, 1)
+        p = self.config.autoencoder.downsample
+        return images * (codes != NONE).repeat_interleave(p, 1).repeat_interleave(p, 2)[:, None]

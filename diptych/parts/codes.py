@@ -46,6 +46,10 @@ class CodeSettings:
         if self.top_k < 1 or not 0 < self.top_p <= 1:
             raise ValueError(f"top_k must be at least 1 and top_p in (0, 1], not {self.top_k} and {self.top_p}")
 
+    def within(self, steps: int) -> CodeSettings:
+        """The same: how many codes there are is not for the settings to say."""
+        return self
+
 
 class CodeHead(nn.Module):
     """The transformer over slots. ``config.vocab_size`` is the number of codes; there is no rotation, since every slot
@@ -81,15 +85,20 @@ class CodeHead(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, h: Float[Tensor, "R B d"], settings: Sequence[CodeSettings], chance: Float[Tensor, "B s"]
+        self,
+        h: Float[Tensor, "R B d"],
+        settings: Sequence[CodeSettings],
+        scales: Sequence[Sequence[float]],
+        chance: Float[Tensor, "B s"],
     ) -> Int[Tensor, "B s"]:
         """The codes of B patches, slot by slot, each guided by R branches (``guided``) that get the same code back.
 
+        ``scales`` are, for each patch, those of its R branches (the full one's, which stands first, is not used).
         ``chance`` are uniform draws in [0, 1), one a code: what was drawn depends on nothing else."""
         R, B, _ = h.shape
         c = self.config
         cache = h.new_empty(c.num_hidden_layers, 2, R * B, self.slots, c.num_key_value_heads, c.width)
-        choose = Choice(settings, h.device)
+        choose = Choice(settings, h.device, [list(column) for column in zip(*scales, strict=True)][1:])
         out = torch.empty(B, self.slots, dtype=torch.long, device=h.device)
         z = self.in_proj(h.flatten(0, 1))
         for j in range(self.slots):
@@ -116,12 +125,15 @@ def _still(x: Tensor) -> Tensor:
 class Choice:
     """Chooses one code for each of B rows of logits, by each row's own settings."""
 
-    def __init__(self, settings: Sequence[CodeSettings], device: torch.device) -> None:
+    def __init__(
+        self, settings: Sequence[CodeSettings], device: torch.device, scales: Sequence[Sequence[float]] = ()
+    ) -> None:
+        """``scales`` are the rows' own for every branch but the full one."""
+
         def column(values: list) -> Tensor:
             return torch.tensor(values, device=device)[:, None]
 
-        self.text = column([s.guidance_scale for s in settings])
-        self.image = column([s.image_guidance_scale for s in settings])
+        self.scales = [column(list(row)) for row in scales]
         self.greedy = column([s.temperature == 0 for s in settings])
         self.temperature = column([s.temperature or 1.0 for s in settings])
         self.k, self.p = column([s.top_k for s in settings]), column([s.top_p for s in settings])
@@ -147,10 +159,9 @@ class Choice:
         return chosen[:, 0]
 
     def guided(self, logits: Float[Tensor, "R B K"]) -> Float[Tensor, "B K"]:
-        """l_text + g (l - l_text), then l_image + g' (... - l_image) where there is a third branch (specs: SynerGen-VL
-        4.2; the order is BAGEL's)."""
+        """l_b + g_b (l - l_b) for one branch b after another (specs: SynerGen-VL 4.2; the order is BAGEL's)."""
         out = logits[0]
-        for branch, scale in zip(logits[1:], (self.text, self.image), strict=False):
+        for branch, scale in zip(logits[1:], self.scales, strict=True):
             out = branch + scale * (out - branch)
         return out
 

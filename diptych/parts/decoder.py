@@ -20,7 +20,7 @@ from torch import nn
 
 from diptych.core.batch import Batch
 from diptych.core.tensors import NONE, Float, Int, Tensor
-from diptych.parts.attention import Attend, inverse_permutation, permute
+from diptych.parts.attention import Attend, Cache, inverse_permutation, permute
 from diptych.parts.linear import linear
 from diptych.parts.routed import Routed
 
@@ -173,6 +173,11 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x = layer(x, rope, counts, attend)
         return self.norm(x, counts)
+
+    def cache(self) -> Cache:
+        """An empty cache for its keys and values."""
+        c, weight = self.config, self.embed_tokens.weight
+        return Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, weight.dtype, weight.device)
 
     def embed(
         self,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
@@ -50,17 +50,26 @@ class FlowSettings:
         """The steps + 1 times from 1 to 0 between which a drawing moves."""
         return warp(steps) if self.warped else schedule(steps, self.timestep_shift)
 
+    def within(self, steps: int) -> FlowSettings:
+        """The same in at most so many steps."""
+        return replace(self, num_inference_steps=min(steps, self.num_inference_steps))
+
     def guided(self, t: float) -> bool:
         """Whether guidance is active at this time; an interval that begins at 0 holds the 0."""
         low, high = self.guidance_interval
         return low < t <= high or t == low == 0 < high
 
-    def combine(self, branches: Float[Tensor, "R n f"]) -> Float[Tensor, "n f"]:
-        """The guided velocity of one picture from those of its branches: full, without text, without pictures."""
-        full, *others = branches.split(1)
-        no_text, no_image = (*others, None, None)[:2]
-        scales = self.guidance_scale, self.image_guidance_scale
-        return guide(full, no_text, no_image, *scales, self.renorm, self.renorm_min)[0]
+    def combine(
+        self, velocities: Float[Tensor, "R n f"], branches: Mapping[frozenset[str], float]
+    ) -> Float[Tensor, "n f"]:
+        """The guided velocity of one picture from those of (the first of) its branches, which say what each leaves out
+        and its scale."""
+        found = {drop: (v[None], g) for (drop, g), v in zip(branches.items(), velocities, strict=False)}
+        full, _ = found.pop(frozenset())
+        no_text, text_scale = found.pop(frozenset({"text"}), (None, 1.0))
+        no_image, image_scale = found.pop(frozenset({"image"}), (None, 1.0))
+        assert not found, f"a flow is guided away from no text and no image, not {found.keys()}"
+        return guide(full, no_text, no_image, text_scale, image_scale, self.renorm, self.renorm_min)[0]
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -127,37 +136,26 @@ class Drawn(Protocol):
     state: Any
     settings: Any
     contexts: Any
+    branches: Any
     canvas: Any
+    times: Any
     step: int
-    steps: int
-    done: Any
-
-
-def check_step(drawings: Sequence[Drawn]) -> None:
-    """Raises ``ValueError`` where drawings cannot take a step together, or one is done."""
-    if len({d.canvas for d in drawings}) != 1 or len({len(d.contexts) for d in drawings}) != 1:
-        raise ValueError("one step takes drawings of one canvas size and one number of branches")
-    if any(d.done for d in drawings):
-        raise ValueError("a finished drawing takes no further step")
 
 
 def euler(
     drawings: Sequence[Drawn],
     velocities: Callable[[Float[Tensor, "B n f"], Float[Tensor, " B"], int], Float[Tensor, "R B n f"]],
-    times: Sequence[Tensor] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """The next state of every drawing, and the velocity without guidance. ``velocities(x_t, t, branches)`` gives those
-    of the first ``branches`` contexts; outside the guidance interval only the full one is asked for. ``times`` of each
-    drawing are those of its settings unless given."""
-    whole = [d.settings.times(d.steps) for d in drawings] if times is None else times
-    now = [t[d.step : d.step + 2] for d, t in zip(drawings, whole, strict=True)]
+    of the first ``branches`` contexts; outside the guidance interval only the full one is asked for."""
+    now = [d.times[d.step : d.step + 2] for d in drawings]
     guided = [d.settings.guided(float(t[0])) for d, t in zip(drawings, now, strict=True)]
     branches = len(drawings[0].contexts) if any(guided) else 1
     x_t = torch.stack([d.state for d in drawings])
     v = velocities(x_t, torch.stack([t[0] for t in now]).to(x_t.device), branches)
     out = []
     for i, (d, t) in enumerate(zip(drawings, now, strict=True)):
-        own = d.settings.combine(v[:, i] if guided[i] else v[:1, i])
+        own = d.settings.combine(v[:, i] if guided[i] else v[:1, i], d.branches)
         out.append((d.state - own * float(t[0] - t[1]), own))
     return out
 

@@ -19,7 +19,7 @@ from diptych.core.batch import Pictures
 from diptych.core.sample import Speaker
 from diptych.core.sequence import Kind, Segment
 from diptych.core.tensors import NONE, Float, Int, Tensor, to_float
-from diptych.parts.attention import Attend
+from diptych.parts.attention import Attend, Cache
 from diptych.parts.images import SizeRule
 from diptych.parts.linear import linear
 
@@ -113,6 +113,11 @@ class Mllm(nn.Module):
     def size(self, size: tuple[int, int]) -> tuple[int, int]:
         """The (width, height) that a picture of this size is resized to."""
         return self.tower.size(size)
+
+    def cache(self) -> Cache:
+        """An empty cache for the language model's keys and values."""
+        weight = self.language.embed_tokens.weight
+        return Cache(self.layers, self.heads, self.head_width, weight.dtype, weight.device)
 
     def embed(self, ids: Int[Tensor, " T"]) -> Float[Tensor, "T D"]:
         """Embeddings of words."""

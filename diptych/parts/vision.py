@@ -49,6 +49,11 @@ def kept(group: Pictures, noise: Noise) -> Bool[Tensor, "N n"]:
     return (torch.stack(draws) >= group.masked).to(group.tokens.device)
 
 
+def blanked(tokens: Float[Tensor, "N n d"], group: Pictures, noise: Noise) -> Float[Tensor, "N n d"]:
+    """The tokens of a group's pictures as they are read: zeros where they are not ``kept``."""
+    return tokens * kept(group, noise)[..., None] if group.masked else tokens
+
+
 def patchify(images: Float[Tensor, "N c H W"], patch: int) -> Float[Tensor, "N n f"]:
     """Patch features in the order (row in patch, column in patch, channel), patches row-major."""
     if images.shape[-2] % patch or images.shape[-1] % patch:

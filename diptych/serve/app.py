@@ -140,8 +140,8 @@ class Service:
             raise ValueError(f"{name} is not valid Unicode: half a surrogate pair") from error
         return text
 
-    def settings(self, engine: Engine, body: ToDraw) -> Any:
-        """The model's settings with the request's changes, checked by type, by the family and by the limits."""
+    def settings(self, engine: Engine, body: ToDraw, sample: Sample) -> Any:
+        """The settings that suit the request with its changes, checked by type, by the family and by the limits."""
         named = {
             "num_inference_steps": body.num_inference_steps or body.steps,
             "guidance_scale": body.guidance_scale,
@@ -153,7 +153,8 @@ class Service:
         changes = given | body.settings
         engine.settings({k: None for k in changes})  # names
         try:
-            chosen = TypeAdapter(type(engine.model.settings)).validate_python(asdict(engine.model.settings) | changes)
+            own = engine.model.defaults(sample)
+            chosen = TypeAdapter(type(own)).validate_python(asdict(own) | changes)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
@@ -162,8 +163,10 @@ class Service:
             for number in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(number, float) and not abs(number) <= 1e6:
                     raise ValueError(f"settings.{name} must be a finite number up to 1e6, not {number}")
-        steps = getattr(chosen, "num_inference_steps", 0)
-        if steps > self.limits.steps:
+        model, size = engine.model, _size(body.size)
+        asked = replace(sample, messages=(*sample.messages, assistant(Image(None, "target", size))))
+        steps = model.steps(model.canvas(asked), chosen)
+        if steps > max(self.limits.steps, model.steps(model.canvas(_request()), model.settings)):  # its own will do
             raise ValueError(f"num_inference_steps may be at most {self.limits.steps}, not {steps}")
         return chosen
 
@@ -272,7 +275,7 @@ class Conversation:
         if body.n > s.limits.n:
             raise ValueError(f"n may be at most {s.limits.n}, not {body.n}")
         self.wanted = wanted
-        self.settings = s.settings(worker.engine, body) if "image" in body.modalities else None
+        self.settings = s.settings(worker.engine, body, sample) if "image" in body.modalities else None
         self.negative = s.text(body.negative_prompt or "", "negative_prompt")
         self.turns = [sample] * body.n
         self.parts: list[list[dict[str, Any]]] = [[] for _ in range(body.n)]
@@ -299,7 +302,7 @@ class Conversation:
             return Draw(opened, seed, None, self.settings, self.negative, b.partial_images)
         logprobs = (b.top_logprobs or 0) if b.logprobs else None
         opened = replace(turn, messages=(*turn.messages, assistant()))
-        return Say(opened, self.wanted, b.temperature, b.top_p, seed, b.stops, logprobs)
+        return Say(opened, self.wanted, b.temperature, b.top_p, seed, b.stops, logprobs, pictures=0)
 
     async def follow(self, call: Call) -> AsyncIterator[tuple[int, Event]]:
         """Events with their choice; what has been said and drawn is kept in ``parts``."""
@@ -416,7 +419,7 @@ class Gallery:
         prompt = service.text(body.prompt, "prompt")
         negative = service.text(body.negative_prompt or "", "negative_prompt")
         sample = Sample("request", (user(*(Image(s, "condition") for s in sources), prompt),))
-        settings, size = service.settings(worker.engine, body), _size(body.size)
+        settings, size = service.settings(worker.engine, body, sample), _size(body.size)
         self.requests = [
             Draw(sample, self.seed + i, size, settings, negative, body.partial_images) for i in range(body.n)
         ]

@@ -28,7 +28,7 @@ from diptych.models.bagel import Bagel, Config, published_config
 from diptych.models.protocol import NOTHING, Context
 from diptych.models.weights import BAGEL, FLUX_AUTOENCODER, export, load
 from diptych.parts.attention import inverse_permutation
-from diptych.parts.flow import FlowSettings, TimeDraw, schedule, shift_time, squared_error
+from diptych.parts.flow import FlowSettings, TimeDraw, shift_time, squared_error
 from diptych.parts.images import SizeRule, latents_to_tokens, to_tensor, tokens_to_latents
 from diptych.parts.positions import grid_places, grid_table
 from diptych.parts.tokenizer import Tokenizer
@@ -601,7 +601,8 @@ def check_drawing(
     n = starts.shape[1]
     grid = grid_of(folder.get(f"{given}.packed_vae_position_ids")[:n], c.latent_side)
     canvas = (grid[0] * c.stride, grid[1] * c.stride)
-    sample = Sample("draw", (user("1"), assistant(Image(None, "target", (canvas[1], canvas[0])))))
+    shown = [Image(PIL.Image.new("RGB", (1, 1)), "condition")] if branches > 2 else []
+    sample = Sample("draw", (user(*shown, "1"), assistant(Image(None, "target", (canvas[1], canvas[0])))))
     folder.same(f"{given}: canvas", list(made.canvas(sample)), list(canvas))
 
     whole = [x[0] for x in contexts]
@@ -630,14 +631,15 @@ def check_drawing(
 
     count = len(contexts)
     guided = [x[:branches] for x in contexts]
-    drawings = made.start(guided, [canvas] * count, [chosen] * count, [0] * count)
+    chosen = replace(chosen, guidance_scale=1.0) if branches == 1 else chosen
+    drawings = made.start(guided, [sample] * count, [chosen] * count, [0] * count)
     drawings = [replace(d, state=x) for d, x in zip(drawings, starts, strict=True)]
     times, states, velocities = [], [], []
     while not drawings[0].done:
-        times.append(schedule(drawings[0].steps, chosen.timestep_shift)[drawings[0].step])
+        times.append(drawings[0].times[drawings[0].step])
         states.append(torch.cat([d.state for d in drawings]))
         drawings = made.step(drawings)
-        velocities.append(torch.cat([d.slot[1] for d in drawings]))
+        velocities.append(torch.cat([d.velocity for d in drawings]))
     out = f"{at}.out.{group}"
     folder.close(f"{out}.t", torch.stack(times), tolerance=1e-6)
     folder.close(f"{out}.x_t", torch.stack(states))
@@ -710,7 +712,7 @@ def editing(folder: Folder) -> None:
     check_cache(folder, context, f"{at}.out.cache_full")
     for group in groups(folder, at):
         branches = made.branches(request, settings(folder.meta[at][f"in.{group}.args"]))
-        folder.same(f"{group}: branches", branches, (NOTHING, TEXT, IMAGE)[: len(branches)])
+        folder.same(f"{group}: branches", tuple(branches), (NOTHING, TEXT, IMAGE)[: len(branches)])
         drops = (NOTHING, TEXT, IMAGE)
         laid = [with_images(made.lay_out(request, drop), images, made, encoded=True) for drop in drops]
         contexts = made.extend([made.open() for _ in laid], laid)
@@ -744,8 +746,9 @@ def probes(folder: Folder) -> None:
 
     [context] = made.extend([made.open()], [made.lay_out(Sample("caption", (user(words(folder, "caption")),)))])
     grid = grid_of(folder.get("generation.in.plain.packed_vae_position_ids"), made.config.latent_side)
-    canvas = (grid[0] * made.config.stride, grid[1] * made.config.stride)
-    [drawing] = made.start([(context,)], [canvas], [FlowSettings(2, guidance_scale=1.0, timestep_shift=3.0)], [0])
+    size = (grid[1] * made.config.stride, grid[0] * made.config.stride)
+    asked = Sample("draw", (user("1"), assistant(Image(None, "target", size))))
+    [drawing] = made.start([(context,)], [asked], [FlowSettings(2, guidance_scale=1.0, timestep_shift=3.0)], [0])
     noise = folder.get("generation.in.plain.packed_init_noises")
     watched = read_on = replace(drawing, state=noise)
     for step, shares in enumerate(meta["gen.released_share_percent"].values()):

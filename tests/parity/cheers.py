@@ -369,7 +369,11 @@ def drawing(folder: Folder, stage: str) -> None:
     )
     factor = made.config.autoencoder.downsample
     canvas = (z0.shape[-2] * factor, z0.shape[-1] * factor)
-    drawings = [made.begin(z, tuple(b[i] for b in branches), canvas, settings) for i, z in enumerate(z0)]
+    scales = dict(zip(drops, (1.0, case["cfg_scale"]), strict=False))
+    origins = [c.slot[-1][1] if c.slot else None for c in branches[0]]
+    drawings = [
+        made.begin(z, tuple(b[i] for b in branches), scales, canvas, settings, origins[i]) for i, z in enumerate(z0)
+    ]
     kept = []
     original = made._velocity
     made._velocity = lambda *args: kept.append(original(*args)) or kept[-1]
@@ -377,7 +381,7 @@ def drawing(folder: Folder, stage: str) -> None:
     while not drawings[0].done:
         states.append(made._grid(torch.stack([d.state for d in drawings]), canvas))
         drawings = made.step(drawings)
-    folder.close(f"{at}t_schedule", 1 - drawings[0].slot.times[:-1], tolerance=1e-6)
+    folder.close(f"{at}t_schedule", 1 - drawings[0].times[:-1], tolerance=1e-6)
     folder.close(f"{at}x_trajectory", torch.stack(states))
     for b, name in enumerate(("v_cond", "v_uncond")[: len(drops)]):
         folder.close(at + name, -torch.stack([v[b] for v in kept]))

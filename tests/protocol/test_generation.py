@@ -16,6 +16,7 @@ from diptych.core.sample import Image, Sample, assistant, user
 from diptych.core.sequence import Kind
 from diptych.generate.engine import Engine
 from diptych.generate.events import ImageDone, ImagePreview, Stop, TextDelta
+from diptych.generate.memory import Memory
 from tests import tiny
 from tests.tolerances import LOGITS, PIXELS, SUM
 
@@ -51,6 +52,24 @@ def test_reading_in_pieces_equals_reading_at_once(model, sample):
         [context] = model.extend([context], [piece])
     assert (context.length, context.position) == (whole.length, whole.position)
     assert torch.allclose(context.logits, whole.logits, rtol=0, atol=LOGITS)
+
+
+def test_sampled_latents_are_those_of_the_whole_when_reading_goes_on():
+    """A picture's noise is its own, also where reading begins in the middle: in pieces, and from a memory."""
+    model = tiny.sampling("bagel")
+    sources = [Image(tiny.picture(i), "condition") for i in (1, 2)]
+    sample = Sample("two", (user(sources[0], "one"), assistant("yes"), user(sources[1], "two"), assistant()))
+    [whole] = read(model, laid := model.lay_out(sample))
+    context = model.open()
+    for piece in cut(laid):
+        [context] = model.extend([context], [piece])
+    assert torch.allclose(context.logits, whole.logits, rtol=0, atol=LOGITS)
+    memory = Memory(model)
+    memory.read([model.lay_out(replace(sample, messages=sample.messages[:2]))], [False])
+    [later] = memory.read([laid], [True])
+    assert torch.allclose(later.logits, whole.logits, rtol=0, atol=LOGITS)
+    [other] = read(model, replace(laid, segments=tuple(replace(s, ordinal=0) for s in laid.segments)))
+    assert not torch.allclose(other.logits, whole.logits, rtol=0, atol=LOGITS)
 
 
 def test_reading_together_equals_reading_alone(model):
@@ -151,7 +170,7 @@ def begin(model, prompt="a blue star", seed=0, **changes):
     for drop in model.branches(request, settings):
         laid = model.lay_out(request, drop)
         contexts.append(read(model, laid)[0] if len(laid) else model.open())
-    return model.start([tuple(contexts)], [model.canvas(request)], [settings], [seed])[0]
+    return model.start([tuple(contexts)], [request], [settings], [seed])[0]
 
 
 def finish(model, *drawings):
@@ -213,6 +232,8 @@ def test_guidance_scale_1_is_no_guidance(model):
 def test_every_branch_drops_what_it_says(model):
     settings = replace(model.settings, guidance_scale=2.0, image_guidance_scale=1.5)
     edit = replace(tiny.edit(), messages=(tiny.edit().messages[0], assistant(Image(None, "target"))))
+    assert model.branches(to_draw(), settings) == {frozenset(): 1.0, frozenset({"text"}): 2.0}
+    assert model.branches(edit, settings)[frozenset({"image"})] == 1.5
     for request in (to_draw(), edit):
         first, *rest = model.branches(request, settings)
         assert first == frozenset() and rest and all(b <= set(model.conditions) for b in rest)
@@ -220,7 +241,20 @@ def test_every_branch_drops_what_it_says(model):
         assert len(set(told)) == len(told)
         words = "a blue star" if request is not edit else "make the star red"
         assert all((words in t) == ("text" not in drop) for t, drop in zip(told, (first, *rest)))
-    assert model.branches(edit, replace(settings, guidance_scale=1.0, image_guidance_scale=1.0)) == (frozenset(),)
+    assert model.branches(edit, replace(settings, guidance_scale=1.0, image_guidance_scale=1.0)) == {frozenset(): 1.0}
+
+
+def test_a_drawing_has_a_context_for_every_branch(model):
+    request, settings = to_draw(), replace(model.settings, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="guidance needs contexts without nothing, text; there are 1"):
+        model.start([(read(model, model.lay_out(request))[0],)], [request], [settings], [0])
+
+
+def test_a_drawing_takes_as_many_steps_as_the_model_says(model):
+    drawing, settings = begin(model, **tiny.having(model, num_inference_steps=3)), model.settings.within(3)
+    assert drawing.steps == model.steps(drawing.canvas, settings) == model.steps(drawing.canvas, settings.within(9))
+    assert drawing.steps == 3 or drawing.steps == len(drawing.state)  # where a step is a token of codes
+    assert model.steps((64, 64), settings) in (3, 4 * drawing.steps)
 
 
 def test_a_finished_drawing_takes_no_further_step(model):
@@ -241,6 +275,22 @@ def test_edits_with_image_guidance(engine):
     )
     assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() > 0  # the scale matters
     assert np.abs(np.asarray(a, int) - np.asarray(c, int)).max() > 0  # the source matters
+
+
+def test_edits_have_defaults_of_their_own(fresh):
+    """Where a model has them: of requests that show a source, and of no conversation that once showed one."""
+    drawn = tiny.request(tiny.draw())
+    edit = tiny.request(tiny.edit(size=(32, 32)))
+    after = Sample("after", (*tiny.edit().messages, user("a star")))
+    assert all(fresh.defaults(s) == fresh.settings for s in (drawn, edit, after)) or fresh.edits
+    fresh.edits = replace(fresh.settings, guidance_scale=1.25, **tiny.having(fresh, num_inference_steps=2))
+    assert fresh.defaults(edit) == fresh.edits and fresh.defaults(drawn) == fresh.defaults(after) == fresh.settings
+    engine = Engine(fresh)
+    assert engine.edit(tiny.picture(1), "x").parameters["guidance_scale"] == 1.25
+    assert engine.edit(tiny.picture(1), "x", guidance_scale=1.5).parameters["guidance_scale"] == 1.5
+    assert [p.parameters["guidance_scale"] for p in engine.draw([drawn, edit], [0, 1])] == [
+        fresh.settings.guidance_scale, 1.25
+    ]  # fmt: skip
 
 
 def test_an_edit_has_its_sources_size(engine):

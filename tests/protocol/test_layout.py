@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diptych.core.batch import pack
-from diptych.core.sample import Image, Sample, Text, user
+from diptych.core.sample import Image, Sample, Text, assistant, user
 from diptych.core.sequence import Kind
 from diptych.core.tensors import NONE
 from diptych.train.parameters import by_part
@@ -56,6 +56,34 @@ def test_dropping_images_leaves_pictures_to_read_out_and_the_target_in(model):
     assert model.counts(pack([bare], model.routes))["image"] == model.counts(pack([full], model.routes))["image"] > 0
 
 
+def two_drawings(*end) -> Sample:
+    """A picture to understand, a drawing, and another drawing after it."""
+    seen, first = Image(tiny.picture(0)), Image(tiny.picture(1), "target")
+    return Sample("two", (user(seen, "a red star"), assistant(first), user("make it blue"), *end))
+
+
+@pytest.mark.parametrize("end", [assistant(Image(tiny.picture(2), "target")), assistant(Image(None, "target"))])
+def test_dropping_images_drops_every_picture_before_the_drawing_and_no_word(model, end):
+    """In training and in a request: what was drawn earlier is a condition of what is drawn now."""
+    bare = model.lay_out(two_drawings(end), frozenset({"image"}))
+    assert bare.pictures == (0 if end.parts[0].blank else 1) and all(
+        s.drawn for s in bare.segments if s.image is not None
+    )
+    told = bare.describe(model.tokenizer.decode)
+    assert "red star" in told and "make it blue" in told
+
+
+def test_dropping_words_drops_those_of_the_drawing_alone(model):
+    told = model.lay_out(two_drawings(assistant(Image(None, "target"))), frozenset({"text"}))
+    assert "make it blue" not in told.describe(model.tokenizer.decode) and told.pictures >= 2
+
+
+def test_a_picture_without_pixels_is_the_one_to_draw_or_an_error(model):
+    for messages in ((user(Image(None), "x"), assistant("y")), (user("x"), assistant(Image(None, "target"), "y"))):
+        with pytest.raises(ValueError, match="sample 'bad' has a picture without pixels that is not the one to draw"):
+            model.lay_out(Sample("bad", messages))
+
+
 def test_dropping_everything_leaves_nothing_of_a_request(model):
     """Nothing at all, or words that say nothing: the same for every request of as many words."""
     made = (tiny.edit(), tiny.edit(seed=5))
@@ -64,8 +92,15 @@ def test_dropping_everything_leaves_nothing_of_a_request(model):
     assert left[0].pictures == 0 and "star" not in left[0].describe(model.tokenizer.decode)
 
 
-def test_dropping_text_drops_the_last_request(model):
-    assert "what colour" not in model.lay_out(tiny.story(), frozenset({"text"})).describe(model.tokenizer.decode)
+def test_dropping_text_drops_the_request_of_the_drawing_and_not_a_later_question(model):
+    """A picture is drawn, then asked about: what the drawing is drawn from goes, and nothing after it."""
+    bare = model.lay_out(tiny.story(), frozenset({"text"})).describe(model.tokenizer.decode)
+    assert "green square" not in bare and "what colour" in bare
+    full = model.lay_out(tiny.story())
+    assert sum(s.supervised for s in model.lay_out(tiny.story(), frozenset({"text"})).segments) >= 1
+    asked = Sample("asked", (*tiny.story().messages[:3], assistant()))
+    assert "what colour" not in model.lay_out(asked, frozenset({"text"})).describe(model.tokenizer.decode)
+    assert full.pictures == model.lay_out(tiny.story(), frozenset({"text"})).pictures
 
 
 def words(model, laid) -> list[str]:

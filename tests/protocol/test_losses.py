@@ -12,9 +12,11 @@ import torch
 from diptych.core.batch import pack
 from diptych.core.losses import combine
 from diptych.core.noise import Noise
-from diptych.core.sample import Image, Sample, Text, user
+from diptych.core.sample import Image, Sample, Text, assistant, user
 from diptych.core.sequence import Kind
 from diptych.data.loader import Row, Stats
+from diptych.data.selfcondition import SelfConditioned, bare
+from diptych.models.protocol import latent_tokens
 from diptych.train import optim
 from diptych.train.checkpoint import Saver
 from diptych.train.log import Work
@@ -83,6 +85,43 @@ def test_noise_belongs_to_the_sample_and_the_step(model):
         return
     assert sums(model, [a])["image"] != sums(model, [b])["image"]  # one picture, two names
     assert sums(model, [a], Noise(3, 6))["image"] != sums(model, [a])["image"] != sums(model, [a], Noise(4, 5))["image"]
+
+
+def test_a_picture_read_and_the_same_picture_drawn_have_noise_of_their_own():
+    model, same = tiny.sampling("bagel"), tiny.picture(1)
+    sample = Sample("again", (user(Image(same, "condition"), "again"), assistant(Image(same, "target"))))
+    batch = pack([model.lay_out(sample)], model.routes)
+    read, drawn = (latent_tokens(model, *batch.of(kind), NOISE) for kind in (Kind.CLEAN, Kind.NOISED))
+    assert read.shape == drawn.shape and not torch.equal(read, drawn)
+
+
+def itself(masked: float, name="self", seed=5) -> Sample:
+    """A picture that is drawn from its own tokens, some of them blank."""
+    return SelfConditioned([bare(tiny.draw(name, seed, size=(64, 64)))], masked, "the same picture")[0]
+
+
+def test_a_picture_is_drawn_from_what_its_mask_leaves(model):
+    """Masked self-conditioning (IOMM 3.2) on every family: nothing masked is the picture, everything is no picture."""
+
+    def loss(*samples, noise=NOISE):
+        return sums(model, [model.lay_out(s) for s in samples], noise)["image"]
+
+    def shown(masked, seed=5):  # the picture that is read is another than the one that is drawn
+        read = Image(tiny.picture(seed, 64, 64), masked=masked)
+        return loss(Sample("self", (user(read, "x"), *tiny.draw().messages[1:])))
+
+    assert len({shown(m) for m in (0.0, 0.5, 1.0)}) == 3
+    assert shown(1.0, 5) == pytest.approx(shown(1.0, 6), rel=1e-6) and shown(0.5, 5) != shown(0.5, 6)
+    some = [itself(0.5), tiny.draw("pair"), itself(0.25, "other", 6)]
+    assert loss(*some) == pytest.approx(sum(loss(s) for s in some), rel=SUM)
+    assert loss(itself(0.5), noise=Noise(3, 6)) != loss(itself(0.5))
+    assert "masked 0.5" in model.lay_out(itself(0.5)).describe()
+
+
+@pytest.mark.parametrize("role", ["condition", "target"])
+def test_only_a_picture_to_understand_can_be_masked(role):
+    with pytest.raises(ValueError, match=f"only a picture to understand can be masked, no {role}"):
+        Image(tiny.picture(0), role, masked=0.5)
 
 
 def quiet(seed: int, words: str) -> Sample:

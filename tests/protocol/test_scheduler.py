@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from diptych.core.sample import Sample, user
+from diptych.core.sample import Image, Sample, Text, assistant, user
 from diptych.generate.engine import Engine
 from diptych.generate.events import ImageDone, ImagePreview, Stop, TextDelta
+from diptych.generate.memory import Memory, _same, units
 from diptych.generate.scheduler import Draw, Say, Scheduler
 from diptych.parts.linear import Linear, linear
 from tests import tiny
+from tests.tolerances import LOGITS
 
 
 def prompt(text: str) -> Sample:
@@ -182,6 +185,78 @@ def test_a_negative_prompt_guides_and_needs_guidance(model):
     assert engine.generate("a star", negative_prompt="red").parameters["negative_prompt"] == "red"
     with pytest.raises(ValueError, match="negative_prompt needs guidance"):
         engine.generate("a star", negative_prompt="red", guidance_scale=1.0)
+
+
+# ---- answers that draw -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """What answers say, word for word, whatever the model would have said."""
+
+    def says(*words):
+        said = iter(words)
+        monkeypatch.setattr("diptych.generate.scheduler.next_word", lambda *_: next(said))
+
+    return says
+
+
+def spoken(model) -> tuple[list[int], list[int], list[int]]:
+    """Words, a picture's beginning, and words again until the end."""
+    if model.picture_word is None:
+        pytest.skip("this family's answers begin no pictures")
+    before, after = (model.tokenizer.encode(t) for t in ("a red", "done"))
+    return before, [model.picture_word], [*after, min(model.stop_ids)]
+
+
+def test_a_spoken_beginning_starts_a_picture_and_the_answer_goes_on(model, script):
+    before, word, after = spoken(model)
+    script(*before, *word, *after)
+    loop, sample = Scheduler(model, Memory(model)), prompt("hello")
+    talk = loop.submit(Say(sample, 20, seed=3))
+    events = []
+    while not loop.idle:
+        for job, event in loop.tick():
+            assert job is talk
+            events.append(event)
+    kinds = [type(e) for e in events if not isinstance(e, TextDelta)]
+    assert kinds == [ImageDone, Stop] and events[-1].reason == "stop" and events[-1].usage.pictures == 1
+    at = next(i for i, e in enumerate(events) if isinstance(e, ImageDone))
+    text = ["".join(e.text for e in some if isinstance(e, TextDelta)) for some in (events[:at], events[at:])]
+    assert text == [model.tokenizer.decode(before), model.tokenizer.decode(after[:-1])] and all(text)
+    assert [id(i) for i in talk.images] == [id(events[at].image)]
+    # the picture is the one that is asked for in the same place, and what follows has read it
+    place = Sample("p", (*sample.messages, assistant(Text(text[0], loss=True), Image(None, "target"))))
+    asked = Engine(model).draw([place], [3])[0].image
+    assert np.abs(np.asarray(asked, int) - np.asarray(events[at].image, int)).max() <= 2
+    spoken_turn = assistant(Text(text[0], loss=True), Image(events[at].image, "target"), Text(text[1], loss=True))
+    laid = model.lay_out(Sample("p", (*sample.messages, spoken_turn, user("and then?"), assistant())))
+    known, _ = loop.memory.known[-1]
+    assert all(map(_same, known, units(laid.segments)))  # the next turn reads on from where this answer ended
+    [fresh], [later] = (m.read([laid], [True]) for m in (Memory(model), loop.memory))
+    assert torch.allclose(later.logits, fresh.logits, rtol=0, atol=10 * LOGITS)  # pixels were looked at
+
+
+def test_pictures_beyond_the_allowed_are_words(model, script):
+    before, word, after = spoken(model)
+    script(*before, *word, *after)
+    loop = Scheduler(model)
+    talk = loop.submit(Say(prompt("hello"), 20, pictures=0))
+    while not loop.idle:
+        assert not any(isinstance(e, ImageDone) for _, e in loop.tick())
+    assert talk.ids == [*before, *word, *after[:-1]] and not talk.images
+
+
+def test_an_answer_that_draws_is_cancelled_with_its_picture(model, script):
+    before, word, after = spoken(model)
+    script(*before, *word)
+    loop = Scheduler(model)
+    talk = loop.submit(Say(prompt("hello"), 20))
+    while not talk.sketch:
+        loop.tick()
+    assert len(loop.running) == 2
+    loop.cancel(talk)
+    assert loop.idle
 
 
 def test_what_cannot_be_served_is_refused_before_it_waits(model):
