@@ -166,8 +166,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--log-prompts", action="store_true", help="write prompts to the log")
     p.add_argument("--quiet", action="store_true", help="no line for every request")
 
-    p = verb("evaluate", _evaluate, "score a model; or list, score, compare, read, distance (see the examples)", *_EVALUATE)  # fmt: skip  # noqa: E501
-    _model(p)
+    p = verb("evaluate", _evaluate, "score a model, or compare and read scores", *_EVALUATE)
+    _model(p, other=_EVALUATED)
     p.add_argument("benchmarks", nargs="*", metavar="BENCHMARK", help="names that `diptych evaluate list` shows; NAME=FILE where it needs your file; lmms-eval:TASK,TASK")  # fmt: skip  # noqa: E501
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--limit", type=int, help="items per category")
@@ -344,8 +344,16 @@ def _device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
 
 
-def _model(p: argparse.ArgumentParser, use: bool = True) -> None:
-    p.add_argument("model", help="a name that `diptych models` lists, a model, run or published folder, or org/name")
+_EVALUATED = (
+    ", or http://host:port/v1, or folder:DIR of pictures made elsewhere. Or one of these words instead, which load no "
+    "model: list (every benchmark), score RUN (verdicts again), compare RUN RUN, read KIND=FILE (what other harnesses "
+    "wrote), distance DRAWN REAL; a model's folder of such a name is ./list"
+)
+
+
+def _model(p: argparse.ArgumentParser, use: bool = True, other: str = "") -> None:
+    what = "a name that `diptych models` lists, a model, run or published folder, or org/name"
+    p.add_argument("model", help=what + other)
     p.add_argument("--base", help="the model whose files are taken where a published folder lacks them")
     _device(p)
     if use:

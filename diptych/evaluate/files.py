@@ -6,6 +6,7 @@ import base64
 import binascii
 import json
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -16,9 +17,9 @@ import PIL.Image
 from diptych.data.images import open_image
 
 
-def read(path: Path) -> list[dict]:
+def read(path: Path, *keys: str) -> list[dict]:
     """The rows of a jsonl file, none where there is no file. A last line without its end is cut off the file; raises
-    ``ValueError`` for any other broken line."""
+    ``ValueError`` for any other broken line, and for a row without one of the ``keys``."""
     if not path.is_file():
         return []
     data = path.read_bytes()
@@ -26,7 +27,11 @@ def read(path: Path) -> list[dict]:
     if whole != data:
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    return rows(path, whole)
+    found = rows(path, whole)
+    for row in found:
+        for key in keys:
+            field(row, (key,), f"{path}: a row")
+    return found
 
 
 def rows(path: Path, data: bytes | None = None) -> list[dict]:
@@ -43,6 +48,14 @@ def rows(path: Path, data: bytes | None = None) -> list[dict]:
             raise ValueError(f"{path} line {number} is not an object: {row!r}")
         found.append(row)
     return found
+
+
+def load(path: Path) -> Any:
+    """What a JSON file holds. Raises ``ValueError`` naming a file that is none."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def append(path: Path, rows: Sequence[Mapping]) -> None:
@@ -62,16 +75,20 @@ def _plain(value: Any) -> Any:
 
 def replace(path: Path, text: str) -> None:
     """Writes a file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    part = _beside(path)
     part.write_text(text, "utf-8")
     os.replace(part, path)
 
 
+def _beside(path: Path) -> Path:
+    """A name beside the file that no other process or thread writes to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+
+
 def save(image: PIL.Image.Image, path: Path) -> None:
     """Writes a PNG in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    part = _beside(path)
     image.convert("RGB").save(part, "PNG")
     os.replace(part, path)
 

@@ -32,10 +32,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from diptych.core.sample import Sample, user
+from diptych.data.images import open_image
 from diptych.data.render import rgb
 from diptych.evaluate import card as cards
 from diptych.evaluate import files
-from diptych.evaluate.judge import Judge
+from diptych.evaluate.judge import Judge, Unreachable
 from diptych.evaluate.remote import Pictures
 from diptych.evaluate.scores import Baselines, Benchmark, Item, Outcome, Score, Verdict
 from diptych.evaluate.table import LMMS, Tools, resolve
@@ -218,7 +219,7 @@ def load_result(folder: str | Path) -> Result:
     card, file = cards.load(folder), folder / "summary.json"
     if not file.is_file():
         raise ValueError(f"{folder} is not scored yet: diptych evaluate score {folder}")
-    summary = json.loads(file.read_text("utf-8"))
+    summary = files.load(file)
     known: dict[str, Item] = {}
     for name, asked in card["asked"].items():
         try:  # a judge is not asked, but some must be there
@@ -299,9 +300,10 @@ def _opened(
 
 def _generate(work: _Work, engine: Engine, benchmark: Benchmark, settings: Any, batch_size: int) -> None:
     """Makes what is missing of a benchmark. One item that the model refuses gets its reason; if nothing has worked yet
-    and it refuses them all, the fault is not the items': the ``ValueError`` goes to the user."""
+    and it refuses them all, or a server is gone, the fault is not the items': the ``ValueError`` goes to the user."""
     made = _finished(work.folder, {i.id for i in work.items[benchmark.name]})
-    worked, side = any("error" not in row for row in made.values()), work.sides[benchmark.name]
+    worked = isinstance(engine, Pictures) or any("error" not in row for row in made.values())
+    side = work.sides[benchmark.name]
 
     def attempt(some: list[Item]) -> list[dict]:
         samples = [item.sample.map_images(lambda i: replace(i, image=files.picture(i.image))) for item in some]
@@ -327,11 +329,15 @@ def _generate(work: _Work, engine: Engine, benchmark: Benchmark, settings: Any, 
             continue
         try:
             rows = attempt(some)
+        except Unreachable:
+            raise
         except ValueError as refusal:
             rows, first = [], refusal
             for item in some:
                 try:
                     rows += attempt([item])
+                except Unreachable:
+                    raise
                 except ValueError as refusal:
                     rows.append(_row(item, 1, {}, error=str(refusal)))
             if not worked and all("error" in row for row in rows):
@@ -348,7 +354,7 @@ def _row(item: Item, batch: int, parameters: Mapping[str, Any], **made: str) -> 
 
 def _finished(folder: Path, ids: set[str]) -> dict[str, dict]:
     """The finished lines of these items; a line whose picture is gone is not finished."""
-    rows = {row["id"]: row for row in files.read(folder / "items.jsonl") if row["id"] in ids}
+    rows = {row["id"]: row for row in files.read(folder / "items.jsonl", "id") if row["id"] in ids}
     return {k: row for k, row in rows.items() if "file" not in row or (folder / row["file"]).is_file()}
 
 
@@ -398,8 +404,7 @@ def _judge(
         row = made[item.id]
         image = None
         if "file" in row:
-            with PIL.Image.open(work.folder / row["file"]) as opened:
-                image = opened.convert("RGB")
+            image = open_image(work.folder / row["file"])
         hashes[item.id] = _hash(benchmark, row, image)
         if item.id in known and known[item.id]["made"] == hashes[item.id]:
             continue

@@ -99,7 +99,7 @@ def run_lmms(engine: Any, tasks: Sequence[str], folder: Path, limit: int | None 
     for task in tasks:
         file = folder / "lmms-eval" / f"{task}.json"
         if file.is_file():
-            if (made := json.loads(file.read_text("utf-8"))["card"]) != who:
+            if (made := files.load(file)["card"]) != who:
                 differs = next(k for k in who if made.get(k) != who[k])
                 raise ValueError(f"{file} was made with {differs} = {made.get(differs)!r}; use another folder")
         else:
@@ -123,7 +123,7 @@ def run_lmms(engine: Any, tasks: Sequence[str], folder: Path, limit: int | None 
 
 def read_lmms(file: Path) -> dict[str, Score]:
     """The numbers of an lmms-eval results file, as ``TASK@lmms-eval/METRIC``; intervals from its standard errors."""
-    raw = json.loads(file.read_text("utf-8"))
+    raw = files.load(file)
     scores = {}
     for task, row in files.field(raw, ("results",), str(file), dict).items():
         counts = (raw.get("n-samples") or {}).get(task) or {}
@@ -305,7 +305,7 @@ def read_gedit(file: Path) -> dict[str, Score]:
 
 def read_imgedit(file: Path) -> dict[str, Score]:
     """ImgEdit's numbers of any of its three files: by type, by key (needs no more), or the judge's replies by key."""
-    raw = json.loads(file.read_text("utf-8"))
+    raw = files.load(file)
     if not isinstance(raw, dict) or not raw:
         raise ValueError(f"{file} is not an object of marks")
     if isinstance(next(iter(raw.values())), str):
@@ -341,5 +341,5 @@ def read(kind: str, file: str | Path) -> dict[str, Score]:
         raise ValueError(f"there is no file {str(file)!r}")
     try:
         return READERS[kind](Path(file))
-    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{file} is no {kind} file: {error}") from error

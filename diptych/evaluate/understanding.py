@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import csv
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,7 +63,7 @@ def read_rows(file: Path) -> list[Row]:
         with file.open(encoding="utf-8", newline="") as text:
             raw: list[dict] = list(csv.DictReader(text, delimiter="\t"))
     elif file.suffix == ".json":
-        raw = json.loads(file.read_text("utf-8"))
+        raw = files.load(file)
     else:
         raw = files.rows(file)
     if not isinstance(raw, list) or not raw:
@@ -129,6 +128,7 @@ def _item(name: str, row: Row, id: str, text: str, reference: dict, cluster: str
 def _choices(name: str, rows: list[Row], circular: bool) -> list[Item]:
     items = []
     indices = {r.id for r in rows}
+    turned = {str(int(i) % ROUND) for i in indices if i.isdigit() and int(i) >= ROUND}  # whose rotations are there
     for row in rows:
         if len(row.options) < 2 or len(row.answers) != 1 or row.answers[0] not in row.options:
             raise ValueError(f"row {row.id}: answer {row.answers} is not one of the options {dict(row.options)}")
@@ -136,8 +136,7 @@ def _choices(name: str, rows: list[Row], circular: bool) -> list[Item]:
         rotated = base != row.id and base in indices
         if rotated and not circular:
             continue
-        already = not circular or rotated or any(r.isdigit() and r != row.id and str(int(r) % ROUND) == base for r in indices)  # fmt: skip  # noqa: E501
-        turns = range(1) if already else range(len(row.options))
+        turns = range(1) if not circular or rotated or base in turned else range(len(row.options))
         keys, texts = list(row.options), list(row.options.values())
         for turn in turns:
             options = dict(zip(keys, texts[turn:] + texts[:turn], strict=True))
