@@ -753,7 +753,9 @@ def _report(a: argparse.Namespace) -> None:
 
     if a.per_category < 1:
         raise ValueError(f"per-category must be at least 1, not {a.per_category}")
-    results = {str(run): load_result(run) for run in a.runs}
+    names = [run.name if run.is_absolute() else str(run) for run in a.runs]
+    names = names if len(set(names)) == len(names) else [str(run) for run in a.runs]
+    results = {name: load_result(run) for name, run in zip(names, a.runs)}
     made = sections(results, per_category=a.per_category)
     named = ", ".join(dict.fromkeys(str(r.card["model"]) for r in results.values()))
     print(write_report(a.out, made, f"Evaluation of {named}", " · ".join(results)))

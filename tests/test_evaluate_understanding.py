@@ -333,6 +333,7 @@ def test_lmms_eval_itself(tmp_path):
     with pytest.raises(ValueError, match="has no task 'tiny_popp'"):
         run("lmms-eval:tiny_popp", reply, **more)
     assert json.loads((tmp_path / "run/summary.json").read_text())["scores"]["tiny_pope@lmms-eval/right"]
+    assert harness.rescore(tmp_path / "run", progress=False).scores == result.scores
 
 
 def test_rescoring_needs_the_same_questions(tmp_path):

@@ -6,7 +6,7 @@
     items.jsonl   what the model made, one line per finished item     <- needs the model
     pictures/     the pictures it drew, PNG
     scores.jsonl  the verdict on each item                            <- needs the items only
-    summary.json  scores with intervals, baselines, failures, card
+    summary.json  scores with intervals, baselines, failures, card, of the benchmarks that were asked for last
 
 A line is written when its item is finished; a last line cut off by a crash is dropped and its item made again. An item
 that the model refuses stays in the count as wrong, with the reason; no blank picture or empty answer replaces it.
@@ -156,6 +156,12 @@ def evaluate(
     for name, value in (("limit", limit), ("batch_size", batch_size), ("size", size)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1, or None for the default")
+    if foreign:  # before anything is made
+        from diptych.evaluate import interop
+
+        if parallel.place()[1] > 1:
+            raise ValueError("lmms-eval has its own way with several processes: evaluate its tasks in one")
+        manager = interop.lmms_manager(foreign, Path(folder) if folder else None, lmms_tasks)
     sides = {b.name: size or b.side for b in chosen}
     items = {b.name: _cut(b, b.items(seed, sides[b.name] or 0), limit) for b in chosen}
     if isinstance(engine, Pictures):
@@ -169,21 +175,15 @@ def evaluate(
             work.join("items")
             result = _scored(work) if score else Result({}, {}, work.card, 0, ())
             if foreign:
-                result = _with_lmms(work, result, engine, foreign, limit, batch_size, lmms_tasks)
+                more = interop.run_lmms(engine, foreign, work.folder, manager, limit, batch_size)
+                result = _joined(work, result, more)
         if folder is None:  # the pictures do not outlive the folder
             result = replace(result, outcomes=tuple(replace(o, picture=o.image) for o in result.outcomes))
         return result
 
 
-def _with_lmms(
-    work: _Work, result: Result, engine: Engine, tasks: Sequence[str], limit: int | None, batch_size: int, include: Any
-) -> Result:
-    """The result with the scores of lmms-eval's tasks."""
-    from diptych.evaluate import interop  # a heavy package, when there
-
-    if work.world > 1:
-        raise ValueError("lmms-eval has its own way with several processes: evaluate its tasks in one")
-    scores = interop.run_lmms(engine, tasks, work.folder, limit, batch_size, include)
+def _joined(work: _Work, result: Result, scores: Mapping[str, Score]) -> Result:
+    """The result with the scores of lmms-eval's tasks, here and in the summary."""
     result = replace(result, scores={**result.scores, **scores})
     files.replace(work.folder / "summary.json", json.dumps(result.to_json(), indent=2) + "\n")
     return result
@@ -200,7 +200,8 @@ def rescore(
     ``benchmarks`` default to those of the folder. Raises ``ValueError`` for a folder of other prompts."""
     folder = Path(folder)
     old = cards.load(folder)
-    chosen, asked = resolve(benchmarks or list(dict.fromkeys(old["asked"].values())), tools or Tools())
+    names = benchmarks or list(dict.fromkeys(old["asked"].values()))
+    chosen, _ = resolve(names, tools or Tools()) if names else ([], {})
     sizes = {b.name: old["size"].get(b.name, "") for b in chosen}
     sides = {name: None if isinstance(size, str) else size[0] for name, size in sizes.items()}
     items = {b.name: _cut(b, b.items(old["seed"], sides[b.name] or 0), old["limit"]) for b in chosen}
@@ -209,7 +210,13 @@ def rescore(
         if b.name not in old["prompts"] or not same:
             raise ValueError(f"{folder} was not made with the prompts of {b.name}; it has {', '.join(old['prompts'])}")
     with _opened(folder, chosen, items, sides, old, progress) as work:
-        return _scored(work)
+        result = _scored(work)
+        found = [] if benchmarks or work.rank else sorted(folder.glob("lmms-eval/*.json"))
+        if not found:
+            return result
+        from diptych.evaluate import interop
+
+        return _joined(work, result, {k: v for f in found for k, v in interop.read_lmms(f).items()})
 
 
 def load_result(folder: str | Path) -> Result:
