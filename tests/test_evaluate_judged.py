@@ -338,5 +338,7 @@ def test_broken_and_missing_pictures_are_named_failures(tmp_path, pictures):
         assert score(folder, f"wise={tmp_path / 'w.json'}", tools, batch_size=1).failures == 2
         (folder / "2.png").unlink()
         (folder / "3.jpg").rename(folder / "c.jpg")
+        with pytest.raises(ValueError, match="it answers no questions"):
+            score(folder, "vqa-mini", tools, limit=1)
         with pytest.raises(ValueError, match="holds none of the 3 pictures, such as .*1{.png"):
             score(folder, f"wise={tmp_path / 'w.json'}", tools)

@@ -200,6 +200,16 @@ def test_a_model_behind_a_server(tmp_path):
         engine.settings({"shift": 3})
 
 
+def test_llava_json(tmp_path):
+    said = [{"from": "human", "value": "<image>\nis it red?"}, {"from": "gpt", "value": "Yes"}]
+    (tmp_path / "l.json").write_text(json.dumps([{"id": "7", "conversations": said}]))
+    result = run(f"yesno={tmp_path / 'l.json'}", lambda t, s: "yes" if t.startswith("is it red?") else "no")
+    assert result.scores["l@lone-word/accuracy"].value == 1
+    (tmp_path / "l.json").write_text(json.dumps([{"id": "7", "conversations": said * 2}]))
+    with pytest.raises(ValueError, match="row 1 has 4 turns"):
+        run(f"yesno={tmp_path / 'l.json'}", lambda t, s: "yes")
+
+
 def test_a_server_that_dies_costs_no_item(tmp_path):
     """What it has finished stays, nothing is written as failed, and the run goes on to the bytes of an unbroken one."""
     file = jsonl(tmp_path / "q.jsonl", [{"id": i, "question": f"{i}?", "answer": "yes"} for i in range(6)])

@@ -165,7 +165,7 @@ def evaluate(
     sides = {b.name: size or b.side for b in chosen}
     items = {b.name: _cut(b, b.items(seed, sides[b.name] or 0), limit) for b in chosen}
     if isinstance(engine, Pictures):
-        engine.expect([item for of in items.values() for item in of])
+        engine.expect([item for b in chosen if b.task == "draw" for item in items[b.name]])
     settings = settings or engine.model.settings
     card = cards.sampling_card(engine, asked, chosen, items, sides, seed, limit, TEMPERATURE, settings)
     with _somewhere(folder) as where:
@@ -309,8 +309,8 @@ def _generate(work: _Work, engine: Engine, benchmark: Benchmark, settings: Any, 
     """Makes what is missing of a benchmark. One item that the model refuses gets its reason; if nothing has worked yet
     and it refuses them all, or a server is gone, the fault is not the items': the ``ValueError`` goes to the user."""
     made = _finished(work.folder, {i.id for i in work.items[benchmark.name]})
-    worked = isinstance(engine, Pictures) or any("error" not in row for row in made.values())
-    side = work.sides[benchmark.name]
+    there = isinstance(engine, Pictures) and benchmark.task == "draw"  # it has been seen to hold some of them
+    worked, side = there or any("error" not in row for row in made.values()), work.sides[benchmark.name]
 
     def attempt(some: list[Item]) -> list[dict]:
         samples = [item.sample.map_images(lambda i: replace(i, image=files.picture(i.image))) for item in some]

@@ -3,7 +3,8 @@ the harnesses that the field trusts (``interop.py``); these readers are for what
 
 A file is a TSV as VLMEvalKit has it (index, image in base64 or image_path, question, A B C D ..., hint, answer,
 category), or JSON or jsonl with the same keys, among which these are one: question, text, prompt · answer, label,
-answers · image, image_path · index, id, question_id, key. Image paths are relative to the file.
+answers · image, image_path · index, id, question_id, key; or LLaVA's "conversations" of one question and its answer.
+Image paths are relative to the file.
 """
 
 from __future__ import annotations
@@ -73,6 +74,11 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def _row(raw: Mapping, where: str, root: Path, stored: Mapping[str, Any]) -> Row:
+    if "conversations" in raw:
+        turns = [files.field(turn, ("value",), where) for turn in raw["conversations"]]
+        if len(turns) != 2:
+            raise ValueError(f"{where} has {len(turns)} turns; one question and its answer are read")
+        raw = {**raw, "question": turns[0], "answer": turns[1]}
     options = {k: str(raw[k]) for k in LETTERS if str(raw.get(k) if raw.get(k) is not None else "").strip() not in ("", "nan")}  # fmt: skip  # noqa: E501
     question = str(files.field(raw, ("question", "text", "prompt"), where))
     hint = str(raw.get("hint") or "").strip()
