@@ -166,8 +166,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--log-prompts", action="store_true", help="write prompts to the log")
     p.add_argument("--quiet", action="store_true", help="no line for every request")
 
-    p = verb("evaluate", _evaluate, "score a model; or list, score, compare, read, distance (see the examples)", *_EVALUATE)  # fmt: skip  # noqa: E501
-    _model(p)
+    p = verb("evaluate", _evaluate, "score a model, or compare and read scores", *_EVALUATE)
+    _model(p, other=_EVALUATED)
     p.add_argument("benchmarks", nargs="*", metavar="BENCHMARK", help="names that `diptych evaluate list` shows; NAME=FILE where it needs your file; lmms-eval:TASK,TASK")  # fmt: skip  # noqa: E501
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--limit", type=int, help="items per category")
@@ -344,8 +344,16 @@ def _device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
 
 
-def _model(p: argparse.ArgumentParser, use: bool = True) -> None:
-    p.add_argument("model", help="a name that `diptych models` lists, a model, run or published folder, or org/name")
+_EVALUATED = (
+    ", or http://host:port/v1, or folder:DIR of pictures made elsewhere. Or one of these words instead, which load no "
+    "model: list (every benchmark), score RUN (verdicts again), compare RUN RUN, read KIND=FILE (what other harnesses "
+    "wrote), distance DRAWN REAL; a model's folder of such a name is ./list"
+)
+
+
+def _model(p: argparse.ArgumentParser, use: bool = True, other: str = "") -> None:
+    what = "a name that `diptych models` lists, a model, run or published folder, or org/name"
+    p.add_argument("model", help=what + other)
     p.add_argument("--base", help="the model whose files are taken where a published folder lacks them")
     _device(p)
     if use:
@@ -754,7 +762,9 @@ def _report(a: argparse.Namespace) -> None:
 
     if a.per_category < 1:
         raise ValueError(f"per-category must be at least 1, not {a.per_category}")
-    results = {str(run): load_result(run) for run in a.runs}
+    names = [run.name if run.is_absolute() else str(run) for run in a.runs]
+    names = names if len(set(names)) == len(names) else [str(run) for run in a.runs]
+    results = {name: load_result(run) for name, run in zip(names, a.runs)}
     made = sections(results, per_category=a.per_category)
     named = ", ".join(dict.fromkeys(str(r.card["model"]) for r in results.values()))
     print(write_report(a.out, made, f"Evaluation of {named}", " · ".join(results)))

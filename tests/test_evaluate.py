@@ -147,8 +147,13 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path):
     next((tmp_path / "cut/pictures").rglob("*.png")).unlink()  # a picture got lost: drawn again
     evaluate(again, names, folder=tmp_path / "cut", **kwargs)
     assert scores.read_bytes() == (tmp_path / "whole/scores.jsonl").read_bytes() and again.calls == 3
-    items.write_text("rubbish\n" + items.read_text())
-    with pytest.raises(ValueError, match="line 1 is not JSON"):
+    whole = items.read_text()
+    for wrong, told in (("rubbish", r"items\.jsonl line 1 is not JSON"), ('{"text": "x"}', r"items\.jsonl.* no 'id'")):
+        items.write_text(f"{wrong}\n{whole}")
+        with pytest.raises(ValueError, match=told):
+            evaluate(again, names, folder=tmp_path / "cut", **kwargs)
+    (tmp_path / "cut/card.json").write_text("{")
+    with pytest.raises(ValueError, match=r"card\.json is not JSON"):
         evaluate(again, names, folder=tmp_path / "cut", **kwargs)
 
 

@@ -147,7 +147,14 @@ def test_a_wrong_formula_would_not_agree():
     assert len(disagreeing(IMGEDIT, aggregate.IMGEDIT, lambda p: mean(list(p.values())[:8]))) > 5
 
 
+def test_printed_gains_of_tags():
+    """The mean of gains is the gain of the mean: SGT's figure of GenEval by tag, over both bases."""
+    for *gains, printed in ((4.7, 3.1, 5.8, 4.6, -0.3, 1.2, 3.2), (6.0, -2.1, 6.0, 5.0, -1.2, 0.0, 2.3)):
+        assert aggregate.geneval(dict(zip(aggregate.GENEVAL, gains, strict=True))) == pytest.approx(printed, abs=0.1)
+
+
 def test_mme_and_cv_bench():
+    """No paper prints their parts; of MME SynerGen-VL prints the sum and perception, which leaves 456."""
     perception, cognition = aggregate.mme({**dict.fromkeys(aggregate.PERCEPTION, 138.1), **dict.fromkeys(aggregate.COGNITION, 114)})  # fmt: skip  # noqa: E501
     assert (round(perception), round(cognition)) == (1381, 456) and round(perception + cognition) == 1837  # SynerGen-VL
     assert len(aggregate.PERCEPTION) == 10 and len(aggregate.COGNITION) == 4

@@ -32,7 +32,8 @@ def test_yes_and_no(reply, said):
 
 
 @pytest.mark.parametrize("text, normal", [
-    ("The Dog's", "dog's"), ("two  cats.", "2 cats"), ("dont", "don't"), ("1,000", "1000"), ("3.5", "3.5"),
+    ("The Dog's", "dog 's"), ("two  cats.", "2 cats"), ("dont", "don't"), ("1,000", "1000"), ("3.5", "3.5"),
+    ("2015.", "2015"), ("is it?no", "is itno"), ("couldnt've", "couldn't've"),
     ("a yes!", "yes"), ("ten", "10"), ("none", "0"), ("wouldntve", "wouldntve"), ("wouldn'tve", "wouldn't've"),
     ("hot-dog", "hot dog"), ("St. Louis", "st louis"),
 ])  # fmt: skip

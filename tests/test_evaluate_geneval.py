@@ -73,6 +73,9 @@ def test_our_prompts_are_as_many_as_the_official_ones(tmp_path):
     for r in rows:
         for clause in r["include"]:
             assert clause["class"] in CLASSES and clause.get("color", "red") in COLOURS
+            assert not ("color" in clause and clause["class"] == "person")
+        colours = [clause["color"] for clause in r["include"] if "color" in clause]
+        assert len(set(colours)) == len(colours)
     count = next(r for r in rows if r["tag"] == "counting")
     assert count["exclude"] == [{"class": count["include"][0]["class"], "count": count["include"][0]["count"] + 1}]
     file = tmp_path / "evaluation_metadata.jsonl"
@@ -108,6 +111,10 @@ def test_pictures_are_prepared_as_published():
             -116.28 / 57.12
         )
         assert (x[..., inner[0] :, :] == 0).all() and (x[..., :, inner[1] :] == 0).all()
+    stripes = np.zeros((4, 4 * 1333, 3), np.uint8)
+    stripes[:, 1::4] = stripes[:, 2::4] = 255  # a quarter as wide: the mean of the two in the middle, not of all
+    x, _ = _prepared([PIL.Image.fromarray(stripes)])
+    assert x[0, 0, 0, :1333].min() == pytest.approx((255 - 123.675) / 58.395)
 
 
 def test_detections_are_pairs_of_query_and_class():

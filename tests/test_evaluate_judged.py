@@ -56,6 +56,7 @@ def test_replies_are_kept_and_replay_without_the_judge(tmp_path):
         assert len(server.asked) == 3
         server.refuse = 2
         assert one.ask("again", [red]).text  # what may pass is tried again
+        assert len(set(one.every(lambda _: one.ask("the same at once", [red]), range(24)))) == 1
     offline = Judge("wise-owl", None, tmp_path / "cache")
     assert offline.ask("colour", [flat("red")]).text == "colour! (255, 0, 0)"
     with pytest.raises(ValueError, match="has no reply of wise-owl to 'colour'"):
@@ -322,13 +323,22 @@ def test_the_users_rubrics_take_our_place(tmp_path, pictures):
         tools.rubric("dpg", "")
 
 
-def test_broken_pictures_are_named_failures(tmp_path, pictures):
+def test_broken_and_missing_pictures_are_named_failures(tmp_path, pictures):
     (tmp_path / "w.json").write_text(json.dumps([
-        {"prompt_id": i, "Prompt": "p", "Explanation": "e"} for i in (1, 2)]))  # fmt: skip
-    folder = pictures("1.png", flat("red"))
+        {"prompt_id": i, "Prompt": "p", "Explanation": "e"} for i in (1, 2, 3)]))  # fmt: skip
+    folder = pictures("1.jpg", flat("red"))
     out = io.BytesIO()
     flat("red").save(out, "PNG")
     (folder / "2.png").write_bytes(out.getvalue()[:40])
     with serving(reply=lambda *_: "Consistency: 2\nRealism: 2\nAesthetic Quality: 2") as server:
-        result = score(folder, f"wise={tmp_path / 'w.json'}", Tools(judge=judge(server, tmp_path)))
-    assert result.failures == 1 and "2.png" in result.outcomes[1].error
+        tools = Tools(judge=judge(server, tmp_path))
+        result = score(folder, f"wise={tmp_path / 'w.json'}", tools)
+        assert result.failures == 2 and "2.png" in result.outcomes[1].error and "3{.png," in result.outcomes[2].error
+        (folder / "1.jpg").rename(folder / "3.jpg")  # the first batches may be missing
+        assert score(folder, f"wise={tmp_path / 'w.json'}", tools, batch_size=1).failures == 2
+        (folder / "2.png").unlink()
+        (folder / "3.jpg").rename(folder / "c.jpg")
+        with pytest.raises(ValueError, match="it answers no questions"):
+            score(folder, "vqa-mini", tools, limit=1)
+        with pytest.raises(ValueError, match="holds none of the 3 pictures, such as .*1{.png"):
+            score(folder, f"wise={tmp_path / 'w.json'}", tools)

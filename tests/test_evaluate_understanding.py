@@ -200,6 +200,44 @@ def test_a_model_behind_a_server(tmp_path):
         engine.settings({"shift": 3})
 
 
+def test_llava_json(tmp_path):
+    said = [{"from": "human", "value": "<image>\nis it red?"}, {"from": "gpt", "value": "Yes"}]
+    (tmp_path / "l.json").write_text(json.dumps([{"id": "7", "conversations": said}]))
+    result = run(f"yesno={tmp_path / 'l.json'}", lambda t, s: "yes" if t.startswith("is it red?") else "no")
+    assert result.scores["l@lone-word/accuracy"].value == 1
+    (tmp_path / "l.json").write_text(json.dumps([{"id": "7", "conversations": said * 2}]))
+    with pytest.raises(ValueError, match="row 1 has 4 turns"):
+        run(f"yesno={tmp_path / 'l.json'}", lambda t, s: "yes")
+
+
+def test_a_server_that_dies_costs_no_item(tmp_path):
+    """What it has finished stays, nothing is written as failed, and the run goes on to the bytes of an unbroken one."""
+    file = jsonl(tmp_path / "q.jsonl", [{"id": i, "question": f"{i}?", "answer": "yes"} for i in range(6)])
+
+    def go(url, folder):
+        return evaluate(Endpoint(url, "m"), (f"yesno={file}",), folder=folder, batch_size=2, progress=False)
+
+    def reply(asked, images):
+        if asked.startswith("5"):
+            return None  # refused for its own sake
+        if asked.startswith("3") and server.dies:
+            server.refuse, server.dies = 100, False
+        return "yes"
+
+    with serving(reply=reply) as server:
+        server.dies = True
+        with pytest.raises(ValueError, match=f"{server.url}.*busy"):
+            go(server.url, tmp_path / "cut")
+        lines = (tmp_path / "cut/items.jsonl").read_text().splitlines()
+        assert len(lines) in (2, 4) and not any("error" in line for line in lines)
+        server.refuse = 0
+        result = go(server.url, tmp_path / "cut")
+        go(server.url, tmp_path / "whole")
+    assert result.failures == 1 and "the filter says no" in result.outcomes[5].error
+    for name in ("items.jsonl", "scores.jsonl", "summary.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 # --- other harnesses --------------------------------------------------------------------------------------------------
 
 
@@ -305,6 +343,7 @@ def test_lmms_eval_itself(tmp_path):
     with pytest.raises(ValueError, match="has no task 'tiny_popp'"):
         run("lmms-eval:tiny_popp", reply, **more)
     assert json.loads((tmp_path / "run/summary.json").read_text())["scores"]["tiny_pope@lmms-eval/right"]
+    assert harness.rescore(tmp_path / "run", progress=False).scores == result.scores
 
 
 def test_rescoring_needs_the_same_questions(tmp_path):

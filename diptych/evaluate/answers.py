@@ -60,28 +60,28 @@ def yes_no(reply: str) -> bool | None:
 
 _NUMBERS = {w: str(i) for i, w in enumerate("zero one two three four five six seven eight nine ten".split())}
 _NUMBERS |= {"none": "0"}
-_SHORT = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
-how'd how'll how's i'd've i'm i've isn't it'd it'd've it'll let's ma'am mightn't mightn't've might've mustn't must've
-needn't not've o'clock oughtn't ow's'at shan't she'd've should've shouldn't somebody'd somebody'd've somebody'll
-somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
-there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
-what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
-wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
+_SHORT = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't
+not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd somebody'd've somebody'll
+somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
+there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
+what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
+would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
 _CONTRACTIONS = {w.replace("'", ""): w for w in _SHORT if w.count("'") == 1} | {
     w[:i] + w[i + 1 :]: w for w in _SHORT if w.count("'") > 1 for i, c in enumerate(w) if c == "'"
 }
 
 
 def vqa_normal(text: str) -> str:
-    """The text as EvalAI compares answers: no punctuation and articles, numbers to ten as digits, contractions with
-    their apostrophes."""
+    """The text as EvalAI compares answers (TextVQA): neither punctuation nor articles, numbers to ten as digits,
+    contractions with their apostrophes."""
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     text = re.sub(r"[\n\t]", " ", text).strip()
     out = text
-    for mark in ';/[]"{}()=+\\_-><@`,?!':
-        glued = mark + " " in text or " " + mark in text or re.search(r"\d,\d", text)
-        out = out.replace(mark, "" if glued else " ")
-    out = re.sub(r"(?<!\d)\.(?!\d)", "", out)
-    words = [_NUMBERS.get(w, w) for w in out.lower().split()]
+    for mark in ';/[]"{}()=+\\_-><@`!':
+        out = out.replace(mark, "" if mark + " " in text or " " + mark in text else " ")
+    out = re.sub(r"\.(?!\d)", "", out)
+    words = [_NUMBERS.get(w, w) for w in out.split()]
     return " ".join(_CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
 
 
@@ -157,7 +157,7 @@ def marks(reply: str, low: float, high: float, count: int | None = None) -> list
     found = None
     for text in re.findall(r"\{[^{}]*\}", reply):
         try:
-            value = json.loads(text).get("score")
+            value = json.loads(text, strict=False).get("score")  # line breaks in the reasoning
         except (ValueError, AttributeError):
             continue
         value = [value] if isinstance(value, (int, float)) else value

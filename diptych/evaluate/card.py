@@ -84,7 +84,7 @@ def agree(folder: Path, card: dict) -> dict:
     differs."""
     path = folder / "card.json"
     if path.is_file():
-        old = json.loads(path.read_text("utf-8"))
+        old = files.load(path)
         known = _flat(old)
         for name, value in _flat(card).items():
             if name in known and known[name] != value:
@@ -108,7 +108,7 @@ def load(folder: Path) -> dict:
     path = folder / "card.json"
     if not path.is_file():
         raise ValueError(f"{folder} is no folder of an evaluation: it has no card.json")
-    return json.loads(path.read_text("utf-8"))
+    return files.load(path)
 
 
 def _versions() -> dict[str, str]:

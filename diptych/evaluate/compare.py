@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +75,7 @@ def _rows(folder: Path) -> _Rows:
     scored = {r["id"]: r for r in files.read(folder / "scores.jsonl")}
     items = [r for r in files.read(folder / "items.jsonl") if r["id"] in scored]
     grades = {k: float(r["ok"]) if r.get("value") is None else r["value"] for k, r in scored.items()}
-    scorers = json.loads(summary.read_text("utf-8")).get("scorers", {})
+    scorers = files.load(summary).get("scorers", {})
     return _Rows(card["prompts"], scorers, sorted(items, key=lambda r: r["id"]), grades)
 
 

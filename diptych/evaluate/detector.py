@@ -71,10 +71,11 @@ def _prepared(images: Sequence[PIL.Image.Image]) -> tuple[torch.Tensor, tuple[in
     """(B, 3, H, W) of the padded pictures, and the (height, width) that they fill."""
     w, h = images[0].size
     scale = min(LONG / max(w, h), SHORT / min(w, h))
-    size = (int(w * scale + 0.5), int(h * scale + 0.5))
-    arrays = [rgb(i.resize(size, PIL.Image.Resampling.BILINEAR)).astype(np.float32) for i in images]
-    x = torch.from_numpy(((np.stack(arrays) - MEAN) / STD).astype(np.float32)).permute(0, 3, 1, 2)
-    return F.pad(x, (0, -size[0] % DIVISOR, 0, -size[1] % DIVISOR)), (size[1], size[0])
+    size = (int(h * scale + 0.5), int(w * scale + 0.5))
+    x = torch.from_numpy(np.stack([rgb(i) for i in images])).permute(0, 3, 1, 2).float()
+    x = F.interpolate(x, size, mode="bilinear", align_corners=False).round()  # not antialiased, bytes, as OpenCV's
+    x = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    return F.pad(x, (0, -size[1] % DIVISOR, 0, -size[0] % DIVISOR)), size
 
 
 def _detections(

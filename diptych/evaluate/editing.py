@@ -6,7 +6,6 @@ texts (``--rubrics FOLDER`` with gedit_sc.txt, gedit_pq.txt, imgedit_TYPE.txt), 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from math import sqrt
 from pathlib import Path
@@ -102,7 +101,7 @@ def _gedit(file: Path, tools: Tools) -> Benchmark:
 
     def work(item: Item, image: PIL.Image.Image) -> Verdict:
         source = _source(item)
-        edited = image if image.size == source.size else image.resize(source.size, PIL.Image.Resampling.LANCZOS)
+        edited = _as_large(image, source)
         marks = []
         for text, shown in ((followed, [source, edited]), (looks, [edited])):
             asked = text.replace("{instruction}", item.prompt)
@@ -179,7 +178,7 @@ _TYPES = {"remove": "remove", "motion_change": "action", "action": "action", "hy
 def read_imgedit(file: Path) -> list[dict]:
     """ImgEdit's rows (key, type, instruction, image) of its JSON: {key: {"id": PATH, "prompt", "edit_type"}}. Paths are
     relative to the file. Raises ``ValueError`` naming the entry."""
-    raw = json.loads(file.read_text("utf-8"))
+    raw = files.load(file)
     if not isinstance(raw, dict) or not raw:
         raise ValueError(f"{file} is not an object of edits by key")
     rows = []
@@ -237,6 +236,10 @@ def _source(item: Item) -> PIL.Image.Image:
     return files.picture(next(item.sample.images()).image)
 
 
+def _as_large(image: PIL.Image.Image, source: PIL.Image.Image) -> PIL.Image.Image:
+    return image if image.size == source.size else image.resize(source.size, PIL.Image.Resampling.BICUBIC)
+
+
 def write_edits(folder: Path, outcomes: Sequence[Outcome]) -> None:
     """Every edited picture at its place, at the size of its source, and for GEdit the source beside it."""
     for o in outcomes:
@@ -246,7 +249,7 @@ def write_edits(folder: Path, outcomes: Sequence[Outcome]) -> None:
         source = _source(o.item)
         if o.item.benchmark == "gedit":
             files.save(source, path.with_name(f"{path.stem}_SRCIMG.png"))
-            image = image if image.size == source.size else image.resize(source.size, PIL.Image.Resampling.LANCZOS)
+            image = _as_large(image, source)
         files.save(image, path)
 
 

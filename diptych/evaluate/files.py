@@ -18,9 +18,9 @@ import PIL.Image
 from diptych.data.images import open_image
 
 
-def read(path: Path) -> list[dict]:
+def read(path: Path, *keys: str) -> list[dict]:
     """The rows of a jsonl file, none where there is no file. A last line without its end is cut off the file; raises
-    ``ValueError`` for any other broken line."""
+    ``ValueError`` for any other broken line, and for a row without one of the ``keys``."""
     if not path.is_file():
         return []
     data = path.read_bytes()
@@ -28,7 +28,11 @@ def read(path: Path) -> list[dict]:
     if whole != data:
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    return rows(path, whole)
+    found = rows(path, whole)
+    for row in found:
+        for key in keys:
+            field(row, (key,), f"{path}: a row")
+    return found
 
 
 def rows(path: Path, data: bytes | None = None) -> list[dict]:
@@ -45,6 +49,14 @@ def rows(path: Path, data: bytes | None = None) -> list[dict]:
             raise ValueError(f"{path} line {number} is not an object: {row!r}")
         found.append(row)
     return found
+
+
+def load(path: Path) -> Any:
+    """What a JSON file holds. Raises ``ValueError`` naming a file that is none."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def append(path: Path, rows: Sequence[Mapping]) -> None:

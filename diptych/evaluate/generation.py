@@ -185,7 +185,7 @@ def read_wise(path: Path) -> list[dict]:
     """The rows (prompt_id, Prompt, Explanation, category) of WISE's JSON, of one file or every one of a folder."""
     rows: list[dict] = []
     for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
-        found = json.loads(file.read_text("utf-8"))
+        found = files.load(file)
         if not isinstance(found, list):
             raise ValueError(f"{file} is not a list of prompts")
         for n, row in enumerate(found, 1):

@@ -46,16 +46,14 @@ RELATIONS = ("left of", "right of", "above", "below")
 
 def templates(seed: int = 0) -> list[dict]:
     """553 prompts as metadata rows, with as many of each tag as the official file has: every class alone once, and
-    what else the tag needs drawn at random. They are ours, not the official ones."""
+    what else the tag needs drawn at random; persons are given no colour, and two things never the same one. They are
+    ours, not the official ones."""
     rng = np.random.default_rng((seed, 553))
     rows = [_row("single_object", [{"class": c, "count": 1}], f"a photo of {_a(c)}") for c in CLASSES]
 
-    def pair() -> tuple[str, str]:
-        a, b = rng.permutation(len(CLASSES))[:2]
-        return CLASSES[int(a)], CLASSES[int(b)]
-
-    def colour() -> str:
-        return COLOURS[int(rng.integers(len(COLOURS)))]
+    def pair(of: Sequence[str] = CLASSES) -> tuple[str, str]:
+        a, b = rng.permutation(len(of))[:2]
+        return of[int(a)], of[int(b)]
 
     def two_object() -> dict:
         a, b = pair()
@@ -67,7 +65,7 @@ def templates(seed: int = 0) -> list[dict]:
         return _row("counting", [{"class": c, "count": n}], text, [{"class": c, "count": n + 1}])
 
     def colors() -> dict:
-        c, paint = pair()[0], colour()
+        c, paint = pair(CLASSES[1:])[0], pair(COLOURS)[0]
         return _row("colors", [{"class": c, "count": 1, "color": paint}], f"a photo of {_a(f'{paint} {c}')}")
 
     def position() -> dict:
@@ -76,7 +74,7 @@ def templates(seed: int = 0) -> list[dict]:
         return _row("position", include, f"a photo of {_a(a)} {relation} {_a(b)}")
 
     def color_attr() -> dict:
-        (a, b), first, second = pair(), colour(), colour()
+        (a, b), (first, second) = pair(CLASSES[1:]), pair(COLOURS)
         include = [{"class": a, "count": 1, "color": first}, {"class": b, "count": 1, "color": second}]
         return _row("color_attr", include, f"a photo of {_a(f'{first} {a}')} and {_a(f'{second} {b}')}")
 

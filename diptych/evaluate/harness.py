@@ -6,7 +6,7 @@
     items.jsonl   what the model made, one line per finished item     <- needs the model
     pictures/     the pictures it drew, PNG
     scores.jsonl  the verdict on each item                            <- needs the items only
-    summary.json  scores with intervals, baselines, failures, card
+    summary.json  scores with intervals, baselines, failures, card, of the benchmarks that were asked for last
 
 A line is written when its item is finished; a last line cut off by a crash is dropped and its item made again. An item
 that the model refuses stays in the count as wrong, with the reason; no blank picture or empty answer replaces it.
@@ -32,10 +32,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from diptych.core.sample import Sample, user
+from diptych.data.images import open_image
 from diptych.data.render import rgb
 from diptych.evaluate import card as cards
 from diptych.evaluate import files
-from diptych.evaluate.judge import Judge
+from diptych.evaluate.judge import Judge, Unreachable
 from diptych.evaluate.remote import Pictures
 from diptych.evaluate.scores import Baselines, Benchmark, Item, Outcome, Score, Verdict
 from diptych.evaluate.table import LMMS, Tools, resolve
@@ -155,10 +156,16 @@ def evaluate(
     for name, value in (("limit", limit), ("batch_size", batch_size), ("size", size)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1, or None for the default")
+    if foreign:  # before anything is made
+        from diptych.evaluate import interop
+
+        if parallel.place()[1] > 1:
+            raise ValueError("lmms-eval has its own way with several processes: evaluate its tasks in one")
+        manager = interop.lmms_manager(foreign, Path(folder) if folder else None, lmms_tasks)
     sides = {b.name: size or b.side for b in chosen}
     items = {b.name: _cut(b, b.items(seed, sides[b.name] or 0), limit) for b in chosen}
     if isinstance(engine, Pictures):
-        engine.expect([item for of in items.values() for item in of])
+        engine.expect([item for b in chosen if b.task == "draw" for item in items[b.name]])
     shown = settings or engine.model.settings  # None draws with what suits each request
     card = cards.sampling_card(engine, asked, chosen, items, sides, seed, limit, TEMPERATURE, shown)
     with _somewhere(folder) as where:
@@ -168,21 +175,15 @@ def evaluate(
             work.join("items")
             result = _scored(work) if score else Result({}, {}, work.card, 0, ())
             if foreign:
-                result = _with_lmms(work, result, engine, foreign, limit, batch_size, lmms_tasks)
+                more = interop.run_lmms(engine, foreign, work.folder, manager, limit, batch_size)
+                result = _joined(work, result, more)
         if folder is None:  # the pictures do not outlive the folder
             result = replace(result, outcomes=tuple(replace(o, picture=o.image) for o in result.outcomes))
         return result
 
 
-def _with_lmms(
-    work: _Work, result: Result, engine: Engine, tasks: Sequence[str], limit: int | None, batch_size: int, include: Any
-) -> Result:
-    """The result with the scores of lmms-eval's tasks."""
-    from diptych.evaluate import interop  # a heavy package, when there
-
-    if work.world > 1:
-        raise ValueError("lmms-eval has its own way with several processes: evaluate its tasks in one")
-    scores = interop.run_lmms(engine, tasks, work.folder, limit, batch_size, include)
+def _joined(work: _Work, result: Result, scores: Mapping[str, Score]) -> Result:
+    """The result with the scores of lmms-eval's tasks, here and in the summary."""
     result = replace(result, scores={**result.scores, **scores})
     files.replace(work.folder / "summary.json", json.dumps(result.to_json(), indent=2) + "\n")
     return result
@@ -199,7 +200,8 @@ def rescore(
     ``benchmarks`` default to those of the folder. Raises ``ValueError`` for a folder of other prompts."""
     folder = Path(folder)
     old = cards.load(folder)
-    chosen, asked = resolve(benchmarks or list(dict.fromkeys(old["asked"].values())), tools or Tools())
+    names = benchmarks or list(dict.fromkeys(old["asked"].values()))
+    chosen, _ = resolve(names, tools or Tools()) if names else ([], {})
     sizes = {b.name: old["size"].get(b.name, "") for b in chosen}
     sides = {name: None if isinstance(size, str) else size[0] for name, size in sizes.items()}
     items = {b.name: _cut(b, b.items(old["seed"], sides[b.name] or 0), old["limit"]) for b in chosen}
@@ -208,7 +210,13 @@ def rescore(
         if b.name not in old["prompts"] or not same:
             raise ValueError(f"{folder} was not made with the prompts of {b.name}; it has {', '.join(old['prompts'])}")
     with _opened(folder, chosen, items, sides, old, progress) as work:
-        return _scored(work)
+        result = _scored(work)
+        found = [] if benchmarks or work.rank else sorted(folder.glob("lmms-eval/*.json"))
+        if not found:
+            return result
+        from diptych.evaluate import interop
+
+        return _joined(work, result, {k: v for f in found for k, v in interop.read_lmms(f).items()})
 
 
 def load_result(folder: str | Path) -> Result:
@@ -218,7 +226,7 @@ def load_result(folder: str | Path) -> Result:
     card, file = cards.load(folder), folder / "summary.json"
     if not file.is_file():
         raise ValueError(f"{folder} is not scored yet: diptych evaluate score {folder}")
-    summary = json.loads(file.read_text("utf-8"))
+    summary = files.load(file)
     known: dict[str, Item] = {}
     for name, asked in card["asked"].items():
         try:  # a judge is not asked, but some must be there
@@ -299,9 +307,10 @@ def _opened(
 
 def _generate(work: _Work, engine: Engine, benchmark: Benchmark, settings: Any, batch_size: int) -> None:
     """Makes what is missing of a benchmark. One item that the model refuses gets its reason; if nothing has worked yet
-    and it refuses them all, the fault is not the items': the ``ValueError`` goes to the user."""
+    and it refuses them all, or a server is gone, the fault is not the items': the ``ValueError`` goes to the user."""
     made = _finished(work.folder, {i.id for i in work.items[benchmark.name]})
-    worked, side = any("error" not in row for row in made.values()), work.sides[benchmark.name]
+    there = isinstance(engine, Pictures) and benchmark.task == "draw"  # it has been seen to hold some of them
+    worked, side = there or any("error" not in row for row in made.values()), work.sides[benchmark.name]
 
     def attempt(some: list[Item]) -> list[dict]:
         samples = [item.sample.map_images(lambda i: replace(i, image=files.picture(i.image))) for item in some]
@@ -327,11 +336,15 @@ def _generate(work: _Work, engine: Engine, benchmark: Benchmark, settings: Any, 
             continue
         try:
             rows = attempt(some)
+        except Unreachable:
+            raise
         except ValueError as refusal:
             rows, first = [], refusal
             for item in some:
                 try:
                     rows += attempt([item])
+                except Unreachable:
+                    raise
                 except ValueError as refusal:
                     rows.append(_row(item, 1, {}, error=str(refusal)))
             if not worked and all("error" in row for row in rows):
@@ -348,7 +361,7 @@ def _row(item: Item, batch: int, parameters: Mapping[str, Any], **made: str) -> 
 
 def _finished(folder: Path, ids: set[str]) -> dict[str, dict]:
     """The finished lines of these items; a line whose picture is gone is not finished."""
-    rows = {row["id"]: row for row in files.read(folder / "items.jsonl") if row["id"] in ids}
+    rows = {row["id"]: row for row in files.read(folder / "items.jsonl", "id") if row["id"] in ids}
     return {k: row for k, row in rows.items() if "file" not in row or (folder / row["file"]).is_file()}
 
 
@@ -398,8 +411,7 @@ def _judge(
         row = made[item.id]
         image = None
         if "file" in row:
-            with PIL.Image.open(work.folder / row["file"]) as opened:
-                image = opened.convert("RGB")
+            image = open_image(work.folder / row["file"])
         hashes[item.id] = _hash(benchmark, row, image)
         if item.id in known and known[item.id]["made"] == hashes[item.id]:
             continue

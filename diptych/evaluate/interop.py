@@ -88,26 +88,38 @@ def lmms_model(engine: Any, batch_size: int = 8) -> Any:
     return Diptych()
 
 
-def run_lmms(engine: Any, tasks: Sequence[str], folder: Path, limit: int | None = None, batch_size: int = 8,
-             include: str | None = None) -> dict[str, Score]:  # fmt: skip
-    """Runs lmms-eval's tasks and returns its scores under our names. FOLDER/lmms-eval keeps a task's results and
-    samples; a task that is there, of the same model and limit, is read and not run. ``include`` is a folder of the
+def lmms_manager(tasks: Sequence[str], folder: Path | None, include: str | None = None) -> Any:
+    """What lmms-eval finds tasks with; None where the folder has the results of all. ``include`` is a folder of the
     user's own task files. Raises ``ValueError`` without the package and for an unknown task."""
+    missing = [t for t in tasks if folder is None or not _lmms_results(folder, t).is_file()]
+    if not missing:
+        return None
+    manager = _lmms("lmms_eval.tasks").TaskManager("ERROR", include_path=include)
+    for task in missing:
+        if task not in manager.all_tasks:
+            near = [t for t in manager.all_tasks if task.split("_")[0] in t][:8]
+            raise ValueError(f"lmms-eval has no task {task!r}" + (f"; similar: {', '.join(near)}" if near else ""))
+    return manager
+
+
+def _lmms_results(folder: Path, task: str) -> Path:
+    return folder / "lmms-eval" / f"{task}.json"
+
+
+def run_lmms(
+    engine: Any, tasks: Sequence[str], folder: Path, manager: Any, limit: int | None = None, batch_size: int = 8
+) -> dict[str, Score]:
+    """Runs lmms-eval's tasks and returns its scores under our names. FOLDER/lmms-eval keeps a task's results and
+    samples; a task that is there, of the same model and limit, is read and not run."""
     scores: dict[str, Score] = {}
     who = identity(engine) | {"limit": limit}
-    manager = None
     for task in tasks:
-        file = folder / "lmms-eval" / f"{task}.json"
+        file = _lmms_results(folder, task)
         if file.is_file():
-            if (made := json.loads(file.read_text("utf-8"))["card"]) != who:
+            if (made := files.load(file)["card"]) != who:
                 differs = next(k for k in who if made.get(k) != who[k])
                 raise ValueError(f"{file} was made with {differs} = {made.get(differs)!r}; use another folder")
         else:
-            if manager is None:
-                manager = _lmms("lmms_eval.tasks").TaskManager("ERROR", include_path=include)
-            if task not in manager.all_tasks:
-                near = [t for t in manager.all_tasks if task.split("_")[0] in t][:8]
-                raise ValueError(f"lmms-eval has no task {task!r}" + (f"; similar: {', '.join(near)}" if near else ""))
             done = _lmms("lmms_eval.evaluator").simple_evaluate(
                 model=lmms_model(engine, batch_size), tasks=[task], limit=limit, batch_size=1, log_samples=True,
                 task_manager=manager, bootstrap_iters=0, verbosity="ERROR",
@@ -123,7 +135,7 @@ def run_lmms(engine: Any, tasks: Sequence[str], folder: Path, limit: int | None 
 
 def read_lmms(file: Path) -> dict[str, Score]:
     """The numbers of an lmms-eval results file, as ``TASK@lmms-eval/METRIC``; intervals from its standard errors."""
-    raw = json.loads(file.read_text("utf-8"))
+    raw = files.load(file)
     scores = {}
     for task, row in files.field(raw, ("results",), str(file), dict).items():
         counts = (raw.get("n-samples") or {}).get(task) or {}
@@ -305,7 +317,7 @@ def read_gedit(file: Path) -> dict[str, Score]:
 
 def read_imgedit(file: Path) -> dict[str, Score]:
     """ImgEdit's numbers of any of its three files: by type, by key (needs no more), or the judge's replies by key."""
-    raw = json.loads(file.read_text("utf-8"))
+    raw = files.load(file)
     if not isinstance(raw, dict) or not raw:
         raise ValueError(f"{file} is not an object of marks")
     if isinstance(next(iter(raw.values())), str):
@@ -341,5 +353,5 @@ def read(kind: str, file: str | Path) -> dict[str, Score]:
         raise ValueError(f"there is no file {str(file)!r}")
     try:
         return READERS[kind](Path(file))
-    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{file} is no {kind} file: {error}") from error

@@ -28,6 +28,10 @@ T = TypeVar("T")
 ATTEMPTS = 3  # at a reply that can be read
 
 
+class Unreachable(ValueError):
+    """A server is at fault, and not what it was asked: it is gone, busy, or does not know us or the model."""
+
+
 @dataclass(frozen=True)
 class Reply:
     """What a judge said; ``first`` are the likeliest first tokens with their log-probabilities, if asked for."""
@@ -79,7 +83,7 @@ class Judge:
         name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         file = self.cache / name[:2] / f"{name}.json" if self.cache else None
         if file is not None and file.is_file():
-            row = json.loads(file.read_text("utf-8"))
+            row = files.load(file)
             return Reply(row["reply"], tuple((t, p) for t, p in row["first"]))
         if self.url is None:
             raise ValueError(
@@ -134,11 +138,12 @@ class Judge:
 
 def call(url: str, key: str, timeout: float, work: Callable[[Any], T], retries: int = 4) -> T:
     """What ``work`` gets from a client of that address, which tries again what may pass. Raises ``ValueError`` naming
-    the address and the reason."""
+    the address and the reason, and ``Unreachable`` where any other request would have failed, too."""
     try:
         return work(_client(url, key, timeout, retries))
     except client_package().OpenAIError as error:
-        raise ValueError(f"{url}: {error}") from error
+        this = getattr(error, "status_code", None) in (400, 413, 415, 422, 500)  # 500: what breaks on one item alone
+        raise (ValueError if this else Unreachable)(f"{url}: {error}") from error
 
 
 @cache

@@ -159,8 +159,13 @@ class Pictures:
         self.places: dict[str, Item] = {}
 
     def expect(self, items: Sequence[Item]) -> None:
-        """Says which items there are: where a picture lies is the item's ``place``."""
+        """Says which items there are: where a picture lies is the item's ``place``. Raises ``ValueError`` where not one
+        of them is there: another folder was meant."""
         self.places |= {item.id: item for item in items}
+        if items and not any(self._file(item.id)[0] for item in items):
+            raise ValueError(
+                f"{self.folder} holds none of the {len(items)} pictures, such as {self._file(items[0].id)[1]}"
+            )
 
     def settings(self, changes: dict[str, Any]) -> NoSettings:
         """No settings. Raises ``ValueError`` for any: the pictures are made."""
@@ -184,14 +189,18 @@ class Pictures:
         return [Picture(self._find(s.id), "", seed, {}) for s, seed in zip(samples, seeds, strict=True)]
 
     def _find(self, id: str) -> PIL.Image.Image:
-        item = self.places[id]
-        place, _, tile = (item.place or f"{id}.png").partition("#")
-        stem = (self.folder / place).with_suffix("")
-        file = next((f for s in SUFFIXES if (f := stem.parent / (stem.name + s)).is_file()), None)
+        file, wanted = self._file(id)
         if file is None:
-            raise ValueError(f"there is no {stem}{{{','.join(SUFFIXES)}}}")
-        image = open_image(file)
+            raise ValueError(f"there is no {wanted}")
+        tile, image = self.places[id].place.partition("#")[2], open_image(file)
         return cut(image, int(tile)) if tile else image
+
+    def _file(self, id: str) -> tuple[Path | None, str]:
+        """The file of an item's picture, of any format, and the pattern of its name."""
+        place = (self.places[id].place or f"{id}.png").partition("#")[0]
+        stem = (self.folder / place).with_suffix("")
+        found = (stem.parent / (stem.name + s) for s in SUFFIXES)
+        return next((f for f in found if f.is_file()), None), f"{stem}{{{','.join(SUFFIXES)}}}"
 
 
 def cut(image: PIL.Image.Image, tile: int, across: int = 2) -> PIL.Image.Image:

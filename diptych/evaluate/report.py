@@ -242,9 +242,9 @@ def _tally(outcomes: Sequence[Outcome]) -> str:
 
 STYLE = """
 :root { --paper: #f7f7f8; --card: #fff; --ink: #1d2026; --soft: #656b78; --line: #e1e3e8; --bar: #3b6fd4;
-  --band: #3b6fd455; --track: #e9ebf0; --right: #1b7f48; --wrong: #c53434; color-scheme: light dark; }
+  --track: #e9ebf0; --right: #1b7f48; --wrong: #c53434; color-scheme: light dark; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14161a; --card: #1c1f25; --ink: #e7e9ee; --soft: #9ba2b0;
-  --line: #30343d; --bar: #7ba4f5; --band: #7ba4f566; --track: #2a2e36; --right: #4cc583; --wrong: #f07474; } }
+  --line: #30343d; --bar: #4f7fdc; --track: #2a2e36; --right: #4cc583; --wrong: #f07474; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 1080px; margin: 0 auto; padding: 24px 16px 64px; }
@@ -263,10 +263,11 @@ td:first-child { font-family: ui-monospace, monospace; font-size: .82rem; white-
 td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 td.text { min-width: 9em; } tr.head td { font-weight: 700; }
 .score { white-space: nowrap; } .score small { color: var(--soft); }
-.bar { position: relative; height: 6px; min-width: 110px; background: var(--track); border-radius: 3px;
-  margin-top: 3px; overflow: hidden; }
-.bar i, .bar b { position: absolute; top: 0; height: 100%; }
-.bar b { background: var(--bar); } .bar i { background: var(--band); }
+.bar { position: relative; height: 6px; min-width: 110px; background: var(--track); margin-top: 4px; }
+.bar i, .bar b { position: absolute; top: 0; height: 6px; }
+.bar b { background: var(--bar); }
+.bar i { border: solid var(--ink); border-width: 0 1px; }
+.bar i::after { content: ""; position: absolute; left: 0; right: 0; top: 2.5px; height: 1px; background: var(--ink); }
 figure { margin: 0; } figcaption { overflow-wrap: anywhere; }
 .figure { text-align: center; } .figure img { max-width: 100%; border-radius: 8px; background: #fff; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(136px, 1fr)); gap: 14px; }

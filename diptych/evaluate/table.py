@@ -29,7 +29,7 @@ class Tools:
         """The judge. Raises ``ValueError`` saying how to name one."""
         if self.judge is None:
             raise ValueError(
-                f"{name} needs a judge: --judge MODEL with --judge-url http://host:port/v1, or --judge-cache FOLDER of "
+                f"{name} needs a judge: --judge MODEL with --judge-url http://host:port/v1, or --cache FOLDER of "
                 "an earlier one"
             )
         return self.judge

@@ -3,7 +3,8 @@ the harnesses that the field trusts (``interop.py``); these readers are for what
 
 A file is a TSV as VLMEvalKit has it (index, image in base64 or image_path, question, A B C D ..., hint, answer,
 category), or JSON or jsonl with the same keys, among which these are one: question, text, prompt · answer, label,
-answers · image, image_path · index, id, question_id, key. Image paths are relative to the file.
+answers · image, image_path · index, id, question_id, key; or LLaVA's "conversations" of one question and its answer.
+Image paths are relative to the file.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import ast
 import csv
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ def read_rows(file: Path) -> list[Row]:
         with file.open(encoding="utf-8", newline="") as text:
             raw: list[dict] = list(csv.DictReader(text, delimiter="\t"))
     elif file.suffix == ".json":
-        raw = json.loads(file.read_text("utf-8"))
+        raw = files.load(file)
     else:
         raw = files.rows(file)
     if not isinstance(raw, list) or not raw:
@@ -74,6 +74,11 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def _row(raw: Mapping, where: str, root: Path, stored: Mapping[str, Any]) -> Row:
+    if "conversations" in raw:
+        turns = [files.field(turn, ("value",), where) for turn in raw["conversations"]]
+        if len(turns) != 2:
+            raise ValueError(f"{where} has {len(turns)} turns; one question and its answer are read")
+        raw = {**raw, "question": turns[0], "answer": turns[1]}
     options = {k: str(raw[k]) for k in LETTERS if str(raw.get(k) if raw.get(k) is not None else "").strip() not in ("", "nan")}  # fmt: skip  # noqa: E501
     question = str(files.field(raw, ("question", "text", "prompt"), where))
     hint = str(raw.get("hint") or "").strip()
@@ -129,6 +134,7 @@ def _item(name: str, row: Row, id: str, text: str, reference: dict, cluster: str
 def _choices(name: str, rows: list[Row], circular: bool) -> list[Item]:
     items = []
     indices = {r.id for r in rows}
+    turned = {str(int(i) % ROUND) for i in indices if i.isdigit() and int(i) >= ROUND}  # whose rotations are there
     for row in rows:
         if len(row.options) < 2 or len(row.answers) != 1 or row.answers[0] not in row.options:
             raise ValueError(f"row {row.id}: answer {row.answers} is not one of the options {dict(row.options)}")
@@ -136,8 +142,7 @@ def _choices(name: str, rows: list[Row], circular: bool) -> list[Item]:
         rotated = base != row.id and base in indices
         if rotated and not circular:
             continue
-        already = not circular or rotated or any(r.isdigit() and r != row.id and str(int(r) % ROUND) == base for r in indices)  # fmt: skip  # noqa: E501
-        turns = range(1) if already else range(len(row.options))
+        turns = range(1) if not circular or rotated or base in turned else range(len(row.options))
         keys, texts = list(row.options), list(row.options.values())
         for turn in turns:
             options = dict(zip(keys, texts[turn:] + texts[:turn], strict=True))
