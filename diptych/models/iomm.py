@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from diptych.core.batch import Batch, Pictures, pack
-from diptych.core.losses import Losses, Term
+from diptych.core.losses import Losses, Term, by_document, linear_cross_entropy
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Message, Sample, Text
 from diptych.core.sequence import Kind, Segment
@@ -397,8 +397,9 @@ class Iomm(UnifiedModel):
             attend = Recorded(documents(s.columns))
             states = self.mllm(s.x, s.positions, attend)
             supervised = (s.columns.targets != NONE).nonzero()[:, 0]
-            logits = self.mllm.logits(states.index_select(0, supervised)).float()
-            text = F.cross_entropy(logits, s.columns.targets[supervised], reduction="sum")
+            said = states.index_select(0, supervised)
+            text, each = linear_cross_entropy(said, self.mllm.head_weight, s.columns.targets[supervised])
+        words = by_document(each, s.columns.document[supervised], len(batch.samples))
         noised = []
         for g in drawn:
             data = self._latents(g, noise)
@@ -410,10 +411,13 @@ class Iomm(UnifiedModel):
         conditions, valid = self._condition(batch, s, states, attend.memory)
         rows = zip(*(x.split([len(data) for data, *_ in noised]) for x in (conditions, valid)), strict=True)
         groups = [Group(mix(d, e, t), t, *row, grid) for (d, e, t, grid), row in zip(noised, rows, strict=True)]
-        image = states.new_zeros((), dtype=torch.float32)
-        for (data, eps, t, _), prediction in zip(noised, self.dit(groups), strict=True):
-            image = image + squared_error(prediction.float(), data, eps, t, self.config.prediction).mean(-1).sum()
-        return {"text": Term(text, counts["text"]), "image": Term(image * bool(drawn), counts["image"])}
+        image, shown = states.new_zeros((), dtype=torch.float32), torch.zeros_like(words)
+        owners = [batch.document[g.tokens[:, 0]] for g in drawn] or [batch.document[:1]]
+        for (data, eps, t, _), owner, prediction in zip(noised, owners, self.dit(groups), strict=True):
+            error = bool(drawn) * squared_error(prediction.float(), data, eps, t, self.config.prediction).mean(-1)
+            image = image + error.sum()
+            shown = shown + by_document(error.sum(-1), owner, len(batch.samples), error.shape[-1] * bool(drawn))
+        return {"text": Term(text, counts["text"], words), "image": Term(image, counts["image"], shown)}
 
     def _reader_learns(self, batch: Batch) -> bool:
         """Whether anything before the queries asks for a gradient: the reader's weights, or a picture itself."""

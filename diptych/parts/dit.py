@@ -1,8 +1,9 @@
 """Diffusion transformers conditioned on a sequence: FLUX-style double streams, and a Z-Image-style single stream.
 
 Both take groups of pictures of one shape each: their tokens, times in [0, 1] (0 data, 1 noise) and padded conditions.
-They return a value per picture token. Every block is called once for all groups, so that it can be sharded on its own. Positions are rotations by row and column (and, in the single stream, by the place in the condition), so any grid
-can be drawn. Time alone modulates (specs: IOMM 2.2, U15).
+They return a value per picture token. Every block is called once for all groups, so that it can be sharded on its own.
+Positions are rotations by row and column (and, in the single stream, by the place in the condition), so any grid can be
+drawn. Time alone modulates (specs: IOMM 2.2, U15).
 """
 
 from __future__ import annotations

@@ -116,8 +116,8 @@ def spread(model: Trainable, engine: Engine, precision: str, device: str, traine
 
     Every block is recomputed and compiled on its own. Sharded, the blocks of ``trunk`` are gathered one at a time;
     whatever else is ``trained`` (by any stage) is gathered together, at the start of a forward; what is never trained
-    and lies outside the trunk stays whole. In bf16 gathered blocks are bf16; the shards that the optimizer sees, and sums of
-    gradients, stay float32."""
+    and lies outside the trunk stays whole. In bf16 gathered blocks are bf16; the shards that the optimizer sees, and
+    sums of gradients, stay float32."""
     for block in model.blocks():
         if engine.compile:
             block.forward = torch.compile(block.forward, backend=engine.compile)  # type: ignore[method-assign]
