@@ -20,7 +20,7 @@ from diptych.data.selfcondition import SelfConditioned, bare
 from diptych.generate.engine import Engine
 from diptych.models.iomm import Config
 from diptych.parts.adapters import Connector, QueryBlock, ResidualQueries, StaticQueries
-from diptych.parts.dit import DitConfig, build_dit
+from diptych.parts.dit import DitConfig, Group, build_dit
 from diptych.parts.flow import FlowSettings, TimeDraw, warp
 from diptych.recipes import iomm as recipes
 from diptych.recipes.run import precompute, stage_sources
@@ -463,10 +463,9 @@ def test_a_single_stream_draws_like_a_double_one():
     x, t, c = torch.randn(2, 6, 8, generator=g), torch.tensor([0.2, 0.9]), torch.randn(2, 5, 32, generator=g)
     valid = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     with torch.no_grad():
-        together = dit(x, t, c, valid, (2, 3))
-        apart = dit(x[1:], t[1:], c[1:, :3], valid[1:, :3], (2, 3))
-        other = dit(x[1:], t[1:], c[1:, :3] + 1, valid[1:, :3], (2, 3))
-        turned = dit(x[1:], t[1:], c[1:, :3], valid[1:, :3], (3, 2))
+        [together] = dit([Group(x, t, c, valid, (2, 3))])
+        alone = Group(x[1:], t[1:], c[1:, :3], valid[1:, :3], (2, 3))
+        apart, other, turned = dit([alone, alone._replace(condition=c[1:, :3] + 1), alone._replace(grid=(3, 2))])
     assert torch.allclose(together[1:], apart, rtol=0, atol=1e-5)
     assert not torch.allclose(other, apart, atol=0.01) and not torch.allclose(turned, apart, atol=0.01)
 

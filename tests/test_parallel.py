@@ -13,12 +13,15 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from diptych import models
 from diptych.core.batch import pack
+from diptych.core.losses import add_counts, combine
 from diptych.core.noise import Noise
-from diptych.train import checkpoint
+from diptych.train import checkpoint, parallel
+from diptych.train.parameters import freeze
 from diptych.train.recipe import Engine, Limits
 from tests import tiny
 from tests.test_training import metrics, train
@@ -130,14 +133,54 @@ def test_one_of_two_processes_killed_twice_ends_bit_identical(family, two, tmp_p
     assert len(killed) == 2 and same_run(two, tmp_path / "killed")
 
 
-def test_every_forward_calls_each_block_of_the_trunk_once(family):
-    """What a batch may lack or call twice must not be sharded on its own: processes would wait for each other."""
+ROWS = ([tiny.say()], [tiny.ask()], [tiny.draw(), tiny.edit(), tiny.draw("wide", 7, "two", (64, 32))])
+
+
+def test_every_forward_calls_the_blocks_of_the_trunk_in_the_same_order(family):
+    """What a batch may lack or call more often must not be sharded on its own: processes would wait for each other."""
     made, calls = tiny.model(family), []
     trunk = list(made.trunk())
-    assert {id(b) for b in trunk} <= {id(b) for b in made.blocks()}
+    assert {id(b) for b in trunk} <= {id(b) for b in made.blocks()} and trunk
     for block in trunk:
         block.register_forward_hook(lambda m, *_: calls.append(id(m)))
-    for some in ([tiny.say()], [tiny.ask()], [tiny.draw(), tiny.edit(), tiny.draw("wide", 7, "two", (64, 32))]):
+    told = []
+    for some in ROWS:
         calls.clear()
         made(pack([made.lay_out(s) for s in some], made.routes), Noise())
-        assert sorted(calls) == sorted(map(id, trunk))
+        told.append(list(calls))
+    assert told[0] == told[1] == told[2] and set(told[0]) == {id(b) for b in trunk}
+
+
+def gradients(made, parts, batches, counts):
+    """By name, what backward leaves in the parameters of these parts."""
+    for batch in batches:
+        combine(made(batch, Noise(0, 1)), dict.fromkeys(counts, 1.0), counts).backward()
+    return {n: p.grad for part in parts.values() for n, p in part.items()}
+
+
+def unequal():
+    """In one of two processes: a row of words here, a row of pictures there, whatever part of a family is trained."""
+    with parallel.processes("cpu") as (rank, _):
+        for family in tiny.FAMILIES:
+            made = tiny.model(family)
+            free = [part for part in made.parts if part not in made.frozen]
+            batches = [pack([made.lay_out(s) for s in some], made.routes) for some in (ROWS[0], ROWS[2])]
+            counts = add_counts([made.counts(b) for b in batches])
+            for train in (dict.fromkeys(free, 1.0), {free[-1]: 1.0}):
+                one, shared = (tiny.shake(tiny.model(family)) for _ in range(2))
+                whole = pack([one.lay_out(s) for some in (ROWS[0], ROWS[2]) for s in some], one.routes)
+                expected = gradients(one, freeze(one, train), [whole], counts)
+                trained = {p for part in freeze(shared, train).values() for p in part.values()}
+                parallel.spread(shared, Engine(shard="full"), "fp32", "cpu", trained)
+                parts = freeze(shared, train)
+                gradients(shared, parts, [batches[rank]], counts)
+                parallel.add_gradients(p for part in parts.values() for p in part.values())
+                for part in parts.values():
+                    for name, p in part.items():
+                        g = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+                        e = torch.zeros_like(g) if expected[name] is None else expected[name]
+                        assert float((g - e).abs().max()) <= 1e-5 * max(1.0, float(e.abs().max())), (family, name)
+
+
+def test_processes_whose_rows_are_of_unequal_kinds_do_not_wait_for_each_other():
+    processes(2, [sys.executable, "-c", "from tests.test_parallel import unequal; unequal()"])

@@ -89,13 +89,11 @@ def test_the_work_planned_is_the_work_done():
     from diptych.train.plan import Hollow, fused
 
     hollow = models.create("bagel", tiny.bagel(), device="meta")
-    with FlopCounterMode(display=False) as counted, Hollow(hollow), fused():
+    with Hollow(hollow) as counted, fused():
         losses = hollow(pack([hollow.lay_out(s) for s in tiny.samples()], 2), Noise())
         sum(t.sum for t in losses.values()).backward()
-    # torch has no count for its own attention on a CPU
-    a, b = (c.get_flop_counts()["Global"].items() for c in (real, counted))
-    a, b = ({op: n for op, n in some if "attention" not in str(op)} for some in (a, b))
-    assert a == b and counted.get_total_flops() > real.get_total_flops()
+    attention = counted.flops - real.get_total_flops()  # torch has no count for its own attention on a CPU
+    assert 0 < attention < 0.2 * counted.flops
     assert next(hollow.parameters()).grad.is_meta and not torch.is_inference_mode_enabled()
 
 

@@ -17,6 +17,7 @@ from diptych.analyze import run as analyze
 from diptych.analyze.keywords import keywords
 from diptych.analyze.separability import points
 from diptych.core.batch import pack
+from diptych.core.losses import linear_cross_entropy
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Sample, assistant, user
 from diptych.core.sequence import Kind, Segment
@@ -26,7 +27,7 @@ from diptych.data.loader import Plan, Stream
 from diptych.data.mixture import Draw
 from diptych.models.synergen import Chat, Config, SynerGen
 from diptych.parts.attention import documents
-from diptych.parts.codes import Choice, CodeHead, CodeSettings, linear_cross_entropy
+from diptych.parts.codes import Choice, CodeHead, CodeSettings
 from diptych.parts.decoder import DecoderConfig
 from diptych.parts.fold import fold, unfold
 from diptych.parts.images import Tiling, fit
@@ -411,15 +412,19 @@ def test_cross_entropy_in_chunks_is_cross_entropy(rows_at_a_time):
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(*s, generator=generator, dtype=torch.float64).requires_grad_() for s in ((23, 5), (11, 5)))
     targets = torch.randint(0, 11, (23,), generator=generator)
-    ours = linear_cross_entropy(x, w, targets, rows_at_a_time)
+    ours, each = linear_cross_entropy(x, w, targets, rows_at_a_time)
     expected = F.cross_entropy(x @ w.T, targets, reduction="sum")
     torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        each.double(), F.cross_entropy(x @ w.T, targets, reduction="none").detach(), rtol=1e-5, atol=1e-6
+    )
+    assert not each.requires_grad
     gradients = torch.autograd.grad(expected * 3, (x, w))
     for a, b in zip(torch.autograd.grad(ours * 3, (x, w)), gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        assert float(linear_cross_entropy(x, w, targets)) == pytest.approx(float(expected.detach()), rel=1e-5)
-    frozen = linear_cross_entropy(x, w.detach(), targets)
+        assert float(linear_cross_entropy(x, w, targets)[0]) == pytest.approx(float(expected.detach()), rel=1e-5)
+    frozen, _ = linear_cross_entropy(x, w.detach(), targets)
     torch.testing.assert_close(torch.autograd.grad(frozen * 3, x)[0], gradients[0], rtol=1e-4, atol=1e-5)
 
 
@@ -427,7 +432,7 @@ def test_cross_entropy_follows_autocast():
     x, w = torch.randn(9, 8).requires_grad_(), torch.randn(6, 8).requires_grad_()
     targets = torch.arange(9) % 6
     with torch.autocast("cpu", torch.bfloat16):
-        ours = linear_cross_entropy(x, w, targets)
+        ours, _ = linear_cross_entropy(x, w, targets)
     ours.backward()
     assert x.grad.dtype == w.grad.dtype == torch.float32
     expected = F.cross_entropy((x.bfloat16() @ w.bfloat16().T).float(), targets, reduction="sum")
@@ -440,7 +445,7 @@ def test_no_logits_exist_whole(monkeypatch):
     h, codes = torch.randn(64, 8, requires_grad=True), torch.randint(0, 500, (64, 4))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
-        loss = head.nll(h, codes)
+        loss, _ = head.nll(h, codes)
     assert max(kept) < 64 * 4 * 500 / 10
     loss.backward()
     logits = head.classifier(head(h, codes))

@@ -25,11 +25,10 @@ from math import isqrt, prod
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from diptych.core.batch import Batch, Pictures, pack
-from diptych.core.losses import Losses, Term, by_document
+from diptych.core.losses import Losses, Term, by_document, linear_cross_entropy
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Sample, Text
 from diptych.core.sequence import Kind, Segment
@@ -315,17 +314,17 @@ class Bagel(UnifiedModel):
         states = self._run(batch, pictures, batch.positions, order, documents(batch, order))
 
         supervised = (batch.targets != NONE).nonzero()[:, 0]
-        logits = self.decoder.logits(states.index_select(0, rank[supervised]))
-        text = F.cross_entropy(logits.float(), batch.targets[supervised], reduction="none")
+        read = states.index_select(0, rank[supervised])
+        text, each = linear_cross_entropy(read, self.decoder.head_weight, batch.targets[supervised])
         image, rows = states.new_zeros(()), len(batch.samples)
-        said = by_document(text, batch.document[supervised], rows)
+        said = by_document(each, batch.document[supervised], rows)
         shown = torch.zeros_like(said)
         for g, data, eps, t in drawn:
             prediction = self.latent_out(states.index_select(0, rank[g.tokens.flatten()])).view_as(data).float()
             error = squared_error(prediction, data, eps, t, self.config.prediction).mean(-1)
             image = image + error.sum()
             shown = shown + by_document(error.sum(-1), batch.document[g.tokens[:, 0]], rows, error.shape[-1])
-        return {"text": Term(text.sum(), counts["text"], said), "image": Term(image, counts["image"], shown)}
+        return {"text": Term(text, counts["text"], said), "image": Term(image, counts["image"], shown)}
 
     # ---- reading ------------------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ from einops import rearrange
 from torch import nn
 
 from diptych.core.batch import Batch, Pictures, pack
-from diptych.core.losses import Losses, Term
+from diptych.core.losses import Losses, Term, by_document, linear_cross_entropy
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Message, Sample, Text
 from diptych.core.sequence import Kind, Segment
@@ -539,14 +539,19 @@ class Cheers(UnifiedModel):
         states = self.decoder(self.decoder.embed(batch, pictures), batch.positions, documents(batch))
 
         supervised = (batch.targets != NONE).nonzero()[:, 0]
-        logits = self.decoder.logits(states.index_select(0, supervised))
-        text = F.cross_entropy(logits.float(), batch.targets[supervised], reduction="sum")
-        image = states.new_zeros(())
+        text, each = linear_cross_entropy(
+            states.index_select(0, supervised), self.decoder.head_weight, batch.targets[supervised]
+        )
+        image, rows = states.new_zeros(()), len(batch.samples)
+        said = by_document(each, batch.document[supervised], rows)
+        shown = torch.zeros_like(said)
         for tokens, data, eps, t, detail in drawn:
             hidden = states.index_select(0, tokens.flatten()).unflatten(0, tuple(tokens.shape))
             prediction = self._predict(hidden, detail, t, data)
-            image = image + squared_error(prediction, data, eps, t, self.config.prediction).mean(1).sum()
-        return {"text": Term(text, counts["text"]), "image": Term(image, counts["image"])}
+            error = squared_error(prediction, data, eps, t, self.config.prediction).mean(1).flatten(1)
+            image = image + error.sum()
+            shown = shown + by_document(error.sum(-1), batch.document[tokens[:, 0]], rows, error.shape[-1])
+        return {"text": Term(text, counts["text"], said), "image": Term(image, counts["image"], shown)}
 
     # ---- reading ------------------------------------------------------------------------------------------------
 

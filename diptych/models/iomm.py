@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from diptych.core.batch import Batch, pack
-from diptych.core.losses import Losses, Term
+from diptych.core.losses import Losses, Term, by_document, linear_cross_entropy
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Message, Sample, Text
 from diptych.core.sequence import Kind, Segment
@@ -62,7 +62,7 @@ from diptych.models.protocol import (
 from diptych.parts.adapters import Connector, NoQueries, ResidualQueries, StaticQueries
 from diptych.parts.attention import Cached, Continued, Recorded, documents
 from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, tiny_autoencoder
-from diptych.parts.dit import DitConfig, blocks, build_dit
+from diptych.parts.dit import DitConfig, Group, blocks, build_dit
 from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, euler, mix, squared_error, velocity
 from diptych.parts.images import SizeRule, to_tensor, tokens_to_latents
 from diptych.parts.mllm import Mllm, MllmConfig, Template
@@ -238,7 +238,8 @@ class Iomm(UnifiedModel):
         yield from blocks(self.dit)
 
     def trunk(self) -> Iterator[torch.nn.Module]:
-        return iter(())  # the reader reads prefix and queries apart; the generator is called once for every shape
+        yield from self.mllm.language.layers  # once for the prefix, once for the queries
+        yield from blocks(self.dit)
 
     # ---- layout -------------------------------------------------------------------------------------------------
 
@@ -403,19 +404,27 @@ class Iomm(UnifiedModel):
             attend = Recorded(documents(s.columns))
             states = self.mllm(s.x, s.positions, attend)
             supervised = (s.columns.targets != NONE).nonzero()[:, 0]
-            logits = self.mllm.logits(states.index_select(0, supervised)).float()
-            text = F.cross_entropy(logits, s.columns.targets[supervised], reduction="sum")
-        image = states.new_zeros((), dtype=torch.float32)
-        if drawn:
-            conditions, valid = self._condition(batch, s, states, attend.memory)
-            rows = iter(zip(*(x.split([len(g.tokens) for g in drawn]) for x in (conditions, valid)), strict=True))
+            said = states.index_select(0, supervised)
+            text, each = linear_cross_entropy(said, self.mllm.head_weight, s.columns.targets[supervised])
+        words = by_document(each, s.columns.document[supervised], len(batch.samples))
+        noised = []
         for g in drawn:
             data = latent_tokens(self, g, noise)
             eps = draw_noise(noise, g, "noise", tuple(data.shape[1:])).to(data.device)
-            t = self.config.times(noise, g.owners, g.ordinals).to(data.device)
-            prediction = self.dit(mix(data, eps, t), t, *next(rows), g.grid).float()
-            image = image + squared_error(prediction, data, eps, t, self.config.prediction).mean(-1).sum()
-        return {"text": Term(text, counts["text"]), "image": Term(image, counts["image"])}
+            noised.append((data, eps, self.config.times(noise, g.owners, g.ordinals).to(data.device), g.grid))
+        if not drawn:  # a token that counts nothing, for other processes may draw and wait for this one (``trunk``)
+            nothing = states.new_zeros(1, 1, self.features, dtype=torch.float32)
+            noised.append((nothing, nothing, nothing[:, 0, 0], (1, 1)))
+        conditions, valid = self._condition(batch, s, states, attend.memory)
+        rows = zip(*(x.split([len(data) for data, *_ in noised]) for x in (conditions, valid)), strict=True)
+        groups = [Group(mix(d, e, t), t, *row, grid) for (d, e, t, grid), row in zip(noised, rows, strict=True)]
+        image, shown = states.new_zeros((), dtype=torch.float32), torch.zeros_like(words)
+        owners = [batch.document[g.tokens[:, 0]] for g in drawn] or [batch.document[:1]]
+        for (data, eps, t, _), owner, prediction in zip(noised, owners, self.dit(groups), strict=True):
+            error = bool(drawn) * squared_error(prediction.float(), data, eps, t, self.config.prediction).mean(-1)
+            image = image + error.sum()
+            shown = shown + by_document(error.sum(-1), owner, len(batch.samples), error.shape[-1] * bool(drawn))
+        return {"text": Term(text, counts["text"], words), "image": Term(image, counts["image"], shown)}
 
     def _reader_learns(self, batch: Batch) -> bool:
         """Whether anything before the queries asks for a gradient: the reader's weights, or a picture itself."""
@@ -531,8 +540,8 @@ class Iomm(UnifiedModel):
         valid = torch.arange(longest, device=self.device) < lengths[:, None]
         condition = torch.stack([F.pad(c, (0, 0, 0, longest - len(c))) for c in each])
         x, times = x_t.repeat(branches, 1, 1), t.repeat(branches)
-        prediction = self.dit(x, times, condition, valid, self._grid(drawings[0].canvas)).float()
-        return velocity(prediction, x, times, self.config.prediction).unflatten(0, (branches, -1))
+        [prediction] = self.dit([Group(x, times, condition, valid, self._grid(drawings[0].canvas))])
+        return velocity(prediction.float(), x, times, self.config.prediction).unflatten(0, (branches, -1))
 
     def _grid(self, canvas: tuple[int, int]) -> tuple[int, int]:
         """(rows, columns) of the latent tokens of a picture."""
@@ -568,9 +577,10 @@ class _Stream:
 
 
 def _before(batch: Batch, s: _Stream) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every picture to draw, group after group: its first place in the row, the places in the stream of what stands
-    before it in its document (N, L), and which of these are real."""
-    first = torch.cat([g.tokens[:, 0] for g in batch.of(Kind.NOISED)])
+    """Of every picture to draw, group after group (or of the row's second word, where there is none): its first place
+    in the row, the places in the stream of what stands before it in its document (N, L), and which of these are real.
+    """
+    first = torch.cat([g.tokens[:, 0] for g in batch.of(Kind.NOISED)] or [batch.ids.new_ones(1)])
     starts = torch.tensor([0, *batch.lengths], device=first.device).cumsum(0)[batch.document[first]]
     low, high = torch.searchsorted(s.places, starts), torch.searchsorted(s.places, first)
     index = low[:, None] + torch.arange(int((high - low).max()), device=first.device)

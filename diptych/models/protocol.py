@@ -127,8 +127,10 @@ class Trainable(nn.Module, ABC):
         """What to recompute and to compile one by one."""
 
     def trunk(self) -> Iterator[nn.Module]:
-        """Those of ``blocks`` that every forward calls exactly once, whatever the batch holds: sharded one by one. What
-        batches may lack (a vision encoder) or call once for every shape of pictures is gathered with the rest."""
+        """Those of ``blocks`` that every forward calls, and calls equally often, whatever the batch holds: sharded one
+        by one. What batches may lack (a vision encoder) or call once for every shape of pictures is gathered with the
+        rest. Processes that share a model wait for each other in every call, so each of them goes backward too: the
+        loss of any batch depends on the trunk's output."""
         yield from self.blocks()
 
     @abstractmethod

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diptych.core.batch import Batch, Pictures, pack
-from diptych.core.losses import Losses, Term
+from diptych.core.losses import Losses, Term, by_document, linear_cross_entropy
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Message, Sample, Text
 from diptych.core.sequence import Kind, Segment
@@ -53,7 +53,7 @@ from diptych.models.protocol import (
 )
 from diptych.parts.attention import Attend, Cached, Streams, documents, inverse_permutation
 from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, tiny_tokenizer
-from diptych.parts.codes import CodeHead, CodeSettings, linear_cross_entropy
+from diptych.parts.codes import CodeHead, CodeSettings
 from diptych.parts.decoder import Decoder, DecoderConfig
 from diptych.parts.fold import Ratio, fold, folded, unfold
 from diptych.parts.images import SizeRule, Tiling, fit
@@ -397,13 +397,15 @@ class SynerGen(UnifiedModel):
 
         supervised = (batch.targets != NONE).nonzero()[:, 0]
         said = states.index_select(0, rank[supervised])
-        text = linear_cross_entropy(said, self.decoder.head_weight, batch.targets[supervised])
-        image = states.new_zeros((), dtype=torch.float32)
+        text, each = linear_cross_entropy(said, self.decoder.head_weight, batch.targets[supervised])
+        words = by_document(each, batch.document[supervised], len(batch.samples))
+        image, shown = states.new_zeros((), dtype=torch.float32), torch.zeros_like(words)
         if told := self._told(batch):
             before = torch.cat([g.tokens.flatten() for g in told]) - 1
             answer = torch.cat([codes[id(g)].flatten(0, 2) for g in told])
-            image = self.unfold.nll(states.index_select(0, rank[before]), answer)
-        return {"text": Term(text, counts["text"]), "image": Term(image, counts["image"])}
+            image, each = self.unfold.nll(states.index_select(0, rank[before]), answer)
+            shown = by_document(each.sum(-1), batch.document[before], len(batch.samples), self.config.slots)
+        return {"text": Term(text, counts["text"], words), "image": Term(image, counts["image"], shown)}
 
     # ---- reading ------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,5 @@
-"""Picture codes one after another: a small causal transformer over the slots of a token (SynerGen-VL Eq. 3), guidance
-on the logits of each code, and cross-entropy whose logits never exist whole.
+"""Picture codes one after another: a small causal transformer over the slots of a token (SynerGen-VL Eq. 3), and
+guidance on the logits of each code.
 
 ::
 
@@ -17,11 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from diptych.core.losses import linear_cross_entropy
 from diptych.core.tensors import Float, Int, Tensor
 from diptych.parts.attention import sdpa
 from diptych.parts.decoder import DecoderConfig, Layer, RMSNorm
-
-LOGITS = 2**24  # logits at a time in training: 64 MB of float32
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,10 @@ class CodeHead(nn.Module):
             x = layer(x, _still, [len(x)], attend)
         return self.norm(x)
 
-    def nll(self, h: Float[Tensor, "P d"], codes: Int[Tensor, "P s"]) -> Float[Tensor, ""]:
-        """-log p(codes | h), summed over patches and slots, in nats."""
-        return linear_cross_entropy(self(h, codes), self.classifier.weight, codes.flatten())
+    def nll(self, h: Float[Tensor, "P d"], codes: Int[Tensor, "P s"]) -> tuple[Float[Tensor, ""], Float[Tensor, "P s"]]:
+        """-log p(codes | h) in nats: summed, and code by code (without gradient)."""
+        total, each = linear_cross_entropy(self(h, codes), self.classifier.weight, codes.flatten())
+        return total, each.view(codes.shape)
 
     @torch.no_grad()
     def sample(
@@ -164,54 +164,3 @@ class Choice:
         for branch, scale in zip(logits[1:], self.scales, strict=True):
             out = branch + scale * (out - branch)
         return out
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are taken on the way forward, while a chunk's logits exist; so nothing is computed twice."""
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, rows):
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        states, table = x.to(dtype), weight.to(dtype)
-        of_x, of_weight = ctx.needs_input_grad[:2]
-        loss = torch.zeros((), device=x.device)
-        dx = torch.empty_like(states) if of_x else None
-        dw = torch.zeros(weight.shape, device=x.device) if of_weight else None
-        with torch.autocast(device, enabled=False):
-            for at in range(0, len(x), rows):
-                some, target = states[at : at + rows], targets[at : at + rows, None]
-                logits = (some @ table.T).float()
-                total = logits.logsumexp(-1, keepdim=True)
-                loss += (total - logits.gather(1, target)).sum()
-                if not (of_x or of_weight):
-                    continue
-                p = logits.sub_(total).exp_()
-                p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
-                p = p.to(dtype)
-                if of_x:
-                    dx[at : at + rows] = p @ table
-                if of_weight:
-                    dw += (p.T @ some).float() if dtype != torch.float32 else p.T @ some
-        ctx.save_for_backward(dx, dw)
-        ctx.dtypes = x.dtype, weight.dtype
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        of_x, of_weight = ctx.dtypes
-        return (
-            None if dx is None else (dx * grad).to(of_x),
-            None if dw is None else (dw * grad).to(of_weight),
-            None,
-            None,
-        )
-
-
-def linear_cross_entropy(
-    x: Float[Tensor, "n d"], weight: Float[Tensor, "K d"], targets: Int[Tensor, " n"], rows: int | None = None
-) -> Float[Tensor, ""]:
-    """Sum over rows of the cross-entropy of softmax(x weight^T), in float32; ``rows`` of logits exist at a time."""
-    return _LinearCrossEntropy.apply(x, weight, targets, rows or max(1, LOGITS // len(weight)))

@@ -1,15 +1,16 @@
 """Diffusion transformers conditioned on a sequence: FLUX-style double streams, and a Z-Image-style single stream.
 
-Both take picture tokens, times in [0, 1] (0 data, 1 noise) and a padded condition, and return a value per picture
-token. Positions are rotations by row and column (and, in the single stream, by the place in the condition), so any grid
-can be drawn. Time alone modulates (specs: IOMM 2.2, U15).
+Both take groups of pictures of one shape each: their tokens, times in [0, 1] (0 data, 1 noise) and padded conditions.
+They return a value per picture token. Every block is called once for all groups, so that it can be sharded on its own.
+Positions are rotations by row and column (and, in the single stream, by the place in the condition), so any grid can be
+drawn. Time alone modulates (specs: IOMM 2.2, U15).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,26 @@ class DitConfig:
             raise ValueError(f"axes {self.axes} must add up to hidden_size / heads = {self.hidden_size}/{self.heads}")
         if any(a % 2 for a in self.axes) or (self.kind == "double" and (self.axes[0] or self.refiners)):
             raise ValueError(f"axes must be even, and a double stream has no first axis and no refiners: {self}")
+
+
+class Group(NamedTuple):
+    """Pictures of one shape; condition tokens that are not ``valid`` are not seen."""
+
+    x: Float[Tensor, "N n f"]
+    t: Float[Tensor, " N"]
+    condition: Float[Tensor, "N L d"]
+    valid: Bool[Tensor, "N L"]
+    grid: tuple[int, int]
+
+
+class Block(nn.Module):
+    """A block over several groups at once: the inputs of each go through ``one``."""
+
+    def forward(self, groups: Sequence[tuple]) -> list[Any]:
+        return [self.one(*inputs) for inputs in groups]
+
+    def one(self, *inputs: Any) -> Any:
+        raise NotImplementedError
 
 
 def build_dit(config: DitConfig, features: int) -> DoubleStream | SingleStream:
@@ -98,7 +119,7 @@ class Stream(nn.Module):
         return x + gate_mlp * self.fc2(F.gelu(self.fc1(_modulate(x, shift, scale)), approximate="tanh"))
 
 
-class DoubleBlock(nn.Module):
+class DoubleBlock(Block):
     """Separate weights for the condition and the picture, one attention over both (FLUX). In the ``last`` block the
     condition is seen and goes no further."""
 
@@ -106,7 +127,7 @@ class DoubleBlock(nn.Module):
         super().__init__()
         self.condition, self.picture, self.last = Stream(d, head, last), Stream(d, head), last
 
-    def forward(self, x: Tensor, c: Tensor, time: Tensor, turn: Rotation, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def one(self, x: Tensor, c: Tensor, time: Tensor, turn: Rotation, mask: Tensor | None) -> tuple:
         n = x.shape[1]
         mine = self.picture.modulation(time)[:, None].chunk(6, -1)
         other = self.condition.modulation(time)[:, None].chunk(2 if self.last else 6, -1)
@@ -115,7 +136,7 @@ class DoubleBlock(nn.Module):
         q, k, v = torch.cat([turn(q), *qc], 1), torch.cat([turn(k), kc], 1), torch.cat([v, vc], 1)
         seen = sdpa(q, k, v, mask=mask).flatten(-2)
         x = self.picture.join(x, seen[:, :n], *mine[2:])
-        return x, c if self.last else self.condition.join(c, seen[:, n:], *other[2:])
+        return x, None if self.last else self.condition.join(c, seen[:, n:], *other[2:])
 
 
 class DoubleStream(nn.Module):
@@ -132,28 +153,26 @@ class DoubleStream(nn.Module):
         self.modulation = nn.Linear(d, 2 * d)
         self.leave = nn.Linear(d, features)
 
-    def forward(
-        self,
-        x: Float[Tensor, "N n f"],
-        t: Float[Tensor, " N"],
-        condition: Float[Tensor, "N L d"],
-        valid: Bool[Tensor, "N L"],
-        grid: tuple[int, int],
-    ) -> Float[Tensor, "N n f"]:
-        """A value per picture token; condition tokens that are not ``valid`` are not seen."""
-        time = F.silu(self.time(1000 * t))
-        turn = Rotation(grid_coordinates(grid, device=x.device), self.config.axes, self.config.theta)
-        x, c, mask = self.enter(x.to(self.enter.weight.dtype)), condition, _mask(valid, x.shape[1])
+    def forward(self, groups: Sequence[Group]) -> list[Float[Tensor, "N n f"]]:
+        """A value per picture token of every group."""
+        joined, rest = [], []
+        for x, t, condition, valid, grid in groups:
+            turn = Rotation(grid_coordinates(grid, device=x.device), self.config.axes, self.config.theta)
+            joined.append((self.enter(x.to(self.enter.weight.dtype)), condition))
+            rest.append((F.silu(self.time(1000 * t)), turn, _mask(valid, x.shape[1])))
         for layer in self.layers:
-            x, c = layer(x, c, time, turn, mask)
-        return self.leave(_modulate(x, *self.modulation(time)[:, None].chunk(2, -1)))
+            joined = layer([(*pair, *more) for pair, more in zip(joined, rest, strict=True)])
+        return [
+            self.leave(_modulate(x, *self.modulation(time)[:, None].chunk(2, -1)))
+            for (x, _), (time, *_) in zip(joined, rest, strict=True)
+        ]
 
     def initialise(self, generator: torch.Generator) -> None:
         """Variance-keeping linears; what modulates and the way out begin at zero, so every block begins as identity."""
         _initialise(self, generator)
 
 
-class SingleBlock(nn.Module):
+class SingleBlock(Block):
     """One set of weights over a joint sequence: norms on both sides of attention and of the gated MLP; with
     ``modulated``, time scales what goes in and gates (tanh) what comes out (Z-Image)."""
 
@@ -168,7 +187,7 @@ class SingleBlock(nn.Module):
         self.gate_proj, self.up_proj = nn.Linear(d, hidden, bias=False), nn.Linear(d, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, d, bias=False)
 
-    def forward(self, x: Tensor, time: Tensor, turn: Rotation, mask: Tensor | None) -> Tensor:
+    def one(self, x: Tensor, time: Tensor, turn: Rotation, mask: Tensor | None) -> Tensor:
         one = x.new_ones(())
         scale, gate, scale_mlp, gate_mlp = one, one, one, one
         if self.modulation is not None:
@@ -200,31 +219,33 @@ class SingleStream(nn.Module):
         self.modulation = nn.Linear(narrow, d)
         self.leave = nn.Linear(d, features)
 
-    def forward(
-        self,
-        x: Float[Tensor, "N n f"],
-        t: Float[Tensor, " N"],
-        condition: Float[Tensor, "N L d"],
-        valid: Bool[Tensor, "N L"],
-        grid: tuple[int, int],
-    ) -> Float[Tensor, "N n f"]:
-        """A value per picture token; condition tokens that are not ``valid`` are not seen."""
-        length, count, axes, theta = condition.shape[1], x.shape[1], self.config.axes, self.config.theta
-        time = self.time(1000 * t)
-        words = torch.arange(1, length + 1, device=x.device)[:, None] * torch.tensor([1, 0, 0], device=x.device)
+    def forward(self, groups: Sequence[Group]) -> list[Float[Tensor, "N n f"]]:
+        """A value per picture token of every group."""
+        times = [self.time(1000 * g.t) for g in groups]
+        masks = [_mask(g.valid, g.x.shape[1]) for g in groups]
         # The picture stands at the first axis' place 0, so that a padded condition moves nothing.
-        places = grid_coordinates(grid, device=x.device)
-        x, c, mask = self.enter(x.to(self.enter.weight.dtype)), condition, _mask(valid, count)
-        alone = None if mask is None else valid[:, None, None]
-        for layer in self.picture_refiner:
-            x = layer(x, time, Rotation(places, axes, theta), None)
-        for layer in self.condition_refiner:
-            c = layer(c, time, Rotation(words, axes, theta), alone)
-        turn, joint = Rotation(torch.cat([places, words]), axes, theta), torch.cat([x, c], 1)
-        for layer in self.layers:
-            joint = layer(joint, time, turn, mask)
-        x = F.layer_norm(joint[:, :count], joint.shape[-1:], eps=1e-6)
-        return self.leave(x * (1 + self.modulation(F.silu(time))[:, None]))
+        places = [grid_coordinates(g.grid, device=g.x.device) for g in groups]
+        words = [F.pad(torch.arange(1, g.valid.shape[1] + 1, device=g.x.device)[:, None], (0, 2)) for g in groups]
+        alone = [None if m is None else g.valid[:, None, None] for g, m in zip(groups, masks, strict=True)]
+        x = [self.enter(g.x.to(self.enter.weight.dtype)) for g in groups]
+        x = self._through(self.picture_refiner, x, times, places, [None] * len(groups))
+        c = self._through(self.condition_refiner, [g.condition for g in groups], times, words, alone)
+        both = [torch.cat(pair) for pair in zip(places, words, strict=True)]
+        joint = [torch.cat(pair, 1) for pair in zip(x, c, strict=True)]
+        joint = self._through(self.layers, joint, times, both, masks)
+        out = []
+        for j, g, time in zip(joint, groups, times, strict=True):
+            normed = F.layer_norm(j[:, : g.x.shape[1]], j.shape[-1:], eps=1e-6)
+            out.append(self.leave(normed * (1 + self.modulation(F.silu(time))[:, None])))
+        return out
+
+    def _through(
+        self, layers: nn.ModuleList, x: list[Tensor], times: list[Tensor], places: list[Tensor], masks: Sequence
+    ) -> list[Tensor]:
+        turns = [Rotation(p, self.config.axes, self.config.theta) for p in places]
+        for layer in layers:
+            x = layer(list(zip(x, times, turns, masks, strict=True)))
+        return x
 
     def initialise(self, generator: torch.Generator) -> None:
         """Variance-keeping linears; what modulates and the way out begin at zero."""

@@ -143,8 +143,12 @@ class Mllm(nn.Module):
 
     def logits(self, states: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
         """Scores of the next word."""
-        head = self.lm_head or self.language.embed_tokens
-        return linear(states, head.weight)
+        return linear(states, self.head_weight)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "V D"]:
+        """The language head: a table of its own, or that of the embeddings."""
+        return (self.lm_head or self.language.embed_tokens).weight
 
     def initialise(self, generator: torch.Generator) -> None:
         """Fresh weights: of variance 1 / inputs, less where a residual stream is written to."""

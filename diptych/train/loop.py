@@ -40,13 +40,14 @@ from diptych.train.parallel import (
     gather,
     local,
     processes,
+    settle,
     sharded,
     share,
     spread,
     total,
     whole,
 )
-from diptych.train.parameters import Average, by_part, freeze, release_state, select
+from diptych.train.parameters import Average, by_part, ever_trained, freeze, release_state, select
 from diptych.train.plan import Sources
 from diptych.train.recipe import Recipe, Stage
 
@@ -88,11 +89,11 @@ def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = Non
 
     def prepare(made: Trainable) -> None:
         lora.inject(made, recipe.lora, recipe.seed)
+        trained = ever_trained(made, recipe.stages)
         if recipe.engine.frozen == "bf16":
-            trained = {id(p) for s in recipe.stages for part in freeze(made, s.train).values() for p in part.values()}
-            for p in made.parameters():
-                p.data = p.data if id(p) in trained else p.data.to(torch.bfloat16)
-        spread(made, recipe.engine, recipe.precision, device)
+            for p in set(made.parameters()) - trained:
+                p.data = p.data.to(torch.bfloat16)
+        spread(made, recipe.engine, recipe.precision, device, trained)
 
     if sharded(recipe.engine) and resuming:
         model = models.create(name, config, tokenizer, "meta")
@@ -260,6 +261,7 @@ class _Job:
         recipe, state, model = self.recipe, self.state, self.state.model
         rates = select(model, stage.train)
         parts = freeze(model, stage.train)
+        settle(model)
         named = {name: p for part in parts.values() for name, p in part.items()}
         names = {id(p): name for name, p in named.items()}
         state.optimizers = optim.build(model, parts, rates, stage.optimizer)

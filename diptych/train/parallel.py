@@ -8,9 +8,8 @@ nothing but rounding. ``spread`` gives a model to PyTorch's FSDP2 as the recipe'
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -112,13 +111,13 @@ def mesh(engine: Engine, device: str) -> DeviceMesh:
     return init_device_mesh(kind, (size // local, local), mesh_dim_names=("replicate", "shard"))
 
 
-def spread(model: Trainable, engine: Engine, precision: str, device: str) -> None:
+def spread(model: Trainable, engine: Engine, precision: str, device: str, trained: Set[nn.Parameter]) -> None:
     """Prepares a model (on the meta device too) for training as ``engine`` says, in place.
 
     Every block is recomputed and compiled on its own. Sharded, the blocks of ``trunk`` are gathered one at a time;
-    whatever else is trained is gathered together, at the start of a forward; parts that are never trained and lie
-    outside the trunk stay whole. In bf16 gathered blocks are bf16; the shards that the optimizer sees, and sums of
-    gradients, stay float32."""
+    whatever else is ``trained`` (by any stage) is gathered together, at the start of a forward; what is never trained
+    and lies outside the trunk stays whole. In bf16 gathered blocks are bf16; the shards that the optimizer sees, and
+    sums of gradients, stay float32."""
     for block in model.blocks():
         if engine.compile:
             block.forward = torch.compile(block.forward, backend=engine.compile)  # type: ignore[method-assign]
@@ -129,11 +128,8 @@ def spread(model: Trainable, engine: Engine, precision: str, device: str) -> Non
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         raise ValueError(f"sharding needs torch 2.13 or newer, not {torch.__version__}")
     trunk = list(model.trunk())
-    inside = {id(p) for block in trunk for p in block.parameters()}
-    frozen = [glob for part in model.frozen for glob in model.parts[part]]
-    whole = {
-        p for n, p in model.named_parameters() if id(p) not in inside and any(fnmatchcase(n, glob) for glob in frozen)
-    }
+    inside = {p for block in trunk for p in block.parameters()}
+    whole = {p for p in model.parameters() if p not in inside and p not in trained}
     bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     how: dict[str, Any] = {
         "mesh": mesh(engine, device),
@@ -152,6 +148,14 @@ def spread(model: Trainable, engine: Engine, precision: str, device: str) -> Non
 def shards(model: nn.Module) -> list[FSDPModule]:
     """The modules that are gathered as one."""
     return [m for m in model.modules() if isinstance(m, FSDPModule)]
+
+
+def settle(model: nn.Module) -> None:
+    """To be called when other parts are trained than before: FSDP decides once, at the first forward, in which dtype it
+    adds up a group's gradients, and a group that was frozen then has none."""
+    for module in shards(model):
+        for group in module._get_fsdp_state()._fsdp_param_groups:
+            group._init_mp_dtypes()
 
 
 def _reached(module: nn.Module, inputs: tuple) -> tuple:

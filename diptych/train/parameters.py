@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diptych.models.protocol import Trainable
 from diptych.train.parallel import local
+from diptych.train.recipe import Stage
 
 
 def by_part(model: Trainable) -> dict[str, dict[str, nn.Parameter]]:
@@ -48,6 +49,11 @@ def freeze(model: Trainable, train: Mapping[str, float]) -> dict[str, dict[str, 
         parameter.requires_grad_(id(parameter) in trained)
     _set_modes(model, False)
     return {part: parts[part] for part in rates}
+
+
+def ever_trained(model: Trainable, stages: Iterable[Stage]) -> set[nn.Parameter]:
+    """What any of the stages trains. The model is left as ``freeze`` leaves it for the last of them."""
+    return {p for stage in stages for part in freeze(model, stage.train).values() for p in part.values()}
 
 
 def _set_modes(module: nn.Module, parent: bool) -> None:

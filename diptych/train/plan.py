@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from diptych import models
 from diptych.core.batch import Batch
@@ -33,7 +32,7 @@ from diptych.data.loader import Loader
 from diptych.models.protocol import Trainable
 from diptych.train import lora
 from diptych.train.parallel import spread
-from diptych.train.parameters import freeze
+from diptych.train.parameters import ever_trained, freeze
 from diptych.train.recipe import Recipe, Stage
 
 GIB = 2**30
@@ -48,11 +47,12 @@ class Hollow(TorchDispatchMode):
     """Runs a model on the meta device with a batch that is real: whatever touches the model computes nothing.
 
     ``live`` are the bytes that its results hold now and ``peak`` the most they ever held; ``most`` is the same without
-    what was ``set_aside`` (gradients that stay)."""
+    what was ``set_aside`` (gradients that stay). ``flops`` are those of all products. Counted here rather than by
+    torch's ``FlopCounterMode``, whose hooks keep what blocks recompute until the garbage is collected."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.live = self.peak = self.most = self.aside = 0
+        self.live = self.peak = self.most = self.aside = self.flops = 0
         own = [*model.parameters(), *model.buffers()]
         self.known: dict[int, Any] = {p.untyped_storage()._cdata: None for p in own}
 
@@ -63,6 +63,8 @@ class Hollow(TorchDispatchMode):
             if kwargs.get("device") is not None:
                 kwargs = kwargs | {"device": torch.device("meta")}
         out = func(*args, **kwargs)
+        if count := flop_registry.get(func._overloadpacket):
+            self.flops += count(*args, **kwargs, out_val=out)
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and x.is_meta:
                 self._hold(x.untyped_storage())
@@ -179,8 +181,9 @@ def _prepared(recipe: Recipe, stage: Stage) -> Trainable:
     name, config = models.config_from_json(recipe.model)
     model = models.create(name, config, device="meta")
     lora.inject(model, recipe.lora, recipe.seed)
+    trained = ever_trained(model, recipe.stages)
     freeze(model, stage.train)
-    spread(model, replace(recipe.engine, shard="none", compile=None), recipe.precision, "meta")
+    spread(model, replace(recipe.engine, shard="none", compile=None), recipe.precision, "meta", trained)
     return model
 
 
@@ -211,7 +214,7 @@ def _measure(model: Trainable, batch: Any, recipe: Recipe, stage: Stage) -> _Wor
         if p.requires_grad
     ]
     try:
-        with FlopCounterMode(display=False) as counter, hollow, fused():
+        with hollow, fused():
             loss = combine(model(batch, Noise(recipe.seed, 0)), stage.loss, model.counts(batch))
             if loss.requires_grad:
                 loss.backward()
@@ -220,7 +223,7 @@ def _measure(model: Trainable, batch: Any, recipe: Recipe, stage: Stage) -> _Wor
     for hook in hooks:
         hook.remove()
     model.float()
-    return _Work(hollow.most, hollow.peak, float(counter.get_total_flops()))
+    return _Work(hollow.most, hollow.peak, float(hollow.flops))
 
 
 def _memory(
@@ -230,20 +233,19 @@ def _memory(
     engine, config = recipe.engine, stage.optimizer
     ways = 1 if engine.shard == "none" else gpus if engine.shard == "full" else local
     half = 2 if recipe.precision == "bf16" else 4
+    ever = ever_trained(model, recipe.stages)
+    freeze(model, stage.train)
     blocks = [_size(b.parameters()) for b in model.trunk()] if ways > 1 else []
-    inside = {id(p) for b in model.trunk() for p in b.parameters()} if ways > 1 else set()
-    frozen = [glob for part in model.frozen for glob in model.parts[part]]
-    named = dict(model.named_parameters())
-    alone = {n for n, p in named.items() if id(p) not in inside and any(fnmatchcase(n, g) for g in frozen)}
-    kept, root = (
-        _size(named[n] for n in alone),
-        _size(p for n, p in named.items() if n not in alone and id(p) not in inside),
-    )
-    trained = [p for p in named.values() if p.requires_grad]
+    inside = {p for b in model.trunk() for p in b.parameters()} if ways > 1 else set()
+    every = set(model.parameters())
+    kept, root = every - inside - ever, _size(ever - inside)
+    trained = [p for p in every if p.requires_grad]
     slots = _slots(model, trained, config.name)
-    shared = (sum(blocks) + root) // ways if ways > 1 else _size(named.values()) - kept
-    less = 2 * _size(p for n, p in named.items() if not p.requires_grad) if engine.frozen == "bf16" else 0
-    weights = 4 * (shared + kept) - less // ways + sum(b.numel() * b.element_size() for b in model.buffers())
+
+    def held(some: Iterable[nn.Parameter]) -> int:
+        return sum(p.numel() * (2 if engine.frozen == "bf16" and p not in ever else 4) for p in some)
+
+    weights = held(every - kept) // ways + held(kept) + sum(b.numel() * b.element_size() for b in model.buffers())
     gradients = 4 * _size(trained) // ways
     optimizer, average = 4 * slots // ways, (4 * _size(trained) // ways if stage.ema else 0)
     gathered = 0

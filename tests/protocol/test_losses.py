@@ -48,6 +48,19 @@ def test_losses_are_what_counts_announces(model):
     assert all(t.count > 0 and torch.isfinite(t.sum) and t.sum > 0 for t in losses.values())
 
 
+def test_every_term_tells_what_each_document_adds(model):
+    samples = tiny.samples()
+    losses = model(pack([model.lay_out(s) for s in samples], model.routes), NOISE)
+    for name, term in losses.items():
+        total, count = term.documents.sum(0).tolist()
+        assert near(float(term.sum.detach()), total) and count == term.count > 0
+        for sample, (value, n) in zip(samples, term.documents.tolist(), strict=True):
+            alone = pack([model.lay_out(sample)], model.routes)
+            assert n == model.counts(alone)[name]
+            if n:
+                assert near(sums(model, [model.lay_out(sample)])[name], value)
+
+
 def test_packed_equals_separate(model):
     laid = [model.lay_out(s) for s in tiny.samples()]
     alone = [sums(model, [x]) for x in laid]
