@@ -126,15 +126,14 @@ class Worker:
             tick = loop.run_in_executor(self.pool, scheduler.tick)
             await asyncio.wait([tick])
             self.metrics.tick(self.engine.name, time.perf_counter() - start, len(scheduler.running))
+            for job, event in scheduler.events:
+                self._tell(job, event)
             if error := tick.exception():
                 self.metrics.error(error)
                 at = [*scheduler.at]
                 for job in at:
                     scheduler.cancel(job)
                 self._fail([id(job) for job in at], Failed("the model failed on this request; the log says why"))
-            else:
-                for job, event in tick.result():
-                    self._tell(job, event)
 
     def _tell(self, job: Job, event: Event) -> None:
         if found := self.calls.get(id(job)):  # else cancelled during the tick
