@@ -122,6 +122,10 @@ class Sketch:
 Job = Talk | Sketch
 
 
+class Unfit(ValueError):
+    """A request that its model cannot begin, found out only now."""
+
+
 class Scheduler:
     """The running batch of one model. ``slots`` is how many requests run together; the others wait in order.
 
@@ -166,7 +170,10 @@ class Scheduler:
         self.events = []
         while self.waiting and len(self.running) < self.slots:
             self.running.append(self.waiting.popleft())
-        self._join([job for job in self.running if not job.begun])
+        try:
+            self._join([job for job in self.running if not job.begun])
+        except ValueError as error:
+            raise Unfit(str(error)) from error
         self._say([job for job in self.running if isinstance(job, Talk)])
         groups: dict[tuple, list[Sketch]] = {}
         for job in self.running:
