@@ -22,7 +22,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends libgl1 libegl1 
 COPY pyproject.toml README.md LICENSE /src/
 COPY diptych /src/diptych
 RUN pip install "/src[serve,hf]" && rm -rf /src \
-    && useradd --create-home --uid 10001 diptych
+    && useradd --create-home --uid 10001 diptych && install -d -o diptych -g diptych /home/diptych/.cache
 USER diptych
 WORKDIR /home/diptych
 VOLUME /home/diptych/.cache

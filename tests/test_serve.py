@@ -23,6 +23,7 @@ import pytest
 
 from diptych.generate.engine import Engine
 from diptych.serve.app import Options
+from diptych.serve.schemas import Limits
 from tests import tiny
 from tests.serving import WAIT, serving
 
@@ -251,6 +252,77 @@ def test_an_edit_with_several_pictures_and_a_mask(client, engine):
     assert [e.type for e in events] == ["image_edit.partial_image", "image_edit.completed"]
 
 
+def test_every_other_parameter_of_an_edit(client, engine, server):
+    how = {
+        "num_inference_steps": 2, "seed": 5, "guidance_scale": 2.0, "image_guidance_scale": 1.5,
+        "negative_prompt": "red", "settings": json.dumps({"renorm": "global"}),
+    }  # fmt: skip
+    told = client.images.edit(
+        model="tiny", image=("a.png", png(1)), prompt="a hat", size="32x16", response_format="url",
+        output_format="jpeg", output_compression=95, quality="auto", background="opaque", user="me", n=1,
+        extra_body=how,
+    )  # fmt: skip
+    expected = engine.edit(
+        tiny.picture(1), "a hat", 1, (32, 16), 5, "red",
+        num_inference_steps=2, guidance_scale=2.0, image_guidance_scale=1.5, renorm="global",
+    )  # fmt: skip
+    assert told.parameters == json.loads(json.dumps(dict(expected.parameters))) | {"n": 1}
+    got = server.http.get(told.data[0].url)
+    assert got.headers["content-type"] == "image/jpeg" and told.output_format == "jpeg"
+    with PIL.Image.open(io.BytesIO(got.content)) as image:
+        near = np.abs(np.asarray(image, int) - np.asarray(expected.images[0], int)).mean()
+    assert image.size == (32, 16) and near < 20
+
+
+def test_every_parameter_of_a_picture_in_a_chat(client, engine):
+    how = {
+        "modalities": ["image"], "size": "16x32", "num_inference_steps": 2, "guidance_scale": 3.0,
+        "negative_prompt": "red", "settings": {"timestep_shift": 2.0},
+    }  # fmt: skip
+    messages = [{"role": "user", "content": "a star"}]
+    told = client.chat.completions.create(model="tiny", messages=messages, n=2, seed=3, user="me", extra_body=how)
+    expected = engine.generate(
+        "a star", 2, (16, 32), 3, "red", num_inference_steps=2, guidance_scale=3.0, timestep_shift=2.0
+    )
+    assert told.parameters == {
+        "n": 2, "modalities": ["image"], "seed": 3, "image": json.loads(json.dumps(dict(expected.parameters))),
+    }  # fmt: skip
+    for choice, image in zip(told.choices, expected.images, strict=True):
+        assert opened(choice.message.content[0]["image_url"]["url"].partition(",")[2]).tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("family", sorted(set(tiny.FAMILIES) - {"bagel"}))
+def test_every_family_is_served(family):
+    engine = Engine(tiny.shake(tiny.model(family)).requires_grad_(False), family)
+    few = {"seed": 1} | tiny.having(engine.model, num_inference_steps=2)
+    settings = {k: v for k, v in few.items() if k != "seed"}
+    with serving(engine) as server:
+        [about] = server.http.get("/v1/models").json()["data"]
+        assert about["family"] == family and all(about["capabilities"].values()) and about["exact_batching"]
+
+        def drawn(answer):
+            assert answer.status_code == 200, answer.text
+            return [opened(d["b64_json"]).tobytes() for d in answer.json()["data"]]
+
+        content = [{"type": "image_url", "image_url": {"url": uri(png(1))}}, {"type": "text", "text": "what is it?"}]
+        with ThreadPoolExecutor(3) as pool:
+            said = pool.submit(server.http.post, "/v1/chat/completions", json=hello(content, model=family))
+            made = pool.submit(server.http.post, "/v1/images/generations", json={"prompt": "a star", **few})
+            files = [("image", ("a.png", png(i))) for i in (1, 2)]
+            changed = pool.submit(server.http.post, "/v1/images/edits", data={"prompt": "red", **few}, files=files)
+        assert drawn(made.result()) == [engine.generate("a star", 1, None, 1, **settings).images[0].tobytes()]
+        sources = [tiny.picture(1), tiny.picture(2)]
+        assert drawn(changed.result()) == [engine.edit(sources, "red", 1, None, 1, **settings).images[0].tobytes()]
+        text = said.result().json()["choices"][0]["message"]["content"]
+        assert text.strip() == engine.ask(tiny.picture(1), "what is it?", 5).text
+        if "source_share" in about["parameters"]:  # found out only when the drawing begins
+            asked = {"prompt": "red", "size": "16x16", "settings": json.dumps({"source_share": 0.5}), **few}
+            for stream in ("false", "true"):
+                told = server.http.post("/v1/images/edits", data=asked | {"stream": stream}, files=files[:1])
+                assert "has the source's size" in told.text and "invalid_request_error" in told.text
+                assert told.status_code == (400 if stream == "false" else 200)
+
+
 # ---- refusals -----------------------------------------------------------------------------------------------------
 
 DRAWN = {"modalities": ["image"]}
@@ -283,6 +355,7 @@ DRAWN = {"modalities": ["image"]}
         ({"messages": [{"role": "user", "content": "x" * 9000}]}, "at most 8000"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "not valid Unicode"),
         (DRAWN, "max_tokens needs text among modalities"),
+        ({"modalities": ["text", "image"], "size": "33x32", "stream": True}, "size must be multiples of 16"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -511,6 +584,17 @@ def test_the_verb_serves_and_ends_with_every_request_answered(tiny_model, tmp_pa
         process.stdout.close()
         process.stderr.close()
         process.wait()
+
+
+def test_pictures_drawn_are_limited_and_users_are_named_in_the_log(engine, caplog):
+    caplog.set_level("INFO", "diptych.serve")
+    with serving(engine, limits=Limits(drawn=32 * 32), quiet=False) as server:
+        refused = server.http.post("/v1/images/generations", json=slow(steps=1, size="32x48", user="me"))
+        assert refused.status_code == 400 and "size 32x48 has more than 1024 pixels" in refused.text
+        large = server.http.post("/v1/images/edits", data={"prompt": "x", "steps": 1}, files={"image": png(1, 64, 64)})
+        assert large.status_code == 400 and "more than 1024 pixels" in large.text
+        assert server.http.post("/v1/images/generations", json=slow(steps=1, user="me\n")).status_code == 200
+    assert "user 'me\\n'" in caplog.text
 
 
 def test_options_are_checked():

@@ -5,8 +5,8 @@
     submit ──▶ waiting ──▶ read ──▶ running ── tick: one word of every answer, one step of every picture ──▶ events
                                        └────────────── until it ends, or is cancelled ─────────────┘
 
-What a request gives does not depend on what it runs beside, on a CPU not by a bit: each is read alone and each picture
-is decoded alone, words and denoising steps are shared, and their products are ``parts.linear``'s.
+What a request gives does not depend on what it runs beside, on a CPU not by a bit: pictures are read and decoded one
+by one; reading words, saying words and denoising are shared, and their products are ``parts.linear``'s.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class Talk:
         self.ids: list[int] = []
         self.words: list[Word] = []  # reported with the next text
         self.text = self.told = ""
+        self.unread: list[int] = []  # said, and not yet read
         self.read = 0
         self.reason: str | None = None
         self.sketch: Sketch | None = None
@@ -93,6 +94,11 @@ class Talk:
     def images(self) -> tuple[PIL.Image.Image, ...]:
         """The pictures of the answer."""
         return tuple(p.pixels for p in self.parts if isinstance(p, Image))
+
+    @property
+    def begun(self) -> bool:
+        """Whether its conversation has been read."""
+        return self.laid is not None
 
 
 class Sketch:
@@ -112,15 +118,32 @@ class Sketch:
         self.drawing: Drawing | None = None
         self.image: PIL.Image.Image | None = None
 
+    @property
+    def begun(self) -> bool:
+        """Whether its conversation has been read."""
+        return self.drawing is not None
+
+    def reads_as(self, other: Job) -> bool:
+        """Whether another picture starts from the very same contexts: several pictures of a prompt read it once."""
+        if not isinstance(other, Sketch):
+            return False
+        a, b = self.request, other.request
+        same = (a.size, a.negative_prompt, self.branches) == (b.size, b.negative_prompt, other.branches)
+        return a.sample is b.sample and same
+
 
 Job = Talk | Sketch
+
+
+class Unfit(ValueError):
+    """A request that its model cannot begin, found out only now."""
 
 
 class Scheduler:
     """The running batch of one model. ``slots`` is how many requests run together; the others wait in order.
 
     Not for several threads at once. ``at`` are the jobs that the model is working for: to whom an error belongs that
-    comes out of ``tick``."""
+    comes out of ``tick``; ``events`` are those of the last tick, also of one that an error has ended."""
 
     def __init__(self, model: UnifiedModel, memory: Memory | None = None, slots: int = 32) -> None:
         if slots < 1:
@@ -130,6 +153,7 @@ class Scheduler:
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
         self.at: list[Job] = []
+        self.events: list[tuple[Job, Event]] = []
 
     def submit(self, request: Say | Draw) -> Job:
         """The request in line. Raises ``ValueError`` for one that cannot be served, before anything is computed."""
@@ -155,34 +179,67 @@ class Scheduler:
     def tick(self) -> list[tuple[Job, Event]]:
         """One word of every answer and one step of every picture, after reading what has joined. Events in order; a
         job's last one is its ``Stop``."""
+        self.events = []
         while self.waiting and len(self.running) < self.slots:
-            self.at = [self.waiting.popleft()]
-            self._begin(self.at[0])
-            self.running += self.at
-        events = self._say([job for job in self.running if isinstance(job, Talk) and not job.sketch])
+            self.running.append(self.waiting.popleft())
+        try:
+            self._join([job for job in self.running if not job.begun])
+        except ValueError as error:
+            raise Unfit(str(error)) from error
+        self._say([job for job in self.running if isinstance(job, Talk) and not job.sketch])
         groups: dict[tuple, list[Sketch]] = {}
         for job in self.running:
             if isinstance(job, Sketch):
                 groups.setdefault((job.canvas, len(job.branches)), []).append(job)
         for group in groups.values():
-            events += self._step(group)
-        ended = {id(job) for job, event in events if isinstance(event, Stop)}
-        self.running = [j for j in self.running if id(j) not in ended and not (isinstance(j, Sketch) and j.image)]
+            self._step(group)
         self.at = []
-        return events
+        return self.events
+
+    def _tell(self, job: Job, *events: Event) -> None:
+        self.events += [(job, event) for event in events]
+        if isinstance(events[-1], Stop):
+            self.running.remove(job)
 
     # ---- joining ------------------------------------------------------------------------------------------------
 
-    def _begin(self, job: Job) -> None:
-        if isinstance(job, Talk):
-            job.laid = self.model.lay_out(job.opened)
-            job.context = self._read(job.laid, job)
-            job.read = job.context.length
-            return
-        self._start(job, self._shared(job) or tuple(self._read(self._branch(job, d), job) for d in job.branches))
+    def _join(self, jobs: Sequence[Job]) -> None:
+        """Begins what has joined. Words alone are read together, what shows pictures one by one."""
+        wanted: dict[Job, list[Laid]] = {}
+        for job in jobs:
+            self.at = [job]
+            if self._first(job) is job:
+                wanted[job] = self._sequences(job)
+        pairs = [(job, laid) for job, many in wanted.items() for laid in many if len(laid)]
+        words = [pair for pair in pairs if not _shows(pair[1])]
+        read: dict[int, Context] = {}  # by id(laid)
+        for group in ([words] if words else []) + [[pair] for pair in pairs if _shows(pair[1])]:
+            self.at = [job for job, _ in group]
+            later = [len(job.request.sample.messages) > 1 for job in self.at]
+            contexts = self.memory.read([laid for _, laid in group], later)
+            read |= {id(laid): context for (_, laid), context in zip(group, contexts, strict=True)}
+        for job in jobs:
+            self.at = [job]
+            if isinstance(job, Talk):
+                [job.laid] = wanted[job]
+                job.context = read[id(job.laid)]
+                job.read = job.context.length
+                continue
+            first, r = self._first(job), job.request
+            assert isinstance(first, Sketch)
+            own = tuple(read.get(id(laid)) or self.model.open() for laid in wanted.get(job, ()))
+            branches = first.drawing.contexts if first.drawing else own
+            [job.drawing] = self.model.start([branches], [job.opened], [r.settings], [r.seed])
 
-    def _start(self, job: Sketch, contexts: tuple[Context, ...]) -> None:
-        [job.drawing] = self.model.start([contexts], [job.opened], [job.request.settings], [job.request.seed])
+    def _first(self, job: Job) -> Job:
+        """The first running picture of the same request, whose contexts this one shares; else the job itself."""
+        return next((j for j in self.running if isinstance(job, Sketch) and job.reads_as(j)), job)
+
+    def _sequences(self, job: Job) -> list[Laid]:
+        """What the job reads: its conversation, or what each branch of guidance sees of it."""
+        if isinstance(job, Talk):
+            return [self.model.lay_out(job.opened)]
+        return [self._branch(job, drop) for drop in job.branches]
 
     def _branch(self, job: Sketch, drop: Drop) -> Laid:
         """What a branch of guidance reads."""
@@ -190,85 +247,67 @@ class Scheduler:
             return self.model.lay_out(_worded(job.opened, job.request.negative_prompt), drop - {"text"})
         return self.model.lay_out(job.opened, drop)
 
-    def _read(self, laid: Laid, job: Job) -> Context:
-        asked = job.talk if isinstance(job, Sketch) and job.talk else job
-        later = len(asked.request.sample.messages) > 1
-        return self.memory.read([laid], [later])[0] if len(laid) else self.model.open()
-
-    def _shared(self, job: Sketch) -> tuple[Context, ...] | None:
-        """The contexts of a running picture of the same request: several pictures of a prompt read it once."""
-        r = job.request
-        for other in self.running:
-            if isinstance(other, Sketch) and other.drawing and other.request.sample is r.sample:
-                o = other.request
-                if (o.size, o.negative_prompt, other.branches) == (r.size, r.negative_prompt, job.branches):
-                    return other.drawing.contexts
-        return None
-
     # ---- words --------------------------------------------------------------------------------------------------
 
-    def _say(self, talks: Sequence[Talk]) -> list[tuple[Job, Event]]:
-        """One word of each; then what goes on is read by the model together."""
-        events: list[tuple[Job, Event]] = []
-        for talk in talks:
-            events += [(talk, event) for event in self._word(talk)]
-        going = [talk for talk in talks if talk.reason is None and not talk.sketch]
-        self.at = list(going)
+    def _say(self, talks: Sequence[Talk]) -> None:
+        """One word of each, after the model has read together what they said last."""
+        going = [talk for talk in talks if talk.unread]
         if going:
-            replies = [self.model.reply(talk.ids[-1:]) for talk in going]
+            self.at = [*going]
+            replies = [self.model.reply(talk.unread) for talk in going]
             with alone():
                 contexts = self.model.extend([talk.context for talk in going], replies)
             for talk, context in zip(going, contexts, strict=True):
-                talk.context = context
-        return events
+                talk.context, talk.unread = context, []
+        for talk in talks:
+            self._word(talk)
 
-    def _word(self, talk: Talk) -> list[Event]:
+    def _word(self, talk: Talk) -> None:
         self.at, r = [talk], talk.request
         word = next_word(talk.context.logits, r.temperature, r.top_p, talk.generator)
         if word == self.model.picture_word and len(talk.images) < r.pictures and len(talk.ids) + 1 < r.max_new_tokens:
-            return self._pause(talk, word)
-        if word in self.model.stop_ids:
-            talk.reason = "stop"
-        else:
-            talk.ids.append(word)
+            self._pause(talk, word)
+            return
+        reason = "stop" if word in self.model.stop_ids else None
+        if not reason:
             if r.logprobs is not None:
                 talk.words.append(self._reported(talk.context, word, r.logprobs))
+            talk.ids.append(word)
+            talk.unread = [word]
             talk.text = self.model.tokenizer.decode(talk.ids[talk.since :])
             ends = [at for s in r.stop if (at := talk.text.find(s)) >= 0]
             if ends:
-                talk.text, talk.reason = talk.text[: min(ends)], "stop"
+                talk.text, reason = talk.text[: min(ends)], "stop"
             elif len(talk.ids) == r.max_new_tokens:
-                talk.reason = "length"
-        events = self._tell(talk, talk.text if talk.reason else _settled(talk.text, r.stop))
-        if talk.reason:
+                reason = "length"
+        self._tell_text(talk, talk.text if reason else _settled(talk.text, r.stop))
+        if reason:
             assert talk.laid
-            read = talk.context.length - len(talk.laid)  # the last word said need not have been read
-            self.memory.keep(talk.laid, talk.ids[talk.since :][:read], talk.context)
-            usage = Usage(talk.read, len(talk.ids), len(talk.images))
-            events.append(Stop(talk.reason, usage, talk.parameters))
-        return events
+            talk.reason, read = reason, talk.ids[talk.since : len(talk.ids) - len(talk.unread)]
+            self.memory.keep(talk.laid, read, talk.context)
+            self._tell(talk, Stop(reason, Usage(talk.read, len(talk.ids), len(talk.images)), talk.parameters))
 
-    def _tell(self, talk: Talk, ready: str) -> list[Event]:
+    def _tell_text(self, talk: Talk, ready: str) -> None:
         """What of the text has not been told."""
-        if len(ready) <= len(talk.told):
-            return []
-        delta = TextDelta(ready[len(talk.told) :], tuple(talk.words))
-        talk.told, talk.words = ready, []
-        return [delta]
+        if len(ready) > len(talk.told):
+            self._tell(talk, TextDelta(ready[len(talk.told) :], tuple(talk.words)))
+            talk.told, talk.words = ready, []
 
-    def _pause(self, talk: Talk, word: int) -> list[Event]:
+    def _pause(self, talk: Talk, word: int) -> None:
         """The answer begins a picture: it is drawn like any other, from what has been said."""
-        events, seed = self._tell(talk, talk.text), talk.request.seed + len(talk.images)
+        self._tell_text(talk, talk.text)
+        seed, later = talk.request.seed + len(talk.images), len(talk.request.sample.messages) > 1
         talk.ids.append(word)
         talk.parts += (Text(talk.text, loss=True),) if talk.text else ()
         [talk.context] = self.model.extend([talk.context], [self.model.reply([word])])
         turn = assistant(*talk.parts, Image(None, "target"))
         opened = replace(talk.opened, messages=(*talk.opened.messages[:-1], turn))
-        sketch = talk.sketch = Sketch(self.model, Draw(opened, seed, None, self.model.defaults(opened)), talk)
-        others = (self._read(self.model.lay_out(opened, drop), sketch) for drop in sketch.branches if drop)
-        self._start(sketch, (talk.context, *others))
+        sketch = Sketch(self.model, Draw(opened, seed, None, self.model.defaults(opened)), talk)
+        others = [self.model.lay_out(opened, drop) for drop in sketch.branches if drop]
+        read = [self.memory.read([laid], [later])[0] if len(laid) else self.model.open() for laid in others]
+        [sketch.drawing] = self.model.start([(talk.context, *read)], [opened], [sketch.request.settings], [seed])
+        talk.sketch = sketch
         self.running.append(sketch)
-        return events
 
     def _resume(self, talk: Talk, image: PIL.Image.Image) -> None:
         """The picture is part of the answer, which reads it and goes on."""
@@ -290,24 +329,25 @@ class Scheduler:
 
     # ---- pictures -----------------------------------------------------------------------------------------------
 
-    def _step(self, group: Sequence[Sketch]) -> list[tuple[Job, Event]]:
+    def _step(self, group: Sequence[Sketch]) -> None:
         """One step of pictures of one size; the finished ones are decoded one by one."""
         self.at = [job.talk or job for job in group]
-        events: list[tuple[Job, Event]] = []
         moved = self.model.step([job.drawing for job in group if job.drawing])
         for job, drawing in zip(group, moved, strict=True):
-            self.at, job.drawing, previews = [job.talk or job], drawing, job.request.previews
+            asked, previews = job.talk or job, job.request.previews
+            self.at = [asked]
             if drawing.done:
                 job.image = to_pil(self.model.finish([drawing])[0])
-                events.append((job.talk or job, ImageDone(job.image, job.request.seed)))
+                self._tell(asked, ImageDone(job.image, job.request.seed))
                 if job.talk:
+                    self.running.remove(job)
                     self._resume(job.talk, job.image)
                 else:
-                    events.append((job, Stop("image", Usage(drawing.contexts[0].length, 0, 1), job.parameters)))
+                    self._tell(job, Stop("image", Usage(drawing.contexts[0].length, 0, 1), job.parameters))
             elif drawing.step in {round(drawing.steps * i / (previews + 1)) for i in range(1, previews + 1)}:
                 image = to_pil(self.model.preview([drawing])[0])
-                events.append((job, ImagePreview(image, drawing.step, drawing.steps)))
-        return events
+                self._tell(asked, ImagePreview(image, drawing.step, drawing.steps))
+            job.drawing = drawing
 
 
 def exact(model: UnifiedModel) -> bool:
@@ -333,6 +373,11 @@ def _opened(sample: Sample, turn: Message) -> Sample:
     if not sample.messages or sample.messages[-1].role != "user":
         raise ValueError("a conversation must end with a user's message")
     return replace(sample, messages=(*sample.messages, turn))
+
+
+def _shows(laid: Laid) -> bool:
+    """Whether a sequence holds pictures."""
+    return any(s.image is not None for s in laid.segments)
 
 
 def _worded(opened: Sample, words: str) -> Sample:

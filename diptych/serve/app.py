@@ -89,9 +89,8 @@ class Service:
             raise ValueError(f"models must have different names, not {', '.join(e.name for e in engines)}")
         self.options, self.limits, self.metrics = options, options.limits, Metrics()
         self.pool = ThreadPoolExecutor(1, "model")  # models take turns: their steps use all cores
-        self.workers = {
-            e.name: Worker(e, self.pool, self.metrics, options.slots, options.queue, options.timeout) for e in engines
-        }
+        o, drawn = options, options.limits.drawn
+        self.workers = {e.name: Worker(e, self.pool, self.metrics, o.slots, o.queue, o.timeout, drawn) for e in engines}
         self.store, self.runs, self.created = Store(options.limits), Runs(options.runs), int(time.time())
 
     async def start(self) -> None:
@@ -116,9 +115,12 @@ class Service:
             raise NotFound(f"no model {name[:100]!r}; here are: {', '.join(self.workers)}")
         return self.workers[name]
 
-    def begin(self, request: Request, worker: Worker, submit: Callable[[Call], None], prompt: str) -> Call:
+    def begin(
+        self, request: Request, worker: Worker, submit: Callable[[Call], None], body: ToDraw, prompt: str
+    ) -> Call:
         """A call that has been put in line, and that ends when its client leaves."""
-        request.state.note = worker.engine.name + (f" {prompt!r}" if self.options.log_prompts else "")
+        user = "" if body.user is None else f" user {body.user!r}"
+        request.state.note = worker.engine.name + user + (f" {prompt!r}" if self.options.log_prompts else "")
         call = worker.call()
         try:
             submit(call)
@@ -282,11 +284,13 @@ class Conversation:
         self.reasons, self.words = ["stop"] * body.n, [list[dict]() for _ in range(body.n)]
         self.owner: list[int] = []  # choice of each request submitted
         self.usage = Usage()
-        self.parameters: dict[str, Any] = {"n": body.n, "modalities": body.modalities}
+        self.parameters: dict[str, Any] = {"n": body.n, "modalities": body.modalities, "seed": self.seed}
 
     def begin(self, call: Call) -> None:
         first = self._next(0, self.turns[0])
         assert first
+        if self.settings:
+            self.worker.prepare(self._drawing(0, self.turns[0]))  # what could not be drawn is told now, not after words
         self.owner = list(range(self.body.n))
         call.submit(*(replace(first, seed=self.seed + i) for i in range(self.body.n)))
 
@@ -295,14 +299,16 @@ class Conversation:
         b, done = self.body, len(self.parts[choice])
         if done == len(b.modalities):
             return None
-        seed = self.seed + choice
         if b.modalities[done] == "image":
-            asked = assistant(Image(None, "target", _size(b.size)))
-            opened = replace(turn, messages=(*turn.messages, asked))
-            return Draw(opened, seed, None, self.settings, self.negative, b.partial_images)
+            return self._drawing(choice, turn)
         logprobs = (b.top_logprobs or 0) if b.logprobs else None
         opened = replace(turn, messages=(*turn.messages, assistant()))
-        return Say(opened, self.wanted, b.temperature, b.top_p, seed, b.stops, logprobs, pictures=0)
+        return Say(opened, self.wanted, b.temperature, b.top_p, self.seed + choice, b.stops, logprobs, pictures=0)
+
+    def _drawing(self, choice: int, turn: Sample) -> Draw:
+        b = self.body
+        opened = replace(turn, messages=(*turn.messages, assistant(Image(None, "target", _size(b.size)))))
+        return Draw(opened, self.seed + choice, None, self.settings, self.negative, b.partial_images)
 
     async def follow(self, call: Call) -> AsyncIterator[tuple[int, Event]]:
         """Events with their choice; what has been said and drawn is kept in ``parts``."""
@@ -321,7 +327,7 @@ class Conversation:
                     assert image
                     url = await asyncio.to_thread(data_uri, image)
                     self.parts[choice].append({"type": "image_url", "image_url": {"url": url}})
-                    self.parameters["image"] = dict(event.parameters)
+                    self.parameters["image"] = dict(event.parameters) | {"seed": self.seed}
                     message = assistant(Image(image, "target"))
                 else:
                     self.parts[choice].append({"type": "text", "text": said[choice]})
@@ -395,6 +401,11 @@ def _logprob(word: Word) -> dict[str, Any]:
         return {"token": text, "logprob": value, "bytes": list(text.encode())}
 
     return one(word.text, word.logprob) | {"top_logprobs": [one(*likely) for likely in word.likeliest]}
+
+
+def _told(error: Refused) -> dict[str, Any]:
+    kind = "invalid_request_error" if error.status == 400 else "server_error"
+    return problem(str(error), error.code, kind=kind)
 
 
 def _sse(row: dict[str, Any], event: str = "") -> str:
@@ -509,8 +520,8 @@ class EventStream(Response):
             try:
                 async for piece in self.pieces:
                     await send({"type": "http.response.body", "body": piece.encode(), "more_body": True})
-            except Refused as error:
-                told = problem(str(error), error.code, kind="server_error")
+            except (Refused, ValueError) as error:
+                told = _told(error) if isinstance(error, Refused) else problem(str(error), "invalid_value")
                 body = _sse(told, "error").encode()
                 await send({"type": "http.response.body", "body": body, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
@@ -590,7 +601,7 @@ def create_app(engines: Sequence[Engine], options: Options | None = None) -> ASG
     @api.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
         headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
-        return JSONResponse(problem(str(error), error.code, kind="server_error"), error.status, headers)
+        return JSONResponse(_told(error), error.status, headers)
 
     @api.exception_handler(RequestValidationError)
     @api.exception_handler(ValidationError)
@@ -626,7 +637,7 @@ def create_app(engines: Sequence[Engine], options: Options | None = None) -> ASG
         """Words, pictures or both, in answer to a conversation that may show pictures."""
         worker = service.worker(body.model)
         talk = Conversation(service, worker, body, await service.conversation(body))
-        call = service.begin(request, worker, talk.begin, str(body.messages[-1].content)[:1000])
+        call = service.begin(request, worker, talk.begin, body, str(body.messages[-1].content)[:1000])
         if body.stream:
             return EventStream(call, talk.pieces(call))
         try:
@@ -639,7 +650,7 @@ def create_app(engines: Sequence[Engine], options: Options | None = None) -> ASG
     ) -> Response:
         worker = service.worker(body.model)
         gallery = Gallery(service, worker, body, sources, mask)
-        call = service.begin(request, worker, gallery.begin, body.prompt)
+        call = service.begin(request, worker, gallery.begin, body, body.prompt)
         if body.stream:
             return EventStream(call, gallery.pieces(call))
         try:

@@ -19,6 +19,7 @@ class Limits:
     body_bytes: int = 32 * 2**20
     json_depth: int = 32
     pixels: int = 16_000_000  # of a picture sent
+    drawn: int = 2048 * 2048  # pixels of a picture drawn
     pictures: int = 8  # of one request
     prompt: int = 8_000  # characters, the whole conversation
     new_tokens: int = 1_024

@@ -16,7 +16,7 @@ from starlette.types import Receive
 
 from diptych.generate.engine import Engine
 from diptych.generate.events import Event, ImageDone, ImagePreview, Stop, TextDelta
-from diptych.generate.scheduler import Draw, Job, Say, Scheduler, Talk, exact
+from diptych.generate.scheduler import Draw, Job, Say, Scheduler, Sketch, Talk, Unfit, exact
 from diptych.serve.metrics import Metrics
 
 
@@ -28,6 +28,12 @@ class Refused(Exception):
     def __init__(self, message: str, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class Wrong(Refused):
+    """What the model cannot do with this request."""
+
+    status, code = 400, "invalid_value"
 
 
 class Full(Refused):
@@ -54,13 +60,20 @@ class Gone(Refused):
 
 class Worker:
     """One model's scheduler and who waits for it. ``slots`` requests run together, ``queue`` wait, and a call that
-    takes longer than ``timeout`` seconds is given up."""
+    takes longer than ``timeout`` seconds is given up. No picture is larger than ``drawn`` pixels."""
 
     def __init__(
-        self, engine: Engine, pool: ThreadPoolExecutor, metrics: Metrics, slots: int, queue: int, timeout: float
+        self,
+        engine: Engine,
+        pool: ThreadPoolExecutor,
+        metrics: Metrics,
+        slots: int,
+        queue: int,
+        timeout: float,
+        drawn: int,
     ) -> None:
         self.engine, self.pool, self.metrics = engine, pool, metrics
-        self.queue, self.timeout = queue, timeout
+        self.queue, self.timeout, self.drawn = queue, timeout, drawn
         self.scheduler = Scheduler(engine.model, slots=slots)
         self.calls: dict[int, tuple[Call, int, float]] = {}  # by id(job): whose it is, its number there, since when
         self.joining: list[Job] = []
@@ -86,6 +99,13 @@ class Worker:
         if self.closing:
             raise Closing("the server is shutting down", 5)
         return Call(self)
+
+    def prepare(self, request: Say | Draw) -> Job:
+        """The request checked. Raises ``ValueError``."""
+        job = self.scheduler.prepare(request)
+        if isinstance(job, Sketch) and job.canvas[0] * job.canvas[1] > self.drawn:
+            raise ValueError(f"size {job.canvas[1]}x{job.canvas[0]} has more than {self.drawn} pixels")
+        return job
 
     async def start(self) -> None:
         """Tries the model out, then begins to work."""
@@ -126,15 +146,18 @@ class Worker:
             tick = loop.run_in_executor(self.pool, scheduler.tick)
             await asyncio.wait([tick])
             self.metrics.tick(self.engine.name, time.perf_counter() - start, len(scheduler.running))
+            for job, event in scheduler.events:
+                self._tell(job, event)
             if error := tick.exception():
-                self.metrics.error(error)
+                told: Refused = Failed("the model failed on this request; the log says why")
+                if isinstance(error, Unfit):
+                    told = Wrong(str(error))
+                else:
+                    self.metrics.error(error)
                 at = [*scheduler.at]
                 for job in at:
                     scheduler.cancel(job)
-                self._fail([id(job) for job in at], Failed("the model failed on this request; the log says why"))
-            else:
-                for job, event in tick.result():
-                    self._tell(job, event)
+                self._fail([id(job) for job in at], told)
 
     def _tell(self, job: Job, event: Event) -> None:
         if found := self.calls.get(id(job)):  # else cancelled during the tick
@@ -179,7 +202,7 @@ class Call:
         """Puts requests in line. Raises ``ValueError`` for one that cannot be served and ``Full`` when the line is;
         a call that has begun goes on without asking for room."""
         w = self.worker
-        jobs = [w.scheduler.prepare(r) for r in requests]
+        jobs = [w.prepare(r) for r in requests]
         if not self.jobs and w.waiting + len(jobs) > w.queue:
             seconds = max(1, ceil(w.waiting * w.seconds / w.scheduler.slots))
             raise Full(f"{w.waiting} requests are waiting and at most {w.queue} may; try again", seconds)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diptych.core.sample import Image, Sample, Text, assistant, user
+from diptych.generate import scheduler
 from diptych.generate.engine import Engine
 from diptych.generate.events import ImageDone, ImagePreview, Stop, TextDelta
 from diptych.generate.memory import Memory, _same, units
@@ -39,11 +40,11 @@ def mixed(model):
     ]
 
 
-def run(scheduler, jobs):
+def run(loop, jobs):
     """All events by job; every bit of them, as text."""
     told = {id(j): [] for j in jobs}
-    while not scheduler.idle:
-        for job, event in scheduler.tick():
+    while not loop.idle:
+        for job, event in loop.tick():
             told[id(job)].append(event)
     return [[_bits(e) for e in told[id(j)]] for j in jobs]
 
@@ -272,19 +273,41 @@ def test_what_cannot_be_served_is_refused_before_it_waits(model):
     assert loop.idle
 
 
-def test_an_error_names_whose_work_it_was(model, monkeypatch):
+@pytest.mark.parametrize("broken", ["step", "finish", "extend", "next_word"])
+def test_an_error_names_whose_work_it_was_and_costs_nobody_else_a_bit(model, monkeypatch, broken):
+    """Whatever fails, whenever: what the others are told is what they are told without it."""
+    few = replace(model.settings, **tiny.having(model, num_inference_steps=2))
+    mine = [Say(prompt("hello"), 4, temperature=1.0), Say(prompt("a hat"), 5, temperature=1.0, seed=1)]
+    mine += [Draw(prompt("a star"), 0, None, few), Draw(prompt("a hat"), 1, (16, 16), few)]
+    whole = Scheduler(model)
+    expected = run(whole, [whole.submit(r) for r in mine])
+    home = scheduler if broken == "next_word" else type(model)
+    works, calls = getattr(home, broken), 0
+
+    def fails(*given, **how):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise RuntimeError("a bad step")
+        return works(*given, **how)
+
+    monkeypatch.setattr(home, broken, fails)
     loop = Scheduler(model)
-    talk, drawing = loop.submit(Say(prompt("hello"), 3)), loop.submit(mixed(model)[0])
-    loop.tick()
-
-    def fails(self, drawings):
-        raise RuntimeError("a bad step")
-
-    monkeypatch.setattr(type(model), "step", fails)
-    with pytest.raises(RuntimeError, match="a bad step"):
-        loop.tick()
-    assert loop.at == [drawing]
-    loop.cancel(drawing)
+    jobs = [loop.submit(r) for r in mine]
+    told: dict[int, list] = {id(j): [] for j in jobs}
+    blamed: list = []
     while not loop.idle:
-        ended = [e for j, e in loop.tick() if j is talk and isinstance(e, Stop)]
-    assert ended
+        try:
+            loop.tick()
+        except RuntimeError:
+            blamed += loop.at
+            for job in loop.at:
+                loop.cancel(job)
+        for job, event in loop.events:
+            told[id(job)].append(_bits(event))
+    assert blamed
+    for job, all_of_it in zip(jobs, expected, strict=True):
+        if job in blamed:
+            assert told[id(job)] == all_of_it[: len(told[id(job)])] != all_of_it
+        else:
+            assert told[id(job)] == all_of_it

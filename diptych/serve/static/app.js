@@ -110,6 +110,7 @@ function defaults() {
   for (const input of document.querySelectorAll("form input[name]")) {
     const value = own?.parameters[input.name];
     if (value !== undefined) input.placeholder = value;
+    if (/_steps|_scale/.test(input.name) && input.form.id !== "versus") input.disabled = value === undefined; // not every model has them
     if (input.name === "num_inference_steps") input.max = own.limits.steps;
   }
   for (const [name, tab] of [["generate", "create"], ["edit", "edit"]]) $(`#tab-${tab}`).disabled = !own.capabilities[name];
@@ -134,7 +135,7 @@ $("#key").addEventListener("submit", e => {
 function fields(form) { // what has been filled in, numbers as numbers
   const out = {};
   for (const input of form.querySelectorAll("[name]")) {
-    if (input.value === "" || ["left", "right"].includes(input.name)) continue;
+    if (input.value === "" || input.disabled || ["left", "right"].includes(input.name)) continue;
     out[input.name] = input.type === "number" ? Number(input.value) : input.value;
   }
   return out;
@@ -320,7 +321,7 @@ busy($("#versus"), async signal => {
   $("#both").replaceChildren(...cards.map(([, c]) => c.figure));
   await Promise.all(cards.map(([model, one]) => sharpen(
     "/v1/images/generations", { json: { ...asked, model, stream: true, partial_images: 6 }, signal }, [one], `${asked.prompt}, by ${model}`,
-    row => one.caption(make("strong", { textContent: model }), make("div", { className: "hint", textContent: `seed ${row.seed}, ${row.parameters.num_inference_steps ?? ""} steps` })))));
+    row => one.caption(make("strong", { textContent: model }), make("div", { className: "hint", textContent: `seed ${row.seed}` + (row.parameters.num_inference_steps ? `, ${row.parameters.num_inference_steps} steps` : "") })))));
 });
 
 // ---- runs ------------------------------------------------------------------------------------------------------
