@@ -25,7 +25,7 @@ def tiny(tokens: int = 2048, **changes: Any) -> Recipe:
     """Cheers at a size that two CPU cores train: 5.9 M parameters, 64 x 64 pixels, 16 tokens a picture. ``tokens`` are
     those of a row, ``changes`` fields of its Config.
 
-    The pixel decoder stays what it began as, the autoencoder's own: training it too costs 1.2 to 1.5 times as much a row.
+    The pixel decoder stays what it began as, the autoencoder's own: training it makes a row 1.2 to 1.5 times dearer.
 
     diptych train cheers/tiny
     """
