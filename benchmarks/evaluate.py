@@ -1,7 +1,8 @@
 """What evaluation costs: the harness beside bare generation, the mini suite, and GenEval's scorer.
 
 The overhead is (harness - bare) / bare of the same drawings in the same batches, best of interleaved runs in processor
-seconds; both make the benchmark's items first, all of them whatever the limit, and scoring is not in it. Without a checkpoint GenEval's detector is of the published size with random weights, which cost the same.
+seconds; both make the benchmark's items first, all of them whatever the limit, and scoring is not in it. Without a
+checkpoint GenEval's detector is of the published size with random weights, which cost the same.
 
 python benchmarks/evaluate.py [MODEL] [DETECTOR]
 """
