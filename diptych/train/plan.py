@@ -48,8 +48,7 @@ class Hollow(TorchDispatchMode):
     """Runs a model on the meta device with a batch that is real: whatever touches the model computes nothing.
 
     ``live`` are the bytes that its results hold now and ``peak`` the most they ever held; ``most`` is the same without
-             what
-    was ``set_aside`` (gradients that stay)."""
+    what was ``set_aside`` (gradients that stay)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -149,8 +148,7 @@ def plan(
     """What every stage of the recipe needs on each of ``gpus`` processes on ``nodes`` machines.
 
     ``peak`` is the device's rate in FLOP/s and ``mfu`` the share of it that training reaches; ``price`` is of one
-             device
-    for an hour. Raises ``ValueError`` for processes that do not divide as the recipe shards."""
+    device for an hour. Raises ``ValueError`` for processes that do not divide as the recipe shards."""
     if gpus < 1 or nodes < 1 or gpus % nodes:
         raise ValueError(f"{gpus} processes do not divide among {nodes} machines")
     needs = []
