@@ -314,7 +314,7 @@ def test_every_family_is_served(family):
         sources = [tiny.picture(1), tiny.picture(2)]
         assert drawn(changed.result()) == [engine.edit(sources, "red", 1, None, 1, **settings).images[0].tobytes()]
         text = said.result().json()["choices"][0]["message"]["content"]
-        assert text.strip() == engine.ask(tiny.picture(1), "what is it?", 5).text
+        assert text.strip() == engine.ask(tiny.picture(1), "what is it?", 5).text.strip()
         if "source_share" in about["parameters"]:  # found out only when the drawing begins
             asked = {"prompt": "red", "size": "16x16", "settings": json.dumps({"source_share": 0.5}), **few}
             for stream in ("false", "true"):

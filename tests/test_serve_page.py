@@ -220,6 +220,9 @@ def test_phone_width_and_dark(browser, server):
             page.get_by_role("tab", name=name).click()
             assert page.evaluate("() => document.documentElement.scrollWidth") <= 375, name
         colours.append(page.evaluate("() => getComputedStyle(document.body).backgroundColor"))
+        page.get_by_role("tab", name="Chat").click()
+        new, send = (page.locator(f"#say {n}").bounding_box() for n in ("#fresh", "#send"))
+        assert abs(new["y"] + new["height"] / 2 - send["y"] - send["height"] / 2) < 5, "buttons on two lines"
         page.get_by_label("Switch between light and dark").click()
         colours.append(page.evaluate("() => getComputedStyle(document.body).backgroundColor"))
         page.close()

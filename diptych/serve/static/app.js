@@ -171,12 +171,13 @@ function thumbs() {
 bring($("#chat"), $("input[type=file]", say), async files => {
   try { shown.push(...await Promise.all(files.map(read))); thumbs(); say.text.focus(); } catch (error) { notice(error.message); }
 });
+const bottom = () => scrollTo(0, document.documentElement.scrollHeight); // below what the form would cover
 function bubble(role, parts) {
   start.remove();
   const turn = make("div", { className: `turn ${role}` });
   for (const part of parts) turn.append(part.type === "text" ? part.text : make("img", { src: part.image_url.url, alt: "A picture you sent" }));
   talk.append(turn);
-  turn.scrollIntoView({ block: "end" });
+  bottom();
   return turn;
 }
 say.text.addEventListener("keydown", e => { if (e.key === "Enter" && !e.shiftKey && !e.isComposing) { e.preventDefault(); say.requestSubmit(); } });
@@ -207,11 +208,11 @@ busy(say, async signal => {
         content.at(-1).text += delta.content;
       }
       if (delta.preview || Array.isArray(delta.content)) {
-        if (!image) { image = make("img", { alt: `Drawing: ${text}` }); turn.append(image); }
+        if (!image) { image = make("img", { alt: `Drawing: ${text}`, onload: bottom }); turn.append(image); }
         image.src = delta.preview?.url ?? delta.content[0].image_url.url;
         if (!delta.preview) { image.alt = `Drawn: ${text}`; content.push(delta.content[0]); image = words = null; }
       }
-      talk.lastElementChild.scrollIntoView({ block: "end" });
+      bottom();
     }
     if (!content.length) turn.textContent = "(nothing)";
     else messages.push({ role: "user", content: parts }, { role: "assistant", content });
@@ -305,11 +306,12 @@ busy($("#change"), async signal => {
       show();
     });
     slider.addEventListener("dragstart", e => e.preventDefault());
-    const on = make("button", { type: "button", textContent: "Go on from this", className: "quiet" });
+    const on = make("button", { type: "button", textContent: "Go on from this" });
     on.addEventListener("click", () => { use(one.uri); $("#change").prompt.focus(); });
     const save = make("a", { href: one.uri, download: `edit-${row.seed}.png`, textContent: "Save" });
     place.replaceChildren(slider, make("div", { className: "below" }, range,
-      make("div", { className: "bar" }, make("span", { textContent: "source" }), make("span", { textContent: `seed ${row.seed}` }), on, save, make("span", { textContent: "edit" }))));
+      make("div", { className: "bar" }, ...["source", `seed ${row.seed}`, "edit"].map(textContent => make("span", { textContent }))),
+      make("div", { className: "bar actions" }, on, save)));
     range.focus();
   });
 });
@@ -340,7 +342,7 @@ function curve(name, values) {
   const card = make("div", { className: "card curve" }, make("h2", { textContent: name }, make("span", { textContent: ys.at(-1).toPrecision(4) })));
   card.insertAdjacentHTML("beforeend", `<svg viewBox="0 0 ${w} ${h}" preserveAspectRatio="none" role="img">${path(values, "raw")}${path(smooth, "smooth")}</svg>`);
   $("svg", card).setAttribute("aria-label", `${name}: ${ys.at(-1).toPrecision(4)} at step ${xs.at(-1)}, between ${low.toPrecision(3)} and ${high.toPrecision(3)}`);
-  card.append(make("div", { className: "ends" }, make("span", { textContent: `step ${x0}` }), make("span", { textContent: `${low.toPrecision(3)} – ${high.toPrecision(3)}` }), make("span", { textContent: `step ${x1}` })));
+  card.append(make("div", { className: "ends" }, make("span", { textContent: `step ${x0}` }), make("span", { textContent: `${+low.toPrecision(3)} – ${+high.toPrecision(3)}` }), make("span", { textContent: `step ${x1}` })));
   return card;
 }
 async function sheet() {
