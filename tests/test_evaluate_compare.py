@@ -10,7 +10,7 @@ from diptych.evaluate import evaluate
 from diptych.evaluate.compare import compare
 from diptych.evaluate.scores import sign_flip
 from tests.test_evaluate import Fake
-from tests.test_parallel import two
+from tests.test_parallel import processes
 
 NAMES = ("vqa-mini", "edit-mini")
 
@@ -46,15 +46,15 @@ def test_two_processes_equal_one(tmp_path, tiny_model):
     words = [tiny_model, "caption-mini", "edit-mini", "--limit", "2", "--batch-size", "2", "--device", "cpu", "--json"]
     assert cli.main(["evaluate", *map(str, words), "--out", str(tmp_path / "one")]) == 0
     command = [sys.executable, "-m", "diptych", "evaluate", *map(str, words), "--out", str(tmp_path / "two")]
-    said = two(command)
-    assert json.loads(said[0])["scores"] and not said[1]  # only rank 0 speaks
+    (said, _), (quiet, _) = processes(2, command)
+    assert json.loads(said)["scores"] and not quiet  # only rank 0 speaks
     for file in ("items.jsonl", "scores.jsonl", "summary.json", "card.json"):
         assert (tmp_path / "two" / file).read_bytes() == (tmp_path / "one" / file).read_bytes(), file
     assert not list((tmp_path / "two").glob("*.[01].jsonl"))
     rows = (tmp_path / "two/items.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "two/items.jsonl").write_bytes(b"".join(rows[:4]))  # as if both had died in the middle
     (tmp_path / "two/items.1.jsonl").write_bytes(b"".join(rows[4:6]) + rows[6][:20])
-    two(command)
+    processes(2, command)
     assert (tmp_path / "two/items.jsonl").read_bytes() == (tmp_path / "one/items.jsonl").read_bytes()
 
 

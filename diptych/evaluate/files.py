@@ -6,9 +6,11 @@ import base64
 import binascii
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import PIL.Image
@@ -62,18 +64,26 @@ def _plain(value: Any) -> Any:
 
 def replace(path: Path, text: str) -> None:
     """Writes a file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(text, "utf-8")
-    os.replace(part, path)
+    with _in_one_step(path) as part:
+        part.write_text(text, "utf-8")
 
 
 def save(image: PIL.Image.Image, path: Path) -> None:
     """Writes a PNG in one step."""
+    with _in_one_step(path) as part:
+        image.convert("RGB").save(part, "PNG")
+
+
+@contextmanager
+def _in_one_step(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` that no other thread or process writes; it becomes ``path`` when all went well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    image.convert("RGB").save(part, "PNG")
-    os.replace(part, path)
+    part = path.with_name(f"{path.name}.{os.getpid()}-{get_ident()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def merge(path: Path, order: Iterable[str]) -> None:
