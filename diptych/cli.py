@@ -1040,6 +1040,8 @@ def _data_bench(a: argparse.Namespace) -> None:
     model = models.create(name, config, device="meta")
     consumed = None
     if a.against:
+        if not (a.against / "metrics.jsonl").is_file():
+            raise ValueError(f"{a.against} is no run: it holds no metrics.jsonl")
         lines = (a.against / "metrics.jsonl").read_text().splitlines()[1:]
         seconds = sorted(row["seconds"] * (1 - row["data_wait"]) for row in map(json.loads, lines))
         tokens = [row["tokens_per_second"] * row["seconds"] for row in map(json.loads, lines)]

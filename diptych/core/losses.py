@@ -54,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, rows):
-        device = x.device.type
+        device = "cpu" if x.is_meta else x.device.type  # planning: the meta device knows no autocast
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         states, table = x.to(dtype), weight.to(dtype)
         of_x, of_weight = ctx.needs_input_grad[:2]

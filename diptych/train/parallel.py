@@ -118,6 +118,8 @@ def spread(model: Trainable, engine: Engine, precision: str, device: str, traine
     whatever else is ``trained`` (by any stage) is gathered together, at the start of a forward; what is never trained
     and lies outside the trunk stays whole. In bf16 gathered blocks are bf16; the shards that the optimizer sees, and
     sums of gradients, stay float32."""
+    if engine.compile and engine.compile not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise ValueError(f"unknown back end {engine.compile!r} of torch.compile; choose from {', '.join(known)}")
     for block in model.blocks():
         if engine.compile:
             block.forward = torch.compile(block.forward, backend=engine.compile)  # type: ignore[method-assign]

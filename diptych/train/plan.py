@@ -251,7 +251,7 @@ def _memory(
     gathered = 0
     if ways > 1:  # two blocks (one ahead), the gradients of one twice, and what is gathered together
         largest = max(blocks, default=0)
-        gathered = 2 * half * largest + 8 * largest + 4 * root + 4 * _size(p for p in trained if id(p) not in inside)
+        gathered = 2 * half * largest + 8 * largest + 4 * root + 4 * _size(p for p in trained if p not in inside)
     elif gpus > 1:
         gathered = gradients  # the flat copy that is summed
     alike = Counter(tuple(p.shape) for p in _matrices(model, trained)) if config.name == "muon" else Counter()
