@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from diptych import models
-from diptych.train import loop, lora
+from diptych.train import checkpoint, loop, lora
+from diptych.train.parameters import ever_trained
+from diptych.train.recipe import Engine
 from tests import tiny
 from tests.test_training import losses, train
 
@@ -41,10 +45,6 @@ def test_a_release_is_the_base_with_its_adapters_merged(tmp_path):
         assert torch.allclose(plain.get_parameter(name), after[name], atol=1e-6)
     lora.apply(plain, run / "release" / "adapter.safetensors", sign=-1)
     assert all(torch.allclose(v, base[n], atol=1e-6) for n, v in plain.state_dict().items())
-    import shutil
-
-    from diptych.train import checkpoint
-
     shutil.rmtree(checkpoint.available(run / "checkpoints")[-1])
     before = (run / "release" / "model.safetensors").read_bytes()
     assert losses(train(made, run, resume=True)) == losses(rows)
@@ -69,3 +69,29 @@ def test_what_cannot_be_adapted(tmp_path):
         loop.build(recipe(lora={"projector": 2}))
     with pytest.raises(ValueError, match="rank of lora must be at least 1, not 0"):
         loop.build(recipe(lora={"decoder.text": 0}))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_adapters_on_rounded_weights(family, tmp_path):
+    """frozen: int8 trains the adapters, resumes, and releases what it computed with."""
+    part = {"iomm": "dit"}.get(family, "decoder")
+    base = tiny.recipe(
+        model=models.config_to_json(family, tiny.FAMILIES[family]()), steps=2, ema=None, checkpoint_every=1,
+        train={part: 1e-2}, loss={"text": 1.0, "image": 1.0}, precision="bf16",
+    )  # fmt: skip
+    made = replace(base, lora={part: 2}, engine=Engine(recompute="full", frozen="int8"))
+    held = loop.build(made)
+    rounded = {n for n, p in held.named_parameters() if p.dtype == torch.int8}
+    assert any(".base_layer." in n for n in rounded) and not any(".lora_" in n for n in rounded)
+    trained = ever_trained(held, made.stages)
+    assert {p.dtype for p in held.parameters() if p not in trained} == {torch.int8, torch.bfloat16}
+    assert {p.dtype for p in trained} == {torch.float32}
+    rows = train(made, tmp_path / "run")
+    assert rows[0]["loss"] != rows[1]["loss"]
+    released, plain = models.load(tmp_path / "run").state_dict(), loop.build(base).state_dict()
+    assert released.keys() == plain.keys()
+    for name in rounded:
+        was = plain[name.replace(".base_layer.", ".")]
+        assert (released[name.replace(".base_layer.", ".")] - was).abs().max() < 0.03 * was.abs().max() + 0.03
+    shutil.rmtree(checkpoint.available(tmp_path / "run" / "checkpoints")[-1])
+    assert losses(train(made, tmp_path / "run", resume=True)) == losses(rows)

@@ -143,7 +143,7 @@ def save(model: Trainable, folder: str | Path, state: Mapping[str, Any] | None =
     from diptych.models.folders import write_published
     from diptych.parts.quantize import quantized
 
-    if quantized(model):
+    if quantized(model) and not state:
         raise ValueError("a model loaded with quantize cannot be saved; load it without")
     layout = published_layout(model.family) if published else None
     if published and not layout:

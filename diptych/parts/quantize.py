@@ -1,4 +1,4 @@
-"""Weights as eight-bit integers: ``to_int8`` for the linear layers of a model's blocks, for use without training.
+"""Weights as eight-bit integers: ``to_int8`` for the linear layers of a model's blocks that are not trained.
 
 Each row of a weight (one output channel) is divided by its largest magnitude / 127 and rounded; a product casts the
 integers to the input's dtype (which holds them exactly, bfloat16 too) and multiplies by the rows' scales afterwards, so
@@ -9,7 +9,7 @@ share of the weights, and rounding them is what one sees.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,11 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
-        out = linear(x, self.weight.to(x.dtype)) * self.scale
-        return (out if self.bias is None else out + self.bias).to(x.dtype)
+        kind = x.device.type
+        cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if cast else x.dtype
+        out = linear(x.to(dtype), self.weight.to(dtype)) * self.scale
+        return (out if self.bias is None else out + self.bias).to(dtype)
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         weight = state_dict.get(f"{prefix}weight")
@@ -51,14 +54,23 @@ def rounded(weight: Float[Tensor, "o i"]) -> tuple[Tensor, Tensor]:
     return (wide / scale[:, None]).round_().to(torch.int8), scale
 
 
-def to_int8(blocks: Iterable[nn.Module]) -> None:
-    """Turns every ``nn.Linear`` inside the blocks into ``Int8Linear``, in place; on the meta device too."""
+def to_int8(blocks: Iterable[nn.Module], but: Collection[nn.Parameter] = ()) -> None:
+    """Turns every ``nn.Linear`` inside the blocks into ``Int8Linear``, in place, ``but`` those whose weight is among
+    these; on the meta device too."""
+    kept = {id(p) for p in but}
     for parent in [module for block in blocks for module in block.modules()]:
         for name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
+            if isinstance(child, nn.Linear) and id(child.weight) not in kept:
                 parent.register_module(name, Int8Linear(child))
 
 
+def widened(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state whose rounded weights are bfloat16 again, under the names of a model that never had any."""
+    scales = {n.removesuffix("weight") + "scale": n for n, t in state.items() if t.dtype == torch.int8}
+    out = {n: t for n, t in state.items() if n not in scales}
+    return out | {n: (state[n].float() * state[s].float()[:, None]).to(torch.bfloat16) for s, n in scales.items()}
+
+
 def quantized(model: nn.Module) -> bool:
-    """Whether a model has rounded weights, which can be used and neither trained nor saved."""
+    """Whether a model has rounded weights, which can be neither trained nor saved as they are."""
     return any(isinstance(m, Int8Linear) for m in model.modules())

@@ -30,6 +30,7 @@ from diptych.models.folders import read_autoencoder, read_language_model, read_v
 from diptych.models.protocol import Trainable
 from diptych.parts.autoencoder import LatentDecoder
 from diptych.parts.decoder import Decoder
+from diptych.parts.quantize import widened
 from diptych.parts.tokenizer import Tokenizer
 from diptych.parts.vision import VisionEncoder
 from diptych.train import checkpoint, lora, optim, plan
@@ -47,7 +48,7 @@ from diptych.train.parallel import (
     total,
     whole,
 )
-from diptych.train.parameters import Average, by_part, ever_trained, freeze, release_state, select
+from diptych.train.parameters import Average, by_part, ever_trained, freeze, narrow, release_state, select
 from diptych.train.plan import Sources
 from diptych.train.recipe import Recipe, Stage
 
@@ -87,13 +88,12 @@ def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = Non
     if tokenizer is None:
         tokenizer = _tokenizer(recipe)
 
-    def prepare(made: Trainable) -> None:
+    def prepare(made: Trainable, place: str | None = None) -> None:
         lora.inject(made, recipe.lora, recipe.seed)
-        trained = ever_trained(made, recipe.stages)
-        if recipe.engine.frozen == "bf16":
-            for p in set(made.parameters()) - trained:
-                p.data = p.data.to(torch.bfloat16)
-        spread(made, recipe.engine, recipe.precision, device, trained)
+        narrow(made, recipe.engine, ever_trained(made, recipe.stages))
+        if place:
+            made.to(place)  # narrow already: the device need not hold the whole in float32
+        spread(made, recipe.engine, recipe.precision, device, ever_trained(made, recipe.stages))
 
     if sharded(recipe.engine) and resuming:
         model = models.create(name, config, tokenizer, "meta")
@@ -122,8 +122,7 @@ def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = Non
             continue
         mine, theirs = _module(model, path, name), _module(other, other_path or path, where)
         models.load_strict(mine, theirs.state_dict(), f"{source}, taken over as {path!r},")
-    model = model.to(device)
-    prepare(model)
+    prepare(model, device)
     return model
 
 
@@ -358,7 +357,7 @@ class _Job:
         state = self.state
         weights = whole(release_state(state.model, state.average))
         if self.rank == 0:
-            models.save(state.model, self.folder / "release", lora.merged(weights))
+            models.save(state.model, self.folder / "release", lora.merged(widened(weights)))
             if self.recipe.lora:
                 file = self.folder / "release" / "adapter.safetensors"
                 save_file(lora.adapters(weights), file, {"base": self.recipe.init.get("model", "")})

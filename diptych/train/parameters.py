@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from diptych.models.protocol import Trainable
+from diptych.parts.quantize import to_int8
 from diptych.train.parallel import local
-from diptych.train.recipe import Stage
+from diptych.train.recipe import Engine, Stage
 
 
 def by_part(model: Trainable) -> dict[str, dict[str, nn.Parameter]]:
@@ -54,6 +55,16 @@ def freeze(model: Trainable, train: Mapping[str, float]) -> dict[str, dict[str, 
 def ever_trained(model: Trainable, stages: Iterable[Stage]) -> set[nn.Parameter]:
     """What any of the stages trains. The model is left as ``freeze`` leaves it for the last of them."""
     return {p for stage in stages for part in freeze(model, stage.train).values() for p in part.values()}
+
+
+def narrow(model: Trainable, engine: Engine, trained: Set[nn.Parameter]) -> None:
+    """Keeps what is not ``trained`` in the dtype that ``engine.frozen`` says, in place."""
+    if engine.frozen == "int8":
+        to_int8(model.blocks(), trained)
+    if engine.frozen != "fp32":
+        for p in set(model.parameters()) - trained:
+            if p.is_floating_point():
+                p.data = p.data.to(torch.bfloat16)
 
 
 def _set_modes(module: nn.Module, parent: bool) -> None:

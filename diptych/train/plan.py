@@ -30,6 +30,7 @@ from diptych.core.losses import combine
 from diptych.core.noise import Noise
 from diptych.data.loader import Loader
 from diptych.models.protocol import Trainable
+from diptych.parts.quantize import to_int8
 from diptych.train import lora
 from diptych.train.parallel import spread
 from diptych.train.parameters import ever_trained, freeze
@@ -182,6 +183,8 @@ def _prepared(recipe: Recipe, stage: Stage) -> Trainable:
     model = models.create(name, config, device="meta")
     lora.inject(model, recipe.lora, recipe.seed)
     trained = ever_trained(model, recipe.stages)
+    if recipe.engine.frozen == "int8":
+        to_int8(model.blocks(), trained)
     freeze(model, stage.train)
     spread(model, replace(recipe.engine, shard="none", compile=None), recipe.precision, "meta", trained)
     return model
@@ -243,7 +246,8 @@ def _memory(
     slots = _slots(model, trained, config.name)
 
     def held(some: Iterable[nn.Parameter]) -> int:
-        return sum(p.numel() * (2 if engine.frozen == "bf16" and p not in ever else 4) for p in some)
+        whole = 4 if engine.frozen == "fp32" else 2  # of what no stage trains
+        return sum(p.numel() * (1 if p.dtype == torch.int8 else 4 if p in ever else whole) for p in some)
 
     weights = held(every - kept) // ways + held(kept) + sum(b.numel() * b.element_size() for b in model.buffers())
     gradients = 4 * _size(trained) // ways

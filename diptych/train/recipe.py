@@ -80,7 +80,8 @@ class Engine:
                    holds all), ``full``, or ``hybrid`` (within each machine); one process holds all in any case
     ``recompute``  activations of the blocks on the way back: ``none``, ``selective`` (all but products), ``full``
     ``compile``    a back end of torch.compile (``inductor``) for every block
-    ``frozen``     what weights that no stage trains are kept in: ``fp32``, or ``bf16`` (then compute in bf16 too)
+    ``frozen``     what weights that no stage trains are kept in: ``fp32``, ``bf16`` or ``int8`` (the blocks' linear
+                   layers, the rest in bf16; not sharded); both compute in bf16 too
     ``offload``    shards live in the memory of the host
     ``async_save`` checkpoints are written while training goes on, from a copy in the memory of the host
     """
@@ -89,7 +90,7 @@ class Engine:
     shard: Literal["none", "full", "hybrid"] = "none"
     recompute: Literal["none", "selective", "full"] = "none"
     compile: str | None = None
-    frozen: Literal["fp32", "bf16"] = "fp32"
+    frozen: Literal["fp32", "bf16", "int8"] = "fp32"
     offload: bool = False
     async_save: bool = True
 
@@ -169,8 +170,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError(f"recipe {self.name!r} has no stages")
-        if self.engine.frozen == "bf16" and self.precision != "bf16":
-            raise ValueError("engine.frozen bf16 needs precision bf16: a product has one dtype")
+        if self.engine.frozen != "fp32" and self.precision != "bf16":
+            raise ValueError(f"engine.frozen {self.engine.frozen} needs precision bf16: a product has one dtype")
+        if self.engine.frozen == "int8" and self.engine.shard != "none":
+            raise ValueError(f"int8 weights are not sharded: engine.shard {self.engine.shard} needs frozen fp32 or bf16")
         if len({s.name for s in self.stages}) != len(self.stages):
             raise ValueError(f"recipe {self.name!r} has two stages of one name: {[s.name for s in self.stages]}")
         named = {name.partition("#")[0].removesuffix("/pictures") for s in self.stages for name in s.data}
