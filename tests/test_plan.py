@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from diptych import cli, models
+from diptych import cli, models, recipes
 from diptych.core.batch import pack
 from diptych.core.noise import Noise
 from diptych.recipes.run import stage_sources
-from diptych.train.plan import plan
+from diptych.train import plan as planning
+from diptych.train.plan import GIB, plan
 from diptych.train.recipe import Engine, Limits
 from tests import tiny
 
@@ -111,3 +112,37 @@ def test_from_the_command_line(tmp_path, capsys):
         "8 processes do not divide among 3 machines" in (err := capsys.readouterr().err)
         and "unknown GPU 'abacus'" in err
     )
+
+
+STATE = {  # GiB of weights, gradients and optimizer; activations of rows of 1024-pixel pictures: benchmarks/presets.py
+    "sgt/bagel-24gb": (16.12, 3.18),
+    "sgt/bagel-80gb": (32.24, 7.02),
+    "iomm/b-24gb": (8.10, 1.29),
+    "iomm/b-80gb": (34.23, 5.18),
+    "cheers/1.5b-24gb": (11.40, 0.75),
+    "cheers/1.5b-80gb": (37.22, 26.38),
+    "synergen/tune-24gb": (8.56, 5.89),
+    "synergen/tune-80gb": (54.09, 11.48),
+}
+
+
+def test_every_preset_is_here_and_documented():
+    assert STATE.keys() == {n for n in recipes.RECIPES if n.endswith("gb")}
+    assert {n.partition("/")[0] for n in STATE} == {"sgt", "iomm", "cheers", "synergen"}
+    told = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
+    for name, (state, activations) in STATE.items():
+        line = next(x for x in told.splitlines() if x.startswith(f"| `{name}`"))
+        assert line.endswith(f"| {state:.1f} | {activations:.1f} | {state + activations:.1f} |"), line
+
+
+@pytest.mark.parametrize("name", STATE)
+def test_presets_fit_their_memory(name):
+    """What is held is counted here; what a row computes with, which takes as long as computing it, was counted before."""
+    pytest.importorskip("peft")
+    state, activations = STATE[name]
+    recipe, room = recipes.find(name), int(name[-4:-2]) * GIB
+    stage = recipe.stages[-1]
+    work = planning._Work(int(activations * GIB), 0, 0.0)
+    need = planning._memory(planning._prepared(recipe, stage), recipe, stage, work, 1, 1, "cuda")
+    assert need["total"] - need["activations"] == pytest.approx(state * GIB, rel=0.01)
+    assert need["total"] < 0.95 * room, "CUDA itself and fragments take the rest"

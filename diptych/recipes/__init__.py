@@ -26,7 +26,14 @@ RECIPES = {
     "synergen/stage1": "diptych.recipes.synergen:stage1",
     "synergen/stage2": "diptych.recipes.synergen:stage2",
     "synergen/tune": "diptych.recipes.synergen:tune",
-    "sgt/bagel-lora": "diptych.recipes.sgt:bagel_lora",
+    "sgt/bagel-24gb": "diptych.recipes.presets:bagel_24gb",
+    "sgt/bagel-80gb": "diptych.recipes.presets:bagel_80gb",
+    "iomm/b-24gb": "diptych.recipes.presets:iomm_24gb",
+    "iomm/b-80gb": "diptych.recipes.presets:iomm_80gb",
+    "cheers/1.5b-24gb": "diptych.recipes.presets:cheers_24gb",
+    "cheers/1.5b-80gb": "diptych.recipes.presets:cheers_80gb",
+    "synergen/tune-24gb": "diptych.recipes.presets:synergen_24gb",
+    "synergen/tune-80gb": "diptych.recipes.presets:synergen_80gb",
 }
 
 

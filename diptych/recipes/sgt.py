@@ -84,16 +84,3 @@ def bagel() -> Recipe:
         engine=Engine(shard="full", recompute="full"),
         checkpoint_every=1000,
     )
-
-
-def bagel_lora() -> Recipe:
-    """SGT-BAGEL with adapters on the decoder, for one GPU of 80 GB: the weights stay, in bf16 as they were published.
-
-    diptych train sgt/bagel-lora --catalog my_data.yaml
-    """
-    whole = bagel()
-    stage = replace(
-        whole.stages[0], train={"decoder": 1e-4}, limits=Limits(tokens=10_240, pictures=32, accumulate=8), ema=None
-    )
-    engine = Engine(recompute="full", frozen="bf16")
-    return replace(whole, name="sgt/bagel-lora", stages=(stage,), lora={"decoder": 16}, engine=engine)
