@@ -1021,6 +1021,8 @@ def _data_stats(a: argparse.Namespace) -> None:
     head = ("rows", "bad", "tokens", "p5", "p50", "p95", "longest", "supervised")
     _table(a.layout, ["data set", *head], [[n, *(f"{t.get(k, 0):g}" for k in head)] for n, t in found.items()])
     for name, told in found.items():
+        for row, why in told["skipped"].items():
+            print(f"skipped {row}: {why}")
         for what in ("kinds", "shapes"):
             most = max(told[what].values(), default=1)
             for label, number in list(told[what].items())[:12]:

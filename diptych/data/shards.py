@@ -32,7 +32,8 @@ def shard(
     """Writes a data set as webdataset shards of so many rows, in an order drawn from ``seed`` (None: as it comes), and
     returns rows, pictures, shards and what was skipped (by row). Shards that are there are kept.
 
-    Pictures keep the bytes they have; what is made on the fly becomes PNG. A catalog reads the folder with
+    Pictures keep the bytes they have (those that cannot be decoded are skipped with their row); what is made on the fly
+    becomes PNG. A catalog reads the folder with
     ``{format: webdataset, path: FOLDER/*.tar}``; ``webdataset`` and other readers of its layout read it too."""
     total = len(source)
     told: dict[str, Any] = {"rows": 0, "pictures": 0, "shards": -(-total // rows), "skipped": {}}
@@ -62,7 +63,8 @@ def shard(
 def _row(source: Any, index: int) -> tuple[dict, dict[str, bytes]]:
     """The JSON row of a sample whose pictures are named by extension, and the pictures."""
     stored = hasattr(source, "data")
-    sample: Sample = source.row(index) if stored else source[index]
+    decoded: Sample = source[index]  # raises for what a training would skip
+    sample = source.row(index) if stored else decoded
     pictures: dict[str, bytes] = {}
 
     def named(image: Image) -> Image:
@@ -88,7 +90,7 @@ class Lengths:
     """What the samples of a data set are, laid out by a model."""
 
     rows: int = 0
-    bad: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)  # row -> why
     tokens: list[int] = field(default_factory=list)
     kinds: Counter = field(default_factory=Counter)  # tokens by kind of segment
     supervised: int = 0
@@ -98,7 +100,8 @@ class Lengths:
         """Counts, and quantiles of the lengths."""
         q = {f"p{p}": float(np.percentile(self.tokens, p)) for p in (5, 50, 95)} if self.tokens else {}
         return {
-            "rows": self.rows, "bad": self.bad, "tokens": sum(self.tokens), "longest": max(self.tokens, default=0), **q,
+            "rows": self.rows, "bad": len(self.skipped), "skipped": self.skipped,
+            "tokens": sum(self.tokens), "longest": max(self.tokens, default=0), **q,
             "kinds": {str(k): n for k, n in self.kinds.most_common()}, "supervised": self.supervised,
             "shapes": {shape: n for shape, n in self.shapes.most_common()},
         }  # fmt: skip
@@ -114,8 +117,8 @@ def stats(
         for index in range(min(limit, len(source))):
             try:
                 laid = lay_out(source[index])
-            except (ValueError, OSError):
-                found.bad += 1
+            except (ValueError, OSError) as error:
+                found.skipped[f"{name}/{index}"] = str(error)
                 continue
             found.rows += 1
             found.tokens.append(len(laid))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -292,6 +292,7 @@ class Tar:
     read: Read
     max_pixels: int
     members: tuple[tuple[int, str, dict[str, tuple[int, int]]], ...] = field(repr=False)  # (file, key, {ext: place})
+    damaged: Mapping[int, str] = field(default_factory=dict, repr=False)  # index in place of what a shard lost -> why
 
     def __len__(self) -> int:
         return len(self.members)
@@ -319,6 +320,8 @@ class Tar:
 
     def row(self, index: int) -> Sample:
         """The sample, its pictures by extension."""
+        if index in self.damaged:
+            raise ValueError(self.damaged[index])
         file, key, places = self.members[index]
         default, where = key if len(self.files) == 1 else f"{self.files[file].stem}/{key}", self.where(index)
         if self.read == "rows":
@@ -353,13 +356,16 @@ def webdataset(name: str, path: Path, read: Read = "rows", max_pixels: int = MAX
     holds a row of the schema whose pictures are named by extension ("jpg", "source.png"); else one picture and a
     ``.txt``: ``draw`` asks for the picture with the text, ``caption`` asks for the text, ``pictures`` has no words.
 
-    Reads every header once. Raises ``ValueError`` for shards that are compressed, damaged or cut off.
+    Reads every header once. What stands behind the damage of a shard (compressed, overwritten, cut off) is one sample
+    that cannot be read: skipped, counted and listed as others are. Raises ``ValueError`` where nothing can be read.
     """
     files = find_files(path, (".tar",))
+    damaged: dict[int, str] = {}
     members: list[tuple[int, str, dict[str, tuple[int, int]]]] = []
     for number, file in enumerate(files):
         groups: dict[str, dict[str, tuple[int, int]]] = {}
-        for member, offset, size in _tar_members(file):
+        found, wrong = _tar_members(file)
+        for member, offset, size in found:
             folder, slash, base = member.rpartition("/")
             stem, dot, extension = base.partition(".")
             if not (stem and dot):  # hidden files, and members without an extension
@@ -369,26 +375,30 @@ def webdataset(name: str, path: Path, read: Read = "rows", max_pixels: int = MAX
                 raise ValueError(f"{file}: member {member!r} comes twice")
             group[extension.lower()] = (offset, size)
         members += [(number, key, group) for key, group in groups.items()]
-    if not members:
-        raise ValueError(f"{path} holds no samples")
-    return Tar(name, files, read, max_pixels, tuple(members))
+        if wrong:
+            damaged[len(members)] = wrong
+            members.append((number, "damaged", {}))
+    if len(members) == len(damaged):
+        raise ValueError("; ".join(damaged.values()) or f"{path} holds no samples")
+    return Tar(name, files, read, max_pixels, tuple(members), damaged)
 
 
-def _tar_members(file: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, offset of the data, bytes) of every file in a tar."""
-    end, last = 0, "its start"
+def _tar_members(file: Path) -> tuple[list[tuple[str, int, int]], str]:
+    """(name, offset of the data, bytes) of every file in a tar, and what is wrong with the tar behind them, or ""."""
+    end, last, found = 0, "its start", []
     try:
         with tarfile.open(file, "r:") as opened:
             for member in opened:
                 end, last = member.offset_data + -(-member.size // 512) * 512, repr(member.name)
                 if member.isreg() and not member.issparse():
-                    yield member.name, member.offset_data, member.size
+                    found.append((member.name, member.offset_data, member.size))
     except (tarfile.TarError, OSError) as error:
-        raise ValueError(f"{file} is not a readable uncompressed tar; damaged after {last}: {error}") from error
+        return found, f"{file} is not a readable uncompressed tar; damaged after {last}: {error}"
     with file.open("rb") as stream:  # tarfile takes a damaged header for the end of the archive
         stream.seek(end)
         if any(stream.read(512)):
-            raise ValueError(f"{file} is damaged after {last}: what follows is no tar header")
+            return found, f"{file} is damaged after {last}: what follows is no tar header"
+    return found, ""
 
 
 # ---- shared ---------------------------------------------------------------------------------------------------------
