@@ -1,7 +1,7 @@
 """What the presets for one GPU need by ``diptych plan``, on rows of nothing but pictures of 1024 x 1024 pixels.
 
-    python benchmarks/presets.py                # all; some seconds each
-    python benchmarks/presets.py iomm/b-24gb
+python benchmarks/presets.py                # all; some seconds each
+python benchmarks/presets.py iomm/b-24gb
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def test_every_preset_is_here_and_documented():
 
 @pytest.mark.parametrize("name", STATE)
 def test_presets_fit_their_memory(name):
-    """What is held is counted here; what a row computes with, which takes as long as computing it, was counted before."""
+    """What is held is counted here; what a row computes with takes long to count, and was counted before."""
     pytest.importorskip("peft")
     state, activations = STATE[name]
     recipe, room = recipes.find(name), int(name[-4:-2]) * GIB

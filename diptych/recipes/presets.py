@@ -23,8 +23,8 @@ def _on_one(
     adapted: str = "decoder",
     ema: bool = False,
 ) -> Recipe:
-    """The last stage of a published recipe on one GPU: ``rates`` in place of what it trains, adapters of ``rank`` on the
-    part ``adapted``."""
+    """The last stage of a published recipe on one GPU: ``rates`` in place of what it trains, adapters of ``rank`` on
+    the part ``adapted``."""
     stage = whole.stages[-1]
     stage = replace(stage, train=dict(rates or stage.train), limits=limits, ema=stage.ema if ema else None)
     engine = Engine(recompute="full", frozen=frozen)  # type: ignore[arg-type]
@@ -73,7 +73,8 @@ def iomm_80gb() -> Recipe:
 
 
 def cheers_24gb() -> Recipe:
-    """Cheers' last stage with adapters on the language model, projector and head as they are; goes on from ai9stars/Cheers.
+    """Cheers' last stage with adapters on the language model, beside projector and head; goes on from
+    ai9stars/Cheers.
 
     diptych train cheers/1.5b-24gb --catalog my_data.yaml
     """

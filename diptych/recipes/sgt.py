@@ -7,8 +7,6 @@ encoder alone: its latents are withheld, so nothing can be copied (specs: SGT 2.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from diptych.models import config, config_to_json
 from diptych.train.recipe import Engine, Limits, Optimizer, Recipe, Schedule, Stage
 

@@ -173,7 +173,7 @@ class Recipe:
         if self.engine.frozen != "fp32" and self.precision != "bf16":
             raise ValueError(f"engine.frozen {self.engine.frozen} needs precision bf16: a product has one dtype")
         if self.engine.frozen == "int8" and self.engine.shard != "none":
-            raise ValueError(f"int8 weights are not sharded: engine.shard {self.engine.shard} needs frozen fp32 or bf16")
+            raise ValueError(f"int8 weights are not sharded: engine.shard {self.engine.shard} needs fp32 or bf16")
         if len({s.name for s in self.stages}) != len(self.stages):
             raise ValueError(f"recipe {self.name!r} has two stages of one name: {[s.name for s in self.stages]}")
         named = {name.partition("#")[0].removesuffix("/pictures") for s in self.stages for name in s.data}
