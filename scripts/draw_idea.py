@@ -23,7 +23,7 @@ def main() -> None:
     scene = next(shapes.source("shapes/ask", "test", 64)[3].images()).pixels
     apple = emoji.render(next(e for e in emoji.records() if e.labels["en"] == "red apple"), 64)
     drawn = model.generate("two blue stars", seed=0).images[0]
-    pair = model.generate("a red circle left of a green square", seed=1).images[0]
+    pair = model.generate("a red circle left of a green square", seed=0).images[0]
     edited = model.edit(pair, "make the circle blue", seed=0).images[0]
 
     figure, axes = plt.subplots(figsize=(13, 4.4), dpi=110)
