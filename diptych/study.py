@@ -326,7 +326,8 @@ def _page(
         f"{' '.join(map(str, seeds))}`",
         "",
         f"{begins} Brackets are 95 % intervals: over seeds (Student's t) where there are several, else over items. "
-        f"Δ is the difference to **{this.base}** on the same items, with a bootstrap over prompts.",
+        f"Δ is the difference to **{this.base}** on the same items, with a bootstrap over prompts. "
+        "Overall is the mean of the columns right of it.",
     ]
     plots = {}
     for benchmark in this.benchmarks or BENCHMARKS:

@@ -36,6 +36,7 @@ def bagel_config(width: int = 32, layers: int = 2, vocab_size: int = 320) -> bag
         see=SizeRule(longest=112, shortest=112, stride=14),
         draw=SizeRule(longest=128, shortest=64, stride=8),
         size=(128, 128),
+        edits=bagel.EDITS,
     )
 
 
