@@ -13,7 +13,7 @@ test: .venv/test.stamp
 	$(BIN)/ruff check diptych tests scripts benchmarks
 	$(BIN)/mypy diptych/core diptych/train diptych/generate
 	$(BIN)/lint-imports --no-cache
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadscope
 
 bench: .venv/test.stamp
 	@for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b; done
