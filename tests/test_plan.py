@@ -93,8 +93,10 @@ def test_the_work_planned_is_the_work_done():
     with Hollow(hollow) as counted, fused():
         losses = hollow(pack([hollow.lay_out(s) for s in tiny.samples()], 2), Noise())
         sum(t.sum for t in losses.values()).backward()
-    attention = counted.flops - real.get_total_flops()  # torch has no count for its own attention on a CPU
-    assert 0 < attention < 0.2 * counted.flops
+    done = real.get_flop_counts()["Global"]
+    products = {op: n for op, n in counted.flops.items() if "attention" not in str(op)}  # torch counts none on a CPU
+    assert products == {op: n for op, n in done.items() if "attention" not in str(op)}
+    assert 0 < counted.flops.total() - sum(products.values()) < 0.2 * counted.flops.total()
     assert next(hollow.parameters()).grad.is_meta and not torch.is_inference_mode_enabled()
 
 
@@ -116,11 +118,11 @@ def test_from_the_command_line(tmp_path, capsys):
 
 STATE = {  # GiB of weights, gradients and optimizer; activations of rows of 1024-pixel pictures: benchmarks/presets.py
     "sgt/bagel-24gb": (16.12, 3.18),
-    "sgt/bagel-80gb": (32.24, 7.02),
+    "sgt/bagel-80gb": (32.24, 6.71),
     "iomm/b-24gb": (8.10, 1.29),
     "iomm/b-80gb": (34.23, 5.18),
     "cheers/1.5b-24gb": (11.40, 0.75),
-    "cheers/1.5b-80gb": (37.22, 26.38),
+    "cheers/1.5b-80gb": (37.22, 25.81),
     "synergen/tune-24gb": (8.56, 5.89),
     "synergen/tune-80gb": (54.09, 11.48),
 }

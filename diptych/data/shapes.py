@@ -580,7 +580,7 @@ class Question:
 
 def random_question(rng: np.random.Generator, types: tuple[str, ...] = ()) -> Question:
     """A question of a random type (of ``types``, or any) about a scene made for it, so that answers are balanced."""
-    return {**QUESTIONS, "where": _ask_where}[pick(rng, types or tuple(QUESTIONS))](rng)
+    return _ASKED[pick(rng, types or tuple(QUESTIONS))](rng)
 
 
 def _unlike(rng: np.random.Generator, n: int, avoid: Callable[[Kind], bool]) -> list[Kind]:
@@ -699,6 +699,7 @@ QUESTIONS: dict[str, Callable[[np.random.Generator], Question]] = {
     "position": _ask_position,
     "which": _ask_which,
 }
+_ASKED = {**QUESTIONS, "where": _ask_where}  # what is asked only where it is asked for by name
 
 
 def make_ask(rng: np.random.Generator, split: str, size: int, types: tuple[str, ...] = ()) -> Made:

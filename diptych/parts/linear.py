@@ -22,8 +22,8 @@ _ALONE = ContextVar("alone", default=False)
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, each of a few rows is a product of its own: several times faster for one word, the same for eight, and
-    as independent of what stands beside it."""
+    """Inside, each of a few rows is a product of its own: as independent of what stands beside it, and a lone word is
+    said without padding (NOTES.md has the figures)."""
     token = _ALONE.set(True)
     try:
         yield
@@ -37,9 +37,8 @@ def linear(x: Float[Tensor, "*n i"], weight: Float[Tensor, "o i"], bias: Tensor 
     if x.device.type != "cpu" or torch.is_grad_enabled() or (rows == 1 and _ALONE.get()):
         return F.linear(x, weight, bias)
     if _ALONE.get():
-        return torch.cat([F.linear(row, weight, bias) for row in x.reshape(rows, -1).split(1)]).reshape(
-            *x.shape[:-1], -1
-        )
+        products = [F.linear(row, weight, bias) for row in x.reshape(rows, -1).split(1)]
+        return torch.cat(products).reshape(*x.shape[:-1], -1)
     threads = torch.get_num_threads()
     missing = -rows % (4 * threads)
     if not missing or rows >= 16 * threads:

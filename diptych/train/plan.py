@@ -48,12 +48,13 @@ class Hollow(TorchDispatchMode):
     """Runs a model on the meta device with a batch that is real: whatever touches the model computes nothing.
 
     ``live`` are the bytes that its results hold now and ``peak`` the most they ever held; ``most`` is the same without
-    what was ``set_aside`` (gradients that stay). ``flops`` are those of all products. Counted here rather than by
-    torch's ``FlopCounterMode``, whose hooks keep what blocks recompute until the garbage is collected."""
+    what was ``set_aside`` (gradients that stay). ``flops`` are those of each kind of product. Counted here rather than
+    by torch's ``FlopCounterMode``, whose hooks keep what blocks recompute until the garbage is collected."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.live = self.peak = self.most = self.aside = self.flops = 0
+        self.live = self.peak = self.most = self.aside = 0
+        self.flops: Counter[Any] = Counter()
         own = [*model.parameters(), *model.buffers()]
         self.known: dict[int, Any] = {p.untyped_storage()._cdata: None for p in own}
 
@@ -65,7 +66,7 @@ class Hollow(TorchDispatchMode):
                 kwargs = kwargs | {"device": torch.device("meta")}
         out = func(*args, **kwargs)
         if count := flop_registry.get(func._overloadpacket):
-            self.flops += count(*args, **kwargs, out_val=out)
+            self.flops[func._overloadpacket] += count(*args, **kwargs, out_val=out)
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and x.is_meta:
                 self._hold(x.untyped_storage())
@@ -226,7 +227,7 @@ def _measure(model: Trainable, batch: Any, recipe: Recipe, stage: Stage) -> _Wor
     for hook in hooks:
         hook.remove()
     model.float()
-    return _Work(hollow.most, hollow.peak, float(hollow.flops))
+    return _Work(hollow.most, hollow.peak, float(hollow.flops.total()))
 
 
 def _memory(
