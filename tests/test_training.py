@@ -15,6 +15,7 @@ import diptych
 from diptych import models
 from diptych.core.batch import pack
 from diptych.data.loader import Row, Stats
+from diptych.parts.decoder import Decoder, taken_over
 from diptych.recipes.run import stage_sources
 from diptych.train import checkpoint, loop, optim
 from diptych.train.log import Work
@@ -152,6 +153,24 @@ def test_parts_of_another_model_are_taken_over(tiny_model, tmp_path):
     assert all(torch.equal(whole[n], other[n]) for n in other)
     with pytest.raises(ValueError, match="bagel has no module 'legs'; it has decoder, vision"):
         loop.build(tiny.recipe(init={"legs": str(tiny_model)}))
+
+
+def test_a_decoder_begins_as_another_family_s(tiny_model):
+    """The route of words serves every route, words that the other lacks stay fresh, a tied table is its embeddings."""
+    theirs, cheers = models.load(tiny_model).decoder, tiny.recipe(model=models.config_to_json("cheers", tiny.cheers()))
+    mine, fresh = (
+        loop.build(replace(cheers, init=init)).decoder.state_dict() for init in ({"decoder": str(tiny_model)}, {})
+    )
+    state, words = theirs.state_dict(), theirs.config.vocab_size
+    assert len(mine["embed_tokens.weight"]) > words and theirs.config.routes == 2
+    assert torch.equal(mine["embed_tokens.weight"][:words], state["embed_tokens.weight"])
+    assert torch.equal(mine["embed_tokens.weight"][words:], fresh["embed_tokens.weight"][words:])
+    assert all(torch.equal(mine[n], state[n]) for n in mine if n != "embed_tokens.weight")
+    back = taken_over(theirs, Decoder(replace(theirs.config, routes=1, routed=(), tie_word_embeddings=True)))
+    assert back.keys() == state.keys() and torch.equal(back["norm.1.weight"], back["norm.0.weight"])
+    assert torch.equal(back["lm_head.weight"], back["embed_tokens.weight"])
+    with pytest.raises(ValueError, match="bagel/tiny, taken over as 'decoder', does not fit"):
+        loop.build(replace(cheers, init={"decoder": "bagel/tiny"}))
 
 
 def _one_step(model, recipe, sample=None):

@@ -11,6 +11,7 @@ Any of the modules can be ``Routed``: ``routes`` names which of attention, norms
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -203,3 +204,21 @@ class Decoder(nn.Module):
     def head_weight(self) -> Float[Tensor, "V d"]:
         """The language head: a table of its own, or that of the embeddings."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+
+def taken_over(mine: Decoder, theirs: Decoder) -> dict[str, Tensor]:
+    """The weights of another family's decoder under the names of ``mine``: a route that they lack is their first one
+    (of words), a language head that they lack their embeddings, and words that they lack keep our rows. What else
+    differs is left for strict loading to name."""
+    state, own, head = theirs.state_dict(), mine.state_dict(), "lm_head.weight"
+
+    def first(name: str) -> str:
+        return re.sub(r"^(layers\.\d+\.\w+|norm)\.\d+\.", r"\1.0.", name)
+
+    out = {name: t for name, t in state.items() if name == first(name) != head}
+    for name, fresh in own.items():
+        t = state.get(name, state.get(first(name), state["embed_tokens.weight"] if name == head else None))
+        if t is not None:
+            more = name in ("embed_tokens.weight", head) and t.shape[1:] == fresh.shape[1:]
+            out[name] = torch.cat([t, fresh[len(t) :]]) if more else t
+    return out

@@ -29,7 +29,7 @@ from diptych.data.loader import Loader, Row, merge_states
 from diptych.models.folders import read_autoencoder, read_language_model, read_vision_encoder
 from diptych.models.protocol import Trainable
 from diptych.parts.autoencoder import LatentDecoder
-from diptych.parts.decoder import Decoder
+from diptych.parts.decoder import Decoder, taken_over
 from diptych.parts.quantize import widened
 from diptych.parts.tokenizer import Tokenizer
 from diptych.parts.vision import VisionEncoder
@@ -121,7 +121,10 @@ def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = Non
             models.load_strict(model, other.state_dict(), source)
             continue
         mine, theirs = _module(model, path, name), _module(other, other_path or path, where)
-        models.load_strict(mine, theirs.state_dict(), f"{source}, taken over as {path!r},")
+        state = theirs.state_dict()
+        if isinstance(mine, Decoder) and isinstance(theirs, Decoder):
+            state = taken_over(mine, theirs)
+        models.load_strict(mine, state, f"{source}, taken over as {path!r},")
     prepare(model, device)
     return model
 
