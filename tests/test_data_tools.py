@@ -33,8 +33,8 @@ LLAVA = {"id": "7", "image": "a.png", "conversations": talk(("human", "<image>\n
 
 def converted(format, source, tmp_path, **how):
     told = convert(format, source, tmp_path / "out.jsonl", **how)
-    lines = (tmp_path / "out.jsonl").read_text().splitlines()
-    return told, [sample_from_json(json.loads(line)) for line in lines]
+    with (tmp_path / "out.jsonl").open(newline="\n") as lines:
+        return told, [sample_from_json(json.loads(line)) for line in lines]
 
 
 def parts(sample):
@@ -71,6 +71,27 @@ def test_llava(tmp_path):
     assert all(r in line for r, line in zip(reasons, told.skipped, strict=True))
     (tmp_path / "in.json").write_text(json.dumps([LLAVA]))
     assert converted("llava", tmp_path / "in.json", tmp_path)[0].rows == 1
+
+
+def test_rows_as_they_come(tmp_path):
+    """Ids that come twice, names with a comma, separators that only look like line ends, a byte order mark."""
+    comma = LLAVA | {"id": "8", "image": "a,b.png"}
+    odd = json.dumps(LLAVA | {"id": "9", "conversations": talk(("human", "<image>one\u2028two"), ("gpt", "a\x85b"))}, ensure_ascii=False)  # fmt: skip  # noqa: E501
+    bad = [
+        LLAVA | {"image": [{"path": "a.png"}]},
+        {"conversations": talk(("human", " "))},
+        LLAVA | {"conversations": ["hello"]},
+        LLAVA | {"conversations": {"from": "human"}},
+        ["not", "an", "object"],
+    ]
+    file = jsonl(tmp_path / "in.jsonl", LLAVA, LLAVA, comma, odd, *bad)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes() + b'{"id": "\xff"}\n' + json.dumps(LLAVA).encode())
+    told, made = converted("llava", file, tmp_path)
+    assert [s.id for s in made] == ["in/7", "in/7#2", "in/8", "in/9", "in/7#3"] and len(told.skipped) == 6
+    assert [i.image for i in made[2].images()] == ["a,b.png"]
+    assert made[3].messages[0].parts[1].text == "one\u2028two"
+    told, _ = converted("omnigen2", jsonl(tmp_path / "o.jsonl", {"instruction": "red", "output_image": "a.png", "input_images": [7]}), tmp_path)  # fmt: skip  # noqa: E501
+    assert (told.rows, len(told.skipped)) == (0, 1)
 
 
 def test_cheers_and_omnigen2(tmp_path):

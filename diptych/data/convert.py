@@ -8,12 +8,23 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diptych.core.sample import Image, Message, Part, Sample, Text, assistant, sample_to_json, user
+from diptych.core.sample import (
+    Image,
+    Message,
+    Part,
+    Sample,
+    Text,
+    assistant,
+    sample_from_json,
+    sample_to_json,
+    user,
+)
 from diptych.data.mixture import bits
 from diptych.data.sources import find_files, pyarrow
 
@@ -34,19 +45,20 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
     """(where, row) of a .json list or of a .jsonl file."""
     if file.suffix == ".json":
         try:
-            rows = json.loads(file.read_text("utf-8"))
+            rows = json.loads(file.read_text("utf-8-sig"))
         except ValueError as error:
             raise ValueError(f"{file} is not JSON: {error}") from error
         if not isinstance(rows, list):
             raise ValueError(f"{file} must hold a list of rows")
         yield from ((f"{file}[{i}]", row) for i, row in enumerate(rows))
         return
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                yield f"{file}:{number}", json.loads(line)
-            except ValueError as error:
-                yield f"{file}:{number}", ValueError(f"not JSON: {error}")
+    with file.open("rb") as lines:  # as bytes: only a line feed ends a row, and one that is no text spoils no other
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield f"{file}:{number}", json.loads(line.decode("utf-8-sig"))
+                except ValueError as error:
+                    yield f"{file}:{number}", ValueError(f"not JSON: {error}")
 
 
 def _turns(row: Any, slot: str, role: Callable[[str, str], Any]) -> tuple[Message, ...]:
@@ -57,7 +69,7 @@ def _turns(row: Any, slot: str, role: Callable[[str, str], Any]) -> tuple[Messag
     if row.get("video"):
         raise ValueError("it shows a video")
     shown = row.get("image") or []
-    images = [i.strip() for i in re.split("[,;]", shown)] if isinstance(shown, str) else list(shown)
+    images = [shown] if isinstance(shown, str) else list(shown)
     left, messages = iter(images), []
     for turn in row["conversations"]:
         said, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
@@ -89,6 +101,8 @@ def cheers(file: Path) -> Iterator[Made]:
 
     def turns(row: Any) -> tuple[Message, ...]:
         draws = "<image_gen>" in json.dumps(row)
+        if isinstance(row.get("image"), str):
+            row = row | {"image": [name.strip() for name in re.split("[,;]", row["image"])]}
         return _turns(
             row, r"<im_start><image(?:_gen)?><im_end>",
             lambda marker, _: "target" if "_gen" in marker else "condition" if draws else "understand",
@@ -202,7 +216,7 @@ class Converted:
 
 def convert(format: str, source: Path, out: Path, images: Path | None = None) -> Converted:
     """Writes the rows of a file, a folder or a pattern as jsonl into ``out`` and returns what was done; rows that
-    cannot be used are listed with file, line and reason.
+    cannot be used are listed with file, line and reason. An id that comes again gets a number (LLaVA's do).
 
     Pictures held as bytes are written into the folder ``OUT-images`` (without .jsonl); paths are made relative to
     ``images``, the folder that the catalog will name. Raises ``ValueError`` for unknown formats and unreadable
@@ -210,7 +224,7 @@ def convert(format: str, source: Path, out: Path, images: Path | None = None) ->
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; choose from {', '.join(FORMATS)}")
     read, suffixes = FORMATS[format]
-    told, folder = Converted(), out.with_name(f"{out.stem}-images")
+    told, folder, met = Converted(), out.with_name(f"{out.stem}-images"), Counter[str]()
     tmp = out.with_name(f".{out.name}.tmp")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tmp.open("w", encoding="utf-8") as file:
@@ -221,13 +235,16 @@ def convert(format: str, source: Path, out: Path, images: Path | None = None) ->
                     continue
                 try:
                     sample = made.sample.map_images(lambda i: _relative(i, images)) if images else made.sample
+                    met[name := sample.id] += 1
+                    row = sample_to_json(replace(sample, id=name if met[name] == 1 else f"{name}#{met[name]}"))
+                    sample_from_json(row)  # raises where a catalog would refuse it
                 except ValueError as error:
                     told.skipped.append(f"{found}: {made.sample.id}: {error}")
                     continue
                 for name, data in made.pictures.items():
                     folder.mkdir(exist_ok=True)
                     (folder / name).write_bytes(data)
-                file.write(json.dumps(sample_to_json(sample), ensure_ascii=False) + "\n")
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 told.rows += 1
                 told.pictures += sum(1 for _ in sample.images())
     tmp.rename(out)
