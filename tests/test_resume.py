@@ -145,6 +145,17 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_taken(tmp_path, c
         train(recipe, run, resume=True)
 
 
+@pytest.mark.parametrize("harm", [lambda t: t.replace('"done": 4', '"done": 3'), lambda t: "[]", lambda t: "\udcff"])
+def test_a_damaged_account_of_a_checkpoint_is_noticed(harm, tmp_run):
+    """The loader's place and the step are under a checksum like the weights."""
+    train(tiny.recipe(steps=4, checkpoint_every=2), tmp_run)
+    first, last = checkpoint.available(tmp_run / "checkpoints")
+    file = last / "meta.json"
+    file.write_bytes(harm(file.read_text()).encode(errors="surrogateescape"))
+    found, [told] = checkpoint.newest(tmp_run / "checkpoints")
+    assert found == first and f"{last} is damaged: " in told
+
+
 def test_a_crash_says_what_and_where_and_how_to_go_on(tmp_run, monkeypatch):
     recipe = tiny.recipe(steps=6, checkpoint_every=2)
     real = tiny.bagel_family.Bagel.losses

@@ -74,7 +74,8 @@ class Saver:
         _quietly(dcp.save, state, checkpoint_id=tmp / "state", process_group=self.group, no_dist=self.alone)
         if not self.first:
             return
-        (tmp / "meta.json").write_text(json.dumps(meta | {"checksums": _checksums(tmp)}))
+        sums = _checksums(tmp) | {"meta.json": _checksum(meta)}
+        (tmp / "meta.json").write_text(json.dumps(meta | {"checksums": sums}))
         if path.exists():  # a resumed run comes by the same step again
             shutil.rmtree(path)
         tmp.rename(path)
@@ -89,6 +90,12 @@ def _checksums(folder: Path) -> dict[str, str]:
         with file.open("rb") as stream:
             out[file.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
     return out
+
+
+def _checksum(meta: Mapping[str, Any]) -> str:
+    """sha256 of what meta.json says beside the checksums."""
+    rest = {k: v for k, v in meta.items() if k != "checksums"}
+    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
 
 
 def available(folder: Path) -> list[Path]:
@@ -106,7 +113,8 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     for path in reversed(available(folder)):
         try:
             meta = read_meta(path)
-            found, written = _checksums(path), meta.get("checksums", {})
+            found, written = _checksums(path) | {"meta.json": _checksum(meta)}, meta.get("checksums", {})
+            written.setdefault("meta.json", found["meta.json"])  # of runs before 2026-11-22
             if bad := sorted(f for f in written.keys() | found.keys() if written.get(f) != found.get(f)):
                 raise ValueError(f"checkpoint {path} is damaged: {', '.join(bad)} is not what was written")
             return path, wrong
@@ -120,9 +128,12 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 def read_meta(folder: Path) -> dict[str, Any]:
     """The JSON half of a checkpoint. Raises ``ValueError`` when it cannot be read."""
     try:
-        return json.loads((folder / "meta.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        meta = json.loads((folder / "meta.json").read_text())
+    except (OSError, ValueError) as error:  # bytes that are no text are a ValueError too
         raise ValueError(f"checkpoint {folder} is damaged: {error}") from error
+    if not isinstance(meta, dict):
+        raise ValueError(f"checkpoint {folder} is damaged: meta.json holds no object")
+    return meta
 
 
 def load(folder: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
