@@ -73,6 +73,19 @@ def test_order_in_a_row_is_irrelevant(model):
     assert near(sums(model, laid), sums(model, laid[3:] + laid[:3]))
 
 
+def test_pictures_of_any_shape_share_a_row_and_those_of_one_bucket_their_forward(model):
+    """The size rule's stride is the bucket (docs/scaling.md): sizes that it rounds to one another are one group."""
+    sizes = [(64, 32), (66, 31), (32, 64), (48, 48), (16, 80)]  # (width, height); the first two are one at 16 pixels
+    laid = [model.lay_out(tiny.draw(f"draw-{i}", i, "a star", size)) for i, size in enumerate(sizes)]
+    groups = [g for g in pack(laid, model.routes).pictures if g.drawn and g.images is not None]
+    members = {g.owners: g.tokens.shape[1] for g in groups}
+    assert members.keys() == {("draw-0", "draw-1"), ("draw-2",), ("draw-3",), ("draw-4",)}
+    area = {owners: sizes[int(owners[0][-1])] for owners in members}
+    assert len({members[o] / (w * h) for o, (w, h) in area.items()}) == 1  # tokens by area, whatever the shape
+    alone = [sums(model, [x]) for x in laid]
+    assert near(sums(model, laid), {n: sum(a[n] for a in alone) for n in alone[0]})
+
+
 @pytest.mark.parametrize("pad_to", [64, 256])
 def test_a_tail_of_padding_changes_nothing(model, pad_to):
     laid = [model.lay_out(s) for s in tiny.samples()]
