@@ -65,7 +65,7 @@ def compare(before: list[dict], after: list[dict], tolerance: float) -> tuple[li
             continue
         for name, was in old[key].items():
             now = new[key].get(name, float("nan"))
-            change = (now - was) / abs(was) if was else 0.0
+            change = now - was if "wait" in name else (now - was) / abs(was) if was else 0.0  # waits are shares of time
             bad = not change * better(name) >= -tolerance
             table.append([label, name, f"{was:.4g}", f"{now:.4g}", f"{change:+.1%}", "worse" if bad else ""])
             if bad:
