@@ -184,3 +184,27 @@ def unequal():
 
 def test_processes_whose_rows_are_of_unequal_kinds_do_not_wait_for_each_other():
     processes(2, [sys.executable, "-c", "from tests.test_parallel import unequal; unequal()"])
+
+
+def compiled():
+    """Losses and gradients, with blocks (ours, and in IOMM's reader transformers') traced and run as traced: what
+    ``inductor`` makes of a trace takes minutes here."""
+    for family in ("bagel", "iomm"):
+        found = []
+        for engine in (Engine(), Engine(compile="eager", recompute="full")):
+            made = tiny.shake(tiny.model(family))
+            parts = freeze(made, {part: 1.0 for part in made.parts if part not in made.frozen})
+            parallel.spread(made, engine, "fp32", "cpu", set())
+            losses = made(pack([made.lay_out(s) for some in ROWS for s in some], made.routes, 256), Noise())
+            sum(t.sum for t in losses.values()).backward()
+            reached = [[p.grad for p in part.values() if p.grad is not None] for part in parts.values()]
+            norms = [float(torch.nn.utils.get_total_norm(grads)) for grads in reached if grads]
+            found.append([*(float(t.sum.detach()) for t in losses.values()), *norms])
+        assert found[1] == pytest.approx(found[0], rel=1e-4), family
+        assert torch._dynamo.utils.counters["frames"]["ok"], "nothing was traced"
+        torch._dynamo.reset()
+
+
+def test_compiled_blocks_compute_the_same():
+    """In a process without checks of shapes, which cannot be traced."""
+    processes(1, [sys.executable, "-c", "from tests.test_parallel import compiled; compiled()"])

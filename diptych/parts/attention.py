@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -161,6 +162,9 @@ class Dense:
         return sdpa(q[None], k[None], v[None], mask=self.mask)[0]
 
 
+_compiled = lru_cache(torch.compile)  # once for all rows
+
+
 class Block:
     """FlexAttention under the same rule (its backward needs a GPU)."""
 
@@ -170,7 +174,7 @@ class Block:
         rule = masks.block(batch)
         mod = rule if order is None else (lambda b, h, q, k: rule(b, h, order[q], order[k]))
         self.mask = create_block_mask(mod, None, None, len(batch), len(batch), device=str(batch.ids.device))
-        self.attention = torch.compile(flex_attention) if batch.ids.is_cuda else flex_attention
+        self.attention = _compiled(flex_attention) if batch.ids.is_cuda else flex_attention
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x[None].transpose(1, 2) for x in (q, k, v))

@@ -275,11 +275,13 @@ class _Job:
                 state.average.steps = checkpoint.read_meta(saved)["average"]
         sources = self.sources(recipe, stage)
         self._check_encoded(sources)
+        static = recipe.engine.compile or model.device.type == "cuda"  # rows of one length: nothing is compiled twice
         loader = Loader(
             sources,
             stage.data,
             model.lay_out,
             routes=model.routes,
+            pad_to=stage.limits.tokens if static else None,
             tokens=stage.limits.tokens,
             pictures=stage.limits.pictures,
             seed=recipe.seed + 7919 * state.stage,
