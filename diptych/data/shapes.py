@@ -15,7 +15,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import permutations
 from typing import Any
@@ -71,7 +71,7 @@ class Scene:
     things: tuple[Thing, ...]
 
     def to_json(self) -> dict:
-        return {"things": [asdict(t) for t in self.things]}
+        return {"things": [dict(vars(t)) for t in self.things]}
 
     @staticmethod
     def from_json(row: Mapping[str, Any]) -> Scene:
@@ -227,7 +227,7 @@ class Prompt:
     relation: str | None = None
 
     def to_json(self) -> dict:
-        return asdict(self) | {"needs": [asdict(n) for n in self.needs]}
+        return vars(self) | {"needs": [dict(vars(n)) for n in self.needs]}
 
     @staticmethod
     def from_json(row: Mapping[str, Any]) -> Prompt:
