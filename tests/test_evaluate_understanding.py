@@ -298,6 +298,13 @@ def test_results_of_others_are_read(tmp_path):
     for kind, told in (("poop", "unknown kind"), ("wise", "has no 'prompt_id'"), ("lmms-eval", "no 'results'")):
         with pytest.raises(ValueError, match=told):
             interop.read(kind, jsonl(tmp_path / "w.jsonl", [{"a": 1}]))
+    bad = {"t.json": "imgedit", "g.csv": "gedit", "l.json": "lmms-eval"}
+    (tmp_path / "t.json").write_text('{"1": 3.5, "2": null}')
+    (tmp_path / "g.csv").write_text(f"{head}\na,4,nine,True,en,x\n")
+    (tmp_path / "l.json").write_text('{"results": {"pope": 1}}')
+    for name, kind in bad.items():  # the file is named, and what is wrong in it
+        with pytest.raises(ValueError, match=rf"{name}.*(has no '2'|quality_score is 'nine'|of pope are 1)"):
+            interop.read(kind, tmp_path / name)
 
 
 def test_lmms_eval_without_the_package(tmp_path, monkeypatch):

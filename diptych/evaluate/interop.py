@@ -138,7 +138,9 @@ def read_lmms(file: Path) -> dict[str, Score]:
     raw = files.load(file)
     scores = {}
     for task, row in files.field(raw, ("results",), str(file), dict).items():
-        counts = (raw.get("n-samples") or {}).get(task) or {}
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}: the results of {task} are {row!r}, not an object")
+        counts = raw.get("n-samples", {}).get(task) or {}
         for key, value in row.items():
             metric, comma, kind = key.partition(",")
             if (
