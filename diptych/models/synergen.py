@@ -210,6 +210,7 @@ class SynerGen(UnifiedModel):
     family = "synergen"
     routes = 2
     frozen = frozenset({"autoencoder"})
+    generation = ("decoder.vision", "head")
     conditions = ("text", "image")
     encoders: ClassVar = {"autoencoder": Encoder(("autoencoder",), ("autoencoder", "see", "draw"))}
     parts: ClassVar = {
