@@ -14,6 +14,9 @@ CHOICES = [
     ("7", "D"),
     ("A\nbecause it is red", "A"), ("B is right", "B"),
     ("A dog is running", None), ("I do not know", None), ("", None), ("A or B", None), ("(A) or (B)", None),
+    ("(A), (C)", None), ("A, B", None), ("The answer is A or B.", None), ("B, A is wrong", "B"), ("A and C", None),
+    ("Between A, B. Answer: B", "B"),
+    ("A. B cells, and red", "A"), ("答案是B。", "B"), ("选D", "D"),
     ("either red or 7", None), ("answer: A, no, answer: B", None), ("E", None), ("redder", None),
 ]  # fmt: skip
 

@@ -34,6 +34,8 @@ def test_paired_differences(tmp_path):
     evaluate(Fake(), ("edit-mini",), limit=1, folder=tmp_path / "made", progress=False, score=False)
     with pytest.raises(ValueError, match="is not scored yet: diptych evaluate score"):
         compare(tmp_path / "made", tmp_path / "made")
+    evaluate(Fake(), ("vqa-mini",), limit=1, folder=tmp_path / "made", progress=False)
+    assert "edit-mini" not in compare(tmp_path / "made", tmp_path / "made")  # only what both have scored
 
 
 def test_flipped_signs():

@@ -12,6 +12,7 @@ from diptych.evaluate.detector import COLOURS, Colourist, Detection, Detector, _
 from diptych.evaluate.geneval import CLASSES, templates, things, verdict
 from diptych.evaluate.interop import read
 from diptych.evaluate.remote import Pictures
+from diptych.evaluate.scores import Verdict
 from diptych.evaluate.table import Tools, resolve
 
 
@@ -222,6 +223,27 @@ def test_the_whole_way(tmp_path, networks):
     }
     copied = evaluate(Pictures(out), (spec,), tools=tools, progress=False)  # what we write, we read
     assert copied.scores == result.scores
+
+
+def test_folders_that_official_scripts_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(geneval, "_judge", lambda tools, items, images: [Verdict(True) for _ in items])
+    rows = [row("colors", [{"class": "dog", "count": 1, "color": "red"}]) | {"prompt": p} for p in ("one", "two")]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    spec, made = f"geneval={tmp_path / 'm.jsonl'}", tmp_path / "made"
+    for i, r in enumerate(rows):
+        (made / f"{i:05d}/samples").mkdir(parents=True)
+        (made / f"{i:05d}/metadata.jsonl").write_text(json.dumps(r) + "\n")
+    for name in ("00000.png", "00001.PNG", "2.jpg", "grid.png"):  # numbers however many zeros they have
+        scene(0).save(made / "00000/samples" / name)
+    whole = evaluate(Pictures(made), (spec,), progress=False)
+    assert whole.failures == 5 and whole.scores["geneval@m[mask2former-swin-small-coco-instance]/colors"].value == 3 / 8
+    unscored = evaluate(Pictures(made), (spec,), progress=False, score=False)
+    assert unscored.failures == 5 and not unscored.scores
+    [out] = harness.write_layout(tmp_path / "out", unscored, resolve([spec], Tools())[0])
+    assert (out / "00000/samples/0002.png").is_file() and not (out / "results.jsonl").exists()  # nobody has judged
+    (made / "00001/metadata.jsonl").write_text(json.dumps(rows[0]))
+    with pytest.raises(ValueError, match="00001/metadata.jsonl says 'one', the benchmark 'two'"):
+        evaluate(Pictures(made), (spec,), progress=False)
 
 
 def test_missing_networks_are_named(tmp_path):

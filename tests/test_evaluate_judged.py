@@ -202,6 +202,14 @@ def test_dpg_with_its_grids(tmp_path, pictures):
     with serving(reply=reply) as server:
         result = score(folder, f"dpg={tmp_path / 'dpg.csv'}", Tools(judge=judge(server, tmp_path)), batch_size=1)
     assert result.failures == 4 and len(result.outcomes) == 8  # counted, not dropped
+    with serving(reply=reply) as server:  # one picture of a prompt is no grid
+        (folder / "p0.png").unlink()
+        pictures("p0.png", flat("blue"))
+        tools = Tools(judge=judge(server, tmp_path), pictures=1)
+        assert score(folder, f"dpg={tmp_path / 'dpg.csv'}", tools, limit=1).failures == 0
+    (tmp_path / "dpg.csv").write_text(DPG.replace(",2,1,", ",2,1;4,"))
+    with pytest.raises(ValueError, match="dpg.csv line .: dependency is '1;4'"):
+        read_dpg(tmp_path / "dpg.csv")
 
 
 # --- GenEval 2, text --------------------------------------------------------------------------------------------------

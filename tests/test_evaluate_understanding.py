@@ -121,6 +121,25 @@ def test_wrong_files_are_named(tmp_path, change, told):
         read_rows(tmp_path / "b.jsonl")
 
 
+def test_tables_as_programs_save_them(tmp_path):
+    """A byte order mark; pictures of several, which a rotation names; a short row; another encoding."""
+    out = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8)).save(out, "PNG")
+    many = str([base64.b64encode(out.getvalue()).decode()] * 2)
+    head = "index\tquestion\tA\tB\tanswer\timage"
+    file, rows = tmp_path / "t.tsv", f"{head}\n1\tq\tx\ty\tA\t{many}\n1000001\tq\ty\tx\tB\t1\n"
+    file.write_bytes(b"\xef\xbb\xbf" + rows.encode())
+    [quiz], _ = resolve([f"mcq-circular={file}"], Tools())
+    assert [len(list(i.sample.images())) for i in quiz.items(0, 0)] == [2, 2]
+    for data, told in (
+        (f"{head}\n1\tq\tx\ty\n".encode(), "row 1 has no 'answer'"),
+        (b"\xff\xfei", "t.tsv is no table"),
+    ):
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=told):
+            resolve([f"mcq={file}"], Tools())
+
+
 def test_pope(tmp_path):
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
     rows = [{"question_id": i, "image": "a.jpg", "text": f"Is there a {w}?", "label": label, "category": split}
@@ -279,6 +298,13 @@ def test_results_of_others_are_read(tmp_path):
     for kind, told in (("poop", "unknown kind"), ("wise", "has no 'prompt_id'"), ("lmms-eval", "no 'results'")):
         with pytest.raises(ValueError, match=told):
             interop.read(kind, jsonl(tmp_path / "w.jsonl", [{"a": 1}]))
+    bad = {"t.json": "imgedit", "g.csv": "gedit", "l.json": "lmms-eval"}
+    (tmp_path / "t.json").write_text('{"1": 3.5, "2": null}')
+    (tmp_path / "g.csv").write_text(f"{head}\na,4,nine,True,en,x\n")
+    (tmp_path / "l.json").write_text('{"results": {"pope": 1}}')
+    for name, kind in bad.items():  # the file is named, and what is wrong in it
+        with pytest.raises(ValueError, match=rf"{name}.*(has no '2'|quality_score is 'nine'|of pope are 1)"):
+            interop.read(kind, tmp_path / name)
 
 
 def test_lmms_eval_without_the_package(tmp_path, monkeypatch):

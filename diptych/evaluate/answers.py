@@ -21,6 +21,9 @@ def choice(reply: str, options: Mapping[str, str]) -> str | None:
     if bare in options:
         return bare
     letters = "".join(options)
+    begins = r"(?:^|(?i:answer|option|choice)s?(?:\s+(?i:is|are))?[\s:]*)"
+    if re.search(rf"{begins}\(?([{letters}])\)?\s*(?:[,/&]|and|or)\s*\(?(?!\1)[{letters}]\)?\s*(?:[.,;/&\n]|$)", text):
+        return None  # "A, B", "the answer is (B) or (C)"
     if found := re.match(rf"[(\[*]*([{letters}])(?:[)\]*]+|[.:,)](?=\s|$)|\n)|(?i:\(([{letters}])\))", text):
         letter = (found[1] or found[2]).upper()
         return letter if set(re.findall(rf"[(\[]([{letters}])[)\]]", text)) <= {letter} else None
@@ -41,7 +44,7 @@ def choice(reply: str, options: Mapping[str, str]) -> str | None:
     held = {k: v for k, v in held.items() if not any(v != w and v in w for w in held.values())}
     if len(held) == 1:
         return next(iter(held))
-    alone = set(re.findall(rf"\b([{letters}])\b", text))
+    alone = set(re.findall(rf"(?a:\b)([{letters}])(?a:\b)", text))  # Chinese has no spaces
     return alone.pop() if len(alone) == 1 and not held and not alone & {"A", "I"} else None
 
 
@@ -145,7 +148,7 @@ def contains(reply: str, answers: Sequence[str], spaces: bool = True) -> float:
         text = text.lower().strip().replace("\n", " ")
         return text if spaces else text.replace(" ", "")
 
-    return float(any(fold(a) in fold(reply) for a in answers))
+    return float(any(fold(a) and fold(a) in fold(reply) for a in answers))
 
 
 # --- judges' marks ----------------------------------------------------------------------------------------------------

@@ -76,7 +76,8 @@ def _rows(folder: Path) -> _Rows:
     items = [r for r in files.read(folder / "items.jsonl") if r["id"] in scored]
     grades = {k: float(r["ok"]) if r.get("value") is None else r["value"] for k, r in scored.items()}
     scorers = files.load(summary).get("scorers", {})
-    return _Rows(card["prompts"], scorers, sorted(items, key=lambda r: r["id"]), grades)
+    prompts = {k: v for k, v in card["prompts"].items() if any(r["benchmark"] == k for r in items)}  # what is scored
+    return _Rows(prompts, scorers, sorted(items, key=lambda r: r["id"]), grades)
 
 
 def _difference(rows: Sequence[Mapping], first: _Rows, second: _Rows, groups: Sequence[str]) -> Difference:

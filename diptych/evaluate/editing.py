@@ -52,11 +52,12 @@ def read_gedit(file: Path) -> list[dict]:
     rows = []
     for n, row in enumerate(raw, 1):
         where = f"{file} row {n}"
-        image = files.field(row, ("input_image_raw", "input_image", "image"), where, lambda v: v)
+        image = files.field(row, ("input_image_raw", "input_image", "image"), where, object)
         if isinstance(image, dict):
             import base64
 
-            image = "data:image/unknown;base64," + base64.b64encode(image["bytes"]).decode()
+            data = files.field(image, ("bytes",), f"{where}: the image", bytes)
+            image = "data:image/unknown;base64," + base64.b64encode(data).decode()
         task = files.field(row, ("task_type",), where)
         if task not in aggregate.GEDIT:
             raise ValueError(f"{where}: the task is {task!r}; GEdit has {', '.join(aggregate.GEDIT)}")
@@ -69,8 +70,8 @@ def read_gedit(file: Path) -> list[dict]:
                 "task": task,
                 "language": language,
                 "instruction": files.field(row, ("instruction",), where),
-                "image": str(image) if str(image).startswith("data:") else str(file.parent / image),
-                "intersection": bool(files.field(row, ("Intersection_exist",), where, lambda v: v)),
+                "image": str(image) if str(image).startswith("data:") else str(file.parent / str(image)),
+                "intersection": files.field(row, ("Intersection_exist",), where, bool),
             }
         )
     if not rows:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import csv
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from threading import get_ident
@@ -54,7 +56,7 @@ def rows(path: Path, data: bytes | None = None) -> list[dict]:
 def load(path: Path) -> Any:
     """What a JSON file holds. Raises ``ValueError`` naming a file that is none."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
@@ -130,9 +132,30 @@ def decoded(text: str, name: str = "") -> bytes:
         raise ValueError(f"{name or 'a picture'} is not base64: {error}") from None
 
 
-def field(row: Mapping, names: Sequence[str], where: str, kind: Callable[[Any], Any] = str) -> Any:
-    """The first of these keys that a row has. Raises ``ValueError`` naming the row and the keys."""
-    for name in names:
-        if name in row:
-            return kind(row[name])
-    raise ValueError(f"{where} has no {' or '.join(map(repr, names))}; it has {', '.join(map(str, row)) or 'nothing'}")
+def field(row: Any, names: Sequence[str], where: str, kind: type = str) -> Any:
+    """What a row has under the first of these keys that it fills, as ``kind`` (``object``: as it is). Raises
+    ``ValueError`` naming the row, and the keys or the value."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where} is not an object: {row!r}")
+    name = next((n for n in names if row.get(n) is not None), None)
+    if name is None:
+        has = ", ".join(str(k) for k, v in row.items() if v is not None) or "nothing"
+        raise ValueError(f"{where} has no {' or '.join(map(repr, names))}; it has {has}")
+    value = row[name]
+    if isinstance(value, kind):
+        return value
+    if kind in (str, int, float) and isinstance(value, (str, int, float)):
+        with suppress(ValueError, OverflowError):
+            return kind(value)
+    raise ValueError(f"{where}: {name} is {value!r}, not {kind.__name__}")
+
+
+def table(path: Path) -> list[dict]:
+    """The rows of somebody's table: tabs part the columns of a .tsv, commas those of others; a short row has None.
+    Raises ``ValueError`` naming a file that is none."""
+    csv.field_size_limit(sys.maxsize)  # pictures in base64
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as text:
+            return list(csv.DictReader(text, delimiter="\t" if path.suffix == ".tsv" else ","))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no table of text: {error}") from None

@@ -6,7 +6,6 @@ user brings the official ones (``--rubrics FOLDER``), and the score says which.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import shutil
@@ -24,6 +23,7 @@ from diptych.evaluate import aggregate, answers, files
 from diptych.evaluate.mini import seed_of
 from diptych.evaluate.remote import tiled
 from diptych.evaluate.scores import (
+    UNJUDGED,
     Benchmark,
     Item,
     Outcome,
@@ -63,19 +63,19 @@ class Proposition:
 def read_dpg(file: Path) -> dict[str, tuple[str, list[Proposition]]]:
     """{item: (prompt, its questions in order)} of a ``dpg_bench.csv``. Raises ``ValueError`` naming the line."""
     found: dict[str, tuple[str, list[Proposition]]] = {}
-    with file.open(encoding="utf-8", newline="") as text:
-        for n, row in enumerate(csv.DictReader(text), 2):
-            where = f"{file} line {n}"
-            number = files.field(row, ("proposition_id",), where)
-            if number == "proposition_id":  # a second header line
-                continue
-            item = files.field(row, ("item_id",), where)
-            parents = tuple(int(p) for p in str(row.get("dependency") or "0").split(",") if int(p))
-            question = files.field(row, ("question_natural_language", "question"), where)
-            category = files.field(row, ("category_broad", "category"), where).strip().lower()
-            found.setdefault(item, (files.field(row, ("text", "prompt"), where), []))[1].append(
-                Proposition(int(number), question, parents, category)
-            )
+    for n, row in enumerate(files.table(file), 2):
+        where = f"{file} line {n}"
+        if row.get("proposition_id") == "proposition_id":  # a second header line
+            continue
+        item, number = files.field(row, ("item_id",), where), files.field(row, ("proposition_id",), where, int)
+        dependency = (row.get("dependency") or "0").split(",")
+        if not all(p.strip().isdigit() for p in dependency):
+            raise ValueError(f"{where}: dependency is {row['dependency']!r}, not proposition ids with commas")
+        question = files.field(row, ("question_natural_language", "question"), where)
+        category = files.field(row, ("category_broad", "category"), where).strip().lower()
+        found.setdefault(item, (files.field(row, ("text", "prompt"), where), []))[1].append(
+            Proposition(number, question, tuple(int(p) for p in dependency if int(p)), category)
+        )
     if not found:
         raise ValueError(f"{file} has no rows")
     return found
@@ -107,7 +107,7 @@ def _dpg(file: Path, tools: Tools) -> Benchmark:
                 prompt,
                 seed,
                 reference[k],
-                f"{k}.png#{picture}" if n == 4 else f"{k}-{picture}.png",
+                f"{k}.png" if n == 1 else f"{k}.png#{picture}" if n == 4 else f"{k}-{picture}.png",
                 picture,
             )  # fmt: skip  # noqa: E501
             for picture in range(n)
@@ -260,9 +260,11 @@ def write_flat(folder: Path, outcomes: Sequence[Outcome]) -> None:
         if o.image is not None:
             files.save(o.image, folder / o.item.place)
             prompts.append({"id": o.item.cluster, "prompt": o.item.prompt, "file": o.item.place})
-        marks.append({"prompt_id": o.item.cluster, **o.verdict.parts, "score": o.verdict.grade})
+        if o.verdict is not UNJUDGED:
+            marks.append({"prompt_id": o.item.cluster, **o.verdict.parts, "score": o.verdict.grade})
     for name, rows in (("prompts", prompts), ("scores", marks)):
-        files.replace(folder / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+        if rows:
+            files.replace(folder / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
 
 
 # --- GenEval 2 --------------------------------------------------------------------------------------------------------
@@ -289,7 +291,7 @@ def _geneval2(file: Path, tools: Tools) -> Benchmark:
     for n, row in enumerate(rows, 1):
         where = f"{file} line {n}"
         files.field(row, ("prompt",), where)
-        asked = files.field(row, ("vqa_list",), where, lambda v: v)
+        asked = files.field(row, ("vqa_list",), where, list)
         if not asked or not all(isinstance(p, list) and len(p) == 2 for p in asked):
             raise ValueError(f"{where}: vqa_list must be a list of [question, answer], not {asked!r}")
 
@@ -362,9 +364,8 @@ def read_back(said: str, true: str) -> dict[str, float]:
 def _text(file: Path, tools: Tools) -> Benchmark:
     rows, judge = files.rows(file), tools.judge
     for n, row in enumerate(rows, 1):
-        for key in ("prompt", "text"):
-            files.field(row, (key,), f"{file} line {n}")
-        if not any(c.isalnum() for c in row["text"]):
+        files.field(row, ("prompt",), f"{file} line {n}")
+        if not any(c.isalnum() for c in files.field(row, ("text",), f"{file} line {n}")):
             raise ValueError(f"{file} line {n}: the text {row['text']!r} has no letter to read")
     reader = f"[{judge.model}]" if judge else "[tesseract]"
 
@@ -376,7 +377,7 @@ def _text(file: Path, tools: Tools) -> Benchmark:
                 f"{i:05d}",
                 r["prompt"],
                 seed,
-                {"text": r["text"]},
+                {"text": str(r["text"])},
                 f"{i:05d}.png",
             )  # fmt: skip  # noqa: E501
             for i, r in enumerate(rows)

@@ -22,7 +22,7 @@ from diptych.data.shapes import Found, relations
 from diptych.evaluate import aggregate, files
 from diptych.evaluate.detector import COLOURS, Detection, colourist, detector
 from diptych.evaluate.mini import seed_of
-from diptych.evaluate.scores import Benchmark, Item, Outcome, Score, Verdict, by_category, clustered, macro
+from diptych.evaluate.scores import UNJUDGED, Benchmark, Item, Outcome, Score, Verdict, by_category, clustered, macro
 from diptych.evaluate.table import Tools
 
 CLASSES = (
@@ -115,18 +115,18 @@ def read_metadata(file: Path) -> list[dict]:
         files.field(row, ("prompt",), where)
         if files.field(row, ("tag",), where) not in COUNTS:
             raise ValueError(f"{where}: the tag is {row['tag']!r}; GenEval has {', '.join(COUNTS)}")
-        clauses = [*files.field(row, ("include",), where, list), *row.get("exclude", [])]
-        for i, clause in enumerate(clauses):
-            if clause.get("class") not in CLASSES:
-                raise ValueError(f"{where}: the class is {clause.get('class')!r}; the detector knows {len(CLASSES)}, "
+        include = files.field(row, ("include",), where, list)
+        for i, clause in enumerate([*include, *files.field({"exclude": [], **row}, ("exclude",), where, list)]):
+            if (name := files.field(clause, ("class",), f"{where}: a clause")) not in CLASSES:
+                raise ValueError(f"{where}: the class is {name!r}; the detector knows {len(CLASSES)}, "
                                  f"such as {', '.join(CLASSES[:5])}")  # fmt: skip
             if not isinstance(clause.get("count"), int) or clause["count"] < 1:
                 raise ValueError(f"{where}: the count is {clause.get('count')!r}; it must be at least 1")
             if clause.get("color", "red") not in COLOURS:
                 raise ValueError(f"{where}: the color is {clause['color']!r}; choose from {', '.join(COLOURS)}")
             if "position" in clause:
-                relation, target = clause["position"]
-                if relation not in RELATIONS or not 0 <= target < i:
+                relation, target = (*files.field(clause, ("position",), where, list), None, None)[:2]
+                if relation not in RELATIONS or target not in range(i):
                     raise ValueError(f"{where}: the position is {clause['position']!r}; it names a relation of "
                                      f"{', '.join(RELATIONS)} and an earlier clause")  # fmt: skip
     if not rows:
@@ -242,10 +242,7 @@ def read_results(file: Path) -> dict[str, Score]:
     for n, row in enumerate(files.rows(file), 1):
         where = f"{file} line {n}"
         tag, prompt = files.field(row, ("tag",), where), files.field(row, ("prompt",), where)
-        right = files.field(row, ("correct",), where, lambda v: v)
-        if not isinstance(right, bool):
-            raise ValueError(f"{where}: correct is {right!r}; it must be true or false")
-        rights.setdefault(tag, []).append((float(right), prompt))
+        rights.setdefault(tag, []).append((float(files.field(row, ("correct",), where, bool)), prompt))
     if not rights:
         raise ValueError(f"{file} has no rows")
     return scores("geneval@official", rights)
@@ -298,7 +295,10 @@ def write_layout(folder: Path, outcomes: Sequence[Outcome]) -> None:
             shutil.copyfile(o.picture, path)
         else:
             files.save(o.picture, path)
+        if o.verdict is UNJUDGED:
+            continue
         row = {"filename": o.item.place, "tag": o.item.category, "prompt": o.item.prompt, "correct": o.verdict.ok}
         row |= {"reason": o.verdict.reason, "metadata": json.dumps(dict(o.item.reference)), "details": "{}"}
         rows.append(row)
-    files.replace(folder / "results.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+    if rows:
+        files.replace(folder / "results.jsonl", "".join(json.dumps(r) + "\n" for r in rows))

@@ -38,7 +38,7 @@ from diptych.evaluate import card as cards
 from diptych.evaluate import files
 from diptych.evaluate.judge import Judge, Unreachable
 from diptych.evaluate.remote import Pictures
-from diptych.evaluate.scores import Baselines, Benchmark, Item, Outcome, Score, Verdict
+from diptych.evaluate.scores import UNJUDGED, Baselines, Benchmark, Item, Outcome, Score, Verdict
 from diptych.evaluate.table import LMMS, Tools, resolve
 from diptych.train import parallel
 
@@ -173,7 +173,7 @@ def evaluate(
             for benchmark in chosen:
                 _generate(work, engine, benchmark, settings, batch_size)
             work.join("items")
-            result = _scored(work) if score else Result({}, {}, work.card, 0, ())
+            result = _scored(work) if score else _unscored(work)
             if foreign:
                 more = interop.run_lmms(engine, foreign, work.folder, manager, limit, batch_size)
                 result = _joined(work, result, more)
@@ -400,6 +400,14 @@ def _scored(work: _Work) -> Result:
     if work.rank == 0:
         files.replace(work.folder / "summary.json", json.dumps(result.to_json(), indent=2) + "\n")
     return result
+
+
+def _unscored(work: _Work) -> Result:
+    """What was made, without a score."""
+    made = {row["id"]: row for row in files.read(work.folder / "items.jsonl")}
+    every = [i for of in work.items.values() for i in of]
+    outcomes = tuple(replace(_outcome(work.folder, i, made[i.id], asdict(UNJUDGED)), verdict=UNJUDGED) for i in every)
+    return Result({}, {}, work.card, sum(o.error is not None for o in outcomes), outcomes)
 
 
 def _judge(

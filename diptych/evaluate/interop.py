@@ -7,13 +7,13 @@ come back as ``pope@lmms-eval/METRIC``. How to install it without torchvision: d
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 from diptych.core import intervals
 from diptych.core.sample import Image, Message, Sample, Text
@@ -138,7 +138,9 @@ def read_lmms(file: Path) -> dict[str, Score]:
     raw = files.load(file)
     scores = {}
     for task, row in files.field(raw, ("results",), str(file), dict).items():
-        counts = (raw.get("n-samples") or {}).get(task) or {}
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}: the results of {task} are {row!r}, not an object")
+        counts = raw.get("n-samples", {}).get(task) or {}
         for key, value in row.items():
             metric, comma, kind = key.partition(",")
             if (
@@ -249,10 +251,12 @@ def _rows(file: Path) -> list[dict]:
             import openpyxl
         except ImportError as error:
             raise ValueError(f"{file.name} needs openpyxl: pip install openpyxl") from error
-        head, *rest = openpyxl.load_workbook(file, read_only=True).active.iter_rows(values_only=True)
+        try:
+            head, *rest = openpyxl.load_workbook(file, read_only=True).active.iter_rows(values_only=True)
+        except (BadZipFile, KeyError, ValueError) as error:
+            raise ValueError(f"{file} is no table of Excel: {error}") from error
         return [dict(zip(map(str, head), row, strict=False)) for row in rest]
-    with file.open(encoding="utf-8", newline="") as text:
-        return list(csv.DictReader(text, delimiter="\t" if file.suffix == ".tsv" else ","))
+    return files.table(file)
 
 
 def read_wise(file: Path) -> dict[str, Score]:
@@ -301,6 +305,8 @@ def read_gedit(file: Path) -> dict[str, Score]:
             where = f"{part} row {n}"
             sc = files.field(row, ("sementics_score", "semantics_score", "SC", "sc"), where, float)
             pq = files.field(row, ("quality_score", "PQ", "pq"), where, float)
+            if not (0 <= sc <= 10 and 0 <= pq <= 10):
+                raise ValueError(f"{where}: the marks are {sc:g} and {pq:g}; they are from 0 to 10")
             language = files.field(row, ("instruction_language", "language"), where)
             task = row.get("task_type") or part.stem
             for subset in ("full", "intersection"):
@@ -321,11 +327,11 @@ def read_imgedit(file: Path) -> dict[str, Score]:
     if not isinstance(raw, dict) or not raw:
         raise ValueError(f"{file} is not an object of marks")
     if isinstance(next(iter(raw.values())), str):
-        marks = {k: answers.named_marks(v, 3, 1, 5) for k, v in raw.items()}
+        marks = {k: answers.named_marks(files.field(raw, (k,), str(file)), 3, 1, 5) for k in raw}
         if unread := [k for k, v in marks.items() if v is None]:
             raise ValueError(f"{file}: {len(unread)} replies cannot be read, first {unread[0]}")
         raw = {k: round(sum(v.values()) / 3, 2) for k, v in marks.items() if v}
-    numbers = {k: float(v) for k, v in raw.items()}
+    numbers = {k: files.field(raw, (k,), str(file), float) for k in raw}
     if {k.lower() for k in numbers} >= set(aggregate.IMGEDIT):
         types = {k.lower(): v for k, v in numbers.items()}
         value = aggregate.imgedit(types)
@@ -353,5 +359,5 @@ def read(kind: str, file: str | Path) -> dict[str, Score]:
         raise ValueError(f"there is no file {str(file)!r}")
     try:
         return READERS[kind](Path(file))
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, IsADirectoryError) as error:
         raise ValueError(f"{file} is no {kind} file: {error}") from error

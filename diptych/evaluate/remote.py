@@ -157,11 +157,16 @@ class Pictures:
             raise ValueError(f"there is no folder {str(folder)!r}")
         self.model, self.name = PicturesModel(self.folder.name), name or self.folder.name
         self.places: dict[str, Item] = {}
+        self.listed: dict[Path, dict[str, list[Path]]] = {}
 
     def expect(self, items: Sequence[Item]) -> None:
         """Says which items there are: where a picture lies is the item's ``place``. Raises ``ValueError`` where not one
-        of them is there: another folder was meant."""
+        of them is there, and where GenEval's ``metadata.jsonl`` has another prompt: another folder was meant."""
         self.places |= {item.id: item for item in items}
+        self.listed.clear()
+        for told, item in {self.folder / Path(i.place).parts[0] / "metadata.jsonl": i for i in items if "/samples/" in i.place}.items():  # fmt: skip  # noqa: E501
+            if told.is_file() and (prompt := files.field(files.load(told), ("prompt",), str(told))) != item.prompt:
+                raise ValueError(f"{told} says {prompt!r}, the benchmark {item.prompt!r}: other prompts were drawn")
         if items and not any(self._file(item.id)[0] for item in items):
             raise ValueError(
                 f"{self.folder} holds none of the {len(items)} pictures, such as {self._file(items[0].id)[1]}"
@@ -196,11 +201,22 @@ class Pictures:
         return cut(image, int(tile)) if tile else image
 
     def _file(self, id: str) -> tuple[Path | None, str]:
-        """The file of an item's picture, of any format, and the pattern of its name."""
+        """The file of an item's picture, of any format, and the pattern of its name; a number may have other zeros
+        before it (GenEval's page says 0000.png, its scripts write 00000.png)."""
         place = (self.places[id].place or f"{id}.png").partition("#")[0]
         stem = (self.folder / place).with_suffix("")
-        found = (stem.parent / (stem.name + s) for s in SUFFIXES)
-        return next((f for f in found if f.is_file()), None), f"{stem}{{{','.join(SUFFIXES)}}}"
+        if stem.parent not in self.listed:
+            there = self.listed[stem.parent] = {}
+            for f in sorted(stem.parent.iterdir()) if stem.parent.is_dir() else ():
+                if f.suffix.lower() in SUFFIXES:
+                    there.setdefault(_number(f.stem), []).append(f)
+        found = self.listed[stem.parent].get(_number(stem.name), ())
+        best = min(found, key=lambda f: (f.stem != stem.name, SUFFIXES.index(f.suffix.lower())), default=None)
+        return best, f"{stem}{{{','.join(SUFFIXES)}}}"
+
+
+def _number(name: str) -> str:
+    return name.lstrip("0").zfill(1) if name.isdecimal() else name
 
 
 def cut(image: PIL.Image.Image, tile: int, across: int = 2) -> PIL.Image.Image:

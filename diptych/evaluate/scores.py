@@ -67,6 +67,9 @@ class Verdict:
         return float(self.ok) if self.value is None else self.value
 
 
+UNJUDGED = Verdict(False, "not scored")
+
+
 @dataclass(frozen=True)
 class Outcome:
     """An item, what the model answered (``text``) or drew (``picture``, or the file it is in), and the verdict.

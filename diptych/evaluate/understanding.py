@@ -10,9 +10,7 @@ Image paths are relative to the file.
 from __future__ import annotations
 
 import ast
-import csv
 import hashlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -60,22 +58,22 @@ class Row:
 def read_rows(file: Path) -> list[Row]:
     """The questions of a TSV, JSON or jsonl file. Raises ``ValueError`` naming the line and what is wrong."""
     if file.suffix == ".tsv":
-        csv.field_size_limit(sys.maxsize)
-        with file.open(encoding="utf-8", newline="") as text:
-            raw: list[dict] = list(csv.DictReader(text, delimiter="\t"))
+        raw = files.table(file)
     elif file.suffix == ".json":
         raw = files.load(file)
     else:
         raw = files.rows(file)
     if not isinstance(raw, list) or not raw:
         raise ValueError(f"{file} has no rows")
-    stored = {str(r.get("index", "")): r.get("image") for r in raw if len(str(r.get("image") or "")) > 64}
+    if wrong := next((r for r in raw if not isinstance(r, dict)), None):
+        raise ValueError(f"{file} holds {wrong!r}, which is no row")
+    stored = {str(r.get("index", "")): r["image"] for r in raw if len(str(r.get("image") or "")) > 64}
     return [_row(r, f"{file} row {n}", file.parent, stored) for n, r in enumerate(raw, 1)]
 
 
 def _row(raw: Mapping, where: str, root: Path, stored: Mapping[str, Any]) -> Row:
     if "conversations" in raw:
-        turns = [files.field(turn, ("value",), where) for turn in raw["conversations"]]
+        turns = [files.field(turn, ("value",), where) for turn in files.field(raw, ("conversations",), where, list)]
         if len(turns) != 2:
             raise ValueError(f"{where} has {len(turns)} turns; one question and its answer are read")
         raw = {**raw, "question": turns[0], "answer": turns[1]}
@@ -84,10 +82,11 @@ def _row(raw: Mapping, where: str, root: Path, stored: Mapping[str, Any]) -> Row
     hint = str(raw.get("hint") or "").strip()
     if hint and hint != "nan":
         question = f"{hint}\n{question}"
-    true = files.field(raw, ("answer", "label", "answers", "gt_answer"), where, lambda v: v)
+    true = files.field(raw, ("answer", "label", "answers", "gt_answer"), where, object)
+    shown = raw.get("image") or raw.get("image_path") or ""
     return Row(
         str(files.field(raw, ("index", "id", "question_id", "key"), where)),
-        tuple(_image(i, where, root, stored) for i in _listed(raw.get("image") or raw.get("image_path") or "")),
+        tuple(_image(i, where, root) for i in _listed(stored.get(str(shown), shown))),  # rotations name whose they show
         question.replace("<image>", "").strip(),
         options,
         tuple(str(a) for a in _listed(true)),
@@ -105,10 +104,8 @@ def _listed(value: Any) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [value] if value != "" else []
 
 
-def _image(value: Any, where: str, root: Path, stored: Mapping[str, Any]) -> str:
+def _image(value: Any, where: str, root: Path) -> str:
     text = str(value)
-    if text in stored:  # rotations say whose picture they show
-        text = str(stored[text])
     if text.startswith("data:"):
         return text
     if len(text) > 1024 or not (root / text).is_file():
