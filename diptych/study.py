@@ -144,8 +144,9 @@ STUDIES = {
         **READER,
     ),
     "iomm-tuning": Study(
-        "Mixed tuning of BAGEL (IOMM, table 2)",
-        {kind: (lambda steps, kind=kind: iomm.tuning(kind=kind, steps=steps)) for kind in ("image", "pair", "mix")},
+        "Mixed tuning of another family (IOMM, table 2)",
+        {kind: (lambda steps, kind=kind: iomm.tuning(kind, steps=steps)) for kind in ("image", "pair", "mix")}
+        | {"mix, LoRA": lambda steps: iomm.tuning(steps=steps, rank=4)},
         "pair",
     ),
     "synergen-folding": Study(

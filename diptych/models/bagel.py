@@ -146,6 +146,7 @@ class Bagel(UnifiedModel):
     family = "bagel"
     routes = 2
     frozen = frozenset({"autoencoder"})
+    generation = ("decoder.image", "head")
     conditions = ("text", "image")
     encoders: ClassVar = {"autoencoder": Encoder(("autoencoder",), ("autoencoder", "draw"))}
     parts: ClassVar = {

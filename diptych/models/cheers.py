@@ -306,6 +306,7 @@ class Cheers(UnifiedModel):
 
     family = "cheers"
     frozen = frozenset({"autoencoder"})
+    generation = ("decoder", "head")
     conditions = ("text", "image")
     encoders: ClassVar = {"autoencoder": Encoder(("autoencoder",), ("autoencoder", "unit_pixels", "sizes", "size"))}
     parts: ClassVar = {

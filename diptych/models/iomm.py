@@ -197,6 +197,7 @@ class Iomm(UnifiedModel):
 
     family = "iomm"
     frozen = frozenset({"autoencoder"})
+    generation = ("adapter", "connector", "dit")
     conditions = ("text", "image")
     encoders: ClassVar = {
         "autoencoder": Encoder(("autoencoder",), ("autoencoder", "draw", "crop", "size")),

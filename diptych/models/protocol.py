@@ -95,6 +95,7 @@ class Trainable(nn.Module, ABC):
     ]  # part name -> globs over parameter names; each parameter in one part
     routes: ClassVar[int] = 1  # how many experts ``core.batch.pack`` prepares index lists for
     frozen: ClassVar[frozenset[str]] = frozenset()  # parts that no recipe may train
+    generation: ClassVar[tuple[str, ...]] = ()  # parts that draw, for recipes of any family
     conditions: ClassVar[tuple[str, ...]] = ()  # what ``lay_out`` can drop, such as "text" and "image"
     encoders: ClassVar[Mapping[str, Encoder]] = {}  # frozen encoders that ``lay_out`` names (``Image.through``)
     config: Any

@@ -146,7 +146,7 @@ class Config:
     def tiny(vocab_size: int = 1024) -> Config:
         """The same code at a size that two CPU cores train: 64 x 64 pixels, 256 codes in 16 tokens a picture."""
         return Config(
-            DecoderConfig(vocab_size, 192, 512, 6, 6, 2, qk_norm=True, routes=2, routed=("mlp",)),
+            DecoderConfig(vocab_size, 192, 384, 6, 6, 2, qk_norm=True, routes=2, routed=("mlp",)),
             DecoderConfig(1000, 128, 256, 2, 4, 2, qk_norm=True),
             tiny_tokenizer(),
             embed_size=64,
@@ -210,6 +210,7 @@ class SynerGen(UnifiedModel):
     family = "synergen"
     routes = 2
     frozen = frozenset({"autoencoder"})
+    generation = ("decoder.vision", "head")
     conditions = ("text", "image")
     encoders: ClassVar = {"autoencoder": Encoder(("autoencoder",), ("autoencoder", "see", "draw"))}
     parts: ClassVar = {

@@ -195,14 +195,15 @@ def xl() -> Recipe:
 
 # ---- mixed tuning of other families (specs: IOMM 3.5, Table 6) ------------------------------------------------------
 
-GENERATION = ("decoder.image", "head")  # what BAGEL draws with; what it understands with stays as it is
 
-
-def tuning(kind: Kind = "mix", share: float = 0.5, masked: float = 0.85, steps: int = 600) -> Recipe:
-    """Mixed tuning of another family: pairs, and masked pictures without words, on the parts that draw.
+def tuning(kind: Kind = "mix", share: float = 0.5, masked: float = 0.85, steps: int = 600, rank: int = 0) -> Recipe:
+    """Mixed tuning of another family: pairs, and masked pictures without words, on the parts that draw. BAGEL and
+    SynerGen-VL read as before with all of their other weights; Cheers reads with what it draws with. ``rank``: LoRA on
+    the blocks of these parts.
 
     diptych train iomm/tuning
-    diptych train iomm/tuning --model runs/mine --steps 300
+    diptych train iomm/tuning --model cheers/tiny --steps 300
+    diptych train iomm/tuning --set lora.generation=64
     """
     return Recipe(
         name="iomm/tuning",
@@ -212,7 +213,7 @@ def tuning(kind: Kind = "mix", share: float = 0.5, masked: float = 0.85, steps: 
             Stage(
                 f"{kind} tuning",
                 steps=steps,
-                train=dict.fromkeys(GENERATION, 5e-4),
+                train={"generation": 5e-4},
                 data=mixed(kind, None, CURATED, share),
                 loss={"text": 1.0, "image": 1.0},
                 optimizer=Optimizer("muon"),
@@ -223,6 +224,7 @@ def tuning(kind: Kind = "mix", share: float = 0.5, masked: float = 0.85, steps: 
                 self_condition=SelfCondition(masked, SAME),
             ),
         ),
+        lora={"generation": rank} if rank else {},
     )
 
 
@@ -240,7 +242,7 @@ def bagel(kind: Kind = "mix") -> Recipe:
             Stage(
                 f"{kind} tuning",
                 steps=12 * 210_000 // 256,
-                train=dict.fromkeys(GENERATION, 1e-4),
+                train={"generation": 1e-4},
                 data=mixed(kind, None, {"pairs": 1.0}, 0.5),
                 loss={"text": 1.0, "image": 1.0},
                 optimizer=Optimizer("adamw", betas=(0.9, 0.95), weight_decay=0.0, clip=1.0),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.models.protocol import Trainable
-from diptych.train.parameters import by_part, select
+from diptych.train.parameters import by_part, named, select
 
 SCALE = 2  # alpha / rank
 BASE, DOWN, UP = ".base_layer.", ".lora_A.default.", ".lora_B.default."
@@ -36,8 +36,7 @@ def inject(model: Trainable, ranks: Mapping[str, int], seed: int) -> None:
         found = {n.rpartition(".")[0] for n in parts[part]} & layers
         wanted |= dict.fromkeys(found, int(rank))
     for part in ranks:
-        mine = [p for p in parts if p == part or p.startswith(f"{part}.")]
-        if not any(n.rpartition(".")[0] in wanted for p in mine for n in parts[p]):
+        if not any(n.rpartition(".")[0] in wanted for p in named(model, part) for n in parts[p]):
             raise ValueError(f"part {part!r} of {model.family} has no linear layer in a block for lora to change")
     least = min(wanted.values())
     if least < 1:

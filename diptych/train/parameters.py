@@ -25,15 +25,21 @@ def by_part(model: Trainable) -> dict[str, dict[str, nn.Parameter]]:
     return parts
 
 
+def named(model: Trainable, name: str) -> list[str]:
+    """The parts of this name: a part, all of a prefix up to a dot (``decoder`` is ``decoder.text`` and
+    ``decoder.image``), or ``generation``, the parts that the family draws with. Raises ``ValueError`` for no part."""
+    names = model.generation if name == "generation" else (name,)
+    if chosen := [p for p in model.parts if any(p == n or p.startswith(n + ".") for n in names)]:
+        return chosen
+    raise ValueError(f"unknown part {name!r}; {model.family} has: {', '.join(model.parts)}")
+
+
 def select(model: Trainable, train: Mapping[str, float]) -> dict[str, float]:
-    """Part -> learning rate for every named part. A name may be a prefix up to a dot: ``decoder`` is all of
-    ``decoder.text`` and ``decoder.image``; a longer name has the last word. Raises ``ValueError`` for unknown and
-    never-trained parts."""
+    """Part -> learning rate for every part that is ``named``; a longer name has the last word. Raises ``ValueError``
+    for unknown and never-trained parts."""
     rates: dict[str, float] = {}
-    for name, rate in sorted(train.items(), key=lambda item: item[0].count(".")):
-        chosen = [p for p in model.parts if p == name or p.startswith(name + ".")]
-        if not chosen:
-            raise ValueError(f"unknown part {name!r}; {model.family} has: {', '.join(model.parts)}")
+    for name, rate in sorted(train.items(), key=lambda item: (item[0] != "generation", item[0].count("."))):
+        chosen = named(model, name)
         if never := sorted(set(chosen) & model.frozen):
             raise ValueError(f"part {never[0]!r} of {model.family} is always frozen")
         rates.update(dict.fromkeys(chosen, rate))
