@@ -5,6 +5,7 @@ import csv
 import io
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import PIL.Image
@@ -12,6 +13,7 @@ import pytest
 
 from diptych.evaluate import evaluate, harness, interop
 from diptych.evaluate.aggregate import COGNITION, PERCEPTION
+from diptych.evaluate.compare import compare
 from diptych.evaluate.remote import Endpoint, NoSettings
 from diptych.evaluate.scores import Score
 from diptych.evaluate.table import Tools, resolve
@@ -307,6 +309,36 @@ def test_results_of_others_are_read(tmp_path):
             interop.read(kind, tmp_path / name)
 
 
+def test_samples_of_lmms_eval_are_items(tmp_path):
+    """Compared in pairs, reported and scored again like ours; a task that grades no sample has none."""
+
+    def made(name: str, grades: list[float]) -> Path:
+        folder = tmp_path / name
+        run("vqa-mini", lambda text, sample: "red", folder=folder, limit=1)
+        (folder / "lmms-eval").mkdir()
+        for task, of in (
+            ("pope", [{"pope_accuracy": {"score": g, "prediction": "yes"}} for g in grades]),
+            ("sums", [{}]),
+        ):
+            results = {"results": {task: {"total,none": sum(grades)}}, "n-samples": {}, "card": {}}
+            (folder / f"lmms-eval/{task}.json").write_text(json.dumps(results))
+            same = {"task": task, "target": "yes", "filtered_resps": ["Yes"]}
+            rows = [same | {"doc_id": i, "arguments": [f"is it {i}?", {}]} | row for i, row in enumerate(of)]
+            (folder / f"lmms-eval/{task}_samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        for _ in range(2):
+            assert "pope@lmms-eval/total" in harness.rescore(folder, progress=False).scores
+        return folder
+
+    a, b = made("a", [1.0, 0.0, 0.0]), made("b", [1.0, 1.0, 0.0])
+    found = compare(a, b)
+    assert found["pope@lmms-eval"].better == 1 and found["pope@lmms-eval"].score.value == pytest.approx(1 / 3)
+    mine = [o for o in harness.load_result(b).outcomes if o.item.benchmark == "pope@lmms-eval"]
+    assert [(o.item.prompt, o.text, o.verdict.ok) for o in mine] == [
+        ("is it 0?", "Yes", True), ("is it 1?", "Yes", True), ("is it 2?", "Yes", False)
+    ]  # fmt: skip
+    assert mine[2].verdict.reason == "expected 'yes'" and not any("sums@" in name for name in found)
+
+
 def test_lmms_eval_without_the_package(tmp_path, monkeypatch):
     import sys
 
@@ -369,6 +401,7 @@ def test_lmms_eval_itself(tmp_path):
     with pytest.raises(ValueError, match="has no task 'tiny_popp'"):
         run("lmms-eval:tiny_popp", reply, **more)
     assert json.loads((tmp_path / "run/summary.json").read_text())["scores"]["tiny_pope@lmms-eval/right"]
+    assert [o.verdict.ok for o in result.outcomes] == [True, True, False]
     assert harness.rescore(tmp_path / "run", progress=False).scores == result.scores
 
 

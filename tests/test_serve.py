@@ -23,7 +23,7 @@ import pytest
 
 from diptych.generate.engine import Engine
 from diptych.serve.app import Options
-from diptych.serve.schemas import Limits
+from diptych.serve.schemas import ImagesRequest, Limits
 from tests import tiny
 from tests.serving import WAIT, serving
 
@@ -124,6 +124,19 @@ def test_every_parameter_of_a_chat(client):
     completion = {k: v for k, v in hello().items() if k != "max_tokens"}
     short = client.chat.completions.create(**completion, max_completion_tokens=2)
     assert short.choices[0].finish_reason == "length" and short.usage.completion_tokens == 2
+
+
+def test_an_answer_comes_back_as_the_client_holds_it(client):
+    first = client.chat.completions.create(**hello())
+    messages = [{"role": "developer", "content": "be kind"}, *hello()["messages"], first.choices[0].message]
+    told = client.chat.completions.create(**hello() | {"messages": [*messages, {"role": "user", "content": "more"}]})
+    assert told.choices[0].message.content and told.usage.prompt_tokens > first.usage.prompt_tokens
+
+
+def test_null_stands_for_what_is_not_given(client):
+    nothing = dict.fromkeys(("temperature", "top_p", "n", "stop", "seed", "logprobs", "response_format"))
+    told = client.chat.completions.create(**hello(), **nothing, extra_body={"modalities": None, "size": None})
+    assert told.choices[0].message.content == client.chat.completions.create(**hello()).choices[0].message.content
 
 
 def test_a_stream_says_what_an_answer_says(client, server):
@@ -333,6 +346,20 @@ DRAWN = {"modalities": ["image"]}
     [
         ({"tools": []}, "unknown or unsupported parameter 'tools'"),
         ({"logit_bias": {"1": 2}}, "unknown or unsupported parameter 'logit_bias'"),
+        ({"tools": None}, "unknown or unsupported parameter 'tools'"),
+        ({"seed": "1"}, "seed: Input should be a valid integer"),
+        ({"n": True}, "n: Input should be a valid integer"),
+        ({"stream": "yes"}, "stream: Input should be a valid boolean"),
+        ({"stop": 5}, "stop: Input should be a valid string"),
+        ({"stop": ["\ud800"]}, "stop is not valid Unicode"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x", "detail": "high"}}]}
+                ]
+            },
+            "detail: Input should be 'auto'",
+        ),  # fmt: skip  # noqa: E501
         ({"frequency_penalty": 0.5}, "frequency_penalty: Input should be 0"),
         ({"response_format": {"type": "json_object"}}, "response_format.type"),
         ({"n": 11}, "n may be at most 10, not 11"),
@@ -378,7 +405,7 @@ def test_what_a_chat_refuses_by_name(server, change, told):
         ({"settings": {"num_inference_steps": 2}, "steps": 3}, "given twice"),
         ({"settings": {"leg": 1}}, "unknown settings ['leg']; known: num_inference_steps"),
         ({"settings": {"renorm": "maybe"}}, "renorm"),
-        ({"settings": {"timestep_shift": "fast"}}, "settings.timestep_shift: "),
+        ({"settings": {"timestep_shift": "2"}}, "settings.timestep_shift: "),
         ({"settings": {"timestep_shift": 1e300}}, "must be a finite number"),
         ({"negative_prompt": "red", "guidance_scale": 1.0}, "negative_prompt needs guidance"),
         ({"partial_images": 2}, "partial_images needs stream"),
@@ -395,7 +422,9 @@ def test_what_a_chat_refuses_by_name(server, change, told):
 def test_what_a_drawing_refuses_by_name(server, change, told):
     answer = server.http.post("/v1/images/generations", json={"prompt": "x", **change})
     assert answer.status_code == 400 and told in answer.json()["error"]["message"], answer.text
-    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] is None or error["param"].split(".")[0] in ImagesRequest.model_fields or "style" in change
 
 
 def test_what_an_edit_refuses_by_name(server):

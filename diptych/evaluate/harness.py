@@ -21,7 +21,7 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -175,16 +175,30 @@ def evaluate(
             work.join("items")
             result = _scored(work) if score else _unscored(work)
             if foreign:
-                more = interop.run_lmms(engine, foreign, work.folder, manager, limit, batch_size)
-                result = _joined(work, result, more)
+                interop.run_lmms(engine, foreign, work.folder, manager, limit, batch_size)
+                result = _joined(work, result, foreign)
         if folder is None:  # the pictures do not outlive the folder
             result = replace(result, outcomes=tuple(replace(o, picture=o.image) for o in result.outcomes))
         return result
 
 
-def _joined(work: _Work, result: Result, scores: Mapping[str, Score]) -> Result:
-    """The result with the scores of lmms-eval's tasks, here and in the summary."""
-    result = replace(result, scores={**result.scores, **scores})
+def _joined(work: _Work, result: Result, tasks: Iterable[str]) -> Result:
+    """The result with the scores and samples of lmms-eval's tasks, here, in the summary and among the items."""
+    from diptych.evaluate import interop
+
+    scores, outcomes = dict(result.scores), list(result.outcomes)
+    for task in tasks:
+        file = interop.lmms_results(work.folder, task)
+        scores |= interop.read_lmms(file)
+        outcomes += (some := interop.read_lmms_samples(file))
+        if some:
+            work.card["prompts"][some[0].item.benchmark] = cards.prompts_hash([o.item for o in some])
+            made = [_row(o.item, 1, {}, text=o.text or "") for o in some]
+            for stem, rows in ("items", made), ("scores", [{"id": o.item.id, **asdict(o.verdict)} for o in some]):
+                known = {row["id"] for row in files.read(work.folder / f"{stem}.jsonl")}
+                files.append(work.folder / f"{stem}.jsonl", [row for row in rows if row["id"] not in known])
+    cards.write(work.folder, work.card)
+    result = replace(result, scores=scores, outcomes=tuple(outcomes))
     files.replace(work.folder / "summary.json", json.dumps(result.to_json(), indent=2) + "\n")
     return result
 
@@ -211,12 +225,8 @@ def rescore(
             raise ValueError(f"{folder} was not made with the prompts of {b.name}; it has {', '.join(old['prompts'])}")
     with _opened(folder, chosen, items, sides, old, progress) as work:
         result = _scored(work)
-        found = [] if benchmarks or work.rank else sorted(folder.glob("lmms-eval/*.json"))
-        if not found:
-            return result
-        from diptych.evaluate import interop
-
-        return _joined(work, result, {k: v for f in found for k, v in interop.read_lmms(f).items()})
+        tasks = [] if benchmarks or work.rank else sorted(f.stem for f in folder.glob("lmms-eval/*.json"))
+        return _joined(work, result, tasks) if tasks else result
 
 
 def load_result(folder: str | Path) -> Result:

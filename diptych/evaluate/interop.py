@@ -10,17 +10,22 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
+
+from PIL import ImageFile
 
 from diptych.core import intervals
 from diptych.core.sample import Image, Message, Sample, Text
 from diptych.evaluate import aggregate, answers, files
 from diptych.evaluate import geneval as geneval_module
 from diptych.evaluate.card import identity
-from diptych.evaluate.scores import Score, macro
+from diptych.evaluate.scores import Item, Outcome, Score, Verdict, macro
+
+SAMPLE = ("task", "doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash")
 
 # --- lmms-eval --------------------------------------------------------------------------------------------------------
 
@@ -91,10 +96,11 @@ def lmms_model(engine: Any, batch_size: int = 8) -> Any:
 def lmms_manager(tasks: Sequence[str], folder: Path | None, include: str | None = None) -> Any:
     """What lmms-eval finds tasks with; None where the folder has the results of all. ``include`` is a folder of the
     user's own task files. Raises ``ValueError`` without the package and for an unknown task."""
-    missing = [t for t in tasks if folder is None or not _lmms_results(folder, t).is_file()]
+    missing = [t for t in tasks if folder is None or not lmms_results(folder, t).is_file()]
     if not missing:
         return None
-    manager = _lmms("lmms_eval.tasks").TaskManager("ERROR", include_path=include)
+    with _whole_pictures():
+        manager = _lmms("lmms_eval.tasks").TaskManager("ERROR", include_path=include)
     for task in missing:
         if task not in manager.all_tasks:
             near = [t for t in manager.all_tasks if task.split("_")[0] in t][:8]
@@ -102,35 +108,48 @@ def lmms_manager(tasks: Sequence[str], folder: Path | None, include: str | None 
     return manager
 
 
-def _lmms_results(folder: Path, task: str) -> Path:
+def lmms_results(folder: Path, task: str) -> Path:
+    """Where an evaluation keeps a task's results."""
     return folder / "lmms-eval" / f"{task}.json"
+
+
+def _lmms_samples(results: Path) -> Path:
+    return results.with_name(f"{results.stem}_samples.jsonl")
 
 
 def run_lmms(
     engine: Any, tasks: Sequence[str], folder: Path, manager: Any, limit: int | None = None, batch_size: int = 8
-) -> dict[str, Score]:
-    """Runs lmms-eval's tasks and returns its scores under our names. FOLDER/lmms-eval keeps a task's results and
-    samples; a task that is there, of the same model and limit, is read and not run."""
-    scores: dict[str, Score] = {}
+) -> None:
+    """Runs lmms-eval's tasks. FOLDER/lmms-eval keeps a task's results and samples; a task that is there must be of the
+    same model and limit, and is not run."""
     who = identity(engine) | {"limit": limit}
     for task in tasks:
-        file = _lmms_results(folder, task)
+        file = lmms_results(folder, task)
         if file.is_file():
             if (made := files.load(file)["card"]) != who:
                 differs = next(k for k in who if made.get(k) != who[k])
                 raise ValueError(f"{file} was made with {differs} = {made.get(differs)!r}; use another folder")
         else:
-            done = _lmms("lmms_eval.evaluator").simple_evaluate(
-                model=lmms_model(engine, batch_size), tasks=[task], limit=limit, batch_size=1, log_samples=True,
-                task_manager=manager, bootstrap_iters=0, verbosity="ERROR",
-            )  # fmt: skip
-            samples = [row for rows in done["samples"].values() for row in rows]
+            with _whole_pictures():
+                done = _lmms("lmms_eval.evaluator").simple_evaluate(
+                    model=lmms_model(engine, batch_size), tasks=[task], limit=limit, batch_size=1, log_samples=True,
+                    task_manager=manager, bootstrap_iters=0, verbosity="ERROR",
+                )  # fmt: skip
+            samples = [{"task": part} | row for part, rows in done["samples"].items() for row in rows]
             lines = "".join(json.dumps(row, default=str) + "\n" for row in samples)
-            files.replace(file.with_name(f"{task}_samples.jsonl"), lines)
+            files.replace(_lmms_samples(file), lines)
             kept = {k: done.get(k) for k in ("results", "versions", "n-samples")} | {"card": who}
             files.replace(file, json.dumps(kept, indent=1, default=str))
-        scores |= read_lmms(file)
-    return scores
+
+
+@contextmanager
+def _whole_pictures() -> Iterator[None]:
+    """Some of its tasks have Pillow read cut-off pictures as grey, everywhere in the process; not ours, afterwards."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def read_lmms(file: Path) -> dict[str, Score]:
@@ -157,6 +176,34 @@ def read_lmms(file: Path) -> dict[str, Score]:
     if not scores:
         raise ValueError(f"{file} holds no results of lmms-eval")
     return scores
+
+
+def read_lmms_samples(file: Path) -> list[Outcome]:
+    """The samples beside a results file as outcomes of ``TASK@lmms-eval``, one category for each part of the task:
+    what was asked, said and wanted, graded by the first of the task's metrics that is a number of each sample. None
+    where no metric is, or the file has gone."""
+    beside, found = _lmms_samples(file), []
+    rows = files.rows(beside) if beside.is_file() else []
+    grades = [{key: grade for key, value in row.items() if (grade := _grade(key, value)) is not None} for row in rows]
+    metric = next((key for key in (grades[0] if grades else ()) if all(key in grade for grade in grades)), None)
+    for number, (row, grade) in enumerate(zip(rows, grades, strict=True) if metric else (), 1):
+        where, name = f"{beside} line {number}", f"{file.stem}@lmms-eval"
+        asked, *_ = files.field(row, ("arguments",), where, list) or [""]
+        said, *_ = files.field(row, ("filtered_resps",), where, list) or [""]
+        part, wanted = str(row.get("task", file.stem)), str(row.get("target"))
+        id, prompt = f"{part}-{files.field(row, ('doc_id',), where)}", str(asked)
+        sample = Sample(id, (Message("user", (Text(prompt),)),))
+        item = Item(id, name, part, prompt, sample, 0, id, {"answer": wanted})
+        reason = "" if grade[metric] >= 1 else f"expected {wanted!r}"
+        verdict = Verdict(grade[metric] >= 1, reason, {metric: grade[metric]}, grade[metric])
+        found.append(Outcome(item, verdict, str(said)))
+    return found
+
+
+def _grade(key: str, value: Any) -> float | None:
+    """The number that a metric gives a sample."""
+    number = value.get("score") if isinstance(value, dict) else value
+    return float(number) if key not in SAMPLE and _number(number) else None
 
 
 def _number(value: Any) -> bool:

@@ -14,6 +14,7 @@ import asyncio
 import json
 import logging
 import math
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -156,11 +157,11 @@ class Service:
         engine.settings({k: None for k in changes})  # names
         try:
             own = engine.model.defaults(sample)
-            chosen = TypeAdapter(type(own)).validate_python(asdict(own) | changes)
+            chosen = TypeAdapter(type(own)).validate_json(json.dumps(asdict(own) | changes), strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise ValueError(f"settings{where and '.'}{where}: {first['msg']}") from error
+            raise ValueError(f"settings{where and '.'}{where}: {_message(first)}") from error
         for name, value in asdict(chosen).items():
             for number in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(number, float) and not abs(number) <= 1e6:
@@ -188,7 +189,7 @@ class Service:
     async def conversation(self, body: ChatRequest) -> Sample:
         """The messages as a sample. Where a picture is to be drawn, it starts from the user's last pictures."""
         if body.messages[-1].role != "user":
-            raise ValueError(f"the last message must be the user's, not the {body.messages[-1].role}'s")
+            raise ValueError(f"messages: the last message must be the user's, not the {body.messages[-1].role}'s")
         messages, pictures, length = [], 0, 0
         for i, m in enumerate(body.messages):
             parts: list[Text | Image] = []
@@ -207,7 +208,7 @@ class Service:
                 edited = m is body.messages[-1] and "image" in body.modalities
                 role = "target" if m.role == "assistant" else "condition" if edited else "understand"
                 parts.append(Image(await self.picture(url, name), role))  # type: ignore[arg-type]
-            messages.append(Message(m.role, tuple(parts)))
+            messages.append(Message("system" if m.role == "developer" else m.role, tuple(parts)))
         self.text("x" * length, "the conversation")
         return Sample("request", tuple(messages))
 
@@ -276,6 +277,8 @@ class Conversation:
             raise ValueError(f"max_tokens may be at most {s.limits.new_tokens}, not {wanted}")
         if body.n > s.limits.n:
             raise ValueError(f"n may be at most {s.limits.n}, not {body.n}")
+        for stop in body.stops:
+            s.text(stop, "stop")
         self.wanted = wanted
         self.settings = s.settings(worker.engine, body, sample) if "image" in body.modalities else None
         self.negative = s.text(body.negative_prompt or "", "negative_prompt")
@@ -612,11 +615,12 @@ def create_app(engines: Sequence[Engine], options: Options | None = None) -> ASG
     async def wrong(_: Request, error: ValueError) -> Response:
         if isinstance(error, NotFound):
             return JSONResponse(problem(str(error), "not_found"), 404)
-        return JSONResponse(problem(str(error), "invalid_value", str(error).split(" ")[0].rstrip(":")), 400)
+        return JSONResponse(problem(str(error), "invalid_value", _about(str(error))), 400)
 
     @api.exception_handler(HTTPException)
     async def elsewhere(_: Request, error: HTTPException) -> Response:
-        return JSONResponse(problem(str(error.detail), "not_found"), error.status_code, error.headers)
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_body")
+        return JSONResponse(problem(str(error.detail), code), error.status_code, error.headers)
 
     @api.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> Response:
@@ -771,15 +775,27 @@ def _is_form(request: Request) -> None:
         raise ValueError("content-type must be multipart/form-data")
 
 
+def _about(message: str) -> str | None:
+    """The parameter that an error's message begins with, if it does."""
+    word = message.split(" ")[0].rstrip(":,")
+    known = {*ChatRequest.model_fields, *EditsRequest.model_fields, "image", "mask", "file", "purpose"}
+    return word if re.split(r"[.\[]", word)[0] in known else None
+
+
+def _message(error: Any) -> str:
+    return error["msg"].removeprefix("Value error, ")
+
+
 def _explained(error: RequestValidationError | ValidationError) -> dict[str, Any]:
-    """The first mistake by the name of its parameter. What was sent is not repeated."""
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part != "body" and "Part" not in str(part)]
+    """A mistake by the name of its parameter; of the kinds that a value might have been, the one it comes closest to.
+    What was sent is not repeated."""
+    first = max(error.errors(), key=lambda e: len(e["loc"]))
+    where = [str(part) for part in first["loc"] if part not in ("body", "query", "str") and "[" not in str(part)]
     param = ".".join(where) or None
     if first["type"] == "extra_forbidden":
         return problem(f"unknown or unsupported parameter {param[:100]!r}", "unknown_parameter", param)  # type: ignore[index]
-    message = first["msg"].removeprefix("Value error, ")
-    return problem(f"{param}: {message}" if param else message, "invalid_value", param)
+    message = _message(first)
+    return problem(f"{param}: {message}" if param else message, "invalid_value", param or _about(message))
 
 
 class Server(uvicorn.Server):

@@ -31,13 +31,20 @@ class Limits:
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Size = Annotated[str, Field(pattern=r"^(auto|\d{1,5}x\d{1,5})$", description='WIDTHxHEIGHT in pixels, or "auto"')]
+Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", description='WIDTHxHEIGHT in pixels, or "auto"')]
 
 
 class Strict(BaseModel):
-    """No name but the declared ones."""
+    """No name but the declared ones and no type but theirs; null stands for what is not given."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {k: v for k, v in data.items() if v is not None or k not in cls.model_fields}
 
 
 class ToDraw(Strict):
@@ -91,8 +98,9 @@ Part = Annotated[TextPart | ImagePart | FilePart, Field(discriminator="type")]
 
 
 class ChatMessage(Strict):
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="developer is system")
     content: str | Annotated[list[Part], Field(min_length=1)]
+    refusal: None = Field(None, description="answers have it, and come back as they are")
 
 
 class StreamOptions(Strict):
@@ -209,7 +217,10 @@ class ImagesRequest(ToDraw):
 
 
 class EditsRequest(ImagesRequest):
-    """The fields of a form; the files ``image`` (one or several, also ``image[]``) and ``mask`` come beside them."""
+    """The fields of a form, where numbers are texts. The files ``image`` (one or several, also ``image[]``) and
+    ``mask`` come beside them."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "make the star green", "seed": 1}]})
+    model_config = ConfigDict(
+        strict=False, json_schema_extra={"examples": [{"prompt": "make the star green", "seed": 1}]}
+    )
     image_guidance_scale: Finite | None = Field(None, ge=0, le=100)
