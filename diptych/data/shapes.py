@@ -290,7 +290,8 @@ _LATTICE = [(c, r) for r in range(3) for c in range(3)]
 
 
 def _thing(rng: np.random.Generator, kind: Kind, cell: Cell) -> Thing:
-    extent, dx, dy = rng.uniform((15, -1, -1), (19, 1, 1))
+    a, b, c = rng.random(3).tolist()
+    extent, dx, dy = 15 + 4 * a, 2 * b - 1, 2 * c - 1
     room = (64 / 3 - extent) / 2 - 1  # at least two pixels of 64 stay free between two objects
     x, y = ((c + 0.5) / 3 + d * room / 64 for c, d in zip(cell, (dx, dy), strict=True))
     return Thing(kind[1], kind[0], round(x, 4), round(y, 4), round(extent / 64, 4))

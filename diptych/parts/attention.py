@@ -162,7 +162,10 @@ class Dense:
         return sdpa(q[None], k[None], v[None], mask=self.mask)[0]
 
 
-_compiled = lru_cache(torch.compile)  # once for all rows
+@lru_cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Once for all rows."""
+    return torch.compile(function)
 
 
 class Block:
