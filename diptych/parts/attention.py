@@ -18,7 +18,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -177,7 +177,8 @@ class Block:
         rule = masks.block(batch)
         mod = rule if order is None else (lambda b, h, q, k: rule(b, h, order[q], order[k]))
         self.mask = create_block_mask(mod, None, None, len(batch), len(batch), device=str(batch.ids.device))
-        self.attention = _compiled(flex_attention) if batch.ids.is_cuda else flex_attention
+        flex: Any = flex_attention
+        self.attention = _compiled(flex) if batch.ids.is_cuda else flex
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x[None].transpose(1, 2) for x in (q, k, v))
