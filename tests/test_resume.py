@@ -145,6 +145,17 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_taken(tmp_path, c
         train(recipe, run, resume=True)
 
 
+def test_what_is_damaged_takes_no_place_among_the_kept(tmp_path):
+    """The run went on before it: the new checkpoint stays, the damaged one goes."""
+    for step in (2, 4, 9):
+        (tmp_path / f"step-{step:08d}").mkdir()
+        (tmp_path / f"step-{step:08d}" / "meta.json").write_text("{" if step == 9 else "{}")
+    saver = checkpoint.Saver(tmp_path, keep=2, behind=False)
+    saver.save(6, {"x": torch.ones(2)}, {})
+    saver.close()
+    assert [p.name[-1] for p in checkpoint.available(tmp_path)] == ["4", "6"]
+
+
 @pytest.mark.parametrize("harm", [lambda t: t.replace('"done": 4', '"done": 3'), lambda t: "[]", lambda t: "\udcff"])
 def test_a_damaged_account_of_a_checkpoint_is_noticed(harm, tmp_run):
     """The loader's place and the step are under a checksum like the weights."""

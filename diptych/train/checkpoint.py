@@ -79,7 +79,9 @@ class Saver:
         if path.exists():  # a resumed run comes by the same step again
             shutil.rmtree(path)
         tmp.rename(path)
-        for old in available(self.folder)[: -self.keep]:
+        there = available(self.folder)
+        at = there.index(path) + 1  # behind it only damaged ones, which the run went on before
+        for old in [*there[: max(0, at - self.keep)], *there[at:]]:
             shutil.rmtree(old)
 
 
