@@ -209,6 +209,8 @@ def test_keyboard_alone(page):
         "seed",
         "Draw",
     } <= reached
+    page.locator("#create textarea").press("Enter")  # as in the chat: Enter sends, Shift + Enter begins a line
+    expect(page.locator("#gallery figure").first).to_be_visible()
 
 
 def test_phone_width_and_dark(browser, server):

@@ -180,7 +180,8 @@ function bubble(role, parts) {
   bottom();
   return turn;
 }
-say.text.addEventListener("keydown", e => { if (e.key === "Enter" && !e.shiftKey && !e.isComposing) { e.preventDefault(); say.requestSubmit(); } });
+for (const field of document.querySelectorAll("textarea"))
+  field.addEventListener("keydown", e => { if (e.key === "Enter" && !e.shiftKey && !e.isComposing) { e.preventDefault(); field.form.requestSubmit(); } });
 $("#fresh").addEventListener("click", () => { messages = []; shown = []; thumbs(); talk.replaceChildren(start); say.text.focus(); });
 for (const [text, modality] of [["a red circle left of a blue star", "image"], ["what is a circle?", "text"], ["two green squares", "image,text"]]) {
   const idea = make("button", { type: "button", textContent: text });
