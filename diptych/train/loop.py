@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -352,7 +352,9 @@ class _Job:
             if self.rank == 0:
                 model = _copy(model, lora.merged(weights), recipe.precision)
         if self.rank == 0:
-            self.hook(model, self.state.step, self.folder)
+            # drawings have other shapes, and few: they are not worth compiling for
+            with torch.compiler.set_stance("force_eager") if recipe.engine.compile else nullcontext():
+                self.hook(model, self.state.step, self.folder)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.state.model.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
