@@ -223,7 +223,7 @@ def start(tmp_path, recipe):
         "--device",
         "cpu",
     ]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def until(process, happened, seconds=90):
@@ -231,6 +231,7 @@ def until(process, happened, seconds=90):
     while not happened():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, "the run did not get there"
+        time.sleep(0.01)
 
 
 def steps_done(run):
@@ -269,10 +270,11 @@ def test_killed_while_saving(tmp_path, uninterrupted):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_by_a_signal(number, tmp_path, uninterrupted):
+@pytest.mark.parametrize("send", [os.kill, os.killpg])  # to the trainer alone, or (Ctrl-C, scancel) to its workers too
+def test_asked_by_a_signal(send, number, tmp_path, uninterrupted):
     process, run = start(tmp_path, tiny.recipe(steps=LONG, checkpoint_every=100, workers=1)), tmp_path / "run"
     until(process, lambda: steps_done(run) >= 3)
-    process.send_signal(number)
+    send(process.pid, number)
     _, told = process.communicate(timeout=60)
     assert process.returncode == cli.INTERRUPTED == 4
     done = steps_done(run)

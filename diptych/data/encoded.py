@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from diptych.core.sample import Image, Sample, sample_to_json
 from diptych.core.tensors import Tensor
-from diptych.data.loader import one_thread
+from diptych.data.loader import as_worker
 from diptych.data.mixture import Source
 from diptych.data.sources import Tar, webdataset
 
@@ -209,7 +209,7 @@ def precompute(
             seen = iter(
                 DataLoader(
                     _Watch(source, model.lay_out), sampler=rows, batch_size=None, num_workers=workers,
-                    collate_fn=lambda x: x, worker_init_fn=one_thread, generator=torch.Generator(),
+                    collate_fn=lambda x: x, worker_init_fn=as_worker, generator=torch.Generator(),
                     multiprocessing_context="fork" if workers else None,
                 )
             )  # fmt: skip

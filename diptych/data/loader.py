@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -287,7 +288,7 @@ class Loader:
             batch_size=None,
             num_workers=self.workers,
             collate_fn=_same,
-            worker_init_fn=one_thread,
+            worker_init_fn=as_worker,
             generator=torch.Generator(),  # DataLoader draws a seed nobody uses; not from the global state
             multiprocessing_context="fork" if self.workers else None,
         )
@@ -374,7 +375,13 @@ def _same(row: Any) -> Any:
     return row
 
 
-def one_thread(worker: int) -> None:
-    """A worker keeps to one thread and gives way: one of the trainer's threads interrupted makes all of them wait."""
+def as_worker(worker: int) -> None:
+    """A worker keeps to one thread and gives way: one of the trainer's threads interrupted makes all of them wait.
+
+    Signals are the trainer's: sent to the whole job (Ctrl-C, ``scancel``), they must not end the worker whose position
+    the trainer is about to save. Workers end when the trainer tells them to or is gone.
+    """
     torch.set_num_threads(1)
     os.nice(5)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
