@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from diptych.core.sequence import Kind, Sequence
 from diptych.core.tensors import NONE, Bool, Int, Tensor
@@ -86,50 +88,36 @@ def pack(sequences: Iterable[Sequence], routes: int = 1, pad_to: int | None = No
     sequences = list(sequences)
     if not sequences:
         raise ValueError("cannot pack an empty list of sequences")
-    ids: list[int] = []
-    targets: list[int] = []
-    positions: list[int] = []
-    document: list[int] = []
-    segment: list[int] = []
-    full: list[bool] = []
-    hidden: list[bool] = []
-    route: list[int] = []
+    documents, segments = zip(*((d, s) for d, sequence in enumerate(sequences) for s in sequence.segments), strict=True)
+    lengths = torch.tensor([len(s) for s in segments])
+    pad = -int(lengths.sum()) % pad_to if pad_to else 0
+
+    def column(values: Iterable[Iterable[int]], after: int) -> Tensor:
+        return F.pad(torch.tensor([*chain.from_iterable(values)]), (0, pad), value=after)
+
+    def spread(values: Iterable[int], after: int) -> Tensor:
+        return F.pad(torch.tensor([*values]).repeat_interleave(lengths), (0, pad), value=after)
+
+    ids = column((s.ids for s in segments), 0)
+    route = torch.where(ids == NONE, spread((s.route for s in segments), 0), 0)
     groups: dict[tuple, list[tuple]] = {}
-    number = 0
-    for d, sequence in enumerate(sequences):
-        positions += sequence.positions()
-        for s in sequence.segments:
-            n = len(s)
-            if not 0 <= s.route < routes:
-                raise ValueError(f"sample {sequence.id!r}: a {s.kind} segment takes route {s.route} of {routes}")
-            if s.open:
-                places = [len(ids) + i for i, token in enumerate(s.ids) if token == NONE]
-                shape = None if s.image is None else (tuple(s.image.shape), s.image.dtype)
-                key = (s.kind, s.grid or (1, len(places)), s.drawn, s.encoded, s.masked, shape)
-                groups.setdefault(key, []).append((s.image, places, sequence.id, s.ordinal))
-            ids += s.ids
-            targets += s.targets or [NONE] * n
-            document += [d] * n
-            segment += [number] * n
-            full += [s.full] * n
-            hidden += [s.hidden] * n
-            route += [0 if token != NONE else s.route for token in s.ids]
-            number += 1
-    pad = -len(ids) % pad_to if pad_to else 0
-    if pad:
-        ids, targets, document = ids + [0] * pad, targets + [NONE] * pad, document + [NONE] * pad
-        positions, segment, route = positions + [0] * pad, segment + [number] * pad, route + [0] * pad
-        full, hidden = full + [False] * pad, hidden + [False] * pad
-    columns = torch.tensor([ids, targets, positions, document, segment, full, hidden, route]).unbind()
+    places = (ids == NONE).nonzero()[:, 0].split([s.open for s in segments])
+    for d, s, mine in zip(documents, segments, places, strict=True):
+        if not 0 <= s.route < routes:
+            raise ValueError(f"sample {sequences[d].id!r}: a {s.kind} segment takes route {s.route} of {routes}")
+        if len(mine):
+            shape = None if s.image is None else (tuple(s.image.shape), s.image.dtype)
+            key = (s.kind, s.grid or (1, len(mine)), s.drawn, s.encoded, s.masked, shape)
+            groups.setdefault(key, []).append((s.image, mine, sequences[d].id, s.ordinal))
     return Batch(
-        columns[0],
-        columns[1],
-        columns[2],
-        columns[3],
-        columns[4],
-        columns[5].bool(),
-        columns[6].bool(),
-        tuple((columns[7] == r).nonzero()[:, 0] for r in range(routes)),
+        ids,
+        column((s.targets or (NONE,) * len(s) for s in segments), NONE),
+        column((s.positions() for s in sequences), 0),
+        spread(documents, NONE),
+        spread(range(len(segments)), len(segments)),
+        spread((s.full for s in segments), False),
+        spread((s.hidden for s in segments), False),
+        tuple((route == r).nonzero()[:, 0] for r in range(routes)),
         tuple(
             Pictures(
                 kind,
@@ -138,7 +126,7 @@ def pack(sequences: Iterable[Sequence], routes: int = 1, pad_to: int | None = No
                 encoded,
                 masked,
                 None if shape is None else torch.stack([m[0] for m in members]),
-                torch.tensor([m[1] for m in members]),
+                torch.stack([m[1] for m in members]),
                 tuple(m[2] for m in members),
                 tuple(m[3] for m in members),
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -54,14 +55,15 @@ def canvas(
     size: int, colour: tuple[int, ...] = (255, 255, 255, 255), height: int | None = None
 ) -> tuple[np.ndarray, skia.Canvas]:
     """A (height or size, size, 4) RGBA array (premultiplied) and the skia canvas that draws into it."""
-    pixels = np.empty((height or size, size, 4), np.uint8)
-    pixels[:] = colour
+    pixels = np.full((height or size, size), int.from_bytes(colour, sys.byteorder), np.uint32)
+    pixels = pixels.view(np.uint8).reshape(*pixels.shape, 4)
     return pixels, skia.Surface(pixels, skia.kRGBA_8888_ColorType, skia.kPremul_AlphaType).getCanvas()
 
 
 def picture(pixels: np.ndarray) -> PIL.Image.Image:
     """The RGB picture of an (h, w, 3 or 4) uint8 array; a fourth channel is dropped."""
-    return PIL.Image.fromarray(np.ascontiguousarray(pixels[..., :3]))
+    mode = "RGBX" if pixels.shape[2] == 4 else "RGB"
+    return PIL.Image.frombytes("RGB", pixels.shape[1::-1], np.ascontiguousarray(pixels), "raw", mode)
 
 
 def rgb(image: PIL.Image.Image) -> np.ndarray:

@@ -139,8 +139,13 @@ def _draw(paper: skia.Canvas, thing: Thing, size: int, colour: tuple[int, int, i
     paper.save()
     paper.translate(thing.x * size, thing.y * size)
     paper.scale(thing.extent * size, thing.extent * size)
-    paper.drawPath(_outline(thing.shape)[0], skia.Paint(AntiAlias=True, Color=skia.Color(*colour)))
+    paper.drawPath(_outline(thing.shape)[0], _paint(colour))
     paper.restore()
+
+
+@cache
+def _paint(colour: tuple[int, int, int]) -> skia.Paint:
+    return skia.Paint(AntiAlias=True, Color=skia.Color(*colour))
 
 
 def _cover(thing: Thing, size: int) -> np.ndarray:
@@ -289,8 +294,11 @@ Cell = tuple[int, int]  # (column, row) of the lattice
 _LATTICE = [(c, r) for r in range(3) for c in range(3)]
 
 
-def _thing(rng: np.random.Generator, kind: Kind, cell: Cell) -> Thing:
-    a, b, c = rng.random(3).tolist()
+Spot = tuple[float, float, float]  # size and place within a cell, in [0, 1)
+
+
+def _thing(kind: Kind, cell: Cell, spot: Spot) -> Thing:
+    a, b, c = spot
     extent, dx, dy = 15 + 4 * a, 2 * b - 1, 2 * c - 1
     room = (64 / 3 - extent) / 2 - 1  # at least two pixels of 64 stay free between two objects
     x, y = ((c + 0.5) / 3 + d * room / 64 for c, d in zip(cell, (dx, dy), strict=True))
@@ -301,9 +309,16 @@ def _cells(rng: np.random.Generator, n: int) -> list[Cell]:
     return [_LATTICE[i] for i in rng.permutation(9)[:n]]
 
 
+def _spots(rng: np.random.Generator, n: int) -> list[Spot]:
+    return rng.random((n, 3)).tolist()
+
+
+def _scene(kinds: list[Kind], cells: list[Cell], spots: list[Spot]) -> Scene:
+    return Scene(tuple(map(_thing, kinds, cells, spots)))
+
+
 def _place(rng: np.random.Generator, kinds: list[Kind], cells: list[Cell] | None = None) -> Scene:
-    cells = cells or _cells(rng, len(kinds))
-    return Scene(tuple(_thing(rng, kind, cell) for kind, cell in zip(kinds, cells, strict=True)))
+    return _scene(kinds, cells or _cells(rng, len(kinds)), _spots(rng, len(kinds)))
 
 
 def _kind(rng: np.random.Generator) -> Kind:
@@ -663,9 +678,12 @@ def _ask_position(rng: np.random.Generator) -> Question:
     n = int(rng.integers(2, MOST + 1))
     kinds = _distinct(rng, n)
     while True:
-        scene = _place(rng, kinds, cells := _cells(rng, n))
+        cells, spots = _cells(rng, n), _spots(rng, n)
         true = _clear(*cells[:2])
-        if true and (true == relation) == yes and (yes or relation not in relations(*scene.things[:2])):
+        if not true or (true == relation) != yes:
+            continue
+        scene = _scene(kinds, cells, spots)
+        if yes or relation not in relations(*scene.things[:2]):
             text = f"is the {kinds[0][1]} {relation} the {kinds[1][1]}?"
             return Question("position", text, "yes" if yes else "no", scene)
 
@@ -676,9 +694,10 @@ def _ask_which(rng: np.random.Generator) -> Question:
     n = int(rng.integers(2, MOST + 1))
     kinds = _distinct(rng, n)
     while True:
-        scene = _place(rng, kinds, cells := _cells(rng, n))
+        cells, spots = _cells(rng, n), _spots(rng, n)
         if _clear(*cells[:2]) != relation:
             continue
+        scene = _scene(kinds, cells, spots)
         if not any(relation in relations(other, scene.things[1]) for other in scene.things[2:]):
             return Question("which", f"what is {relation} the {kinds[1][1]}?", kinds[0][1], scene)
 
@@ -774,7 +793,7 @@ def _edit(rng: np.random.Generator, kind: str) -> Edit | None:
     before = _place(rng, kinds, cells[:n])
     if kind == "add":
         colour, shape = _kind(rng)
-        new = _thing(rng, (colour, shape), cells[n])
+        new = _thing((colour, shape), cells[n], *_spots(rng, 1))
         possible = [side for side in SIDES if _on_side(new, side)]
         side = pick(rng, possible) if possible and rng.random() < 0.7 else None
         where = f" {'at' if side in ('top', 'bottom') else 'on'} the {side}" if side else ""

@@ -250,10 +250,10 @@ class Bagel(UnifiedModel):
         return [self._block(Kind.CLEAN, image, c.draw, c.stride, DRAW), vision]
 
     def _drawn(self, image: Image) -> Segment:
-        block = self._block(Kind.NOISED, image, self.config.draw, self.config.stride, DRAW)
-        return replace(block, hidden=True, advance=0, drawn=True)
+        rule, stride = self.config.draw, self.config.stride
+        return self._block(Kind.NOISED, image, rule, stride, DRAW, hidden=True, advance=0, drawn=True)
 
-    def _block(self, kind: Kind, image: Image, rule: SizeRule, stride: int, route: int) -> Segment:
+    def _block(self, kind: Kind, image: Image, rule: SizeRule, stride: int, route: int, **more: Any) -> Segment:
         width, height = rule(*image.dimensions)
         grid = (height // stride, width // stride)
         ids = (self.markers["image"], *[NONE] * (grid[0] * grid[1]), self.markers["end"])
@@ -262,8 +262,8 @@ class Bagel(UnifiedModel):
             return to_tensor(image.pixels, (width, height), image.nearest)
 
         held, encoded = (pixels(), False) if kind == Kind.VISION else image.through("autoencoder", pixels)
-        columns = {"image": held, "encoded": encoded, "masked": image.masked}
-        return Segment(kind, ids, grid=grid, full=True, shared=True, advance=1, route=route, **columns)
+        columns = {"image": held, "encoded": encoded, "masked": image.masked, "advance": 1} | more
+        return Segment(kind, ids, grid=grid, full=True, shared=True, route=route, **columns)
 
     # ---- network ------------------------------------------------------------------------------------------------
 

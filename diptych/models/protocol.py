@@ -19,7 +19,7 @@ from torch import nn
 from diptych.core.batch import Batch, Pictures
 from diptych.core.losses import Losses
 from diptych.core.noise import Noise
-from diptych.core.sample import Image, Sample
+from diptych.core.sample import Image, Message, Sample
 from diptych.core.sequence import Kind, Segment
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import Float, Tensor
@@ -300,7 +300,7 @@ def dropped(sample: Sample, drop: Drop) -> Sample:
             else:
                 gone = "text" in drop and i == asked
             parts += [] if gone else [part]
-        messages.append(replace(message, parts=tuple(parts)))
+        messages.append(Message(message.role, tuple(parts)))
     return replace(sample, messages=tuple(messages)) if drop else sample
 
 

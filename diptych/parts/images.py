@@ -98,7 +98,7 @@ def to_tensor(image: PIL.Image.Image, size: tuple[int, int], nearest: bool = Fal
     """The picture resized to (width, height), bicubic (nearest for label pictures), as uint8."""
     if image.size != size:
         image = image.resize(size, PIL.Image.Resampling.NEAREST if nearest else PIL.Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy())
 
 
 def letterbox(image: PIL.Image.Image, size: tuple[int, int], nearest: bool = False) -> PIL.Image.Image:
