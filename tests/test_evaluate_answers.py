@@ -26,6 +26,13 @@ def test_choices(reply, letter):
     assert answers.choice(reply, OPTIONS) == letter
 
 
+def test_thoughts_are_not_the_answer():
+    assert answers.spoken("<think>A or B? B.</think>\n\nA") == "\n\nA"
+    assert answers.spoken("thinking without the opening tag</think>B") == "B"
+    assert answers.spoken("\n<think>A, no, B, no") == ""
+    assert answers.spoken("A < B") == "A < B"
+
+
 @pytest.mark.parametrize("reply, said", [
     ("yes", True), ("Yes, there is.", True), ("No.", False), ("NO", False), ("there is no dog", False),
     ("yes and no", None), ("", None), ("nothing", None), ("I cannot know", None), ("yesterday", None),

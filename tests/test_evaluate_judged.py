@@ -69,6 +69,11 @@ def test_replies_are_kept_and_replay_without_the_judge(tmp_path):
         Judge("wise-owl", server.url, retries=0).ask("x")  # it is gone
 
 
+def test_a_judge_may_think(tmp_path):
+    with serving(reply=lambda *_: "<think>Is it red? No.</think>yes") as server:
+        assert judge(server, tmp_path).ask("x").text == "yes"
+
+
 def test_wrong_judges_are_refused(tmp_path):
     with pytest.raises(ValueError, match="needs the name"):
         Judge("", "http://localhost:1/v1")

@@ -9,6 +9,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
+
+def spoken(reply: str) -> str:
+    """What a reply says aloud: what follows ``</think>``, and nothing where the thinking never ends."""
+    said = reply.rpartition("</think>")[2]
+    return "" if said.lstrip().startswith("<think>") else said
+
+
 # --- multiple choice --------------------------------------------------------------------------------------------------
 
 

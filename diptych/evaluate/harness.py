@@ -36,6 +36,7 @@ from diptych.data.images import open_image
 from diptych.data.render import rgb
 from diptych.evaluate import card as cards
 from diptych.evaluate import files
+from diptych.evaluate.answers import spoken
 from diptych.evaluate.judge import Judge, Unreachable
 from diptych.evaluate.remote import Pictures
 from diptych.evaluate.scores import UNJUDGED, Baselines, Benchmark, Item, Outcome, Score, Verdict
@@ -438,7 +439,7 @@ def _judge(
             rows.append({"id": item.id, "made": hashes[item.id], **asdict(verdict)})
         else:
             waiting.append(item)
-            things.append(row["text"] if image is None else image)
+            things.append(spoken(row["text"]) if image is None else image)
     if waiting:
         for item, verdict in zip(waiting, benchmark.judge(waiting, things), strict=True):
             rows.append({"id": item.id, "made": hashes[item.id], **asdict(verdict)})

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import PIL.Image
 
 from diptych.data.render import rgb
-from diptych.evaluate import files
+from diptych.evaluate import answers, files
 
 T = TypeVar("T")
 ATTEMPTS = 3  # at a reply that can be read
@@ -116,7 +116,7 @@ class Judge:
             if not (choice.logprobs and choice.logprobs.content):
                 raise ValueError(f"the judge {self.model} gives no log-probabilities; a soft score needs them")
             first = tuple((t.token, float(t.logprob)) for t in choice.logprobs.content[0].top_logprobs)
-        return Reply(choice.message.content or "", first)
+        return Reply(answers.spoken(choice.message.content or ""), first)
 
     def read(self, parse: Callable[[str], T | None], text: str, images: Sequence[PIL.Image.Image], system: str = "") -> T | None:  # fmt: skip  # noqa: E501
         """What ``parse`` reads in the reply; a reply that it cannot read is asked for again, at most three times, and

@@ -203,11 +203,11 @@ class Call:
         a call that has begun goes on without asking for room."""
         w = self.worker
         jobs = [w.prepare(r) for r in requests]
+        if self.over:
+            return
         if not self.jobs and w.waiting + len(jobs) > w.queue:
             seconds = max(1, ceil(w.waiting * w.seconds / w.scheduler.slots))
             raise Full(f"{w.waiting} requests are waiting and at most {w.queue} may; try again", seconds)
-        if self.over:
-            return
         for job in jobs:
             w.calls[id(job)] = (self, len(self.jobs), time.monotonic())
             self.jobs.append(job)
@@ -232,6 +232,7 @@ class Call:
             return
         self.over = True
         left = [job for job in self.jobs if self.worker.calls.pop(id(job), None)]
+        self.jobs.clear()  # with their contexts, now: tasks and frames hold a call until garbage is collected
         if left:
             self.worker.metrics.ended(error.code if error else Gone.code)
         self.worker.leaving += left
