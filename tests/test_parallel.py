@@ -187,8 +187,8 @@ def test_processes_whose_rows_are_of_unequal_kinds_do_not_wait_for_each_other():
 
 
 def compiled():
-    """Losses and gradients, with blocks (ours, and in IOMM's reader transformers') traced and run as traced: what
-    ``inductor`` makes of a trace takes minutes here."""
+    """Losses and gradients, with blocks (but for those of IOMM's reader, which are transformers') traced and run as
+    traced: what ``inductor`` makes of a trace takes minutes here."""
     for family in ("bagel", "iomm"):
         found = []
         for engine in (Engine(), Engine(compile="eager", recompute="full")):

@@ -114,14 +114,15 @@ def mesh(engine: Engine, device: str) -> DeviceMesh:
 def spread(model: Trainable, engine: Engine, precision: str, device: str, trained: Set[nn.Parameter]) -> None:
     """Prepares a model (on the meta device too) for training as ``engine`` says, in place.
 
-    Every block is recomputed and compiled on its own. Sharded, the blocks of ``trunk`` are gathered one at a time;
-    whatever else is ``trained`` (by any stage) is gathered together, at the start of a forward; what is never trained
-    and lies outside the trunk stays whole. In bf16 gathered blocks are bf16; the shards that the optimizer sees, and
-    sums of gradients, stay float32."""
+    Every block is recomputed on its own and, but for transformers' layers, compiled on its own. Sharded, the blocks of
+    ``trunk`` are gathered one at a time; whatever else is ``trained`` (by any stage) is gathered together, at the start
+    of a forward; what is never trained and lies outside the trunk stays whole. In bf16 gathered blocks are bf16; the
+    shards that the optimizer sees, and sums of gradients, stay float32."""
     if engine.compile and engine.compile not in (known := torch.compiler.list_backends(exclude_tags=())):
         raise ValueError(f"unknown back end {engine.compile!r} of torch.compile; choose from {', '.join(known)}")
     for block in model.blocks():
-        if engine.compile:
+        # the trace of a layer of transformers has its number, the row's shape and the gradient in it: of use only once
+        if engine.compile and not type(block).__module__.startswith("transformers."):
             block.forward = torch.compile(block.forward, backend=engine.compile)  # type: ignore[method-assign]
         if engine.recompute != "none":
             block.forward = recomputed(block.forward, engine.recompute)  # type: ignore[method-assign]
