@@ -86,9 +86,10 @@ def pack(sequences: Iterable[Sequence], routes: int = 1, pad_to: int | None = No
     Raises ``ValueError`` for an empty list and for a segment whose route does not exist.
     """
     sequences = list(sequences)
-    if not sequences:
-        raise ValueError("cannot pack an empty list of sequences")
-    documents, segments = zip(*((d, s) for d, sequence in enumerate(sequences) for s in sequence.segments), strict=True)
+    pairs = [(d, s) for d, sequence in enumerate(sequences) for s in sequence.segments]
+    if not pairs:
+        raise ValueError("cannot pack an empty list of sequences, or sequences without segments")
+    documents, segments = zip(*pairs, strict=True)
     lengths = torch.tensor([len(s) for s in segments])
     pad = -int(lengths.sum()) % pad_to if pad_to else 0
 

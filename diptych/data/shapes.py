@@ -291,10 +291,8 @@ def _all_prompts(tag: str, unseen: bool, coloured: bool = False) -> tuple[Prompt
 # --- drawing scenes at random -----------------------------------------------------------------------------------------
 
 Cell = tuple[int, int]  # (column, row) of the lattice
-_LATTICE = [(c, r) for r in range(3) for c in range(3)]
-
-
 Spot = tuple[float, float, float]  # size and place within a cell, in [0, 1)
+_LATTICE = [(c, r) for r in range(3) for c in range(3)]
 
 
 def _thing(kind: Kind, cell: Cell, spot: Spot) -> Thing:
