@@ -92,7 +92,7 @@ def _begun(*modules: str) -> Callable[[Recipe, str], Recipe]:
 
 
 BESIDE = {"model": "cheers/tiny", "measure": drawing, "steps": 200}
-READER = {"takes": ("mllm", "autoencoder"), "model": "iomm/tiny"}
+READER = {"takes": ("mllm", "autoencoder"), "model": "iomm/tiny", "measure": drawing}
 
 
 STUDIES = {
@@ -140,8 +140,7 @@ STUDIES = {
         "The share of a picture's tokens that is masked (IOMM, figure 4b), and what is copied",
         {f"r = {r}": _iomm(masked=r) for r in (0.0, 0.25, 0.45, 0.65, 0.85, 0.95)},
         "r = 0.0",
-        measure=copying,
-        **READER,
+        **READER | {"measure": lambda engine: drawing(engine) | copying(engine)},
     ),
     "iomm-tuning": Study(
         "Mixed tuning of another family (IOMM, table 2)",
