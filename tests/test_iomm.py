@@ -13,7 +13,6 @@ from diptych.core.batch import pack
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Sample, assistant, user
 from diptych.core.sequence import Kind
-from diptych.data import shapes
 from diptych.data.catalog import sources
 from diptych.data.mixture import Mixture
 from diptych.data.selfcondition import SelfConditioned, bare
@@ -511,18 +510,3 @@ def test_features_and_latents_computed_once_train_the_same(tmp_path):
         assert [s.encoded for s in b.segments if s.image is not None] == [True, True] and a.id == b.id
         assert [s.masked for s in b.segments] == [s.masked for s in a.segments] and b.segments[1].masked == 0.7
         assert image_loss(model, pack([a])) == pytest.approx(image_loss(model, pack([b])), rel=SUM)
-
-
-SHIPPED = (models.SHIPPED / "iomm-tiny" / "config.json").is_file()
-
-
-@pytest.mark.skipif(not SHIPPED, reason="iomm/tiny has not been trained yet")
-def test_the_shipped_model_draws_its_own_words_and_not_anothers():
-    asked = [p for tag in ("single_object", "colors", "two_object") for p in shapes.prompts(tag, 8)]
-    engine = Engine(models.load("iomm/tiny"))
-    drawn = [d.image for d in engine.draw([Sample(p.text, (user(p.text),)) for p in asked], list(range(len(asked))))]
-    own = sum(shapes.check(image, p).ok for image, p in zip(drawn, asked)) / len(asked)
-    other = sum(shapes.check(image, p).ok for image, p in zip(drawn, asked[5:] + asked[:5])) / len(asked)
-    assert own > 0.5 and other < 0.2
-    weights = sum(p.numel() for p in engine.model.parameters())
-    assert 2 * weights <= 12e6  # bytes in bf16

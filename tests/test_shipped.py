@@ -1,0 +1,36 @@
+"""Every model that ships draws what it is told, answers what it is asked, and is small."""
+
+from __future__ import annotations
+
+import pytest
+
+from diptych import models
+from diptych.core.sample import Sample, user
+from diptych.data import shapes
+from diptych.evaluate import evaluate
+from diptych.generate.engine import Engine
+
+SHIPPED = {name: models.SHIPPED / size.folder for name, size in models.SIZES.items() if size.folder}
+UNIFIED = [n for n, at in SHIPPED.items() if at.is_dir() and models.SIZES[n].family != "autoencoder"]
+
+
+@pytest.fixture(scope="module", params=UNIFIED)
+def engine(request):
+    return Engine(models.load(request.param), request.param)
+
+
+def test_it_draws_its_own_words_and_not_anothers(engine):
+    asked = [p for tag in ("single_object", "colors", "two_object") for p in shapes.prompts(tag, 6)]
+    drawn = [d.image for d in engine.draw([Sample(p.text, (user(p.text),)) for p in asked], list(range(len(asked))))]
+    own = sum(shapes.check(image, p).ok for image, p in zip(drawn, asked)) / len(asked)
+    other = sum(shapes.check(image, p).ok for image, p in zip(drawn, asked[5:] + asked[:5])) / len(asked)
+    assert own > 0.6 and other < 0.3
+
+
+def test_it_answers(engine):
+    assert evaluate(engine, ["vqa-mini"], limit=8, progress=False).scores["vqa-mini@exact/overall"].value > 0.75
+
+
+@pytest.mark.parametrize("name", [n for n, at in SHIPPED.items() if at.is_dir()])
+def test_it_is_small(name):
+    assert sum(file.stat().st_size for file in SHIPPED[name].iterdir()) <= 12 * 2**20
