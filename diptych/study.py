@@ -245,7 +245,7 @@ def study(
             rights.setdefault(arm, []).append(_rights(this, str(release), run / "evaluate", limit))
             if this.measure:
                 measures.setdefault(arm, []).append(this.measure(load(release)))
-    page = _page(this, name, rights, measures, told, seeds, steps, out)
+    page = _page(this, name, rights, measures, told, seeds, steps, limit, out)
     console.print(page.read_text(), highlight=False)
     return page
 
@@ -303,6 +303,7 @@ def _page(
     model: str | None,
     seeds: Sequence[int],
     steps: int,
+    limit: int | None,
     out: Path,
 ) -> Path:
     first = next(iter(rights.values()))[0]
@@ -323,7 +324,7 @@ def _page(
         f"# {this.title}",
         "",
         f"`diptych study {name}{f' --model {model}' if model else ''} --steps {steps} --seeds "
-        f"{' '.join(map(str, seeds))}`",
+        f"{' '.join(map(str, seeds))}{f' --limit {limit}' if limit else ''}`",
         "",
         f"{begins} Brackets are 95 % intervals: over seeds (Student's t) where there are several, else over items. "
         f"Δ is the difference to **{this.base}** on the same items, with a bootstrap over prompts. "
@@ -344,7 +345,7 @@ def _page(
         names = list(next(iter(measures.values()))[0])
         lines += ["", f"| arm | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
         for arm, of in measures.items():
-            lines.append(f"| {arm} | {' | '.join(f'{mean([m[n] for m in of])[0]:.3f}' for n in names)} |")
+            lines.append(f"| {arm} | {' | '.join(f'{mean([m[n] for m in of])[0]:.3g}' for n in names)} |")
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.png").write_bytes(intervals(plots))
     page = out / f"{name}.md"
