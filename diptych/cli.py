@@ -265,7 +265,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--layout", default="bagel/tiny", help="model whose layout is shown (default: bagel/tiny)")
     p.add_argument("-n", type=int, default=4, help="samples per data set")
     p.add_argument("--size", type=int, default=64, help="pixels on a side of embedded pictures")
-    p.add_argument("--out", type=Path, default=Path("sheet.png"))
+    p.add_argument("--out", type=_picture, default=Path("sheet.png"))
     p = verb("prepare", _data_prepare, "fetch and build a data set that does not ship", "diptych data prepare stamps", "diptych data prepare stamps --source ~/tuxpaint/stamps", into=kinds)  # fmt: skip  # noqa: E501
     p.add_argument("name", choices=["stamps"])
     p.add_argument("--source", type=Path, help="an unpacked folder of stamps (default: the Debian package)")
@@ -376,9 +376,16 @@ def _draw(p: argparse.ArgumentParser) -> None:
     p.add_argument("--guidance", dest="guidance_scale", type=float)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
-        "--out", type=Path, default=Path("picture.png"), help="file; several pictures get -0, -1 ... appended"
+        "--out", type=_picture, default=Path("picture.png"), help="file; several pictures get -0, -1 ... appended"
     )
     p.add_argument("--json", action="store_true", help="print files and effective parameters as JSON")
+
+
+def _picture(text: str) -> Path:
+    """A file to write a picture to: refused before it is drawn, not after."""
+    if Path(text).suffix.lower() not in (endings := (".png", ".jpg", ".jpeg", ".webp")):
+        raise argparse.ArgumentTypeError(f"{text!r} is no picture file; its name must end in {', '.join(endings)}")
+    return Path(text)
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -200,6 +200,7 @@ def test_train_and_resume(call, tmp_path):
 def test_what_cannot_be_done_is_said_in_one_line_with_exit_code_2(call, tiny_model, scene, tmp_path):
     refused(call("generate", "nowhere", "x"), "error: no model 'nowhere'", "these ship")
     refused(call("generate", tiny_model, "x", "--size", "64"), "'64' is not WIDTHxHEIGHT, such as 64x64")
+    refused(call("generate", tiny_model, "x", "--out", "drawn"), "'drawn' is no picture file; its name must end in")
     refused(call("generate", tiny_model, "x", "--size", "33x32"), "size must be multiples of 16 up to 128, not 33x32")
     refused(call("generate", tiny_model, "x", "-n", "0"), "n must be at least 1, not 0")
     refused(call("generate", tiny_model, "x", "--steps", "0"), "num_inference_steps must be at least 1, not 0")
