@@ -159,6 +159,12 @@ def test_pack_lays_documents_side_by_side():
     assert batch.to("cpu").ids.tolist() == batch.ids.tolist()
 
 
+@pytest.mark.parametrize("nothing", [[], [Sequence("a", ())]])
+def test_nothing_cannot_be_packed(nothing):
+    with pytest.raises(ValueError, match="cannot pack an empty list of sequences"):
+        pack(nothing)
+
+
 def test_pictures_of_unlike_shape_make_groups():
     small, large = drawn(2), drawn(4)
     batch = pack([Sequence("a", (small, large)), Sequence("b", (small,))], routes=2)
