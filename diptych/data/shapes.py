@@ -727,6 +727,44 @@ def make_ask(rng: np.random.Generator, split: str, size: int, types: tuple[str, 
     return messages, {"type": question.type, "answer": question.answer, "scene": question.scene.to_json()}
 
 
+def make_read(rng: np.random.Generator, split: str, size: int) -> Made:
+    """Words alone: a description, a question about it, and the answer; info: type, answer, prompt."""
+    tag = pick(rng, ("description", "position", "color_attr", "counting"), (3, 3, 2, 1))
+    prompt = random_prompt(rng, tag)
+    type_, question, answer = pick(rng, _told(rng, prompt))
+    messages = user(f"{prompt.text}. {question}"), assistant(answer)
+    return messages, {"type": type_, "answer": answer, "prompt": prompt.to_json()}
+
+
+def _told(rng: np.random.Generator, prompt: Prompt) -> list[tuple[str, str, str]]:
+    """What can be asked about a prompt whose needs all have a shape: (type, question, answer)."""
+    needs, found = prompt.needs, []
+    shapes, colours = Counter(n.shape for n in needs), Counter(n.colour for n in needs)
+    for need in needs:
+        noun, verb = (need.shape, "is") if need.count == 1 else (plural(need.shape), "are")
+        if need.colour and shapes[need.shape] == 1:
+            found.append(("colour", f"what colour {verb} the {noun}?", need.colour))
+        if need.colour and colours[need.colour] == 1:
+            found.append(("shape", f"what shape {verb} the {need.colour} object{'s' * (need.count > 1)}?", need.shape))
+        number = sum(n.count for n in needs if n.shape == need.shape)
+        found.append(("count", f"how many {plural(need.shape)} are there?", NUMBERS[number]))
+    if all(n.colour for n in needs):
+        held = {(n.colour, n.shape) for n in needs}
+        one, other = pick(rng, needs), pick(rng, needs)
+        kind = one.colour, other.shape  # there as one, or only in parts
+        found.append(("exists", f"is there a {kind[0]} {kind[1]}?", "yes" if kind in held else "no"))
+    if prompt.relation and shapes[needs[0].shape] == 1:
+        (a, b), relation = [n.shape for n in needs], prompt.relation
+        found += [("which", f"what is {relation} the {b}?", a), ("which", f"what is {_opposite(relation)} the {a}?", b)]
+        asked = pick(rng, (relation, _opposite(relation)))
+        found.append(("position", f"is the {a} {asked} the {b}?", "yes" if asked == relation else "no"))
+    return found
+
+
+def _opposite(relation: str) -> str:
+    return RELATIONS[RELATIONS.index(relation) ^ 1]
+
+
 def majority(n: int = 3000, seed: int = 0) -> dict[str, dict[str, Any]]:
     """What blind guessing scores, per question type: {type: {"answer", "accuracy", "blind"}}.
 
@@ -925,6 +963,7 @@ SOURCES: dict[str, Callable[..., Made]] = {
     "shapes/draw": make_draw,
     "shapes/ask": make_ask,
     "shapes/ask-where": partial(make_ask, types=("position", "which", "where")),
+    "shapes/read": make_read,
     "shapes/caption": make_caption,
     "shapes/edit": make_edit,
     **tasks.sources("shapes", _annotated),

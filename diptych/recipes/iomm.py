@@ -36,9 +36,10 @@ def reader(steps: int = 4000) -> Recipe:
                 steps=steps,
                 train={"mllm": 3e-3},
                 data={
-                    "shapes/ask": 0.3,
-                    "shapes/ask-where": 0.3,  # relations are not learned before places are (NOTES.md)
-                    "shapes/caption": 0.2,
+                    "shapes/ask": 0.22,
+                    "shapes/ask-where": 0.25,  # relations are not learned before places are (NOTES.md)
+                    "shapes/read": 0.18,  # of a description in words too, as any language model understands
+                    "shapes/caption": 0.15,
                     "emoji64/ask": 0.1,
                     "emoji64/caption": 0.1,
                 },
