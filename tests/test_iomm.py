@@ -459,6 +459,8 @@ def test_bad_settings_are_refused():
         replace(tiny.iomm(), size=(40, 40))
     with pytest.raises(ValueError, match="axes"):
         DitConfig("double", 64, 2, 2, (0, 8, 8))
+    with pytest.raises(ValueError, match="no refiners"):
+        DitConfig("double", 64, 2, 2, (8, 12, 12), refiners=1)
     with pytest.raises(ValueError, match="not a multiple of 3 heads"):
         QueryBlock(32, 3)
     with pytest.raises(ValueError, match=r"\[0, 1\], not 1.5"):
@@ -469,21 +471,27 @@ def test_bad_settings_are_refused():
         bare(tiny.ask())
 
 
-def test_a_single_stream_draws_like_a_double_one():
-    """XL's generator: padding of the condition changes nothing, the condition does."""
-    config = DitConfig("single", 32, 2, 2, (4, 6, 6), refiners=1, theta=256.0)
+@pytest.mark.parametrize("config", [
+    DitConfig("single", 32, 2, 2, (4, 6, 6), refiners=1, theta=256.0),  # as XL
+    DitConfig("double", 32, 2, 2, (4, 6, 6)),
+    DitConfig("double", 32, 2, 2, (0, 8, 8)),  # as B and L
+])  # fmt: skip
+def test_padding_of_a_condition_changes_nothing_its_words_do_and_their_order_where_it_is_known(config):
     dit = build_dit(config, 8)
     dit.initialise(torch.Generator().manual_seed(0))
     tiny.shake(dit)
     g = torch.Generator().manual_seed(1)
     x, t, c = torch.randn(2, 6, 8, generator=g), torch.tensor([0.2, 0.9]), torch.randn(2, 5, 32, generator=g)
-    valid = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    valid = torch.tensor([[True] * 5, [True, True, False, False, True]])  # queries stand behind what words leave free
     with torch.no_grad():
         [together] = dit([Group(x, t, c, valid, (2, 3))])
-        alone = Group(x[1:], t[1:], c[1:, :3], valid[1:, :3], (2, 3))
-        apart, other, turned = dit([alone, alone._replace(condition=c[1:, :3] + 1), alone._replace(grid=(3, 2))])
+        alone = Group(x[1:], t[1:], c[1:, [0, 1, 4]], valid[1:, [0, 1, 4]], (2, 3))
+        kinds = {"other": alone._replace(condition=alone.condition.flip(2)), "turned": alone._replace(grid=(3, 2)),
+                 "swapped": alone._replace(condition=alone.condition.flip(1))}  # fmt: skip
+        apart, *changed = dit([alone, *kinds.values()])
     assert torch.allclose(together[1:], apart, rtol=0, atol=1e-5)
-    assert not torch.allclose(other, apart, atol=0.01) and not torch.allclose(turned, apart, atol=0.01)
+    far = {kind: not torch.allclose(y, apart, atol=0.01) for kind, y in zip(kinds, changed, strict=True)}
+    assert far == {"other": True, "turned": True, "swapped": config.axes[0] > 0}
 
 
 def test_crops_are_the_same_for_what_is_read_and_drawn():

@@ -2,8 +2,8 @@
 
 Both take groups of pictures of one shape each: their tokens, times in [0, 1] (0 data, 1 noise) and padded conditions.
 They return a value per picture token. Every block is called once for all groups, so that it can be sharded on its own.
-Positions are rotations by row and column (and, in the single stream, by the place in the condition), so any grid can be
-drawn. Time alone modulates (specs: IOMM 2.2, U15).
+Positions are rotations by row and column, and by the place in the condition where ``axes`` begin with a width of their
+own, so any grid can be drawn. Time alone modulates (specs: IOMM 2.2, U15).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from diptych.parts.positions import TimestepEmbedding
 class DitConfig:
     """Sizes. ``double``: ``layers`` blocks with weights of their own for picture and condition, joined in attention.
     ``single``: ``layers`` blocks over both, after ``refiners`` blocks over each alone. ``axes`` are the features of a
-    head that turn with the place in the condition, the row and the column (specs: IOMM 2.2)."""
+    head that turn with the place in the condition (0 in FLUX, whose words come in no order), the row and the column
+    (specs: IOMM 2.2)."""
 
     kind: Literal["double", "single"]
     hidden_size: int
@@ -38,8 +39,8 @@ class DitConfig:
     def __post_init__(self) -> None:
         if self.hidden_size % self.heads or sum(self.axes) != self.hidden_size // self.heads:
             raise ValueError(f"axes {self.axes} must add up to hidden_size / heads = {self.hidden_size}/{self.heads}")
-        if any(a % 2 for a in self.axes) or (self.kind == "double" and (self.axes[0] or self.refiners)):
-            raise ValueError(f"axes must be even, and a double stream has no first axis and no refiners: {self}")
+        if any(a % 2 for a in self.axes) or (self.kind == "double" and self.refiners):
+            raise ValueError(f"axes must be even, and a double stream has no refiners: {self}")
 
 
 class Group(NamedTuple):
@@ -70,12 +71,12 @@ def build_dit(config: DitConfig, features: int) -> DoubleStream | SingleStream:
 class Rotation:
     """Rotary embedding by several coordinates: each turns its share of the features of (N, n, H, D), in pairs."""
 
-    def __init__(self, places: Int[Tensor, "n axes"], axes: tuple[int, ...], theta: float) -> None:
+    def __init__(self, places: Int[Tensor, "... n axes"], axes: tuple[int, ...], theta: float) -> None:
         angles = []
         for place, width in zip(places.unbind(-1), axes, strict=True):
             frequency = theta ** -(torch.arange(0, width, 2, device=places.device, dtype=torch.float64) / max(width, 1))
-            angles.append(place[:, None] * frequency)
-        angle = torch.cat(angles, -1)[:, None].float()
+            angles.append(place[..., None] * frequency)
+        angle = torch.cat(angles, -1)[..., None, :].float()
         self.cos, self.sin = angle.cos(), angle.sin()
 
     def __call__(self, x: Float[Tensor, "N n H D"]) -> Float[Tensor, "N n H D"]:
@@ -87,6 +88,11 @@ def grid_coordinates(grid: tuple[int, int], first: int = 0, device: torch.device
     """(first, row, column) of a grid's tokens, row-major."""
     rows, columns = torch.meshgrid(*(torch.arange(side, device=device) for side in grid), indexing="ij")
     return torch.stack([torch.full_like(rows, first), rows, columns], -1).flatten(0, 1)
+
+
+def condition_coordinates(valid: Bool[Tensor, "N L"]) -> Int[Tensor, "N L 3"]:
+    """(place, 0, 0) of a condition's tokens, from 1; pictures stand at place 0. Padding anywhere moves nothing."""
+    return F.pad(valid.cumsum(1)[..., None], (0, 2))
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -127,12 +133,16 @@ class DoubleBlock(Block):
         super().__init__()
         self.condition, self.picture, self.last = Stream(d, head, last), Stream(d, head), last
 
-    def one(self, x: Tensor, c: Tensor, time: Tensor, turn: Rotation, mask: Tensor | None) -> tuple:
+    def one(
+        self, x: Tensor, c: Tensor, time: Tensor, turn: Rotation, turn_words: Rotation | None, mask: Tensor | None
+    ) -> tuple:
         n = x.shape[1]
         mine = self.picture.modulation(time)[:, None].chunk(6, -1)
         other = self.condition.modulation(time)[:, None].chunk(2 if self.last else 6, -1)
         [q], k, v = self.picture.project(x, *mine[:2])
         qc, kc, vc = self.condition.project(c, *other[:2])
+        if turn_words:
+            qc, kc = [turn_words(y) for y in qc], turn_words(kc)
         q, k, v = torch.cat([turn(q), *qc], 1), torch.cat([turn(k), kc], 1), torch.cat([v, vc], 1)
         seen = sdpa(q, k, v, mask=mask).flatten(-2)
         x = self.picture.join(x, seen[:, :n], *mine[2:])
@@ -157,9 +167,11 @@ class DoubleStream(nn.Module):
         """A value per picture token of every group."""
         joined, rest = [], []
         for x, t, condition, valid, grid in groups:
-            turn = Rotation(grid_coordinates(grid, device=x.device), self.config.axes, self.config.theta)
+            axes, theta = self.config.axes, self.config.theta
+            turn = Rotation(grid_coordinates(grid, device=x.device), axes, theta)
+            turn_words = Rotation(condition_coordinates(valid), axes, theta) if axes[0] else None
             joined.append((self.enter(x.to(self.enter.weight.dtype)), condition))
-            rest.append((F.silu(self.time(1000 * t)), turn, _mask(valid, x.shape[1])))
+            rest.append((F.silu(self.time(1000 * t)), turn, turn_words, _mask(valid, x.shape[1])))
         for layer in self.layers:
             joined = layer([(*pair, *more) for pair, more in zip(joined, rest, strict=True)])
         return [
@@ -223,14 +235,13 @@ class SingleStream(nn.Module):
         """A value per picture token of every group."""
         times = [self.time(1000 * g.t) for g in groups]
         masks = [_mask(g.valid, g.x.shape[1]) for g in groups]
-        # The picture stands at the first axis' place 0, so that a padded condition moves nothing.
-        places = [grid_coordinates(g.grid, device=g.x.device) for g in groups]
-        words = [F.pad(torch.arange(1, g.valid.shape[1] + 1, device=g.x.device)[:, None], (0, 2)) for g in groups]
+        places = [grid_coordinates(g.grid, device=g.x.device).expand(len(g.x), -1, -1) for g in groups]
+        words = [condition_coordinates(g.valid) for g in groups]
         alone = [None if m is None else g.valid[:, None, None] for g, m in zip(groups, masks, strict=True)]
         x = [self.enter(g.x.to(self.enter.weight.dtype)) for g in groups]
         x = self._through(self.picture_refiner, x, times, places, [None] * len(groups))
         c = self._through(self.condition_refiner, [g.condition for g in groups], times, words, alone)
-        both = [torch.cat(pair) for pair in zip(places, words, strict=True)]
+        both = [torch.cat(pair, 1) for pair in zip(places, words, strict=True)]
         joint = [torch.cat(pair, 1) for pair in zip(x, c, strict=True)]
         joint = self._through(self.layers, joint, times, both, masks)
         out = []
