@@ -61,7 +61,7 @@ class Study:
 
 
 def _iomm(**changes: Any) -> Callable[[int], Recipe]:
-    return lambda steps: iomm.tiny(**changes, tokens=2560).with_steps(steps)
+    return lambda steps: iomm.tiny(**changes, tokens=1280).with_steps(steps)
 
 
 def _reader(how: tuple) -> Callable[[int], Recipe]:
