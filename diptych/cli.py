@@ -53,6 +53,12 @@ def main(argv: list[str] | None = None) -> int:
             print(f"out of memory: {error}\ntry: {hint}", file=sys.stderr)
             return MEMORY
         raise
+    except Exception as error:  # whatever trains may have been asked to stop: train, resume, study, demo
+        loop = sys.modules.get("diptych.train.loop")
+        if loop is None or not isinstance(error, loop.Interrupted):
+            raise
+        print(error, file=sys.stderr)
+        return INTERRUPTED
 
 
 def parser() -> argparse.ArgumentParser:
@@ -417,28 +423,20 @@ def _demo(a: argparse.Namespace) -> None:
     demo(a.minutes, a.steps, a.out, a.folder, a.limit, a.seed)
 
 
-def _finish_run(a: argparse.Namespace, go: Callable[[], Path]) -> int:
-    from diptych.train.loop import Interrupted
-
-    try:
-        release = go()
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return INTERRUPTED
+def _finish_run(a: argparse.Namespace, release: Path) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         if a.json:
             print(json.dumps({"run": str(release.parent), "release": str(release)}))
         else:
             print(f"done: {release}\ntry:  diptych generate {release.parent} 'a red circle'")
-    return OK
 
 
-def _train(a: argparse.Namespace) -> int:
+def _train(a: argparse.Namespace) -> None:
     from diptych.recipes.run import train
 
-    return _finish_run(
+    _finish_run(
         a,
-        lambda: train(
+        train(
             a.recipe,
             a.folder,
             steps=a.steps,
@@ -504,10 +502,10 @@ def _plan(a: argparse.Namespace) -> int:
     return OK if fits else BAD
 
 
-def _resume(a: argparse.Namespace) -> int:
+def _resume(a: argparse.Namespace) -> None:
     from diptych.recipes.run import resume
 
-    return _finish_run(a, lambda: resume(a.folder, device=a.device, profile=a.profile, track=a.track))
+    _finish_run(a, resume(a.folder, device=a.device, profile=a.profile, track=a.track))
 
 
 def _generate(a: argparse.Namespace) -> None:

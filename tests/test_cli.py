@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import PIL.Image
 import pytest
 
 from diptych import cli, models, recipes
+from diptych.train.loop import Interrupted
 from tests import tiny
 
 
@@ -242,6 +244,11 @@ def test_a_bad_recipe_names_file_line_and_field(call, tmp_path):
         (FloatingPointError("step 3: the loss is nan"), 2, "error: step 3: the loss is nan"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left"),
+        (
+            Interrupted(Path("runs/arm/checkpoints/step-7"), 7),
+            4,
+            "stopped after step 7; go on with: diptych resume runs/arm",
+        ),
     ],
 )
 def test_exit_codes_of_what_goes_wrong_on_the_way(call, monkeypatch, error, code, told):
