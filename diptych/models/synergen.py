@@ -156,7 +156,7 @@ class Config:
             draw=SizeRule(longest=128, shortest=32, stride=32),
             size=(64, 64),
             chat=Chat(role="<|im_start|>", end="<|im_end|>"),
-            settings=CodeSettings(guidance_scale=2.5),
+            settings=CodeSettings(guidance_scale=2.0, temperature=0.5),
         )
 
 
