@@ -92,7 +92,7 @@ def _tiny_stage(
     return Stage(
         name,
         steps=steps,
-        train=dict.fromkeys(TRAINED, 2e-3),
+        train=dict.fromkeys(TRAINED, 4e-3),
         data=mixed(kind, alone, pairs, share),
         loss={"image": 1.0, "text": 0.0},
         optimizer=Optimizer("muon"),
