@@ -35,7 +35,7 @@ def bagel() -> bagel_family.Config:
         decoder=replace(
             c.decoder,
             hidden_size=32,
-            intermediate_size=48,
+            intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -60,7 +60,7 @@ def synergen() -> synergen_family.Config:
     c = synergen_family.Config.tiny()
     return replace(
         c,
-        decoder=replace(c.decoder, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4),
+        decoder=replace(c.decoder, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4),
         head=DecoderConfig(36, 24, 32, 2, 2, 1),
         autoencoder=AutoencoderConfig(
             "vq", 4, (1, 1, 1), blocks=1, latent_channels=2, groups=2, posterior=False, levels=(6, 6)
@@ -81,7 +81,7 @@ def iomm() -> iomm_family.Config:
     model["vision_config"] |= {
         "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32
     }  # fmt: skip
-    model["text_config"] |= {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+    model["text_config"] |= {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
     return replace(
         c,
         mllm=replace(c.mllm, model=model),

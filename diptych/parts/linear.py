@@ -1,8 +1,11 @@
 """Linear layers whose rows do not depend on how many there are: what was batched beside a request changes no bit of it.
 
-On a CPU a matrix product takes another kernel, with another order of summing, where fewer than four rows are left to a
-thread. Measured with MKL, float32, 1 to 16 threads: with 4 rows for each thread, or with many rows, every row of the
-result has the same bits whatever stands beside it. So products of few rows are padded to a multiple of that.
+On a CPU a matrix product of few rows takes another kernel, with another order of summing. Measured with MKL, float32:
+with AVX2 (1 to 16 threads) where fewer than four rows are left to a thread, with AVX-512 (1 to 3 threads) where there
+are fewer than 16 in all. Products of few rows are padded to both. With AVX-512 and several threads, inputs of 768
+numbers and more are also cut along their length, by a plan that depends on the number of rows: there bits are kept
+with one thread only. Activations work on 32 numbers at a time and on the rest one by one: they keep bits where widths
+are multiples of 32.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ def linear(x: Float[Tensor, "*n i"], weight: Float[Tensor, "o i"], bias: Tensor 
         products = [F.linear(row, weight, bias) for row in x.reshape(rows, -1).split(1)]
         return torch.cat(products).reshape(*x.shape[:-1], -1)
     threads = torch.get_num_threads()
-    missing = -rows % (4 * threads)
+    missing = -(-max(rows, 16) // (4 * threads)) * 4 * threads - rows
     if not missing or rows >= 16 * threads:
         return F.linear(x, weight, bias)
     padded = torch.cat([x.reshape(rows, -1), x.new_zeros(missing, x.shape[-1])])
