@@ -378,8 +378,11 @@ def _say(p: argparse.ArgumentParser, json_too: bool = True) -> None:
 def _draw(p: argparse.ArgumentParser) -> None:
     p.add_argument("-n", type=int, default=1, help="how many pictures; picture i has seed SEED + i")
     p.add_argument("--size", type=_size, help="WIDTHxHEIGHT in pixels")
-    p.add_argument("--steps", dest="num_inference_steps", type=int)
-    p.add_argument("--guidance", dest="guidance_scale", type=float)
+    p.add_argument("--steps", dest="num_inference_steps", type=int, help="steps of a flow")
+    p.add_argument("--guidance", dest="guidance_scale", type=float, help="guidance on the words")
+    p.add_argument("--temperature", type=float, help="of drawn codes; --top-k and --top-p are theirs too")
+    p.add_argument("--top-k", type=int, help=argparse.SUPPRESS)
+    p.add_argument("--top-p", type=float, help=argparse.SUPPRESS)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
         "--out", type=_picture, default=Path("picture.png"), help="file; several pictures get -0, -1 ... appended"
@@ -515,12 +518,15 @@ def _generate(a: argparse.Namespace) -> None:
 
 def _edit(a: argparse.Namespace) -> None:
     engine = _load(a)
-    scale = {"image_guidance_scale": a.image_guidance_scale}
-    _save_pictures(a, engine.edit(a.image, a.instruction, a.n, a.size, a.seed, **_settings(a), **scale))
+    _save_pictures(a, engine.edit(a.image, a.instruction, a.n, a.size, a.seed, **_settings(a)))
+
+
+SETTINGS = ("num_inference_steps", "guidance_scale", "image_guidance_scale", "temperature", "top_k", "top_p")
 
 
 def _settings(a: argparse.Namespace) -> dict[str, Any]:
-    return {"num_inference_steps": a.num_inference_steps, "guidance_scale": a.guidance_scale}
+    """The settings of drawing that were given; the rest is the model's, which may not have them all."""
+    return {name: value for name in SETTINGS if (value := getattr(a, name, None)) is not None}
 
 
 def _save_pictures(a: argparse.Namespace, pictures) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from copy import deepcopy
 from dataclasses import replace
 
 import PIL.Image
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from diptych import models
 from diptych.core.batch import pack
@@ -142,6 +145,27 @@ def test_a_recipe_takes_its_reader_and_tokenizer_from_a_folder(folder, model):
         loop.build(Recipe("test", row, (stage,), init={"dit": f"transformers:{folder}"}))
 
 
+def test_a_reader_stored_in_bf16_is_read_in_float32(theirs, tmp_path):
+    deepcopy(theirs).to(torch.bfloat16).save_pretrained(tmp_path)
+    made = Mllm(config(tmp_path))
+    made.load_pretrained(tmp_path)
+    assert {p.dtype for p in made.parameters()} == {torch.float32}
+    assert torch.equal(made.embed(torch.tensor([3])), theirs.get_input_embeddings().weight[3:4].bfloat16().float())
+
+
+@pytest.mark.parametrize("damage", ["a weight", "the tower", "half"])
+def test_a_reader_that_is_not_whole_is_refused(folder, damage, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "model.safetensors"
+    if damage == "half":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:
+        gone = "layers.0.self_attn.q_proj.weight" if damage == "a weight" else "vis"
+        save_file({n: t for n, t in load_file(file).items() if gone not in n}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="cannot be read as" if damage == "half" else "it lacks .*(q_proj|vis)"):
+        Mllm(config(folder)).load_pretrained(tmp_path)
+
+
 def test_what_is_saved_loads_again(model, tmp_path):
     models.save(model, tmp_path / "m")
     again = models.load(tmp_path / "m")
@@ -160,6 +184,10 @@ def test_bad_readers_are_refused(folder, tmp_path, model):
         Mllm(replace(config(folder), model=wider)).load_pretrained(folder)
     sliding = {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 8, "layer_types": None}
     text = config(folder).model["text_config"] | sliding
+    wide = config(folder).model["vision_config"] | {"image_size": [64, 32]}
+    if config(folder).model["model_type"] == "internvl":
+        with pytest.raises(ValueError, match="square grids of patches, not 16 x 8"):
+            Mllm(replace(config(folder), model=config(folder).model | {"vision_config": wide}))
     with pytest.raises(ValueError, match="sliding-window"):
         Mllm(replace(config(folder), model=config(folder).model | {"text_config": text}))
 

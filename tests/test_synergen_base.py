@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -155,7 +156,30 @@ def test_emu3_tokenizer_from_transformers(emu3):
     pictures = ours.decode(codes)
     assert pictures.shape == images.shape
     torch.testing.assert_close(pictures, theirs.decode(codes).view_as(pictures))
+    with pytest.raises(ValueError, match="code 30000 is none of the 64 of"):
+        ours.decode(codes.clamp(min=30000))
     assert AutoencoderConfig("emu3").codebook == 32768 and AutoencoderConfig("emu3").downsample == 8
+
+
+def test_an_emu3_folder_that_does_not_fit_is_refused(emu3, tmp_path):
+    def reads(folder):
+        build_autoencoder(AutoencoderConfig("emu3", folder=str(folder))).encode(torch.zeros(1, 3, 8, 8))
+
+    shutil.copytree(emu3[1], tmp_path / "part")
+    file = tmp_path / "part" / "model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if n != "quantize.embedding.weight"}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="it lacks quantize.embedding.weight"):
+        reads(tmp_path / "part")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="part cannot be read as a transformers Emu3VQVAE"):
+        reads(tmp_path / "part")
+    coarse = transformers.Emu3VQVAEConfig(
+        codebook_size=64, base_channels=32, channel_multiplier=[1, 1], num_res_blocks=1, hidden_size=32,
+        attn_resolutions=[],
+    )  # fmt: skip
+    transformers.Emu3VQVAE(coarse).save_pretrained(tmp_path / "coarse")
+    with pytest.raises(ValueError, match="has 64 codes of 2 x 2 pixels"):
+        reads(tmp_path / "coarse")
 
 
 def test_emu3_tokenizer_is_asked_for_only_when_pictures_come(tmp_path):

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diptych.core.tensors import Float, Int, Tensor
+from diptych.parts.pretrained import pretrained
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class DiffusersAutoencoder(nn.Module):
                 f"autoencoder kind 'kl' needs 'folder', a diffusers AutoencoderKL folder, not {config.folder!r}"
             )
         with torch.device("cpu"):  # diffusers reads its folder itself, also for a model that begins on the meta device
-            self.vae = AutoencoderKL.from_pretrained(config.folder)
+            self.vae = pretrained(AutoencoderKL, config.folder, "a diffusers AutoencoderKL")
         self.scale, self.shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
 
     def distribution(self, images: Tensor) -> Tensor:
@@ -383,7 +384,14 @@ class Emu3(nn.Module):
                     f"pictures go through Emu3's tokenizer: autoencoder.folder must name a transformers Emu3VQVAE "
                     f"folder, not {folder!r} (codes that were computed beforehand need none)"
                 )
-            self._read.append(Emu3VQVAE.from_pretrained(folder).eval().requires_grad_(False))
+            read = pretrained(Emu3VQVAE, folder, "a transformers Emu3VQVAE").eval().requires_grad_(False)
+            codes, stride = read.config.codebook_size, 2 ** (len(read.config.channel_multiplier) - 1)
+            if codes > self.config.codebook or stride != self.config.downsample:
+                raise ValueError(
+                    f"{folder} has {codes} codes of {stride} x {stride} pixels; Emu3's tokenizer has at most "
+                    f"{self.config.codebook} of {self.config.downsample} x {self.config.downsample}"
+                )
+            self._read.append(read)
         return self._read[0].to(device)
 
     @torch.no_grad()
@@ -395,4 +403,7 @@ class Emu3(nn.Module):
     @torch.no_grad()
     def decode(self, codes: Int[Tensor, "N h w"]) -> Float[Tensor, "N 3 H W"]:
         """Pictures in about [-1, 1]."""
-        return self.inner(codes.device).decode(codes)
+        read = self.inner(codes.device)
+        if (most := int(codes.max())) >= read.config.codebook_size:
+            raise ValueError(f"code {most} is none of the {read.config.codebook_size} of {self.config.folder}")
+        return read.decode(codes)

@@ -22,7 +22,9 @@ from diptych.core.tensors import NONE, Float, Int, Tensor, to_float
 from diptych.parts.attention import Attend, Cache
 from diptych.parts.images import SizeRule
 from diptych.parts.linear import linear
+from diptych.parts.pretrained import pretrained, reading
 
+KIND = "a vision-language model"
 ATTENTION = "diptych"  # the name under which transformers finds ``_attention``
 
 
@@ -61,7 +63,9 @@ class MllmConfig:
     @staticmethod
     def of(source: str | Path, see: SizeRule | None = None) -> MllmConfig:
         """The config of a folder of transformers, or of an ``org/name`` of the hub. Raises ``ValueError``."""
-        row = _read(lambda auto: auto.AutoConfig.from_pretrained(str(source)).to_dict(), source)
+        auto = _transformers()
+        with reading(source, KIND):
+            row = auto.AutoConfig.from_pretrained(str(source)).to_dict()
         if row["model_type"] not in TOWERS:
             raise ValueError(f"{source} is a {row['model_type']}; choose from {', '.join(TOWERS)}")
         template = Template(image=TOWERS[row["model_type"]].image)
@@ -82,7 +86,7 @@ class Mllm(nn.Module):
         if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
             raise ValueError("a vision-language model with sliding-window layers is not supported")
         own._attn_implementation = {"text_config": ATTENTION, "vision_config": "sdpa"}
-        self.model = auto.AutoModel.from_config(own)
+        self.model = auto.AutoModel.from_config(own, dtype=torch.get_default_dtype())
         self.tower: Tower = TOWERS[own.model_type](own, config.see)
         tied = getattr(own, "tie_word_embeddings", None)
         tied = text.tie_word_embeddings if tied is None else tied
@@ -173,8 +177,7 @@ class Mllm(nn.Module):
         """Copies the weights of a folder of transformers, or of an ``org/name`` of the hub.
 
         Raises ``ValueError`` where it cannot be read or is of other sizes."""
-        cls = "AutoModelForImageTextToText"
-        theirs = _read(lambda auto: getattr(auto, cls).from_pretrained(str(source), dtype="auto"), source)
+        theirs = pretrained(_transformers().AutoModelForImageTextToText, source, KIND, dtype="auto")
         own = self.state_dict()
         held = theirs.state_dict()
         if self.lm_head is None:
@@ -218,6 +221,8 @@ class InternVL(Tower):
 
     def __init__(self, config: Any, see: SizeRule) -> None:
         (height, width), (rows, columns) = config.vision_config.image_size, config.vision_config.patch_size
+        if height // rows != width // columns:
+            raise ValueError(f"InternVL takes square grids of patches, not {height // rows} x {width // columns}")
         self.width, self.height = width, height
         self.grid = (int(height // rows * config.downsample_ratio), int(width // columns * config.downsample_ratio))
 
@@ -301,12 +306,3 @@ def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, scaling
     assert mask is None and abs(scaling * q.shape[-1] ** 0.5 - 1) < 1e-6
     out = attend(module.layer_idx, *(x[0].transpose(0, 1) for x in (q, k, v)))
     return out[None], None
-
-
-def _read(read: Any, source: str | Path) -> Any:
-    """What transformers reads from a folder or the hub. Raises ``ValueError`` saying why it could not."""
-    auto = _transformers()
-    try:
-        return read(auto)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{source} cannot be read as a vision-language model: {str(error).splitlines()[0]}") from error
