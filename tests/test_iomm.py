@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -453,6 +455,11 @@ def test_unlabelled_pictures_are_read_from_a_plain_folder(tmp_path):
 
 
 def test_bad_settings_are_refused():
+    for bad in ({"size": (-64, 64)}, {"queries": 0}, {"latent_patch": 0}, {"adapter_heads": 0}, {"adapter_layers": -1}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))} must be at least [01], not"):
+            replace(tiny.iomm(), **bad)
+    with pytest.raises(ValueError, match="heads must be at least 1, not 0"):
+        DitConfig("double", 32, 2, 0, (4, 6, 6))
     with pytest.raises(ValueError, match="needs an adapter"):
         replace(tiny.iomm(), adapter="none", cond_tokens="queries")
     with pytest.raises(ValueError, match="16 pixels a token"):
@@ -502,6 +509,26 @@ def test_crops_are_the_same_for_what_is_read_and_drawn():
     middle = SelfConditioned([Sample("m", (assistant(Image(tiny.picture(5, 64, 32).crop((16, 0, 48, 32)), "target")),))], 0.0)[0]  # fmt: skip  # noqa: E501
     again = model.lay_out(middle)
     assert torch.equal(again.segments[1].image, seen) and torch.equal(again.segments[-1].image, drawn)
+
+
+def test_crops_of_label_pictures_make_no_colour_up():
+    labels = PIL.Image.fromarray(np.random.default_rng(0).choice([0, 90, 255], (37, 53)).astype(np.uint8)).convert(
+        "RGB"
+    )
+    laid = made(crop=True, size=(32, 32)).lay_out(
+        Sample("s", (user("a"), assistant(Image(labels, "target", nearest=True))))
+    )
+    assert len(laid.segments[-1].image.flatten(1).unique(dim=1).T) == 3
+
+
+def test_what_was_encoded_of_other_pictures_is_refused(tmp_path):
+    recipe = short(tmp_path)
+    precompute(recipe, tmp_path / "encoded", data=["images"], limit=2)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    tiny.picture(0).save(mine / "a.png")
+    with pytest.raises(ValueError, match="encoded from .*, not from .*mine"):
+        sources(["images"], size=recipe.size, encoded=tmp_path / "encoded", folders={"images": str(mine)})
 
 
 def test_features_and_latents_computed_once_train_the_same(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from diptych import models
+from diptych import cli, models
 from diptych.core.sample import Sample, user
 from diptych.data import shapes
 from diptych.evaluate import evaluate
@@ -29,6 +29,15 @@ def test_it_draws_its_own_words_and_not_anothers(engine):
 
 def test_it_answers(engine):
     assert evaluate(engine, ["vqa-mini"], limit=8, progress=False).scores["vqa-mini@exact/overall"].value > 0.75
+
+
+@pytest.mark.parametrize("name", UNIFIED)
+def test_the_command_line_draws_edits_and_asks(name, tmp_path, capsys):
+    drawn, edited = tmp_path / "a.png", tmp_path / "b.png"
+    assert cli.main(["generate", name, "a red circle", "--guidance", "2", "--out", str(drawn)]) == 0
+    assert cli.main(["edit", name, str(drawn), "make the circle blue", "--out", str(edited)]) == 0
+    assert cli.main(["ask", name, str(drawn), "what colour is the circle?"]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(drawn), str(edited), "red"]
 
 
 @pytest.mark.parametrize("name", [n for n, at in SHIPPED.items() if at.is_dir()])

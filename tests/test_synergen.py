@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
+from tokenizers.models import WordLevel
 
 from diptych import models, recipes
 from diptych.analyze import layers
@@ -31,6 +33,7 @@ from diptych.parts.codes import Choice, CodeHead, CodeSettings
 from diptych.parts.decoder import DecoderConfig
 from diptych.parts.fold import fold, unfold
 from diptych.parts.images import Tiling, fit
+from diptych.parts.tokenizer import Tokenizer
 from diptych.train.parameters import by_part
 from diptych.train.recipe import Optimizer
 from tests import tiny
@@ -86,6 +89,9 @@ def test_what_does_not_fold_is_named():
         replace(Config.tiny(), see=Tiling(48))
     with pytest.raises(ValueError, match="the head says 36 codes, the vq autoencoder has 1000"):
         replace(Config.tiny(), head=DecoderConfig(36, 24, 32, 2, 2, 1))
+    for bad in ({"fold": (0, 1)}, {"fold": (-1, 1)}, {"size": (0, 64)}, {"embed_size": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))} must be at least 1, not"):
+            replace(Config.tiny(), **bad)
 
 
 # ---- tiling -----------------------------------------------------------------------------------------------------
@@ -185,6 +191,15 @@ def test_chat_headers_carry_no_loss():
     assert told == [*words("a red circle"), made.end[0]]  # the answer and its end, no header, no newline
     assert targets.index(told[0]) == len(expected) - 1
     assert made.lay_out(Sample("q", (user("hello"), assistant()))).segments[-1].ids == tuple(header)
+
+
+def test_an_answer_ends_with_a_special_token():
+    words = Tokenizer(tokenizers.Tokenizer(WordLevel({"a": 0, "<unk>": 1, "user": 2}, unk_token="<unk>")))
+    config = replace(tiny.synergen(), chat=Chat(role="{role}"))
+    with pytest.raises(ValueError, match=r"chat.end '<\|im_end\|>\\n' must begin with a special token.*which has none"):
+        models.create("synergen", config, words)
+    made = models.create("synergen", config, words.adding(["<|im_end|>", "</s>"]))
+    assert made.stop_ids == {3, 4}
 
 
 def test_without_text_a_request_asks_for_a_random_image(model):
@@ -352,6 +367,28 @@ def test_guidance_of_one_is_conditional(model):
         one = [CodeSettings(guidance_scale=1.0, temperature=temperature)] * 3
         guided = model.unfold.sample(h, one, [(1.0, 1.0)] * 3, chance)
         assert torch.equal(guided, model.unfold.sample(h[:1], one, [(1.0,)] * 3, chance))
+
+
+def test_any_scale_guides(model):
+    sample = tiny.request(tiny.edit())
+    for g, i, names in ((0.0, 1.0, ["text"]), (0.5, 1.0, ["text"]), (1.0, 3.0, ["text", "image"][1:]), (1.0, 1.0, [])):
+        branches = model.branches(sample, replace(model.settings, guidance_scale=g, image_guidance_scale=i))
+        assert list(branches.values())[1:] == [g if n == "text" else i for n in names]
+    free = model.branches(tiny.request(tiny.draw()), replace(model.settings, guidance_scale=0.0))
+    assert len(free) == 2  # a scale of 0 draws without the words
+
+
+def test_codes_beyond_int16_are_kept(tmp_path):
+    many = replace(tiny.synergen().autoencoder, levels=(8, 8, 8, 5, 5, 5), latent_channels=6)
+    config = replace(tiny.synergen(), autoencoder=many, head=replace(tiny.synergen().head, vocab_size=64_000))
+    made = models.create("synergen", config)
+    made.initialise(0)
+    images = torch.rand(1, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        for p in made.autoencoder.parameters():
+            p.mul_(4)
+    codes = made.encode("autoencoder", images)
+    assert torch.equal(codes.flatten(0, 1).long(), made.autoencoder.encode(images[0])) and int(codes.max()) > 2**15
 
 
 @torch.no_grad()

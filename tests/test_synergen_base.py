@@ -182,6 +182,19 @@ def test_an_emu3_folder_that_does_not_fit_is_refused(emu3, tmp_path):
         reads(tmp_path / "coarse")
 
 
+def test_a_digest_of_emu3_is_that_of_its_weights(emu3, tmp_path):
+    def digest(folder):
+        config = replace(models.config("synergen/2b"), autoencoder=AutoencoderConfig("emu3", folder=folder))
+        with torch.device("meta"):
+            return models.create("synergen", config, tiny.model("synergen").tokenizer).digest("autoencoder")
+
+    shutil.copytree(emu3[1], tmp_path / "copy")
+    same = digest(str(emu3[1]))
+    assert same == digest(str(tmp_path / "copy")) and digest(None) == ""
+    transformers.Emu3VQVAE(emu3[0].config).save_pretrained(tmp_path / "copy")
+    assert digest(str(tmp_path / "copy")) != same
+
+
 def test_emu3_tokenizer_is_asked_for_only_when_pictures_come(tmp_path):
     ours = build_autoencoder(AutoencoderConfig("emu3", folder=str(tmp_path)))
     with pytest.raises(ValueError, match="autoencoder.folder must name a transformers Emu3VQVAE folder, not"):

@@ -219,7 +219,7 @@ def sources(
         kept = next((k for k in (wanted, name) if encoded is not None and precomputed.there(Path(encoded) / k)), None)
         whole = name.removesuffix(PICTURES) if name not in entries else name
         if kept is not None:
-            found[wanted] = precomputed.encoded(kept, Path(encoded or "") / kept, origin(name, entries, size))
+            found[wanted] = precomputed.encoded(kept, Path(encoded or "") / kept, origin(name, entries, size, folders))
             cut = cut if kept == name else ""
         elif whole in folders:
             found[wanted] = readers.images(whole, Path(folders[whole]))
@@ -239,8 +239,11 @@ def sources(
     return found
 
 
-def origin(name: str, entries: Mapping[str, Entry], size: int) -> dict[str, Any]:
+def origin(name: str, entries: Mapping[str, Entry], size: int, folders: Mapping[str, str] | None = None) -> dict:
     """What decides the pictures of a data set besides its name: JSON-able, compared when encoded data are read."""
+    whole = name.partition("#")[0].removesuffix(PICTURES)
+    if whole in (folders or {}):
+        return {"folder": str(Path((folders or {})[whole]).absolute())}
     return (
         entries[name].settings.model_dump() if name in entries else {"embedded": name.partition("#")[0], "size": size}
     )

@@ -102,11 +102,12 @@ def encoded(name: str, folder: Path, origin: Mapping[str, Any]) -> Encoded:
 
 
 def refuse_stale(sources: Mapping[str, Any], digest: Callable[[str], str]) -> None:
-    """Raises ``ValueError`` for a data set that another encoder made than the one that ``digest(name)`` describes."""
+    """Raises ``ValueError`` for a data set that another encoder made than the one that ``digest(name)`` describes (an
+    empty one describes none)."""
     for name, source in sources.items():
         source = _inner(source)
         for encoder, made in source.digests.items() if isinstance(source, Encoded) else ():
-            if made != (now := digest(encoder)):
+            if made != (now := digest(encoder)) and now:
                 raise ValueError(
                     f"data set {name!r} was encoded by another {encoder!r} (digest {made}) than this model's (digest "
                     f"{now}): its weights or settings changed. Encode it again (diptych data precompute)"

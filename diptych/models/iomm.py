@@ -28,13 +28,12 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, ClassVar, Literal
 
-import PIL.Image
-import PIL.ImageOps
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from diptych.core.batch import Batch, pack
+from diptych.core.checks import at_least
 from diptych.core.losses import Losses, Term, by_document, linear_cross_entropy
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Message, Sample, Text
@@ -42,9 +41,7 @@ from diptych.core.sequence import Kind, Segment
 from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, Bool, Float, Tensor, to_float
 from diptych.models.protocol import (
-    IMAGE,
     NOTHING,
-    TEXT,
     Branches,
     Context,
     Drawing,
@@ -55,9 +52,9 @@ from diptych.models.protocol import (
     check_step,
     draw_noise,
     dropped,
+    every_scale,
     fitted,
     latent_tokens,
-    shown,
 )
 from diptych.parts.adapters import Connector, NoQueries, ResidualQueries, StaticQueries
 from diptych.parts.attention import Cached, Continued, Recorded, documents
@@ -65,6 +62,7 @@ from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, tiny
 from diptych.parts.dit import DitConfig, Group, blocks, build_dit
 from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, euler, mix, squared_error, velocity
 from diptych.parts.images import SizeRule, to_tensor, tokens_to_latents
+from diptych.parts.images import crop as cropped
 from diptych.parts.mllm import Mllm, MllmConfig, Template
 from diptych.parts.tokenizer import Tokenizer
 from diptych.parts.vision import kept
@@ -115,6 +113,8 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        at_least(1, self, "queries", "adapter_heads", "latent_patch", "size")
+        at_least(0, self, "adapter_layers", "connector_layers")
         if self.cond_tokens == "queries" and self.adapter == "none":
             raise ValueError("cond_tokens 'queries' needs an adapter; adapter is 'none'")
         if any(side % self.stride for side in (*self.size, self.draw.stride)):
@@ -481,14 +481,7 @@ class Iomm(UnifiedModel):
         return fitted(sample, c.size, c.stride, None if c.crop else c.draw)
 
     def branches(self, sample: Sample, settings: FlowSettings) -> Branches:
-        """Full; without words when their scale is not 1; without pictures when the conversation shows some and their
-        scale is not 1."""
-        branches = {NOTHING: 1.0}
-        if settings.guidance_scale != 1:
-            branches[TEXT] = settings.guidance_scale
-        if shown(sample) and settings.image_guidance_scale != 1:
-            branches[IMAGE] = settings.image_guidance_scale
-        return branches
+        return every_scale(sample, settings)
 
     @torch.inference_mode()
     def start(
@@ -560,11 +553,6 @@ def _draws(message: Message, at: int = 0) -> bool:
     """Whether a message of the assistant begins (or ends) with a picture that is drawn."""
     part = message.parts[at] if message.role == "assistant" and message.parts else None
     return isinstance(part, Image) and part.role == "target"
-
-
-def _cropped(image: Image, size: tuple[int, int]) -> PIL.Image.Image:
-    """The picture, scaled and cropped at the centre where it is not of ``size``."""
-    return image.pixels if image.pixels.size == size else PIL.ImageOps.fit(image.pixels, size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -658,7 +646,7 @@ class _Page:
         mllm, whole = self.model.mllm, self.model.config.size if crop else image.dimensions
 
         def pixels() -> Tensor:
-            return to_tensor(_cropped(image, whole), mllm.size(whole), image.nearest)
+            return to_tensor(cropped(image.pixels, whole, image.nearest), mllm.size(whole), image.nearest)
 
         held, encoded = image.through("vision", pixels)
         self.segments.append(mllm.picture(whole, image=held, encoded=encoded, masked=image.masked))
@@ -671,7 +659,8 @@ class _Page:
         grid = (height // c.stride, width // c.stride)
 
         def pixels() -> Tensor:
-            return to_tensor(_cropped(image, c.size) if c.crop else image.pixels, (width, height), image.nearest)
+            source = cropped(image.pixels, c.size, image.nearest) if c.crop else image.pixels
+            return to_tensor(source, (width, height), image.nearest)
 
         if c.adapter != "none":
             self.segments.append(Segment(Kind.QUERY, (NONE,) * c.queries, hidden=True, advance=0))

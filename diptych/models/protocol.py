@@ -149,12 +149,22 @@ class Trainable(nn.Module, ABC):
         return group.images if group.encoded else self.encode(encoder, group.images)
 
     def digest(self, encoder: str) -> str:
-        """Hex digest of everything that decides what ``encoder`` makes of a picture: weights and settings."""
+        """Hex digest of everything that decides what ``encoder`` makes of a picture: weights and settings. Empty where
+        nobody knows, for the weights lie in a folder that the config does not name."""
         modules, settings = self.encoders[encoder]
         values = {name: getattr(self.config, name) for name in settings}
         plain = {name: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for name, v in values.items()}
+        for own in (v for v in plain.values() if isinstance(v, dict) and "folder" in v):
+            own["folder"] = None  # where weights lie decides nothing, what they are does
         made = hashlib.sha256(json.dumps([self.family, encoder, plain], sort_keys=True).encode())
         for module in modules:
+            apart = getattr(self.get_submodule(module), "files", None)
+            if apart is not None:
+                if not (files := apart()):
+                    return ""
+                for file in files:
+                    with file.open("rb") as opened:
+                        made.update(hashlib.file_digest(opened, "sha256").digest())
             for name, tensor in sorted(self.get_submodule(module).state_dict().items()):
                 whole = (
                     tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -307,6 +317,17 @@ def dropped(sample: Sample, drop: Drop) -> Sample:
 def shown(sample: Sample) -> list[Image]:
     """The pictures of a request's conversation, in order."""
     return [p for p in sample.images() if not p.blank]
+
+
+def every_scale(sample: Sample, settings: Any) -> Branches:
+    """Branches for any scale: without words where theirs is not 1; without pictures where the conversation shows some
+    and theirs is not 1."""
+    branches = {NOTHING: 1.0}
+    if settings.guidance_scale != 1:
+        branches[TEXT] = settings.guidance_scale
+    if shown(sample) and settings.image_guidance_scale != 1:
+        branches[IMAGE] = settings.image_guidance_scale
+    return branches
 
 
 def sources(sample: Sample) -> list[Image]:

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diptych.core.batch import Batch, Pictures, pack
+from diptych.core.checks import at_least
 from diptych.core.losses import Losses, Term, by_document, linear_cross_entropy
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Message, Sample, Text
@@ -39,6 +40,7 @@ from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, Float, Int, Tensor, to_float
 from diptych.models.protocol import (
     NOTHING,
+    Branches,
     Context,
     Drawing,
     Drop,
@@ -48,6 +50,7 @@ from diptych.models.protocol import (
     check_step,
     draw_weights,
     dropped,
+    every_scale,
     fitted,
     read_on,
 )
@@ -97,6 +100,7 @@ class Config:
     settings: CodeSettings = field(default_factory=CodeSettings)
 
     def __post_init__(self) -> None:
+        at_least(1, self, "fold", "embed_size", "grid", "size")
         c, cell = self.decoder, (self.fold[0] * self.autoencoder.downsample, self.fold[1] * self.autoencoder.downsample)
         if not self.autoencoder.codebook or self.head.vocab_size != self.autoencoder.codebook:
             raise ValueError(
@@ -246,6 +250,11 @@ class SynerGen(UnifiedModel):
         self.roles = {r: tokenizer.encode_markup(c.chat.role.format(role=r)) for r in ("system", "user", "assistant")}
         if not self.end or not all(self.roles.values()):
             raise ValueError(f"a chat needs words for role and end: {c.chat}")
+        if not c.chat.end.startswith(tuple(tokenizer.special)):
+            known = ", ".join(tokenizer.special) or "none"
+            raise ValueError(
+                f"chat.end {c.chat.end!r} must begin with a special token of the tokenizer, which has {known}"
+            )
 
     def initialise(self, seed: int) -> None:
         """Fresh weights: linear layers of variance 1 / inputs, what writes to a residual stream divided by
@@ -353,9 +362,10 @@ class SynerGen(UnifiedModel):
 
     @torch.no_grad()
     def encode(self, encoder: str, images: Tensor) -> Tensor:
-        """Codes (N, tiles, h, w) of uint8 or float pictures (N, tiles, 3, H, W), as int16: it holds 32768 of them."""
+        """Codes (N, tiles, h, w) of uint8 or float pictures (N, tiles, 3, H, W), as int16 where that is enough."""
         codes = self.autoencoder.encode(to_float(images.flatten(0, 1)))
-        return codes.to(torch.int16).unflatten(0, images.shape[:2])
+        kept = torch.int16 if self.config.autoencoder.codebook <= 2**15 else torch.int32
+        return codes.to(kept).unflatten(0, images.shape[:2])
 
     def _embed_codes(self, codes: Int[Tensor, "N t n s"], grid: tuple[int, int]) -> Float[Tensor, "N m d"]:
         m, n = self.config.fold
@@ -432,9 +442,13 @@ class SynerGen(UnifiedModel):
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        return frozenset({self.end[0]})
+        ends = [self.tokenizer.encode_markup(s)[0] for s in self.tokenizer.special if s in ("</s>", "<|endoftext|>")]
+        return frozenset({self.end[0], *ends})
 
     # ---- drawing ------------------------------------------------------------------------------------------------
+
+    def branches(self, sample: Sample, settings: CodeSettings) -> Branches:
+        return every_scale(sample, settings)
 
     def canvas(self, sample: Sample) -> tuple[int, int]:
         c = self.config

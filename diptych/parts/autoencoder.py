@@ -373,6 +373,11 @@ class Emu3(nn.Module):
         self.config = config
         self._read: list[Any] = []  # in a list, so that it is no submodule
 
+    def files(self) -> list[Path]:
+        """The files of its weights; none where the config names no folder."""
+        folder = Path(self.config.folder) if self.config.folder else None
+        return sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin")) if folder else []
+
     def inner(self, device: torch.device) -> Any:
         """The network on a device. Raises ``ValueError`` where the config names no folder that holds one."""
         if not self._read:

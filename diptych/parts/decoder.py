@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diptych.core.batch import Batch
+from diptych.core.checks import at_least
 from diptych.core.tensors import NONE, Float, Int, Tensor
 from diptych.parts.attention import Attend, Cache, inverse_permutation, permute
 from diptych.parts.linear import linear
@@ -48,6 +49,10 @@ class DecoderConfig:
     routed: tuple[str, ...] = ()  # which of ROUTABLE have them
 
     def __post_init__(self) -> None:
+        at_least(
+            1, self, "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"
+        )
+        at_least(0, self, "num_hidden_layers")
         if unknown := set(self.routed) - set(ROUTABLE):
             raise ValueError(f"cannot route {sorted(unknown)}; choose from {', '.join(ROUTABLE)}")
         if self.num_attention_heads % self.num_key_value_heads:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from diptych.core.checks import at_least
 from diptych.core.tensors import Bool, Float, Int, Tensor
 from diptych.parts.attention import sdpa
 from diptych.parts.positions import TimestepEmbedding
@@ -37,6 +38,8 @@ class DitConfig:
     theta: float = 10_000.0
 
     def __post_init__(self) -> None:
+        at_least(1, self, "hidden_size", "layers", "heads")
+        at_least(0, self, "axes", "refiners")
         if self.hidden_size % self.heads or sum(self.axes) != self.hidden_size // self.heads:
             raise ValueError(f"axes {self.axes} must add up to hidden_size / heads = {self.hidden_size}/{self.heads}")
         if any(a % 2 for a in self.axes) or (self.kind == "double" and self.refiners):

@@ -34,9 +34,13 @@ class Tokenizer:
 
     def encode_markup(self, text: str) -> list[int]:
         """The ids of a template's text, in which special tokens are tokens."""
-        special = [t.content for t in self.inner.get_added_tokens_decoder().values()]
-        pieces = re.split("(" + "|".join(map(re.escape, special)) + ")", text) if special else [text]
-        return [i for p in pieces if p for i in ([self.id(p)] if p in special else self.encode(p))]
+        pieces = re.split("(" + "|".join(map(re.escape, self.special)) + ")", text) if self.special else [text]
+        return [i for p in pieces if p for i in ([self.id(p)] if p in self.special else self.encode(p))]
+
+    @property
+    def special(self) -> list[str]:
+        """The special tokens."""
+        return [t.content for t in self.inner.get_added_tokens_decoder().values()]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens left out."""

@@ -144,7 +144,12 @@ def precompute(
             progress(name, done, total)
 
         told[name] = precomputed.precompute(
-            cut, made, Path(folder) / name, origin=origin(name, entries, recipe.size), progress=said, **how
+            cut,
+            made,
+            Path(folder) / name,
+            origin=origin(name, entries, recipe.size, recipe.folders),
+            progress=said,
+            **how,
         )
     return told
 
