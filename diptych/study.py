@@ -346,6 +346,8 @@ def _page(
         lines += ["", f"| arm | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
         for arm, of in measures.items():
             lines.append(f"| {arm} | {' | '.join(f'{mean([m[n] for m in of])[0]:.3g}' for n in names)} |")
+        none = [{names[0]: float("nan")}]  # of the start; one seed has no interval either
+        plots[names[0]] = {a: Score(*mean([m[names[0]] for m in measures.get(a, none)]), len(seeds)) for a in rights}
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.png").write_bytes(intervals(plots))
     page = out / f"{name}.md"
