@@ -65,6 +65,7 @@ from diptych.parts.tokenizer import Tokenizer
 from diptych.parts.vision import blanked
 
 WORDS, PICTURES = 0, 1  # the two routes
+ENDS = ("</s>", "<|endoftext|>")  # words that end an answer too, where the tokenizer has them
 UNCONDITIONAL = ("Here is a random image", ":")  # around <UNCOND>
 
 
@@ -255,6 +256,7 @@ class SynerGen(UnifiedModel):
             raise ValueError(
                 f"chat.end {c.chat.end!r} must begin with a special token of the tokenizer, which has {known}"
             )
+        self._stops = frozenset({self.end[0], *(tokenizer.id(s) for s in tokenizer.special if s in ENDS)})
 
     def initialise(self, seed: int) -> None:
         """Fresh weights: linear layers of variance 1 / inputs, what writes to a residual stream divided by
@@ -442,8 +444,7 @@ class SynerGen(UnifiedModel):
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        ends = [self.tokenizer.encode_markup(s)[0] for s in self.tokenizer.special if s in ("</s>", "<|endoftext|>")]
-        return frozenset({self.end[0], *ends})
+        return self._stops
 
     # ---- drawing ------------------------------------------------------------------------------------------------
 

@@ -375,8 +375,8 @@ class Emu3(nn.Module):
 
     def files(self) -> list[Path]:
         """The files of its weights; none where the config names no folder."""
-        folder = Path(self.config.folder) if self.config.folder else None
-        return sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin")) if folder else []
+        folder = Path(self.config.folder or "")
+        return sorted(f for f in folder.glob("*") if f.suffix in (".safetensors", ".bin")) if self.config.folder else []
 
     def inner(self, device: torch.device) -> Any:
         """The network on a device. Raises ``ValueError`` where the config names no folder that holds one."""

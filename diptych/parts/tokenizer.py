@@ -34,8 +34,9 @@ class Tokenizer:
 
     def encode_markup(self, text: str) -> list[int]:
         """The ids of a template's text, in which special tokens are tokens."""
-        pieces = re.split("(" + "|".join(map(re.escape, self.special)) + ")", text) if self.special else [text]
-        return [i for p in pieces if p for i in ([self.id(p)] if p in self.special else self.encode(p))]
+        special = self.special
+        pieces = re.split("(" + "|".join(map(re.escape, special)) + ")", text) if special else [text]
+        return [i for p in pieces if p for i in ([self.id(p)] if p in special else self.encode(p))]
 
     @property
     def special(self) -> list[str]:
