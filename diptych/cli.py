@@ -380,9 +380,9 @@ def _draw(p: argparse.ArgumentParser) -> None:
     p.add_argument("--size", type=_size, help="WIDTHxHEIGHT in pixels")
     p.add_argument("--steps", dest="num_inference_steps", type=int, help="steps of a flow")
     p.add_argument("--guidance", dest="guidance_scale", type=float, help="guidance on the words")
-    p.add_argument("--temperature", type=float, help="of drawn codes; --top-k and --top-p are theirs too")
-    p.add_argument("--top-k", type=int, help=argparse.SUPPRESS)
-    p.add_argument("--top-p", type=float, help=argparse.SUPPRESS)
+    p.add_argument("--temperature", type=float, help="of drawn codes (SynerGen-VL)")
+    p.add_argument("--top-k", type=int, help="draw among so many likeliest codes")
+    p.add_argument("--top-p", type=float, help="draw among the likeliest codes that hold this share")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
         "--out", type=_picture, default=Path("picture.png"), help="file; several pictures get -0, -1 ... appended"

@@ -226,7 +226,7 @@ def start(tmp_path, recipe):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def until(process, happened, seconds=300):
+def until(process, happened, seconds=90):
     end = time.monotonic() + seconds
     while not happened():
         assert process.poll() is None, process.communicate()

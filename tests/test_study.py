@@ -7,6 +7,7 @@ import torch
 
 from diptych import models, study
 from diptych.analyze.copying import copying
+from diptych.evaluate.figures import intervals
 from diptych.evaluate.table import TABLE
 from diptych.generate.engine import Engine
 from tests import tiny
@@ -15,17 +16,24 @@ from tests import tiny
 @pytest.fixture
 def small(monkeypatch):
     arms = {arm: make for arm, make in list(study.STUDIES["sgt-proxies"].arms.items())[:2]}
-    monkeypatch.setitem(study.STUDIES, "small", study.Study("A small table", arms, "none"))
+    monkeypatch.setitem(
+        study.STUDIES, "small", study.Study("A small table", arms, "none", measure=lambda _: {"loss": 0.5})
+    )
     monkeypatch.setattr(study, "BENCHMARKS", ("vqa-mini",))
+    plots = []
+    monkeypatch.setattr(study, "intervals", lambda found: plots.append(found) or intervals(found))
+    return plots
 
 
 def test_a_study_writes_its_page_and_goes_on(small, tmp_path, monkeypatch):
     settings = {"steps": 2, "limit": 2, "seeds": (0, 1)}
     page = study.study("small", tmp_path / "runs", tmp_path / "out", **settings)
     text = page.read_text()
-    for row in ("| start |", "| none |", "| edges |", "vqa-mini", "small.png"):
+    for row in ("| start |", "| none |", "| edges |", "vqa-mini", "| edges | 0.5 |", "small.png"):
         assert row in text
     assert (tmp_path / "out" / "small.png").stat().st_size > 1000
+    assert list(small[0]) == ["vqa-mini", "loss"] and small[0]["loss"]["edges"].value == 0.5
+    assert list(small[0]["loss"]) == list(small[0]["vqa-mini"])  # the start has a place, and no loss
     monkeypatch.setattr(study, "train", None)
     monkeypatch.setattr(study, "resume", None)
     assert study.study("small", tmp_path / "runs", tmp_path / "out", **settings).read_text() == text
