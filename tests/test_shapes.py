@@ -1,6 +1,7 @@
 """The shapes world: its detector, its captions and answers, its edits, and what it holds out."""
 
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -250,6 +251,18 @@ def test_drawings_satisfy_their_captions():
         prompt = Prompt.from_json(sample.info["prompt"])
         assert target.role == "target" and prompt.text in sample.messages[0].parts[0].text
         assert shapes.check(target.pixels, prompt).ok
+
+
+def test_a_drawing_shows_everything_where_its_words_say():
+    source, rows, columns = embedded.source("shapes/draw-where"), ("top", "middle", "bottom"), ("left", "middle", "right")
+    for i in range(100):
+        sample = source[i]
+        (target,) = sample.images()
+        told = re.findall(r"a (\w+) (\w+) at the (\w+) (\w+)", sample.messages[0].parts[0].text)
+        wanted = Counter((colour, shape, rows.index(row), columns.index(column)) for colour, shape, row, column in told)
+        found = Counter((*f.kind, int(f.y * 3), int(f.x * 3)) for f in shapes.detect(target.pixels))
+        assert wanted == found and shapes.seen(kind[:2] for kind in wanted)
+        assert shapes.check(target.pixels, Prompt.from_json(sample.info["prompt"])).ok
 
 
 def test_questions_about_words_are_answered_by_the_words():
