@@ -254,7 +254,8 @@ def test_drawings_satisfy_their_captions():
 
 
 def test_a_drawing_shows_everything_where_its_words_say():
-    source, rows, columns = embedded.source("shapes/draw-where"), ("top", "middle", "bottom"), ("left", "middle", "right")
+    rows, columns = ("top", "middle", "bottom"), ("left", "middle", "right")
+    source = embedded.source("shapes/draw-where")
     for i in range(100):
         sample = source[i]
         (target,) = sample.images()
