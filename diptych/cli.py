@@ -182,8 +182,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
     p.add_argument("--size", type=int, help="pixels on a side (default: 64 for what ships, else the model's own)")
-    p.add_argument("--steps", type=int, help="of drawing")
-    p.add_argument("--guidance", type=float, help="scale of guidance")
+    _sampler(p)
     p.add_argument("-n", dest="pictures", type=int, help="pictures of each prompt, of geneval and dpg (default: 4)")
     p.add_argument("--batch-size", type=int, default=32, help="items, or requests, at once (default: 32)")
     p.add_argument("--no-score", action="store_true", help="only make the answers and pictures; `evaluate score` later")
@@ -375,14 +374,19 @@ def _say(p: argparse.ArgumentParser, json_too: bool = True) -> None:
         p.add_argument("--json", action="store_true")
 
 
-def _draw(p: argparse.ArgumentParser) -> None:
-    p.add_argument("-n", type=int, default=1, help="how many pictures; picture i has seed SEED + i")
-    p.add_argument("--size", type=_size, help="WIDTHxHEIGHT in pixels")
+def _sampler(p: argparse.ArgumentParser) -> None:
+    """How pictures are drawn; a model takes those that its sampler has."""
     p.add_argument("--steps", dest="num_inference_steps", type=int, help="steps of a flow")
     p.add_argument("--guidance", dest="guidance_scale", type=float, help="guidance on the words")
     p.add_argument("--temperature", type=float, help="of drawn codes (SynerGen-VL)")
     p.add_argument("--top-k", type=int, help="draw among so many likeliest codes")
     p.add_argument("--top-p", type=float, help="draw among the likeliest codes that hold this share")
+
+
+def _draw(p: argparse.ArgumentParser) -> None:
+    p.add_argument("-n", type=int, default=1, help="how many pictures; picture i has seed SEED + i")
+    p.add_argument("--size", type=_size, help="WIDTHxHEIGHT in pixels")
+    _sampler(p)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
         "--out", type=_picture, default=Path("picture.png"), help="file; several pictures get -0, -1 ... appended"
@@ -513,20 +517,33 @@ def _resume(a: argparse.Namespace) -> None:
 
 def _generate(a: argparse.Namespace) -> None:
     engine = _load(a)
-    _save_pictures(a, engine.generate(a.prompt, a.n, a.size, a.seed, **_settings(a)))
+    _save_pictures(a, engine.generate(a.prompt, a.n, a.size, a.seed, **_settings(a, engine)))
 
 
 def _edit(a: argparse.Namespace) -> None:
     engine = _load(a)
-    _save_pictures(a, engine.edit(a.image, a.instruction, a.n, a.size, a.seed, **_settings(a)))
+    _save_pictures(a, engine.edit(a.image, a.instruction, a.n, a.size, a.seed, **_settings(a, engine)))
 
 
-SETTINGS = ("num_inference_steps", "guidance_scale", "image_guidance_scale", "temperature", "top_k", "top_p")
+SETTINGS = {
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "image_guidance_scale": "--image-guidance",
+    "temperature": "--temperature",
+    "top_k": "--top-k",
+    "top_p": "--top-p",
+}
 
 
-def _settings(a: argparse.Namespace) -> dict[str, Any]:
-    """The settings of drawing that were given; the rest is the model's, which may not have them all."""
-    return {name: value for name in SETTINGS if (value := getattr(a, name, None)) is not None}
+def _settings(a: argparse.Namespace, engine: Any) -> dict[str, Any]:
+    """The settings of drawing that were given; the rest is the model's own. Raises ``ValueError`` for one that its
+    sampler does not have."""
+    given = {name: value for name in SETTINGS if (value := getattr(a, name, None)) is not None}
+    known = vars(engine.settings({}))
+    if unknown := [flag for name, flag in SETTINGS.items() if name in given and name not in known]:
+        its = [flag for name, flag in SETTINGS.items() if name in known and hasattr(a, name)]
+        raise ValueError(f"{engine.name} does not draw by {', '.join(unknown)}; it takes {', '.join(its) or 'none'}")
+    return given
 
 
 def _save_pictures(a: argparse.Namespace, pictures) -> None:
@@ -639,8 +656,7 @@ def _evaluate(a: argparse.Namespace) -> None:
             engine = remote.Pictures(a.model.removeprefix("folder:"))
         else:
             engine = _load(a)
-        changes = {"num_inference_steps": a.steps, "guidance_scale": a.guidance}
-        changed = {k: v for k, v in changes.items() if v is not None}
+        changed = _settings(a, engine)
         tools, progress = _tools(a), not a.json
         result = harness.evaluate(
             engine, a.benchmarks, a.seed, a.limit, a.folder, progress, a.size,

@@ -206,6 +206,8 @@ def test_what_cannot_be_done_is_said_in_one_line_with_exit_code_2(call, tiny_mod
     refused(call("generate", tiny_model, "x", "--size", "33x32"), "size must be multiples of 16 up to 128, not 33x32")
     refused(call("generate", tiny_model, "x", "-n", "0"), "n must be at least 1, not 0")
     refused(call("generate", tiny_model, "x", "--steps", "0"), "num_inference_steps must be at least 1, not 0")
+    asked = call("generate", tiny_model, "x", "--top-k", "3", "--temperature", "0.5")
+    refused(asked, "does not draw by --temperature, --top-k; it takes --steps, --guidance")
     refused(
         call("generate", tiny_model, "x", "--device", "tpux"), "unknown device 'tpux'; choose from auto, cpu, cuda, mps"
     )
