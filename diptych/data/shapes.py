@@ -319,6 +319,13 @@ def _named(cell: Cell) -> str:
     return f"{('top', 'middle', 'bottom')[row]} {('left', 'middle', 'right')[column]}"
 
 
+def _where(rng: np.random.Generator, cell: Cell) -> str:
+    """ "at the top left", or two times in five the side alone: "at the top", "on the left"."""
+    sides = [("on the left", None, "on the right")[cell[0]], ("at the top", None, "at the bottom")[cell[1]]]
+    rough = pick(rng, tuple(sides)) if rng.random() < 0.4 else None
+    return rough or f"at the {_named(cell)}"
+
+
 def _scene(kinds: list[Kind], cells: list[Cell], spots: list[Spot]) -> Scene:
     return Scene(tuple(map(_thing, kinds, cells, spots)))
 
@@ -583,13 +590,16 @@ def make_draw(rng: np.random.Generator, split: str, size: int) -> Made:
 
 
 def make_draw_where(rng: np.random.Generator, split: str, size: int) -> Made:
-    """A caption that tells where every object is, and the picture: binding words to things is learned sooner from it.
-    Taught and never scored; info: prompt (without the places), scene."""
+    """A caption that tells where most objects are, exactly or roughly, and the picture. Taught and never scored: from
+    it words are bound to things sooner; info: prompt (without the places), scene."""
     kinds = _kinds(rng, int(rng.integers(1, MOST + 1)))
     cells = _cells(rng, len(kinds))
     prompt, scene = _prompt("where", [Need(s, c) for c, s in kinds]), _place(rng, kinds, cells)
-    text = _join([f"{need.text()} at the {_named(cell)}" for need, cell in zip(prompt.needs, cells, strict=True)])
-    messages = user(text), assistant(Image(render(scene, size), "target"))
+    texts = [need.text() for need in prompt.needs]
+    for i, cell in enumerate(cells):
+        if i == 0 or rng.random() < 0.7:
+            texts[i] += f" {_where(rng, cell)}"
+    messages = user(_join(texts)), assistant(Image(render(scene, size), "target"))
     return messages, {"type": "where", "prompt": prompt.to_json(), "scene": scene.to_json()}
 
 
