@@ -580,9 +580,9 @@ _TAG_WEIGHTS = {
 _WORDINGS = ("draw {}", "a picture of {}", "please draw {}", "show me {}", "an image of {}")
 
 
-def make_draw(rng: np.random.Generator, split: str, size: int) -> Made:
-    """A caption, and the picture that satisfies it strictly; info: prompt, scene."""
-    prompt = random_prompt(rng, pick(rng, tuple(_TAG_WEIGHTS), tuple(_TAG_WEIGHTS.values())))
+def make_draw(rng: np.random.Generator, split: str, size: int, tag: str = "") -> Made:
+    """A caption (of one tag, or any), and the picture that satisfies it strictly; info: prompt, scene."""
+    prompt = random_prompt(rng, tag or pick(rng, tuple(_TAG_WEIGHTS), tuple(_TAG_WEIGHTS.values())))
     scene = scene_for(rng, prompt)
     text = pick(rng, _WORDINGS).format(prompt.text) if rng.random() < 0.15 else prompt.text
     messages = user(text), assistant(Image(render(scene, size), "target"))
@@ -989,6 +989,7 @@ def _annotated(rng: np.random.Generator, size: int, task: str) -> tasks.Annotate
 SOURCES: dict[str, Callable[..., Made]] = {
     "shapes/draw": make_draw,
     "shapes/draw-where": make_draw_where,
+    "shapes/draw-position": partial(make_draw, tag="position"),
     "shapes/ask": make_ask,
     "shapes/ask-where": partial(make_ask, types=("position", "which", "where")),
     "shapes/read": make_read,
