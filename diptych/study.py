@@ -26,6 +26,7 @@ from diptych.generate.engine import Engine, load
 from diptych.models.hf import write_transformers
 from diptych.recipes import cheers, iomm, sgt, synergen
 from diptych.recipes.run import resume, train
+from diptych.train.parameters import ever_trained
 from diptych.train.recipe import Recipe
 
 BENCHMARKS = ("vqa-mini", "geneval-mini")
@@ -240,8 +241,9 @@ def study(
         for seed in seeds:
             console.rule(f"{arm}, seed {seed}")
             run = folder / re.sub(r"[^\w.+-]+", "-", arm) / f"seed-{seed}"
-            release = _stages(replace(this.on(make(steps), model), seed=seed), run, folder / "stage-1")
-            _untouched(this, model, release)
+            recipe = replace(this.on(make(steps), model), seed=seed)
+            release = _stages(recipe, run, folder / "stage-1")
+            _untouched(recipe, model, release)
             rights.setdefault(arm, []).append(_rights(this, str(release), run / "evaluate", limit))
             if this.measure:
                 measures.setdefault(arm, []).append(this.measure(load(release)))
@@ -272,12 +274,16 @@ def _stages(recipe: Recipe, run: Path, shared: Path) -> Path:
     return _trained(recipe, run)
 
 
-def _untouched(this: Study, model: str, release: Path) -> None:
-    """Raises ``ValueError`` where a module that arms were to leave as it is has other weights than the model's."""
-    for module in this.takes or ():
-        before, after = (models.load(m).get_submodule(module).state_dict() for m in (model, release))
-        if changed := sorted(n for n in before if not torch.equal(before[n], after[n])):
-            raise ValueError(f"{release} changed {module}: {', '.join(changed[:4])}")
+def _untouched(recipe: Recipe, model: str, release: Path) -> None:
+    """Raises ``ValueError`` where a weight that was taken from the model, and that no stage trains, is another now."""
+    taken = {module for module, start in recipe.init.items() if start == model}
+    if not taken:
+        return
+    before, after = models.load(model).state_dict(), models.load(release)
+    learned = ever_trained(after, recipe.stages)
+    kept = {n: p for n, p in after.named_parameters() if p not in learned and {"model", n.partition(".")[0]} & taken}
+    if changed := sorted(n for n, p in kept.items() if not torch.equal(before[n], p)):
+        raise ValueError(f"{release} changed {', '.join(changed[:4])}")
 
 
 def _trained(recipe: Recipe, run: Path) -> Path:

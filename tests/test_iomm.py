@@ -13,21 +13,22 @@ import torch
 from diptych import models
 from diptych.core.batch import pack
 from diptych.core.noise import Noise
-from diptych.core.sample import Image, Sample, assistant, user
+from diptych.core.sample import Image, Message, Sample, Text, assistant, user
 from diptych.core.sequence import Kind
 from diptych.data.catalog import sources
 from diptych.data.mixture import Mixture
 from diptych.data.selfcondition import SelfConditioned, bare
 from diptych.generate.engine import Engine
-from diptych.models.iomm import Config
+from diptych.models.iomm import Config, Prompts
 from diptych.parts.adapters import Connector, QueryBlock, ResidualQueries, StaticQueries
 from diptych.parts.dit import DitConfig, Group, build_dit
 from diptych.parts.flow import FlowSettings, TimeDraw, warp
+from diptych.parts.mllm import MllmConfig
 from diptych.recipes import iomm as recipes
 from diptych.recipes.run import precompute, stage_sources
-from diptych.train import loop
-from diptych.train.parameters import Average, by_part, select
-from diptych.train.recipe import Limits, Recipe, SelfCondition
+from diptych.train import loop, optim
+from diptych.train.parameters import Average, by_part, freeze, select
+from diptych.train.recipe import Limits, Optimizer, Recipe, SelfCondition
 from tests import tiny
 from tests.protocol.test_losses import run
 from tests.tolerances import LOGITS, SUM
@@ -97,6 +98,23 @@ def test_generators_have_their_published_sizes(size, billions):
     assert parts["mllm"] == pytest.approx(2.09e9, rel=0.01)  # InternVL3-2B
     assert all(p.is_meta for p in model.parameters())
     assert model.mllm.picture((512, 512)).open == 256 and model.features == 64
+
+
+@pytest.mark.parametrize(("width", "layers", "heads"), [(2048, 36, 16), (3584, 28, 28)])
+def test_another_reader_has_an_adapter_of_its_width(width, layers, heads):
+    """Qwen2.5-VL of 3 B and of 7 B."""
+    text = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": 4}
+    reader = MllmConfig({"model_type": "qwen2_5_vl", "text_config": text})
+    model = models.create("iomm", Config.b(reader), device="meta")
+    assert model.mllm.width == width == 128 * model.adapter.layers[0].heads
+
+
+def test_muon_takes_the_matrices_of_the_adapter_too(model):
+    train = {"adapter": 1.0, "connector": 1.0, "dit": 1.0}
+    adamw, muon = optim.build(model, freeze(model, train), select(model, train), Optimizer("muon"))
+    turned, rest = ({id(p) for g in o.param_groups for p in g["params"]} for o in (muon, adamw))
+    assert all(id(p) in turned for p in model.adapter.layers.parameters() if p.dim() == 2)
+    assert id(model.adapter.queries) in rest and id(model.connector.linear.weight) in rest
 
 
 # ---- 2, 4 the sequence and the prefix ---------------------------------------------------------------------------
@@ -298,6 +316,8 @@ def test_guidance_1_is_the_conditional_field_and_0_the_unconditional(model):
 def test_the_share_of_pictures_without_words():
     pairs = {"shapes/draw": 0.85, "emoji64/draw": 0.15}
     assert recipes.mixed("mix", None, pairs, 0.0) == pairs
+    parts = recipes.mixed("mix", {"images": 4.0}, {"a": 3.0, "b": 1.0}, 0.2)  # whatever the weights of each add up to
+    assert parts == pytest.approx({"images": 0.2, "a": 0.6, "b": 0.2})
     assert set(recipes.mixed("mix", None, pairs, 1.0)) == {"shapes/draw/pictures", "emoji64/draw/pictures"}
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\], not 1.5"):
         recipes.mixed("mix", None, pairs, 1.5)
@@ -328,8 +348,15 @@ TABLE_5 = [("b", 512, 256), ("b", 1024, 96), ("l", 512, 256), ("l", 1024, 96), (
 @pytest.mark.parametrize(("size", "resolution", "batch"), TABLE_5)
 def test_published_recipes_are_the_tables(size, resolution, batch):
     optimizer, ema, first_batch, masked = TABLE_4[size]
-    recipe = recipes.published(size, resolution=resolution)
-    for stage, samples in zip(recipe.stages, (first_batch, batch), strict=True):
+    recipe = recipes.published(size)
+    if resolution == 1024:  # nothing is pre-trained there
+        with pytest.raises(ValueError, match="no pre-training at 1024 pixels"):
+            recipes.published(size, resolution=resolution)
+        tuned = recipes.published(size, resolution=resolution, start="run")
+        assert tuned.init == {"model": "run"} and tuned.model["size"] == [1024, 1024]
+        recipe = replace(recipe, stages=(recipe.stages[0], *tuned.stages))
+    for stage, samples, side in zip(recipe.stages, (first_batch, batch), (512, resolution), strict=True):
+        assert 0 < stage.limits.tokens / (stage.limits.pictures // 2) - (side // 16) ** 2 < 1024
         o = stage.optimizer
         assert (o.name, o.betas, o.clip, o.weight_decay) == (optimizer, (0.9, 0.95), 1.0, 0.0)
         assert set(stage.train.values()) == {1e-4} and set(stage.train) == {"adapter", "connector", "dit"}
@@ -357,6 +384,11 @@ def test_published_rows_hold_their_pictures():
 
 def test_mixed_tuning_of_another_family(tmp_path):
     """Table 6's strategy on BAGEL: pairs, and masked pictures without words (specs: IOMM 3.5)."""
+    lora = recipes.bagel_lora()  # the column of Qwen-Image
+    [stage] = lora.stages
+    assert lora.lora == {"generation": 64} and stage.ema is None and set(stage.train.values()) == {1e-4}
+    assert stage.limits.pictures // 2 * stage.limits.accumulate * recipes.PROCESSES == 48
+    assert stage.steps * 48 == pytest.approx(5 * 210_000, rel=0.01)
     [stage], recipe = recipes.bagel().stages, recipes.tuning()
     o = stage.optimizer
     assert (o.name, o.betas, o.clip, o.weight_decay, stage.ema) == ("adamw", (0.9, 0.95), 1.0, 0.0, 0.999)
@@ -460,6 +492,9 @@ def test_bad_settings_are_refused():
             replace(tiny.iomm(), **bad)
     with pytest.raises(ValueError, match="heads must be at least 1, not 0"):
         DitConfig("double", 32, 2, 0, (4, 6, 6))
+    for words in ("Generate an image:", "{} and {}"):
+        with pytest.raises(ValueError, match=r"words must hold \{\} once"):
+            Prompts(words)
     with pytest.raises(ValueError, match="needs an adapter"):
         replace(tiny.iomm(), adapter="none", cond_tokens="queries")
     with pytest.raises(ValueError, match="16 pixels a token"):
@@ -511,6 +546,24 @@ def test_crops_are_the_same_for_what_is_read_and_drawn():
     assert torch.equal(again.segments[1].image, seen) and torch.equal(again.segments[-1].image, drawn)
 
 
+def test_a_picture_drawn_before_is_read_as_it_was_drawn():
+    model, wide = made(crop=True, size=(32, 32)), tiny.picture(5, 64, 32)
+
+    def read(picture):
+        drawn = assistant(Image(picture, "target"))
+        laid = model.lay_out(Sample("s", (user("a star"), drawn, user("make it blue"), drawn)))
+        return next(s.image for s in laid.segments if s.kind == Kind.VISION)
+
+    assert torch.equal(read(wide), read(wide.crop((16, 0, 48, 32))))
+
+
+def test_a_system_message_is_no_caption():
+    model = made(prompts=Prompts("draw {}", nothing="draw"))
+    sample = Sample("s", (Message("system", (Text("be nice"),)), assistant(Image(tiny.picture(5), "target"))))
+    words = model.tokenizer.decode(model.lay_out(sample).segments[0].ids)
+    assert words.count("draw") == 1 and words.index("be nice") < words.index("draw")
+
+
 def test_crops_of_label_pictures_make_no_colour_up():
     labels = PIL.Image.fromarray(np.random.default_rng(0).choice([0, 90, 255], (37, 53)).astype(np.uint8)).convert(
         "RGB"
@@ -529,6 +582,23 @@ def test_what_was_encoded_of_other_pictures_is_refused(tmp_path):
     tiny.picture(0).save(mine / "a.png")
     with pytest.raises(ValueError, match="encoded from .*, not from .*mine"):
         sources(["images"], size=recipe.size, encoded=tmp_path / "encoded", folders={"images": str(mine)})
+
+
+def test_what_was_encoded_of_a_catalog_is_known_by_every_name_of_its_data(tmp_path):
+    settings = "pairs: {{format: images, path: {}}}\n".format
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for i in range(3):
+            tiny.picture(i).save(tmp_path / folder / f"{i}.png")
+    (tmp_path / "one.yaml").write_text(settings("a"))
+    (tmp_path / "two.yaml").write_text(settings("b"))
+    recipe = replace(short(tmp_path), catalog=str(tmp_path / "one.yaml"))
+    for name in ("pairs/pictures", "pairs#2"):
+        precompute(recipe, tmp_path / "encoded", data=[name])
+        again = [[name], tmp_path / "one.yaml"], {"size": recipe.size, "encoded": tmp_path / "encoded"}
+        assert len(sources(*again[0], **again[1])[name])
+        with pytest.raises(ValueError, match="encoded from"):
+            sources([name], tmp_path / "two.yaml", **again[1])
 
 
 def test_features_and_latents_computed_once_train_the_same(tmp_path):

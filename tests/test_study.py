@@ -75,13 +75,21 @@ def test_arms_that_agree_in_the_first_stage_share_its_run(tmp_path, monkeypatch)
 def test_a_study_fails_where_a_frozen_weight_has_moved(tmp_path):
     model = tiny.model("iomm")
     models.save(model, tmp_path / "a")
-    six = study.STUDIES["iomm-recipes"]
-    study._untouched(six, str(tmp_path / "a"), tmp_path / "a")
+    start = str(tmp_path / "a")
+    with torch.no_grad():
+        next(model.dit.parameters()).add_(1e-6)
+    models.save(model, tmp_path / "b")
     with torch.no_grad():
         next(model.mllm.parameters()).add_(1e-6)
-    models.save(model, tmp_path / "b")
-    with pytest.raises(ValueError, match="changed mllm: "):
-        study._untouched(six, str(tmp_path / "a"), tmp_path / "b")
+    models.save(model, tmp_path / "c")
+    six, tuned = (study.STUDIES[name].arms for name in ("iomm-recipes", "iomm-tuning"))
+    for recipe in (
+        study.STUDIES["iomm-recipes"].on(six["pair to mix"](20), start),
+        study.STUDIES["iomm-tuning"].on(tuned["mix"](20), start),
+    ):
+        study._untouched(recipe, start, tmp_path / "b")
+        with pytest.raises(ValueError, match="changed mllm"):
+            study._untouched(recipe, start, tmp_path / "c")
 
 
 def test_copying_tells_a_copy_from_another_picture(monkeypatch):

@@ -244,9 +244,9 @@ def origin(name: str, entries: Mapping[str, Entry], size: int, folders: Mapping[
     whole = name.partition("#")[0].removesuffix(PICTURES)
     if whole in (folders or {}):
         return {"folder": str(Path((folders or {})[whole]).absolute())}
-    return (
-        entries[name].settings.model_dump() if name in entries else {"embedded": name.partition("#")[0], "size": size}
-    )
+    if whole in entries:
+        return entries[whole].settings.model_dump() | {"folder": str(entries[whole].folder.absolute())}
+    return {"embedded": name.partition("#")[0], "size": size}
 
 
 def _settings(node: yaml.Node, where: str) -> Settings:

@@ -225,12 +225,12 @@ class Bagel(UnifiedModel):
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
         """Texts and pictures in order; nothing stands in the place of what is dropped."""
         sample, segments = dropped(sample, drop), list[Segment]()
-        for message in sample.messages:
-            for part in message.parts:
+        for at, message in enumerate(sample.messages, 1):
+            for i, part in enumerate(message.parts, 1):
                 if isinstance(part, Text):
                     segments.append(self._text(part))
                 elif not part.blank:
-                    final = message is sample.messages[-1] and part is message.parts[-1]
+                    final = at == len(sample.messages) and i == len(message.parts)
                     if part.role == "target" and not sample.is_open:
                         segments.append(self._drawn(part))
                     if not (part.role == "target" and final):

@@ -399,7 +399,7 @@ class Cheers(UnifiedModel):
             show(self._dummy(sample))
         system = [Message("system", (Text(SYSTEM),))] if roles and sample.messages[0].role != "system" else []
         for at, message in enumerate((*system, *sample.messages), -len(system)):
-            last = message is sample.messages[-1]
+            last = at == len(sample.messages) - 1
             say(m["turn"])
             waiting = f"{message.role}\n" if roles else ""
             learned = False

@@ -56,7 +56,7 @@ from diptych.models.protocol import (
     fitted,
     latent_tokens,
 )
-from diptych.parts.adapters import Connector, NoQueries, ResidualQueries, StaticQueries
+from diptych.parts.adapters import Connector, NoQueries, QueryBlock, ResidualQueries, StaticQueries
 from diptych.parts.attention import Cached, Continued, Recorded, documents
 from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, tiny_autoencoder
 from diptych.parts.dit import DitConfig, Group, blocks, build_dit
@@ -77,6 +77,10 @@ class Prompts:
     words: str = "Generate an image: {}"
     pictures: str = "Generate an image that is identical to the reference image:"
     nothing: str = "Generate an image."
+
+    def __post_init__(self) -> None:
+        if self.words.count("{}") != 1:
+            raise ValueError(f"prompts.words must hold {{}} once, where a caption goes; it is {self.words!r}")
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,8 @@ class Config:
     @staticmethod
     def b(mllm: MllmConfig | None = None) -> Config:
         """IOMM-B: 1.6 B in 19 double-stream blocks of width 1536 (U2), on InternVL3-2B unless another is given."""
-        return Config(mllm or internvl3_2b(), DitConfig("double", 1536, 19, 12, (0, 64, 64)))
+        mllm = mllm or internvl3_2b()
+        return Config(mllm, DitConfig("double", 1536, 19, 12, (0, 64, 64)), adapter_heads=mllm.width // 128)
 
     @staticmethod
     def l(mllm: MllmConfig | None = None) -> Config:  # noqa: E743  the paper's name
@@ -238,6 +243,8 @@ class Iomm(UnifiedModel):
     def blocks(self) -> Iterator[torch.nn.Module]:
         yield from self.mllm.blocks()
         yield from blocks(self.dit)
+        for part in (self.adapter, self.connector):
+            yield from (module for module in part.modules() if isinstance(module, QueryBlock))
 
     def trunk(self) -> Iterator[torch.nn.Module]:
         yield from self.mllm.language.layers  # once for the prefix, once for the queries
@@ -258,8 +265,8 @@ class Iomm(UnifiedModel):
                 page.write(template.opening("assistant"))
                 if sample.is_open and following is None and not message.parts:
                     return page.done(sample.id)
-                self._answer(page, sample, message)
-            elif following is not None and _draws(following):
+                self._answer(page, sample, message, following is None)
+            elif message.role == "user" and following is not None and _draws(following):
                 self._request(page, message.parts, self.config.crop)
             elif message.parts:
                 page.write(template.opening(message.role))
@@ -275,7 +282,7 @@ class Iomm(UnifiedModel):
         pictures = [p for p in parts if isinstance(p, Image)]
         prompts = self.config.prompts
         if words:
-            text = words if pictures else prompts.words.format(words)
+            text = words if pictures else prompts.words.replace("{}", words)
         else:
             text = prompts.pictures if pictures else prompts.nothing
         page.write(self.config.mllm.template.opening("user"))
@@ -284,11 +291,10 @@ class Iomm(UnifiedModel):
             page.part(part, crop)
         page.end()
 
-    def _answer(self, page: _Page, sample: Sample, message: Message) -> None:
+    def _answer(self, page: _Page, sample: Sample, message: Message, final: bool) -> None:
         """An assistant's turn, after its opening."""
-        final = message is sample.messages[-1]
-        for part in message.parts:
-            last = final and part is message.parts[-1]
+        for i, part in enumerate(message.parts, 1):
+            last = final and i == len(message.parts)
             if isinstance(part, Image) and part.role == "target":
                 page.write_ids(self.image_markers[0])
                 if part.blank:
@@ -296,7 +302,7 @@ class Iomm(UnifiedModel):
                 if not sample.is_open:
                     page.draw(part)
                 if not last:
-                    page.see(part)
+                    page.see(part, self.config.crop)
                     page.write_ids(self.image_markers[1])
             else:
                 page.part(part)

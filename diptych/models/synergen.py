@@ -288,13 +288,13 @@ class SynerGen(UnifiedModel):
         seen = sum(image.role == "understand" for image in sample.images())
         for i, message in enumerate(sample.messages):
             asks = sample.drawing is not None and i == sample.request_at
-            segments += self._message(message, sample, asks, max(1, self.config.see.most // max(seen, 1)))
+            opens, most = sample.is_open and i == len(sample.messages) - 1, max(1, self.config.see.most // max(seen, 1))
+            segments += self._message(message, sample, opens, asks, most)
         return Laid(sample.id, tuple(segments))
 
-    def _message(self, message: Message, sample: Sample, asks: bool, most: int) -> list[Segment]:
+    def _message(self, message: Message, sample: Sample, opens: bool, asks: bool, most: int) -> list[Segment]:
         """One message: words joined up to where a picture stands. A word with loss is the target of the place before
         it, whatever stands there; so is the end of a message that closes with words that carry loss."""
-        opens = sample.is_open and message is sample.messages[-1]
         ids, said = list(self.roles[message.role]), []
         pictures: dict[int, Segment] = {}
         said += [False] * len(ids)

@@ -60,6 +60,11 @@ class MllmConfig:
                 f"choose from {', '.join(TOWERS)}"
             )
 
+    @property
+    def width(self) -> int:
+        """D of the language model."""
+        return int((self.model.get("text_config") or self.model)["hidden_size"])
+
     @staticmethod
     def of(source: str | Path, see: SizeRule | None = None) -> MllmConfig:
         """The config of a folder of transformers, or of an ``org/name`` of the hub. Raises ``ValueError``."""

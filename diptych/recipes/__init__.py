@@ -18,6 +18,7 @@ RECIPES = {
     "iomm/xl": "diptych.recipes.iomm:xl",
     "iomm/tuning": "diptych.recipes.iomm:tuning",
     "iomm/bagel": "diptych.recipes.iomm:bagel",
+    "iomm/bagel-lora": "diptych.recipes.iomm:bagel_lora",
     "sgt/bagel": "diptych.recipes.sgt:bagel",
     "cheers/tiny": "diptych.recipes.cheers:tiny",
     "cheers/1.5b": "diptych.recipes.cheers:b1_5",

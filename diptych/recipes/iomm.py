@@ -8,6 +8,7 @@ without their words (specs: IOMM 3.4, U6). Two kinds of stage 1 by three of stag
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from diptych.models import config, config_to_json
@@ -112,8 +113,8 @@ def mixed(kind: Kind, alone: dict[str, float] | None, pairs: dict[str, float], s
         raise ValueError(f"the share of pictures without words must lie in [0, 1], not {share}")
     share = {"image": 1.0, "pair": 0.0, "mix": share}[kind]
     pictures = alone or {f"{name}/pictures": weight for name, weight in pairs.items()}
-    weighed = [(n, w * share) for n, w in pictures.items()] + [(n, w * (1 - share)) for n, w in pairs.items()]
-    return {name: weight for name, weight in weighed if weight}
+    parts = (pictures, share), (pairs, 1 - share)
+    return {name: part * weight / sum(data.values()) for data, part in parts for name, weight in data.items() if part}
 
 
 # ---- published ------------------------------------------------------------------------------------------------------
@@ -128,28 +129,35 @@ STEPS = {"b": 107_000, "l": 107_000, "xl": 27_000}  # 11 M pictures: 10 epochs (
 PROCESSES = 8  # that the batch sizes below count on
 
 
-def published(size: str, pretrain: Kind = "image", tune: Kind = "mix", resolution: int = 512) -> Recipe:
+def published(
+    size: str, pretrain: Kind = "image", tune: Kind = "mix", resolution: int = 512, start: str | None = None
+) -> Recipe:
     """A published size. ``catalog`` says where "images" (11 M pictures; for pair pre-training "captions", the same with
-    words) and "pairs" (210 k) are. 10 epochs of the pairs are 8,200 steps of 256.
+    words) and "pairs" (210 k) are. 10 epochs of the pairs are 8,200 steps of 256. Stage 2 goes on from ``start`` (a run
+    of stage 1) where that is given; at 1024 pixels it must, since nothing is pre-trained there (specs: IOMM 3.3).
 
-    Raises ``ValueError`` for a resolution that the paper does not tune at."""
+    Raises ``ValueError`` for a resolution that the paper does not tune at, and for 1024 without ``start``."""
     s = SIZES[size]
     if resolution not in s["tuned"]:
         raise ValueError(f"IOMM-{size.upper()} is tuned at {', '.join(map(str, s['tuned']))}, not {resolution}")
+    if resolution != 512 and not start:
+        raise ValueError(f"there is no pre-training at {resolution} pixels: start=RUN, a run of stage 1 at 512")
     model = config_to_json("iomm", config(f"iomm/{size}")) | {"size": [resolution, resolution]}
     batch = s["tuned"][resolution]
+    data = mixed(pretrain, {"images": 1.0}, {"captions": 1.0}, 0.5), mixed(tune, None, {"pairs": 1.0}, 0.5)
+    stages = (
+        _stage(f"{pretrain} pre-training", STEPS[size], s, s["batch"], data[0], 512),
+        _stage(f"{tune} tuning", 2_100_000 // batch, s, batch, data[1], resolution),
+    )
+    scratch = {"mllm": "transformers:OpenGVLab/InternVL3-2B-hf", "autoencoder": "bagel/7b-mot"}
     return Recipe(
         name=f"iomm/{size}",
         model=model,
-        init={"mllm": "transformers:OpenGVLab/InternVL3-2B-hf", "autoencoder": "bagel/7b-mot"},
-        stages=(
-            _stage(f"{pretrain} pre-training", STEPS[size], s, s["batch"],
-                   mixed(pretrain, {"images": 1.0}, {"captions": 1.0}, 0.5), resolution),
-            _stage(f"{tune} tuning", 2_100_000 // batch, s, batch, mixed(tune, None, {"pairs": 1.0}, 0.5), resolution),
-        ),
+        init={"model": start} if start else scratch,
+        stages=stages[1:] if start else stages,
         precision="bf16",
         checkpoint_every=1000,
-    )  # fmt: skip
+    )
 
 
 def _stage(name: str, steps: int, s: Mapping[str, Any], batch: int, data: dict[str, float], resolution: int) -> Stage:
@@ -230,27 +238,42 @@ def tuning(kind: Kind = "mix", share: float = 0.5, masked: float = 0.85, steps: 
 
 
 def bagel(kind: Kind = "mix") -> Recipe:
-    """Mixed tuning of BAGEL-7B-MoT with the settings of Table 6 (OpenUni-L, full): 12 epochs of 210 k pairs.
-    ``catalog`` says where "pairs" is. Cost: 8 GPUs of 80 GB.
+    """Mixed tuning of BAGEL-7B-MoT with the settings of Table 6 (OpenUni-L, full): 12 epochs of 210 k pairs, 256 a
+    step. ``catalog`` says where "pairs" is. Cost: 8 GPUs of 80 GB.
 
     diptych train iomm/bagel --catalog my_data.yaml
     """
+    return _table_6("iomm/bagel", kind, 12 * 210_000 // 256, Limits(16_384, pictures=8, accumulate=8), 0.999)
+
+
+def bagel_lora(kind: Kind = "mix") -> Recipe:
+    """The other column of Table 6 (Qwen-Image) on BAGEL-7B-MoT: LoRA of rank 64, 5 epochs, 48 a step, no average.
+
+    diptych train iomm/bagel-lora --catalog my_data.yaml
+    """
+    limits = Limits(12_288, pictures=6, accumulate=2)
+    recipe = _table_6("iomm/bagel-lora", kind, 5 * 210_000 // 48, limits, None)
+    return replace(recipe, lora={"generation": 64})
+
+
+def _table_6(name: str, kind: Kind, steps: int, limits: Limits, ema: float | None) -> Recipe:
+    """A sample is at most 4,096 tokens; ``limits`` count on ``PROCESSES``."""
     return Recipe(
-        name="iomm/bagel",
+        name=name,
         model=config_to_json("bagel", config("bagel/7b-mot")),
         init={"model": "bagel/7b-mot"},
         stages=(
             Stage(
                 f"{kind} tuning",
-                steps=12 * 210_000 // 256,
+                steps=steps,
                 train={"generation": 1e-4},
                 data=mixed(kind, None, {"pairs": 1.0}, 0.5),
                 loss={"text": 1.0, "image": 1.0},
                 optimizer=Optimizer("adamw", betas=(0.9, 0.95), weight_decay=0.0, clip=1.0),
                 schedule=Schedule(warmup=1000),
-                limits=Limits(tokens=16_384, pictures=8, accumulate=8),  # 4 samples a row, 8 rows, 8 processes: 256
+                limits=limits,
                 dropout={"text": 0.1},
-                ema=0.999,
+                ema=ema,
                 self_condition=SelfCondition(0.85, SAME),
             ),
         ),

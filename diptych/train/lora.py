@@ -1,4 +1,5 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) through peft: W + 2 B A in place of W, on the blocks of named parts.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) through peft: W + B A in place of W, on the blocks of named parts. Alpha
+is the rank, as in IOMM's Table 6.
 
 An adapter lives in the part of the weight that it changes, so a recipe trains and freezes it by the part's name; the
 weight itself stays. Releases are merged.
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from diptych.models.protocol import Trainable
 from diptych.train.parameters import by_part, named, select
 
-SCALE = 2  # alpha / rank
 BASE, DOWN, UP = ".base_layer.", ".lora_A.default.", ".lora_B.default."
 
 
@@ -43,10 +43,10 @@ def inject(model: Trainable, ranks: Mapping[str, int], seed: int) -> None:
         raise ValueError(f"the rank of lora must be at least 1, not {least}")
     config = LoraConfig(
         r=least,
-        lora_alpha=SCALE * least,
+        lora_alpha=least,
         target_modules=sorted(wanted),
-        rank_pattern={n: r for n, r in wanted.items()},
-        alpha_pattern={n: SCALE * r for n, r in wanted.items()},
+        rank_pattern=dict(wanted),
+        alpha_pattern=dict(wanted),
     )
     with torch.random.fork_rng(devices=[]):  # peft draws from the global state; what stays is drawn here
         inject_adapter_in_model(config, model)
@@ -64,7 +64,7 @@ def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         down, up = (state.get(name.replace(BASE, place)) for place in (DOWN, UP))
         if BASE in name and down is not None and up is not None:
-            tensor = (tensor.float() + SCALE * up.float() @ down.float()).to(tensor.dtype)
+            tensor = (tensor.float() + up.float() @ down.float()).to(tensor.dtype)
         out[name.replace(BASE, ".")] = tensor
     return out
 
@@ -86,4 +86,4 @@ def apply(model: nn.Module, file: str | Path, sign: int = 1) -> None:
         down, up = state[name].float(), state[name.replace(DOWN, UP)].float()
         if own not in weights or weights[own].shape != (up.shape[0], down.shape[1]):
             raise ValueError(f"{file}: the model has no weight {own!r} of {up.shape[0]} x {down.shape[1]}")
-        weights[own].add_((sign * SCALE * up @ down).to(weights[own].device, weights[own].dtype))
+        weights[own].add_((sign * up @ down).to(weights[own].device, weights[own].dtype))

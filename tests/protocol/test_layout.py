@@ -43,6 +43,12 @@ def test_text_without_loss_has_no_targets_and_text_with_loss_has_its_next_words(
     assert all(t in (NONE, n) for t, n in zip(said.targets, said.ids[1:])) and said.supervised == len(said.ids) - 1
 
 
+def test_a_message_that_stands_twice_is_laid_out_like_two_that_are_alike(model):
+    drawn, other = (assistant(Image(tiny.picture(1), "target")) for _ in range(2))
+    once, twice = (Sample("s", (user("a"), first, user("b"), drawn)) for first in (other, drawn))
+    assert [s.ids for s in model.lay_out(once).segments] == [s.ids for s in model.lay_out(twice).segments]
+
+
 def test_dropping_text_leaves_the_instruction_out(model):
     full, bare = model.lay_out(tiny.edit()), model.lay_out(tiny.edit(), frozenset({"text"}))
     assert "star" in full.describe(model.tokenizer.decode) and "star" not in bare.describe(model.tokenizer.decode)
