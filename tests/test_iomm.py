@@ -23,6 +23,7 @@ from diptych.models.iomm import Config, Prompts
 from diptych.parts.adapters import Connector, QueryBlock, ResidualQueries, StaticQueries
 from diptych.parts.dit import DitConfig, Group, build_dit
 from diptych.parts.flow import FlowSettings, TimeDraw, warp
+from diptych.parts.linear import steady
 from diptych.parts.mllm import MllmConfig
 from diptych.recipes import iomm as recipes
 from diptych.recipes.run import precompute, stage_sources
@@ -534,6 +535,26 @@ def test_padding_of_a_condition_changes_nothing_its_words_do_and_their_order_whe
     assert torch.allclose(together[1:], apart, rtol=0, atol=1e-5)
     far = {kind: not torch.allclose(y, apart, atol=0.01) for kind, y in zip(kinds, changed, strict=True)}
     assert far == {"other": True, "turned": True, "swapped": config.axes[0] > 0}
+
+
+@pytest.mark.parametrize("changes", [{}, {"queries": 7, "adapter_layers": 2, "connector_layers": 1}])
+def test_conditions_do_not_depend_on_their_company(changes):
+    """Not by a bit (docs/serving.md), whatever the lengths of the prompts beside it."""
+    model = made(**changes)
+    steady(model)
+    words = (
+        "a star",
+        "a long prompt with many more words than that one",
+        "two red squares",
+        "a blue cross left of a star",
+    )
+    asked = [Sample(w, (user(w), assistant(Image(None, "target", (32, 32))))) for w in words]
+    with torch.inference_mode():
+        contexts = [model.extend([model.open()], [model.lay_out(s)])[0] for s in asked]
+        for alone, together in zip(
+            [model._conditions([c])[0] for c in contexts], model._conditions(contexts), strict=True
+        ):
+            assert torch.equal(alone, together)
 
 
 def test_crops_are_the_same_for_what_is_read_and_drawn():

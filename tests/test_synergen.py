@@ -32,7 +32,7 @@ from diptych.parts.attention import documents
 from diptych.parts.codes import Choice, CodeHead, CodeSettings
 from diptych.parts.decoder import DecoderConfig
 from diptych.parts.fold import fold, unfold
-from diptych.parts.images import Tiling, fit
+from diptych.parts.images import SizeRule, Tiling, fit
 from diptych.parts.tokenizer import Tokenizer
 from diptych.train.parameters import by_part
 from diptych.train.recipe import Optimizer
@@ -298,6 +298,16 @@ def test_the_second_stage_moves_attention_too_and_nothing_else(fresh):
     )
 
 
+def test_the_second_stage_reads_in_more_tiles_than_the_first_did(fresh, tmp_path):
+    """Sharded processes load a folder under the recipe's settings, which need not be the folder's."""
+    models.save(fresh, tmp_path / "first")
+    config = replace(fresh.config, see=Tiling(32, 6, True))
+    made = models.load(tmp_path / "first", config=config)
+    assert made.config == config and all(torch.equal(p, q) for p, q in zip(made.parameters(), fresh.parameters()))
+    with pytest.raises(ValueError, match="of family 'synergen', which has other settings"):
+        models.load(tmp_path / "first", config=models.config("bagel/tiny"))
+
+
 def test_a_row_of_words_still_gives_every_expert_a_gradient(fresh):
     batch = pack([fresh.lay_out(tiny.say())], 2)
     fresh(batch, Noise())["text"].sum.backward()
@@ -416,6 +426,32 @@ def test_a_picture_that_comes_as_codes_is_the_picture(model):
     assert again.describe() == laid.describe() and sums(model, [again]) == sums(model, [laid])
 
 
+def test_half_precision_sees_the_codes_that_drawing_sees(model):
+    laid = pack([model.lay_out(tiny.draw(f"d{i}", i)) for i in range(16)], model.routes)
+    [group] = laid.of(Kind.CODES)
+    plain = model._codes(group)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model._codes(group), plain)
+
+
+def test_codes_of_another_layout_are_refused(model):
+    side = 32 // model.config.autoencoder.downsample
+    for shape in ((2, side, side), (1, side // 2, 2 * side)):
+        image = Image(None, "target", (32, 32), encoded={"autoencoder": torch.zeros(shape, dtype=torch.int16)})
+        with pytest.raises(ValueError, match=f"encoded as {shape[0]} x {shape[1]} x {shape[2]} codes and is 1 x"):
+            model.lay_out(Sample("s", (user("a star"), assistant(image))))
+
+
+def test_what_is_dropped_leaves_the_tiles_of_other_pictures():
+    made = models.create("synergen", replace(tiny.synergen(), see=Tiling(32, 3)))
+    first, second = (Image(tiny.picture(i, 96, 32)) for i in (1, 2))
+    drawn = assistant(Image(tiny.picture(3), "target"))
+    sample = Sample("s", (user(first, "as this"), drawn, user(second, "what is it?"), assistant("a star")))
+    drops = frozenset(), frozenset({"image"})
+    seen = [[s.image.shape[0] for s in made.lay_out(sample, drop).segments if s.image is not None] for drop in drops]
+    assert seen == [[1, 1, 1], [1, 1]]
+
+
 def test_pictures_that_are_read_carry_loss_where_the_config_says_so(model):
     both = replace(tiny.synergen(), image_loss_on_und=True)
     made = models.create("synergen", both)
@@ -507,9 +543,18 @@ def test_choices_follow_their_settings():
     three = [CodeSettings(1.0, top_k=1), CodeSettings(1.0, temperature=0.0), CodeSettings(1.0)]
     mixed = Choice(three, torch.device("cpu"))
     assert mixed(logits.expand(1, 3, 4), torch.tensor([0.99, 0.99, 0.99])).tolist() == [0, 0, 3]
-    for bad in ({"top_k": 0}, {"top_p": 0.0}, {"temperature": -1.0}, {"guidance_scale": -1.0}):
+    for bad in ({"top_k": 0}, {"top_p": 0.0}, {"temperature": math.inf}, {"guidance_scale": -1.0}):
         with pytest.raises(ValueError, match="at least"):
             CodeSettings(**bad)
+
+
+def test_a_choice_does_not_depend_on_the_settings_beside_it():
+    logits = torch.randn(1, 1, 50, generator=torch.Generator().manual_seed(0)).expand(1, 3, 50)
+    kinds, cpu = [CodeSettings(1.0), CodeSettings(1.0, top_k=5), CodeSettings(1.0, top_p=0.5)], torch.device("cpu")
+    together = Choice(kinds, cpu)
+    for chance in torch.linspace(0, 0.99, 20):
+        alone = [int(Choice([kind], cpu)(logits[:, :1], chance[None])) for kind in kinds]
+        assert together(logits, chance.expand(3)).tolist() == alone
 
 
 # ---- sizes ------------------------------------------------------------------------------------------------------
@@ -555,7 +600,7 @@ def test_the_shipped_size_fits():
 def test_a_picture_read_and_drawn_is_the_same_at_the_inputs_and_parts_later(model):
     pictures = [tiny.draw(f"d{i}", i, prompt) for i, prompt in enumerate(("a blue star", "two red squares", "a cross"))]
     found = layers.similarity(model, pictures)
-    assert [r["layer"] for r in found] == [0, 1, 2]
+    assert [r["layer"] for r in found] == [0, 1, 2, "norm"]
     assert found[0]["same"]["value"] == pytest.approx(1.0, abs=1e-5) and found[0]["centred"] == pytest.approx(
         1, abs=1e-5
     )
@@ -564,7 +609,12 @@ def test_a_picture_read_and_drawn_is_the_same_at_the_inputs_and_parts_later(mode
     assert layers.similarity(model, twin)[2]["same"]["value"] != found[2]["same"]["value"]
     with pytest.raises(ValueError, match="does not ask for one picture in words"):
         layers.similarity(model, [tiny.ask(), tiny.ask()])
-    with pytest.raises(ValueError, match="family 'bagel' does not read this picture as the tokens"):
+    wide = [tiny.draw(s.id, 7 + i, s.prompt, (64, 32)) for i, s in enumerate(pictures)]
+    made = tiny.shake(models.create("synergen", replace(tiny.synergen(), draw=SizeRule(32, 32, 32))))  # cut when drawn
+    assert layers.similarity(made.eval(), wide)[0]["same"]["value"] == pytest.approx(1.0, abs=1e-5)
+    with pytest.raises(ValueError, match="64 x 32 pixels and would read these otherwise"):
+        layers.similarity(model, wide)
+    with pytest.raises(ValueError, match="family 'bagel' does not read pictures as the tokens"):
         layers.similarity(tiny.model("bagel"), pictures)
 
 

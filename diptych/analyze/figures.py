@@ -135,7 +135,8 @@ def similarity(models: Models, title: str) -> bytes:
         figure.suptitle(title, fontsize=10)
         ax = axes[0, 0]
         for m, (name, rows) in enumerate(models.items()):
-            at, of = [r["layer"] for r in rows], f"{name}: " if len(models) > 1 else ""
+            at, of = range(len(rows)), f"{name}: " if len(models) > 1 else ""
+            ax.set_xticks(at, [str(r["layer"]) for r in rows])
             ax.plot(
                 at, [r["same"]["value"] for r in rows], "-o", color=f"C{m}", markersize=4, label=f"{of}same picture"
             )

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 
 from diptych.analyze import collect
@@ -52,36 +53,40 @@ class Pair:
 
 
 def pair(model: UnifiedModel, sample: Sample) -> Pair:
-    """The two roles of a sample that asks for a picture and shows it. Raises ``ValueError`` for another sample, and for
-    a family whose pictures are not the same tokens in both."""
+    """The two roles of a sample that asks for a picture and shows it; what is read is what would be drawn, cut and
+    fitted. Raises ``ValueError`` for another sample, and where the picture is not the same tokens in both."""
     targets = [p for p in sample.images() if p.role == "target"]
     caption = sample.prompt
     if len(targets) != 1 or not caption or len(list(sample.images())) != 1:
         raise ValueError(f"sample {sample.id!r} does not ask for one picture in words; choose a data set of drawings")
-    picture = targets[0].pixels
-    read = Sample("read", (user(Image(picture), INSTRUCTION), assistant()))
-    drawn = Sample("drawn", (user(caption), assistant(Image(picture, "target"))))
-    laid = tuple(model.lay_out(s) for s in (read, drawn))
-    found = [[s for s in q.segments if s.image is not None] for q in laid]
-    same = all(len(f) == 1 and f[0].kind == Kind.CODES for f in found) and found[0][0].grid == found[1][0].grid
-    if not same or found[0][0].open != found[1][0].open:
-        raise ValueError(f"family {model.family!r} does not read this picture as the tokens that it would draw")
+    drawn = model.lay_out(Sample("drawn", (user(caption), assistant(targets[0]))))
+    shown = [s for s in drawn.segments if s.image is not None]
+    if len(shown) != 1 or shown[0].kind != Kind.CODES:
+        raise ValueError(f"family {model.family!r} does not read pictures as the tokens that it draws")
+    picture = PIL.Image.fromarray(shown[0].image[0].permute(1, 2, 0).numpy())
+    read = model.lay_out(Sample("read", (user(Image(picture), INSTRUCTION), assistant())))
+    laid, found = (read, drawn), [next(s for s in q.segments if s.image is not None) for q in (read, drawn)]
+    if not torch.equal(found[0].image, found[1].image):
+        raise ValueError(
+            f"{model.family} draws sample {sample.id!r} as {picture.width} x {picture.height} pixels and would read "
+            "these otherwise (in tiles, or stretched); choose pictures of the one side at which it reads"
+        )
     places = tuple(
         torch.tensor([i for i, token in enumerate(t for s in q.segments for t in s.ids) if token == NONE]) for q in laid
     )
-    return Pair(picture, caption, (laid[0], laid[1]), (places[0], places[1]), found[0][0].grid)
+    return Pair(picture, caption, (laid[0], laid[1]), (places[0], places[1]), found[0].grid)
 
 
 # ---- similarity ------------------------------------------------------------------------------------------------------
 
 
 def states(model: UnifiedModel, sequence: Laid, places: Tensor) -> Float[Tensor, "L n d"]:
-    """What enters the first layer and what leaves each, at the given places of a sequence."""
+    """What enters the first layer, what leaves each, and its final norm, at the given places of a sequence."""
     layers, kept = collect.layers(model), []
     modules = {str(i): layer for i, layer in enumerate(layers)}
     first = layers[0].register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0].detach()))
     try:
-        with collect.outputs(modules, lambda name, out: kept.append(out)):
+        with collect.outputs(modules | {"norm": model.decoder.norm}, lambda name, out: kept.append(out)):
             model.extend([model.open()], [sequence])
     finally:
         first.remove()
@@ -90,8 +95,9 @@ def states(model: UnifiedModel, sequence: Laid, places: Tensor) -> Float[Tensor,
 
 
 def similarity(model: UnifiedModel, samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """One row for the inputs (layer 0) and for every layer: mean over pictures of ``same`` (with its 95 % interval),
-    ``centred`` (after each task's mean is taken away) and ``other``, the control: one picture read, another drawn.
+    """One row for the inputs (layer 0), every layer, and the final norm ("norm"): means over pictures of ``same`` (with
+    its 95 % interval), ``centred`` (after each task's mean is taken away) and ``other``, the control: one picture
+    read, another drawn.
 
     Raises ``ValueError`` for fewer than two samples and as ``pair`` does."""
     if len(samples) < 2:
@@ -107,15 +113,16 @@ def similarity(model: UnifiedModel, samples: Sequence[Sample]) -> list[dict[str,
         return torch.nn.functional.cosine_similarity(a, b, -1).mean(-1)  # (pictures, layers)
 
     same, other = cosine(u, g), cosine(u, g.roll(1, 0))
+    names = [*range(same.shape[1] - 1), "norm"]
     centred = cosine(*(x - x.mean((0, 2), keepdim=True) for x in (u, g)))
     return [
         {
-            "layer": layer,
-            "same": dict(zip(("value", "low", "high"), _rounded(intervals.mean(same[:, layer].tolist())), strict=True)),
-            "centred": round(float(centred[:, layer].mean()), 6),
-            "other": round(float(other[:, layer].mean()), 6),
+            "layer": name,
+            "same": dict(zip(("value", "low", "high"), _rounded(intervals.mean(same[:, i].tolist())), strict=True)),
+            "centred": round(float(centred[:, i].mean()), 6),
+            "other": round(float(other[:, i].mean()), 6),
         }
-        for layer in range(same.shape[1])
+        for i, name in enumerate(names)
     ]
 
 

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -303,6 +303,7 @@ def load(
     quantize: str | None = None,
     prepare: Callable[[Trainable], None] | None = None,
     share: Callable[[Any, Any], Any] | None = None,
+    config: Any = None,
 ) -> Trainable:
     """The model of a folder (ours, a run's or a published one), a shipped name or a model of the hub, for use.
 
@@ -312,6 +313,7 @@ def load(
     ``quantize``  "int8" rounds the weights of the blocks (``parts.quantize``): for use, not for training
     ``prepare``   is called with the empty model, on the meta device
     ``share``     what this process keeps of a tensor, in place of one of the model's own that ``prepare`` sharded
+    ``config``    settings in place of the folder's, for tensors of the same shapes
 
     Tensors go one by one onto the device. Strict: missing, unknown and misshapen tensors are an error that lists them.
     """
@@ -324,6 +326,12 @@ def load(
     if quantize not in (None, "int8"):
         raise ValueError(f"unknown quantize {quantize!r}; there is int8")
     source = open_source(name_or_path, base)
+    if config is not None:
+        if type(config) is not type(source.config):
+            raise ValueError(
+                f"{name_or_path} is of family {source.family!r}, which has other settings than those given"
+            )
+        source = replace(source, config=config)
     kind = source.dtype if dtype is None else folders.DTYPES[dtype]
     return folders.make(source, create, torch.device(device), kind, quantize is not None, prepare, share)
 

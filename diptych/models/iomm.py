@@ -67,8 +67,6 @@ from diptych.parts.mllm import Mllm, MllmConfig, Template
 from diptych.parts.tokenizer import Tokenizer
 from diptych.parts.vision import kept
 
-WHOLE = 16  # attention over a multiple of this many keys gives the same bits however many of them are padding (CPU)
-
 
 @dataclass(frozen=True)
 class Prompts:
@@ -358,8 +356,10 @@ class Iomm(UnifiedModel):
             run = self.mllm(queries.to(c.dtype).flatten(0, 1), where, Continued(prefix, seen, n))
             run, own = run.unflatten(0, (-1, n)), valid.new_ones(len(valid), n)
             everything = self.config.cond_tokens == "all"
-            states = torch.cat([states, run], 1) if everything else run
-            valid = torch.cat([valid, own], 1) if everything else own
+            states = torch.cat([run, states], 1) if everything else run
+            valid = torch.cat([own, valid], 1) if everything else own
+            if everything:  # the connector has padding last, the generator the queries
+                return tuple(x.roll(-n, 1) for x in (self.connector(states, valid), valid))
         return self.connector(states, valid), valid
 
     def _condition(self, batch: Batch, s: _Stream, states: Tensor, memory: dict) -> tuple[Tensor, Tensor]:
@@ -537,7 +537,6 @@ class Iomm(UnifiedModel):
         each = [d.slot[b] for b in range(branches) for d in drawings]
         lengths = torch.tensor([len(c) for c in each], device=self.device)
         longest = int(lengths.max())
-        longest += -(longest + x_t.shape[1]) % WHOLE
         valid = torch.arange(longest, device=self.device) < lengths[:, None]
         condition = torch.stack([F.pad(c, (0, 0, 0, longest - len(c))) for c in each])
         x, times = x_t.repeat(branches, 1, 1), t.repeat(branches)

@@ -283,9 +283,9 @@ class SynerGen(UnifiedModel):
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
         """Messages in order; a picture that no words ask for is asked for by the unconditional ones."""
+        seen = sum(image.role == "understand" for image in sample.images())  # what is dropped changes no other picture
         sample = dropped(sample, drop)
         segments = [Segment(Kind.TEXT, tuple(self.begin))] if self.begin else []
-        seen = sum(image.role == "understand" for image in sample.images())
         for i, message in enumerate(sample.messages):
             asks = sample.drawing is not None and i == sample.request_at
             opens, most = sample.is_open and i == len(sample.messages) - 1, max(1, self.config.see.most // max(seen, 1))
@@ -344,6 +344,11 @@ class SynerGen(UnifiedModel):
             held, encoded = image.through(
                 "autoencoder", lambda: fit(image.pixels, (width, height), image.nearest)[None]
             )
+        p = c.autoencoder.downsample
+        expected = (tiles, height // p, width // p)
+        if encoded and tuple(held.shape) != expected:
+            made, here = (" x ".join(map(str, shape)) for shape in (held.shape, expected))
+            raise ValueError(f"a picture was encoded as {made} codes and is {here} here; encode it again")
         grid = self._grid(height, width)
         ids = (self.boi, *[NONE] * (tiles * grid[0] * grid[1]), self.eoi)
         how = {"drawn": drawn, "encoded": encoded, "masked": image.masked}
@@ -365,7 +370,8 @@ class SynerGen(UnifiedModel):
     @torch.no_grad()
     def encode(self, encoder: str, images: Tensor) -> Tensor:
         """Codes (N, tiles, h, w) of uint8 or float pictures (N, tiles, 3, H, W), as int16 where that is enough."""
-        codes = self.autoencoder.encode(to_float(images.flatten(0, 1)))
+        with torch.autocast(images.device.type, enabled=False):  # half precision chooses other codes
+            codes = self.autoencoder.encode(to_float(images.flatten(0, 1)))
         kept = torch.int16 if self.config.autoencoder.codebook <= 2**15 else torch.int32
         return codes.to(kept).unflatten(0, images.shape[:2])
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diptych.core.tensors import Bool, Float, Tensor
-from diptych.parts.attention import sdpa
+from diptych.parts.attention import padded_sdpa
 
 
 class Projector(nn.Module):
@@ -43,7 +43,7 @@ class QueryBlock(nn.Module):
     ) -> Float[Tensor, "N Q D"]:
         a, (q, kv) = self.attention, (_norm(queries), _norm(sequence))
         heads = [a[n](x).unflatten(-1, (self.heads, -1)) for n, x in (("q_proj", q), ("k_proj", kv), ("v_proj", kv))]
-        seen = sdpa(*heads, mask=valid[:, None, None])
+        seen = padded_sdpa(*heads, valid[:, None, None])
         u = _norm(q + a["out_proj"](seen.flatten(-2)))
         return u + self.mlp["fc2"](F.gelu(self.mlp["fc1"](u), approximate="tanh"))
 

@@ -37,6 +37,19 @@ class Attend(Protocol):
     ) -> Float[Tensor, "T H D"]: ...
 
 
+WHOLE = 16  # attention over a multiple of this many keys has the same bits however many at the end are padding (CPU)
+
+
+def padded_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """``sdpa`` that keeps its bits however many of the last keys are padding (no gradient, CPU). ``mask`` is the same
+    for all queries where these are as many as the keys."""
+    n, missing = q.shape[1], -k.shape[1] % WHOLE
+    if mask is not None and missing and k.device.type == "cpu" and not torch.is_grad_enabled():
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, missing)) if x.shape[1] == k.shape[1] else x for x in (q, k, v))
+        mask = F.pad(mask, (0, missing))
+    return sdpa(q, k, v, mask=mask)[:, :n]
+
+
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Grouped-query attention of (B, L, H, D) against (B, S, K, D); ``mask`` is True where allowed."""
     if q.shape[1] == 1 and mask is None and not causal:  # one word: the heads of a group can stand as its queries
@@ -270,7 +283,8 @@ class Recorded:
 
 
 class Continued:
-    """Blocks of n tokens each, causal among themselves, that also see their own prefix; nothing is kept.
+    """Blocks of n tokens each, causal among themselves, that also see their own prefix; nothing is kept. A block's own
+    keys stand first and padding last, so that no bit depends on the prefixes beside it.
 
     ``prefix`` gives a layer's keys and values, (blocks, L, K, D) each; ``valid`` says which of them a block sees.
     """
@@ -278,12 +292,12 @@ class Continued:
     def __init__(self, prefix: Callable[[int], tuple[Tensor, Tensor]], valid: Bool[Tensor, "N L"], n: int) -> None:
         self.prefix, self.n = prefix, n
         own = valid.new_ones(n, n).tril().expand(len(valid), -1, -1)
-        self.mask = torch.cat([valid[:, None].expand(-1, n, -1), own], 2)[:, None]
+        self.mask = torch.cat([own, valid[:, None].expand(-1, n, -1)], 2)[:, None]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.unflatten(0, (-1, self.n)) for x in (q, k, v))
         keys, values = self.prefix(layer)
-        return sdpa(q, torch.cat([keys, k], 1), torch.cat([values, v], 1), mask=self.mask).flatten(0, 1)
+        return padded_sdpa(q, torch.cat([k, keys], 1), torch.cat([v, values], 1), self.mask).flatten(0, 1)
 
 
 class Fixed:
@@ -297,7 +311,7 @@ class Fixed:
     def __init__(self, contexts: Seq[Read], n: int) -> None:
         self.contexts, lengths = tuple(contexts), [c.length for c in contexts]
         first, width = contexts[0].cache.buffer, n + max(lengths)
-        width += -width % 16  # whole vectors: a tail would be summed in another order
+        width += -width % WHOLE
         self.buffer = first.new_zeros(*first.shape[:2], len(contexts), width, *first.shape[3:])
         for b, c in enumerate(contexts):
             self.buffer[:, :, b, n : n + c.length] = c.cache.buffer[:, :, : c.length]

@@ -11,6 +11,7 @@ residual depth instead of space is VILA-U's depth transformer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,13 +38,15 @@ class CodeSettings:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.guidance_scale >= 0 and self.image_guidance_scale >= 0 and self.temperature >= 0):
+        if not all(0 <= x < math.inf for x in (self.guidance_scale, self.image_guidance_scale, self.temperature)):
             raise ValueError(
-                "guidance scales and temperature must be at least 0, not "
+                "guidance scales and temperature must be numbers of at least 0, not "
                 f"{self.guidance_scale}, {self.image_guidance_scale}, {self.temperature}"
             )
-        if self.top_k < 1 or not 0 < self.top_p <= 1:
-            raise ValueError(f"top_k must be at least 1 and top_p in (0, 1], not {self.top_k} and {self.top_p}")
+        if self.top_k != int(self.top_k) or self.top_k < 1 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"top_k must be a whole number of at least 1 and top_p in (0, 1], not {self.top_k} and {self.top_p}"
+            )
 
     def within(self, steps: int) -> CodeSettings:
         """The same: how many codes there are is not for the settings to say."""
@@ -122,6 +125,12 @@ def _still(x: Tensor) -> Tensor:
     return x
 
 
+def _under(chance: Float[Tensor, " B"], weights: Float[Tensor, "B K"]) -> Int[Tensor, "B 1"]:
+    """Where ``chance`` falls, in [0, 1) of the whole weight."""
+    mass = weights.cumsum(-1)
+    return torch.searchsorted(mass, chance[:, None] * mass[:, -1:], right=True).clamp_(max=mass.shape[-1] - 1)
+
+
 class Choice:
     """Chooses one code for each of B rows of logits, by each row's own settings."""
 
@@ -137,23 +146,20 @@ class Choice:
         self.greedy = column([s.temperature == 0 for s in settings])
         self.temperature = column([s.temperature or 1.0 for s in settings])
         self.k, self.p = column([s.top_k for s in settings]), column([s.top_p for s in settings])
-        self.least_k = min(s.top_k for s in settings)
-        self.cut = any(s.top_p < 1 for s in settings)
         self.any_greedy = any(s.temperature == 0 for s in settings)
 
     def __call__(self, logits: Float[Tensor, "R B K"], chance: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
         """The likeliest of the guided logits, or the code under which ``chance`` falls."""
         scores = self.guided(logits)
         probability = (scores / self.temperature).softmax(-1)
-        order = None
-        if self.cut or self.least_k < probability.shape[-1]:
+        chosen = _under(chance, probability)
+        cut = (self.k < probability.shape[-1]) | (self.p < 1)
+        if cut.any():  # a row that is not cut goes by the order of codes, whatever the others do
             probability, order = probability.sort(descending=True)
             rank = torch.arange(probability.shape[-1], device=probability.device)
             held = probability.cumsum(-1) - probability
             probability = probability * ((rank < self.k) & (held < self.p))
-        mass = probability.cumsum(-1)
-        place = torch.searchsorted(mass, chance[:, None] * mass[:, -1:], right=True).clamp_(max=mass.shape[-1] - 1)
-        chosen = place if order is None else order.gather(1, place)
+            chosen = torch.where(cut, order.gather(1, _under(chance, probability)), chosen)
         if self.any_greedy:
             chosen = torch.where(self.greedy, scores.argmax(-1, keepdim=True), chosen)
         return chosen[:, 0]

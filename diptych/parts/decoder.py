@@ -161,6 +161,8 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         c = self.config = config
+        if c.width % 2:
+            raise ValueError(f"a head must have an even width to be rotated; it is {c.width}")
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c, i) for i in range(c.num_hidden_layers))
         self.norm = Routed(lambda: RMSNorm(c.hidden_size, c.rms_norm_eps), c.copies("norms"))

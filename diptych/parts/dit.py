@@ -18,7 +18,7 @@ from torch import nn
 
 from diptych.core.checks import at_least
 from diptych.core.tensors import Bool, Float, Int, Tensor
-from diptych.parts.attention import sdpa
+from diptych.parts.attention import padded_sdpa
 from diptych.parts.positions import TimestepEmbedding
 
 
@@ -147,7 +147,7 @@ class DoubleBlock(Block):
         if turn_words:
             qc, kc = [turn_words(y) for y in qc], turn_words(kc)
         q, k, v = torch.cat([turn(q), *qc], 1), torch.cat([turn(k), kc], 1), torch.cat([v, vc], 1)
-        seen = sdpa(q, k, v, mask=mask).flatten(-2)
+        seen = padded_sdpa(q, k, v, mask).flatten(-2)
         x = self.picture.join(x, seen[:, :n], *mine[2:])
         return x, None if self.last else self.condition.join(c, seen[:, n:], *other[2:])
 
@@ -210,7 +210,7 @@ class SingleBlock(Block):
             scale, gate, scale_mlp, gate_mlp = 1 + a, b.tanh(), 1 + c, e.tanh()
         norms = self.norms
         q, k, v = (y.unflatten(-1, (-1, self.head)) for y in self.qkv(norms["before"](x) * scale).chunk(3, -1))
-        seen = sdpa(turn(self.q_norm(q)), turn(self.k_norm(k)), v, mask=mask).flatten(-2)
+        seen = padded_sdpa(turn(self.q_norm(q)), turn(self.k_norm(k)), v, mask).flatten(-2)
         x = x + gate * norms["after"](self.out_proj(seen))
         h = norms["mlp_before"](x) * scale_mlp
         return x + gate_mlp * norms["mlp_after"](self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h)))

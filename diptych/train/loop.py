@@ -101,12 +101,7 @@ def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = Non
         return model.to_empty(device=device)
     whole_model = recipe.init.keys() == {"model"} and "#" not in recipe.init["model"] and not recipe.lora
     if sharded(recipe.engine) and whole_model:
-        model = models.load(recipe.init["model"], device, "fp32", prepare=prepare, share=share)
-        if models.config_to_json(name, model.config) != models.config_to_json(name, config):
-            raise ValueError(
-                f"{recipe.init['model']} has other settings than the recipe's model; drop init.model or agree"
-            )
-        return model
+        return models.load(recipe.init["model"], device, "fp32", prepare=prepare, share=share, config=config)
     with torch.random.fork_rng(devices=[]):  # what ``initialise`` leaves alone belongs to the seed too
         torch.manual_seed(recipe.seed)
         model = models.create(name, config, tokenizer)

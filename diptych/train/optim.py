@@ -76,14 +76,19 @@ def build(
 ) -> list[torch.optim.Optimizer]:
     """The optimizers of a stage; every group remembers its peak rate as ``peak``.
 
-    Weight decay is for matrices only. With Muon, the 2-D weights inside ``model.blocks()`` take it."""
+    Weight decay is for weights of linear and convolution layers only, not for norms, biases, embeddings and tables of
+    positions. With Muon, the 2-D weights inside ``model.blocks()`` take it."""
+    weights = {
+        id(p) for m in model.modules() for n, p in m.named_parameters(recurse=False) if n == "weight" and p.dim() > 1
+    }
+    weights -= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices = (
         {id(p) for b in model.blocks() for p in b.parameters() if p.dim() == 2} if config.name == "muon" else set()
     )
     adamw, muon = [], []
     for part, parameters in parts.items():
         for decays in (True, False):
-            own = [p for p in parameters.values() if id(p) not in matrices and (p.dim() > 1) == decays]
+            own = [p for p in parameters.values() if id(p) not in matrices and (id(p) in weights) == decays]
             if own:
                 decay = config.weight_decay if decays else 0.0
                 adamw.append({"params": own, "lr": rates[part], "peak": rates[part], "weight_decay": decay})

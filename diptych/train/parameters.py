@@ -68,7 +68,8 @@ def narrow(model: Trainable, engine: Engine, trained: Set[nn.Parameter]) -> None
     if engine.frozen == "int8":
         to_int8(model.blocks(), trained)
     if engine.frozen != "fp32":
-        for p in set(model.parameters()) - trained:
+        exact = {p for part in model.frozen for p in by_part(model)[part].values()}  # the autoencoder, as in drawing
+        for p in set(model.parameters()) - trained - exact:
             if p.is_floating_point():
                 p.data = p.data.to(torch.bfloat16)
 
