@@ -37,13 +37,15 @@ def tokenizer() -> Recipe:
 
 def tiny() -> Recipe:
     """SynerGen-VL at a size that two CPU cores train: 4.8 M parameters, 64 x 64 pixels, 256 codes in 16 tokens a
-    picture, on the pictures, questions and edits of bagel/tiny. Like the published one it begins with a language model,
-    here that of ``bagel/tiny``, which it then trains on: all parts at once.
+    picture, on the pictures, questions and edits of bagel/tiny and on captions that tell where things are, from which
+    it learns to bind their colours. Like the published one it begins with a language model, here that of ``bagel/tiny``
+    (experts with what that draws with), which it then trains on: all parts at once.
 
     diptych train synergen/tiny --steps 2000
     """
     recipe = tiny_recipes.bagel()
-    stage = replace(recipe.stages[0], train=dict.fromkeys(EVERYTHING, 2e-3), loss=LOSS)
+    data = tiny_recipes.MIX | {"shapes/draw": 0.40, "shapes/draw-where": 0.15}
+    stage = replace(recipe.stages[0], train=dict.fromkeys(EVERYTHING, 2e-3), loss=LOSS, data=data)
     return replace(
         recipe,
         name="synergen/tiny",
@@ -54,9 +56,10 @@ def tiny() -> Recipe:
 
 
 def stage1() -> Recipe:
-    """SynerGen-VL's first stage (table 8): concepts and pixels, from noisy pairs. ``catalog`` says where "captions"
-    (pictures to describe) and "drawings" (pictures to draw) are; model.autoencoder.folder where Emu3's tokenizer is,
-    unless codes were made before. The base is transformers:internlm/internlm2-1_8b, with a tokenizer.json beside it.
+    """SynerGen-VL's first stage (table 8): concepts and pixels, from noisy pairs, asked for as "Provide a one-sentence
+    caption for the image" and "Generate an image of: CAPTION". ``catalog`` says where "captions" (pictures to describe)
+    and "drawings" (pictures to draw) are; model.autoencoder.folder where Emu3's tokenizer is, unless codes were made
+    before. The base is transformers:internlm/internlm2-1_8b, with a tokenizer.json beside it.
     667 M samples of each task; 64 GPUs, 18 rows each a step.
 
     diptych train synergen/stage1 --catalog my_data.yaml --run runs/synergen-stage1
