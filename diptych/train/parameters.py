@@ -63,13 +63,17 @@ def ever_trained(model: Trainable, stages: Iterable[Stage]) -> set[nn.Parameter]
     return {p for stage in stages for part in freeze(model, stage.train).values() for p in part.values()}
 
 
+def always_frozen(model: Trainable) -> set[nn.Parameter]:
+    """What no recipe may train (the autoencoder): kept in float32 in every engine, as in drawing."""
+    return {p for part in model.frozen for p in by_part(model)[part].values()}
+
+
 def narrow(model: Trainable, engine: Engine, trained: Set[nn.Parameter]) -> None:
     """Keeps what is not ``trained`` in the dtype that ``engine.frozen`` says, in place."""
     if engine.frozen == "int8":
         to_int8(model.blocks(), trained)
     if engine.frozen != "fp32":
-        exact = {p for part in model.frozen for p in by_part(model)[part].values()}  # the autoencoder, as in drawing
-        for p in set(model.parameters()) - trained - exact:
+        for p in set(model.parameters()) - trained - always_frozen(model):
             if p.is_floating_point():
                 p.data = p.data.to(torch.bfloat16)
 

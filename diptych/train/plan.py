@@ -33,7 +33,7 @@ from diptych.models.protocol import Trainable
 from diptych.parts.quantize import to_int8
 from diptych.train import lora
 from diptych.train.parallel import spread
-from diptych.train.parameters import ever_trained, freeze
+from diptych.train.parameters import always_frozen, ever_trained, freeze
 from diptych.train.recipe import Recipe, Stage
 
 GIB = 2**30
@@ -242,13 +242,14 @@ def _memory(
     blocks = [_size(b.parameters()) for b in model.trunk()] if ways > 1 else []
     inside = {p for b in model.trunk() for p in b.parameters()} if ways > 1 else set()
     every = set(model.parameters())
+    exact = ever | always_frozen(model)
     kept, root = every - inside - ever, _size(ever - inside)
     trained = [p for p in every if p.requires_grad]
     slots = _slots(model, trained, config.name)
 
     def held(some: Iterable[nn.Parameter]) -> int:
         whole = 4 if engine.frozen == "fp32" else 2  # of what no stage trains
-        return sum(p.numel() * (1 if p.dtype == torch.int8 else 4 if p in ever else whole) for p in some)
+        return sum(p.numel() * (1 if p.dtype == torch.int8 else 4 if p in exact else whole) for p in some)
 
     weights = held(every - kept) // ways + held(kept) + sum(b.numel() * b.element_size() for b in model.buffers())
     gradients = 4 * _size(trained) // ways
