@@ -155,7 +155,7 @@ class Config:
             adapter_heads=4,
             prompts=Prompts("{}", "the same picture", "a picture"),
             prediction="data",
-            times=TimeDraw(mean=1.8),
+            times=TimeDraw(mean=2.2, std=1.3),
             draw=SizeRule(longest=128, shortest=16, stride=16),
             crop=False,
             size=(64, 64),
