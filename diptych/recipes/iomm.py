@@ -18,6 +18,12 @@ Kind = Literal["image", "pair", "mix"]
 TRAINED = ("adapter", "connector", "dit")
 POOL = {"shapes/draw": 0.6, "emoji64/draw": 0.2, "emoji/scenes": 0.2}  # the embedded ``images``, with their words
 CURATED = {"shapes/draw": 0.85, "emoji64/draw": 0.15}
+PLACED = {  # told where things are, a small generator binds their colours (NOTES.md)
+    "shapes/draw": 0.55,
+    "shapes/draw-where": 0.15,
+    "shapes/draw-position": 0.15,
+    "emoji64/draw": 0.15,
+}
 TINY_MASK = 0.45
 SAME = "Generate an image that is identical to the reference image:"
 
@@ -75,7 +81,7 @@ def tiny(
         init={"mllm": "iomm/tiny", "autoencoder": "autoencoder/tiny"},
         stages=(
             _tiny_stage(f"{pretrain} pre-training", 2000, pretrain, {"images": 1.0}, POOL, share, masked, tokens),
-            _tiny_stage(f"{tune} tuning", 4000, tune, None, CURATED, share, masked, tokens),
+            _tiny_stage(f"{tune} tuning", 4000, tune, None, PLACED, share, masked, tokens),
         ),
     )
 
