@@ -11,7 +11,7 @@ demo: .venv/demo.stamp
 test: .venv/test.stamp
 	@echo "lint, types, rooms, tests"
 	$(BIN)/ruff check diptych tests scripts benchmarks
-	$(BIN)/mypy diptych/core diptych/train diptych/generate
+	$(BIN)/mypy diptych/core diptych/training diptych/generation
 	$(BIN)/lint-imports --no-cache
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadscope
 

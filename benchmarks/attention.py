@@ -7,7 +7,7 @@ import torch
 from common import best, finish
 
 from diptych.core.batch import pack
-from diptych.core.sequence import Kind, Segment, Sequence
+from diptych.core.layout import Kind, Layout, Segment
 from diptych.parts.attention import Dense, Packed
 
 
@@ -15,7 +15,7 @@ def row(documents: int, length: int):
     """A packed row of documents, each half causal text and half one fully attending block."""
     half = length // 2
     one = (Segment(Kind.TEXT, (1,) * half), Segment(Kind.CLEAN, (1,) * (length - half), full=True))
-    return pack([Sequence(str(i), one) for i in range(documents)])
+    return pack([Layout(str(i), one) for i in range(documents)])
 
 
 if __name__ == "__main__":

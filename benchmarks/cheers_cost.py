@@ -12,7 +12,7 @@ import torch
 from common import best, finish
 from torch.utils.flop_counter import FlopCounterMode
 
-from diptych import models
+from diptych.models import store, table
 from diptych.models.cheers import Cheers, Config
 from diptych.models.protocol import NOTHING, TEXT, Context, Drawing
 from diptych.parts.attention import Cache
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=512)
     parser.add_argument("--words", type=int, default=64, help="tokens of the prompt")
     a = parser.parse_args()
-    model = models.create("cheers", models.config("cheers/1.5b"), device="meta")
+    model = store.create("cheers", table.config("cheers/1.5b"), device="meta")
     plain = operations(model, a.pixels, a.words, 1)
     shared = operations(model, a.pixels, a.words, 2)
     with unshared(model):
@@ -93,7 +93,7 @@ def main() -> None:
         {"part": part, "one branch, GFLOP": plain[part], "guided": shared[part], "guided, not shared": apart[part]}
         for part in plain
     ]
-    tiny = models.create("cheers", Config.tiny())
+    tiny = store.create("cheers", Config.tiny())
     tiny.initialise(0)
     tiny.eval()
     d = drawing(tiny, 64, 12, 2)

@@ -11,12 +11,12 @@ from common import best, finish
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from diptych.core.batch import pack
-from diptych.core.sequence import Kind, Segment, Sequence
-from diptych.models import weights
+from diptych.core.layout import Kind, Layout, Segment
 from diptych.models.protocol import Context
+from diptych.models.published import key_map, parts
 from diptych.parts.attention import Cache, Cached
+from diptych.parts.batch_invariant import alone, steady
 from diptych.parts.decoder import Decoder
-from diptych.parts.linear import alone, steady
 
 PROMPT, NEW = 16, 96
 
@@ -27,7 +27,7 @@ def ours(decoder: Decoder, prompt: list[int]) -> list[int]:
     cache = Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, torch.float32, "cpu")
     context, ids, out = Context(cache), prompt, list[int]()
     for _ in range(NEW):
-        batch = pack([Sequence("", (Segment(Kind.TEXT, tuple(ids)),))])
+        batch = pack([Layout("", (Segment(Kind.TEXT, tuple(ids)),))])
         cache = context.cache.room(context.length, len(ids))
         attend = Cached([cache], [context.length], batch)
         with alone() if out else nullcontext():  # as the scheduler does
@@ -43,9 +43,9 @@ def main() -> None:
     torch.manual_seed(0)
     config = Qwen2Config(vocab_size=4096, hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2)  # fmt: skip  # noqa: E501
     theirs = Qwen2ForCausalLM(config).eval()
-    decoder = Decoder(weights.decoder_config(config.to_dict())).eval()
-    rules = weights.decoder_rules(config.to_dict())
-    decoder.load_state_dict(weights.load(rules, theirs.state_dict(), decoder.state_dict()))
+    decoder = Decoder(parts.decoder_config(config.to_dict())).eval()
+    rules = parts.decoder_rules(config.to_dict())
+    decoder.load_state_dict(key_map.load(rules, theirs.state_dict(), decoder.state_dict()))
     steady(decoder)
     prompt = torch.randint(0, 4096, (1, PROMPT))
     settings = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None)

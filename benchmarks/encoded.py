@@ -17,8 +17,8 @@ from common import finish
 
 from diptych import recipes
 from diptych.recipes.run import precompute, stage_sources
-from diptych.train import loop
-from diptych.train.recipe import Recipe
+from diptych.training import loop
+from diptych.training.recipe import Recipe
 
 
 def seconds(recipe: Recipe, folder: Path) -> list[float]:

@@ -20,9 +20,9 @@ from common import finish
 from faults import start
 from safetensors.torch import load_file
 
-from diptych.train.recipe import Engine, Limits
-from tests import tiny
-from tests.test_parallel import recipe
+from diptych.training.recipe import Engine, Limits
+from tests.support import tiny
+from tests.training.test_parallel import recipe
 
 ARMS = {
     "2 processes": (2, Engine()),

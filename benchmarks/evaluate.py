@@ -18,8 +18,10 @@ import torch
 from common import finish
 
 import diptych
-from diptych.evaluate import detector, evaluate, geneval
-from diptych.evaluate.table import Tools, resolve
+from diptych.evaluation.benchmarks import geneval
+from diptych.evaluation.benchmarks.table import Tools, resolve
+from diptych.evaluation.harness import evaluate
+from diptych.evaluation.judges import detector
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from diptych import recipes
-from diptych.train.recipe import Engine, Recipe
+from diptych.training.recipe import Engine, Recipe
 
 
 def start(recipe: Path, run: Path, processes: int, verb: str) -> list[subprocess.Popen]:

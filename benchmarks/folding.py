@@ -10,12 +10,12 @@ from dataclasses import replace
 import torch
 from common import best, finish
 
-from diptych import models
 from diptych.core.batch import pack
 from diptych.core.losses import combine
 from diptych.core.noise import Noise
-from diptych.data import embedded
-from diptych.generate.engine import Engine
+from diptych.data.worlds import embedded
+from diptych.generation.engine import Engine
+from diptych.models import store, table
 from diptych.parts.images import SizeRule
 
 FOLDS = ((1, 1), (2, 4), (2, 8))
@@ -24,8 +24,8 @@ WEIGHTS = {"text": 1.0, "image": 2.0}
 
 def made(fold: tuple[int, int]):
     """The tiny model with this fold; embeddings are such that every fold has the same number of features."""
-    config = replace(models.config("synergen/tiny"), draw=SizeRule(longest=256, shortest=32, stride=32))
-    model = models.create("synergen", replace(config, fold=fold, embed_size=1024 // (fold[0] * fold[1])))
+    config = replace(table.config("synergen/tiny"), draw=SizeRule(longest=256, shortest=32, stride=32))
+    model = store.create("synergen", replace(config, fold=fold, embed_size=1024 // (fold[0] * fold[1])))
     model.initialise(0)
     return model
 

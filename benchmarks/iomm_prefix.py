@@ -13,11 +13,11 @@ from dataclasses import replace
 import torch
 from common import best, finish
 
-from diptych import models
 from diptych.core.batch import pack
 from diptych.core.noise import Noise
 from diptych.core.sample import Sample, assistant, user
-from diptych.data.embedded import source
+from diptych.data.worlds.embedded import source
+from diptych.models import store
 from diptych.models.iomm import Config
 from diptych.parts.attention import Recorded, documents
 
@@ -28,7 +28,7 @@ def build(width: int, layers: int, queries: int):
     model = c.mllm.model
     text = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers}
     row = model | {"text_config": model["text_config"] | text}
-    made = models.create("iomm", replace(c, mllm=replace(c.mllm, model=row), queries=queries))
+    made = store.create("iomm", replace(c, mllm=replace(c.mllm, model=row), queries=queries))
     made.initialise(0)
     made.mllm.requires_grad_(False)
     return made.train()

@@ -15,11 +15,12 @@ import PIL.Image
 import torch
 from common import finish
 
-from diptych import models, recipes
+from diptych import recipes
 from diptych.core.sample import Image, Sample, assistant, user
+from diptych.models import configs
 from diptych.recipes.run import _self_conditioned
-from diptych.train.plan import GIB, plan
-from diptych.train.recipe import Recipe, Stage
+from diptych.training.plan import GIB, plan
+from diptych.training.recipe import Recipe, Stage
 
 FILLED = ("weights", "gradients", "optimizer", "average", "activations", "total")
 
@@ -29,7 +30,7 @@ class Largest:
 
     def __init__(self, name: str, recipe: Recipe) -> None:
         self.name, self.recipe, self.blank = name, recipe, PIL.Image.new("RGB", (1024, 1024))
-        self.config = models.config_from_json(recipe.model)[1]
+        self.config = configs.config_from_json(recipe.model)[1]
 
     def __len__(self) -> int:
         return 64

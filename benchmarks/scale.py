@@ -31,17 +31,18 @@ from common import finish
 from torch.utils.flop_counter import FlopCounterMode
 from training import wider
 
-from diptych import models, recipes
+from diptych import recipes
 from diptych.core.batch import Batch
 from diptych.data.loader import Loader
-from diptych.doctor import matmul_rate
+from diptych.machine.devices import matmul_rate
+from diptych.models import configs, store, table
 from diptych.parts.decoder import DecoderConfig
 from diptych.parts.dit import DitConfig
 from diptych.recipes.run import stage_sources
-from diptych.train import loop
-from diptych.train.log import memory
-from diptych.train.plan import GIB, plan
-from diptych.train.recipe import Engine, Limits, Optimizer, Recipe
+from diptych.training import loop
+from diptych.training.log import memory
+from diptych.training.plan import GIB, plan
+from diptych.training.recipe import Engine, Limits, Optimizer, Recipe
 
 STEPS = 13  # MFU is there from the eleventh on
 SKIPPED = 2  # steps that warm up
@@ -55,7 +56,7 @@ SIZES = {  # (width, layers): --tiny, the default, --large (256 to 330 M paramet
 
 def config(family: str, width: int, layers: int) -> Any:
     """The tiny config of a family with a wider, deeper trunk."""
-    tiny = models.config(f"{family}/tiny")
+    tiny = table.config(f"{family}/tiny")
     if family == "bagel":
         return wider(width, layers)
     if family == "iomm":
@@ -82,7 +83,7 @@ def sized(family: str, width: int, layers: int, tokens: int, workers: int) -> Re
     base = recipes.find(f"{family}/tiny")
     stage = replace(base.stages[-1], steps=STEPS, optimizer=Optimizer("adamw"), ema=None,
                     limits=Limits(tokens, max(1, tokens // 16)))  # fmt: skip
-    made = models.config_to_json(family, config(family, width, layers))
+    made = configs.config_to_json(family, config(family, width, layers))
     return replace(base, model=made, stages=(stage,), init={}, workers=workers, checkpoint_every=10**9)
 
 
@@ -157,9 +158,9 @@ def padded(lengths: tuple[int, ...], device: str) -> torch.Tensor:
 
 def plain(recipe: Recipe, run: Path, device: str, precision: str) -> None:
     """The same rows through the plain loop; leaves the lines that ``loop.train`` leaves."""
-    family, made = models.config_from_json(recipe.model)
+    family, made = configs.config_from_json(recipe.model)
     model, work = plain_pictures(made, device) if family == "iomm" else plain_words(made.decoder, device)
-    ours = models.create(family, made, device="meta")
+    ours = store.create(family, made, device="meta")
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     stage = recipe.stages[0]
     rows = iter(Loader(stage_sources(recipe, stage), stage.data, ours.lay_out, routes=ours.routes,
@@ -260,7 +261,7 @@ def main() -> int:
     rows, parameters, failed = [], {}, 0
     for family in a.families:
         base = sized(family, *SIZES[family][size], tokens, 0 if a.tiny else 2 if a.large else 1)
-        made = models.create(*models.config_from_json(base.model), device="meta")
+        made = store.create(*configs.config_from_json(base.model), device="meta")
         parameters[family] = sum(p.numel() for p in made.parameters())
         for arm in a.arms or known:
             precision, engine = known[arm] or known["eager"]

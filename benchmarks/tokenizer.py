@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from common import finish
 
-from diptych import models
 from diptych.core.tensors import to_float
-from diptych.data import embedded, shapes
+from diptych.data.worlds import embedded, shapes, shapes_judge
+from diptych.models import store
 from diptych.parts.images import to_pil, to_tensor
 
 SETS = ("shapes/draw", "emoji64/draw", "emoji/draw", "emoji/scenes")
@@ -29,7 +29,7 @@ def through(autoencoder, images: list) -> tuple[torch.Tensor, torch.Tensor, torc
 @torch.inference_mode()
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "autoencoder/vq-tiny"
-    model = models.load(name)
+    model = store.load(name)
     autoencoder, codebook = model.autoencoder, model.config.autoencoder.codebook
     rows, seen = [], []
     for data in SETS:
@@ -47,7 +47,7 @@ def main() -> None:
         prompts = shapes.prompts(tag, PROMPTS, 0, False)
         scenes = [shapes.render(shapes.scene_for(rng, p), 64) for p in prompts]
         again = through(autoencoder, scenes)[2]
-        right += sum(shapes.check(to_pil(a), p).ok for a, p in zip(again, prompts, strict=True))
+        right += sum(shapes_judge.check(to_pil(a), p).ok for a, p in zip(again, prompts, strict=True))
         total += len(prompts)
     summary = {"strict judge passes": right / total, "scenes": total}
     if codebook:

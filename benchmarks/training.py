@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from common import finish
 
-from diptych import models, recipes
-from diptych.doctor import matmul_rate
+from diptych import recipes
+from diptych.machine.devices import matmul_rate
+from diptych.models import configs
 from diptych.models.bagel import Config
 from diptych.recipes.run import stage_sources
-from diptych.train import loop
-from diptych.train.recipe import Optimizer
+from diptych.training import loop
+from diptych.training.recipe import Optimizer
 
 
 def wider(width: int, layers: int) -> Config:
@@ -54,7 +55,7 @@ def main() -> None:
             recipe = recipes.find("bagel/tiny")
             config = Config.tiny() if width == 192 else wider(width, layers)
             stage = replace(recipe.stages[0], optimizer=Optimizer(optimizer), steps=steps + 2)
-            recipe = replace(recipe, model=models.config_to_json("bagel", config), stages=(stage,), precision=precision, checkpoint_every=10**9)  # fmt: skip  # noqa: E501
+            recipe = replace(recipe, model=configs.config_to_json("bagel", config), stages=(stage,), precision=precision, checkpoint_every=10**9)  # fmt: skip  # noqa: E501
             peak = matmul_rate(torch.float32, n=1024, seconds=1.0)
             with tempfile.TemporaryDirectory() as folder:
                 loop.train(recipe, Path(folder) / "run", stage_sources, show=False)

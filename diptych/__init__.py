@@ -1,42 +1,66 @@
 """diptych: unified multimodal models, networks that read pictures and draw them, behind one protocol.
 
-The public names are resolved on first use, so importing the package costs nothing.
+The names below are imported on first use, so ``import diptych`` costs milliseconds and does not import torch.
 """
 
 from __future__ import annotations
 
-import importlib
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
-
-_NAMES = {
-    "load": "diptych.generate.engine",
-    "Engine": "diptych.generate.engine",
-    "resume": "diptych.recipes.run",
-    "Recipe": "diptych.train.recipe",
-    "Sample": "diptych.core.sample",
-    "Message": "diptych.core.sample",
-    "Text": "diptych.core.sample",
-    "Image": "diptych.core.sample",
-    "user": "diptych.core.sample",
-    "assistant": "diptych.core.sample",
-}
-_ROOMS = ("train", "evaluate")  # packages that can be called
-__all__ = [*_NAMES, *_ROOMS]  # noqa: PLE0604
-
 if TYPE_CHECKING:
-    from diptych.core.sample import Image, Message, Sample, Text, assistant, user  # noqa: F401
-    from diptych.generate.engine import Engine, load  # noqa: F401
+    from diptych.core.sample import Image as Image
+    from diptych.core.sample import Message as Message
+    from diptych.core.sample import Sample as Sample
+    from diptych.core.sample import Text as Text
+    from diptych.core.sample import assistant as assistant
+    from diptych.core.sample import user as user
+    from diptych.evaluation.harness import evaluate as evaluate
+    from diptych.generation.engine import Engine as Engine
+    from diptych.generation.engine import load as load
+    from diptych.recipes.run import resume as resume
+    from diptych.recipes.run import train as train
+    from diptych.training.recipe import Recipe as Recipe
+
+__version__ = "0.1.0"
+__all__ = [
+    "Engine",
+    "Image",
+    "Message",
+    "Recipe",
+    "Sample",
+    "Text",
+    "assistant",
+    "evaluate",
+    "load",
+    "resume",
+    "train",
+    "user",
+]
+
+_HOMES = {
+    "Engine": "diptych.generation.engine",
+    "Image": "diptych.core.sample",
+    "Message": "diptych.core.sample",
+    "Recipe": "diptych.training.recipe",
+    "Sample": "diptych.core.sample",
+    "Text": "diptych.core.sample",
+    "assistant": "diptych.core.sample",
+    "evaluate": "diptych.evaluation.harness",
+    "load": "diptych.generation.engine",
+    "resume": "diptych.recipes.run",
+    "train": "diptych.recipes.run",
+    "user": "diptych.core.sample",
+}
 
 
 def __getattr__(name: str):
-    if name in _ROOMS:
-        return importlib.import_module(f"diptych.{name}")
-    if name not in _NAMES:
+    if name not in _HOMES:
         raise AttributeError(f"module 'diptych' has no attribute {name!r}")
-    return getattr(importlib.import_module(_NAMES[name]), name)
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return __all__

@@ -2,7 +2,7 @@
 
     python scripts/build_emoji.py
 
-Needs npm. The same package versions give the same bytes. See diptych/data/NOTICE for the licences.
+Needs npm. The same package versions give the same bytes. See diptych/data/worlds/NOTICE for the licences.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 PICTURES = "@iconify-json/fluent-emoji-flat@1.2.6"
 WORDS = "emojibase-data@17.0.0"
 LANGUAGES = ("en", "zh", "es", "fr", "de", "ja", "hi", "ru", "pt", "ko")
-DESTINATION = Path(__file__).resolve().parent.parent / "diptych" / "data" / "emoji.json.xz"
+DESTINATION = Path(__file__).resolve().parent.parent / "diptych" / "data" / "worlds" / "emoji.json.xz"
 
 
 def fetch(package: str, folder: Path) -> Path:

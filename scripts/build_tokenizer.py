@@ -6,7 +6,7 @@ python scripts/build_tokenizer.py
 from collections.abc import Iterator
 
 from diptych.core.sample import Text
-from diptych.data import embedded
+from diptych.data.worlds import embedded
 from diptych.parts.tokenizer import TINY, Tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 import diptych
-from diptych.data import emoji, shapes
+from diptych.data.worlds import emoji, shapes_sources
 
 INK, PAPER = "#1f2430", "#ffffff"
 READ, DRAW = "#2c7fb8", "#d95f0e"
@@ -20,7 +20,7 @@ READ, DRAW = "#2c7fb8", "#d95f0e"
 
 def main() -> None:
     model = diptych.load(sys.argv[1] if len(sys.argv) > 1 else "bagel/tiny", "cpu")
-    scene = next(shapes.source("shapes/ask", "test", 64)[3].images()).pixels
+    scene = next(shapes_sources.source("shapes/ask", "test", 64)[3].images()).pixels
     apple = emoji.render(next(e for e in emoji.records() if e.labels["en"] == "red apple"), 64)
     drawn = model.generate("two blue stars", seed=0).images[0]
     pair = model.generate("a red circle left of a green square", seed=0).images[0]

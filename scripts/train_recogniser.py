@@ -1,4 +1,4 @@
-"""Trains the judge of GenEval-emoji (``diptych.evaluate.recognise``) and writes its weights.
+"""Trains the judge of GenEval-emoji (``diptych.evaluation.judges.recogniser``) and writes its weights.
 
 python scripts/train_recogniser.py --steps 2500 --seed 0        # prints the accuracy and the CPU seconds
 """
@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from diptych.data import emoji
-from diptych.evaluate import recognise
-from diptych.evaluate.recognise import CLASSES, SIDE, STRIDE, Recogniser
+from diptych.data.worlds import emoji
+from diptych.evaluation.judges import recogniser
+from diptych.evaluation.judges.recogniser import CLASSES, SIDE, STRIDE, Recogniser
 
 SIZES = range(18, 41, 2)  # pixels of an emoji in training; scenes have 26 to 31
 
@@ -25,7 +25,7 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=3000)
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", type=Path, default=Path(recognise.__file__).with_name("recogniser.safetensors"))
+    p.add_argument("--out", type=Path, default=Path(recogniser.__file__).with_name("recogniser.safetensors"))
     a = p.parse_args()
     torch.manual_seed(a.seed)
     rng = np.random.default_rng(a.seed)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-CHECKED = ("core", "parts", "models", "train", "generate", "recipes", "analyze")
+CHECKED = ("core", "parts", "models", "training", "generation", "recipes", "analysis")
 jaxtyping.install_import_hook([f"diptych.{room}" for room in CHECKED], "beartype.beartype")
 
 
@@ -43,9 +43,9 @@ def tmp_run(tmp_path):
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A saved random model of the smallest size: what the command line and the engine can be tried on."""
-    from diptych import models
-    from tests.tiny import model, shake
+    from diptych.models import store
+    from tests.support.tiny import model, shake
 
     folder = tmp_path_factory.mktemp("models") / "random"
-    models.save(shake(model("bagel")), folder)
+    store.save(shake(model("bagel")), folder)
     return folder

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from diptych.core.sequence import Kind, Sequence
+from diptych.core.layout import Kind, Layout
 from diptych.core.tensors import NONE, Bool, Int, Tensor
 
 
@@ -79,7 +79,7 @@ def _to(value: Any, device: torch.device) -> Any:
     return value
 
 
-def pack(sequences: Iterable[Sequence], routes: int = 1, pad_to: int | None = None) -> Batch:
+def pack(sequences: Iterable[Layout], routes: int = 1, pad_to: int | None = None) -> Batch:
     """The batch that holds ``sequences`` one after another, padded at the end to a multiple of ``pad_to``.
 
     ``routes`` is how many experts the family has (each gets an index list, empty or not).

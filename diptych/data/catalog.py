@@ -22,12 +22,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from diptych.data import annotations as annotated
 from diptych.data import sources as readers
-from diptych.data import tasks
-from diptych.data.images import MAX_PIXELS
+from diptych.data.decoding import MAX_PIXELS
 from diptych.data.mixture import First, Source
-from diptych.data.selfcondition import PICTURES, Pictures
+from diptych.data.self_condition import PICTURES, Pictures
+from diptych.data.tasks import annotations as annotated
+from diptych.data.tasks import ladder
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
 Path_ = Annotated[str, Field(min_length=1)]
@@ -36,8 +36,8 @@ SGT = "sgt/"
 
 
 def _task(read: str) -> str:
-    if not (read.startswith(SGT) and read.removeprefix(SGT) in tasks.TASKS):
-        raise ValueError(f"choose from {', '.join(SGT + name for name in tasks.TASKS)}")
+    if not (read.startswith(SGT) and read.removeprefix(SGT) in ladder.TASKS):
+        raise ValueError(f"choose from {', '.join(SGT + name for name in ladder.TASKS)}")
     return read
 
 
@@ -128,14 +128,14 @@ class Entry:
                     raise ValueError(f"{given} go with read: {SGT}...")
                 return readers.images(self.name, path, s.max_pixels)
             if isinstance(s, Images | Annotation):
-                task = tasks.TASKS[str(s.read).removeprefix(SGT)]
+                task = ladder.TASKS[str(s.read).removeprefix(SGT)]
                 return annotated.Proxies(self.name, task, self._rows(s, task), s.longest, s.seed)
             make = readers.parquet if s.format == "parquet" else readers.webdataset
             return make(self.name, path, s.read, s.max_pixels)
         except (ValueError, OSError) as error:
             raise ValueError(f"{self.where}: data set {self.name!r}: {error}") from error
 
-    def _rows(self, s: Images | Annotation, task: tasks.Task) -> tuple[annotated.Row, ...]:
+    def _rows(self, s: Images | Annotation, task: ladder.Task) -> tuple[annotated.Row, ...]:
         def beside(key: str) -> Path | None:
             value = getattr(s, key)
             return self.folder / value if value else None
@@ -208,8 +208,8 @@ def sources(
     for) are read from there. Raises ``ValueError`` for a name that neither has, and for encoded data that were made of
     other pictures.
     """
-    from diptych.data import embedded
     from diptych.data import encoded as precomputed
+    from diptych.data.worlds import embedded
 
     entries, folders = read_catalog(catalog) if catalog is not None else {}, folders or {}
     found: dict[str, Source] = {}

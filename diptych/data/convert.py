@@ -14,17 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diptych.core.sample import (
-    Image,
-    Message,
-    Part,
-    Sample,
-    Text,
-    assistant,
-    sample_from_json,
-    sample_to_json,
-    user,
-)
+from diptych.core.sample import Image, Message, Part, Sample, Text, assistant, sample_from_json, sample_to_json, user
 from diptych.data.mixture import bits
 from diptych.data.sources import find_files, pyarrow
 

@@ -26,12 +26,12 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from diptych.core.batch import Batch, pack
+from diptych.core.layout import Layout
 from diptych.core.sample import Sample
-from diptych.core.sequence import Sequence
 from diptych.core.tensors import NONE
 from diptych.data.mixture import Draw, Mixture, Source, uniform
 
-LayOut = Callable[..., Sequence]  # lay_out(sample, drop=frozenset of conditions): a family's, or any function
+LayOut = Callable[..., Layout]  # lay_out(sample, drop=frozenset of conditions): a family's, or any function
 NAMED = 5  # how many bad rows an error lists
 
 log = logging.getLogger("diptych.data")
@@ -84,7 +84,7 @@ class Pending:
     """A sample that waits for its row."""
 
     draw: Draw
-    sequence: Sequence
+    sequence: Layout
     tokens: int
     pictures: int
     dropped: tuple[str, ...]

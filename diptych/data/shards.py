@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from diptych.core.layout import Layout
 from diptych.core.sample import Image, Sample, sample_to_json
-from diptych.core.sequence import Sequence
 from diptych.data.encoded import add_member, shard_name, written
 from diptych.data.loader import Loader
 from diptych.data.mixture import Source, permuted
@@ -107,9 +107,7 @@ class Lengths:
         }  # fmt: skip
 
 
-def stats(
-    sources: Mapping[str, Source], lay_out: Callable[[Sample], Sequence], limit: int = 1000
-) -> dict[str, Lengths]:
+def stats(sources: Mapping[str, Source], lay_out: Callable[[Sample], Layout], limit: int = 1000) -> dict[str, Lengths]:
     """Lengths, kinds of tokens and shapes of pictures of the first ``limit`` rows of every data set."""
     out = {}
     for name, source in sources.items():

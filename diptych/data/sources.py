@@ -22,7 +22,7 @@ import numpy as np
 import PIL.Image
 
 from diptych.core.sample import Image, Message, Sample, assistant, sample_from_json, user
-from diptych.data.images import MAX_PIXELS, SUFFIXES, open_image, read_bytes
+from diptych.data.decoding import MAX_PIXELS, SUFFIXES, open_image, read_bytes
 
 Read = Literal["rows", "draw", "caption", "pictures"]
 HELD = 4  # row groups of parquet files kept decoded, per process

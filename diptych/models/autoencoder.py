@@ -17,20 +17,13 @@ import torch
 from torch import nn
 
 from diptych.core.batch import Batch, Pictures
+from diptych.core.layout import Kind, Layout, Segment
 from diptych.core.losses import Losses, Term
 from diptych.core.noise import Noise
 from diptych.core.sample import Sample
-from diptych.core.sequence import Kind, Segment
-from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, Tensor, to_float
 from diptych.models.protocol import NOTHING, Drop, Trainable
-from diptych.parts.autoencoder import (
-    AutoencoderConfig,
-    Quantised,
-    build_autoencoder,
-    tiny_autoencoder,
-    tiny_tokenizer,
-)
+from diptych.parts.autoencoder import AutoencoderConfig, Quantised, build_autoencoder, tiny_autoencoder, tiny_tokenizer
 from diptych.parts.images import to_tensor
 from diptych.parts.tokenizer import Tokenizer
 
@@ -85,7 +78,7 @@ class AutoencoderTraining(Trainable):
     def trunk(self) -> Iterator[nn.Module]:
         return iter(())  # every shape of pictures is another call
 
-    def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
+    def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Layout:
         """Every picture as one segment; texts are ignored."""
         stride = self.config.autoencoder.downsample
         segments = []
@@ -96,7 +89,7 @@ class AutoencoderTraining(Trainable):
             segments.append(Segment(Kind.CLEAN, ids, image=to_tensor(image.pixels, (w, h)), grid=grid, full=True))
         if not segments:
             raise ValueError(f"sample {sample.id!r} has no picture to train an autoencoder on")
-        return Laid(sample.id, tuple(segments))
+        return Layout(sample.id, tuple(segments))
 
     def counts(self, batch: Batch) -> dict[str, float]:
         pixels = float(sum(g.images.numel() for g in batch.of(Kind.CLEAN)))

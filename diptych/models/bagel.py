@@ -19,22 +19,20 @@ not move it. A picture to edit is read twice, as latents and as features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from math import isqrt, prod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import prod
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from diptych.core.batch import Batch, Pictures, pack
-from diptych.core.losses import Losses, Term, by_document, linear_cross_entropy
+from diptych.core.layout import Kind, Layout, Segment
+from diptych.core.losses import Losses, Term, by_document
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Sample, Text
-from diptych.core.sequence import Kind, Segment
-from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, Float, Tensor, to_float
-from diptych.models.folders import Json, Layout, States
 from diptych.models.protocol import (
     NOTHING,
     Context,
@@ -51,10 +49,10 @@ from diptych.models.protocol import (
     latent_tokens,
     read_on,
 )
-from diptych.models.weights import BAGEL, FLUX_AUTOENCODER, count, decoder_config, flux_config, side
 from diptych.parts.adapters import Projector
 from diptych.parts.attention import Attend, Cached, Fixed, documents, inverse_permutation
 from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, tiny_autoencoder
+from diptych.parts.cross_entropy import linear_cross_entropy
 from diptych.parts.decoder import Decoder, DecoderConfig
 from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, euler, mix, squared_error, velocity
 from diptych.parts.images import SizeRule, to_tensor, tokens_to_latents
@@ -64,6 +62,8 @@ from diptych.parts.tokenizer import Tokenizer
 from diptych.parts.vision import VisionConfig, VisionEncoder, blanked
 
 READ, DRAW = 0, 1  # the two routes
+
+
 EDITS = FlowSettings(image_guidance_scale=2.0, guidance_interval=(0.0, 1.0), renorm="text_channel")  # specs: SGT 3.5
 
 
@@ -222,7 +222,7 @@ class Bagel(UnifiedModel):
 
     # ---- layout -------------------------------------------------------------------------------------------------
 
-    def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
+    def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Layout:
         """Texts and pictures in order; nothing stands in the place of what is dropped."""
         sample, segments = dropped(sample, drop), list[Segment]()
         for at, message in enumerate(sample.messages, 1):
@@ -237,7 +237,7 @@ class Bagel(UnifiedModel):
                         segments += self._read(part)
         if sample.is_open and not sample.messages[-1].parts:
             segments.append(Segment(Kind.TEXT, (self.markers["bos"],)))
-        return Laid(sample.id, tuple(segments))
+        return Layout(sample.id, tuple(segments))
 
     def _text(self, text: Text) -> Segment:
         ids = (self.markers["bos"], *self.tokenizer.encode(text.text), self.markers["eos"])
@@ -333,7 +333,7 @@ class Bagel(UnifiedModel):
         return Context(self.decoder.cache())
 
     @torch.inference_mode()
-    def extend(self, contexts: Sequence[Context], sequences: Sequence[Laid]) -> list[Context]:
+    def extend(self, contexts: Sequence[Context], sequences: Sequence[Layout]) -> list[Context]:
         """Reads clean pictures at t = 0; a noised picture cannot be read."""
         batch = pack(sequences, self.routes).to(self.device)
         if batch.of(Kind.NOISED):
@@ -426,89 +426,4 @@ class Bagel(UnifiedModel):
         return self.autoencoder.decode(latents).float().clamp(-1, 1)
 
 
-# ---- published folders ------------------------------------------------------------------------------------------
-
-_LLM, _VIT, _GELU = "llm_config.json", "vit_config.json", "gelu_pytorch_tanh"
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size")
-
-
-def published_config(json: Json, states: States) -> Config:
-    """Sizes of a published folder (specs: SGT 3.1). What its JSON files leave out or say otherwise than the weights,
-    the tensors tell: q/k norm, an untied head, the vision layers in use (one less than the file says), both position
-    tables (64 and the encoder's own where they are not stored) and the autoencoder.
-
-    Raises ``ValueError`` for settings that this family does not compute."""
-    llm, vit, more = json[_LLM], json[_VIT], json.get("config.json", {})
-    ema, coder = states["ema"], more.get("vae_config", {})
-    text = decoder_config({"model_type": "qwen2", **llm})
-    normed = any(name.endswith(".q_norm.weight") for name in ema)
-    tied = text.tie_word_embeddings and "language_model.lm_head.weight" not in ema
-    text = replace(
-        text,
-        qk_norm=normed or bool(llm.get("qk_norm", True)),
-        tie_word_embeddings=tied,
-        routes=2,
-        routed=("attention", "norms", "mlp"),
-    )
-    wrong = [f"{_VIT}: {name} must be a number, not {vit.get(name)!r}" for name in _SIZES if not _is_size(vit, name)]
-    acts = {f"{_VIT}: hidden_act": vit.get("hidden_act"), "config.json: connector_act": more.get("connector_act")}
-    wrong += [f"{name} {act!r} is not supported" for name, act in acts.items() if act not in (None, _GELU)]
-    if wrong:
-        raise ValueError("; ".join(wrong))
-    vision = VisionConfig(**{n: vit[n] for n in _SIZES}, layer_norm_eps=vit.get("layer_norm_eps", 1e-6))
-    if count(ema, "vit_model.vision_model.encoder.layers.*") != vision.num_hidden_layers:
-        vision = replace(vision, num_hidden_layers=vision.num_hidden_layers - 1)
-    names = {"scale": "scale_factor", "shift": "shift_factor"}
-    autoencoder = flux_config(states["ae"], **{ours: coder[n] for ours, n in names.items() if n in coder})
-    features = ema["vae2llm.weight"].shape[-1] if "vae2llm.weight" in ema else 4 * autoencoder.latent_channels
-    patch = max(1, isqrt(features // autoencoder.latent_channels))
-    stride, most = patch * autoencoder.downsample, side(ema, "latent_pos_embed.pos_embed") or 64
-    seen = side(ema, "vit_pos_embed.pos_embed") or vision.side
-    longest, shortest = seen * vision.patch_size, min(seen, 16) * vision.patch_size
-    return Config(
-        text,
-        vision,
-        autoencoder,
-        latent_patch=patch,
-        latent_side=most,
-        vision_side=None if seen == vision.side else seen,
-        stretch=bool(more.get("interpolate_pos", False)),
-        times=TimeDraw(shift=more.get("timestep_shift", 1.0)),
-        see=SizeRule(longest=longest, shortest=shortest, stride=vision.patch_size),
-        draw=SizeRule(longest=most * stride, shortest=(most + 1) // 2 * stride, stride=stride),
-        size=(most * stride, most * stride),
-        edits=EDITS,
-    )
-
-
-def _is_size(row: Mapping[str, Any], name: str) -> bool:
-    return isinstance(row.get(name), int) and row[name] > 0
-
-
-def published_files(c: Config) -> dict[str, dict]:
-    """The JSON files of a published folder, the inverse of ``published_config``: Qwen2's sizes, SigLIP's with the layer
-    that is not used, and a config.json where there is more to say."""
-    llm = {
-        n: v for n, v in asdict(c.decoder).items() if n not in ("qkv_bias", "routes", "routed") and v is not None
-    } | {"model_type": "qwen2", "hidden_act": "silu", "layer_module": "Qwen2MoTDecoderLayer"}
-    vit = {n: getattr(c.vision, n) for n in (*_SIZES, "layer_norm_eps")} | {
-        "num_hidden_layers": c.vision.num_hidden_layers + 1,
-        "model_type": "siglip_vision_model",
-        "hidden_act": _GELU,
-    }
-    more: dict[str, Any] = {"interpolate_pos": True} if c.stretch else {}
-    if (c.autoencoder.scale, c.autoencoder.shift) != (AutoencoderConfig.scale, AutoencoderConfig.shift):
-        more["vae_config"] = {"scale_factor": c.autoencoder.scale, "shift_factor": c.autoencoder.shift}
-    return {_LLM: llm, _VIT: vit} | ({"config.json": {"model_type": "bagel", **more}} if more else {})
-
-
-PUBLISHED = Layout(
-    weights={"ema": lambda c: BAGEL, "ae": lambda c: FLUX_AUTOENCODER},
-    json=(_LLM, _VIT),
-    optional=("config.json",),
-    config=published_config,
-    describe=published_files,
-    free=("times", "see", "draw", "size", "settings", "edits"),
-    computed=position_tables,
-)
 """``ByteDance-Seed/BAGEL-7B-MoT``; ``Two-hot/SGT-BAGEL`` is an ``ema.safetensors`` over it (specs: SGT 3.6)."""

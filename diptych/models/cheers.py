@@ -36,13 +36,11 @@ from einops import rearrange
 from torch import nn
 
 from diptych.core.batch import Batch, Pictures, pack
-from diptych.core.losses import Losses, Term, by_document, linear_cross_entropy
+from diptych.core.layout import Kind, Layout, Segment
+from diptych.core.losses import Losses, Term, by_document
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Message, Sample, Text
-from diptych.core.sequence import Kind, Segment
-from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, Float, Int, Tensor, to_float
-from diptych.models.folders import Json, Layout, States
 from diptych.models.protocol import (
     NOTHING,
     Branches,
@@ -60,9 +58,9 @@ from diptych.models.protocol import (
     read_on,
     sources,
 )
-from diptych.models.weights import cheers, count, decoder_config
 from diptych.parts.attention import Cached, Fixed, documents, sdpa
 from diptych.parts.autoencoder import AutoencoderConfig, LatentDecoder, build_autoencoder, tiny_autoencoder
+from diptych.parts.cross_entropy import linear_cross_entropy
 from diptych.parts.decoder import MLP, Attention, Decoder, DecoderConfig, RMSNorm, Rope
 from diptych.parts.flow import (
     FlowSettings,
@@ -81,7 +79,11 @@ from diptych.parts.tokenizer import Tokenizer
 from diptych.parts.vision import VisionConfig, VisionEncoder, blanked
 
 START, END, BLANK = "<im_start>", "<im_end>", "<no_mean>"
+
+
 ADDED = ("<image>", "<image_gen>", START, END, BLANK)  # at the end of Qwen's vocabulary, in this order
+
+
 SYSTEM = "You are a helpful assistant."
 
 Quirk = Literal[
@@ -93,6 +95,8 @@ Quirk = Literal[
     "endpoint_step",
     "bf16_latents",
 ]
+
+
 """What the published code does and one would not do again:
 
 ``repeated_positions``    the fine stage counts its N tokens 0 .. N/2 - 1 twice; the published weights learned with it
@@ -375,7 +379,7 @@ class Cheers(UnifiedModel):
 
     # ---- layout -------------------------------------------------------------------------------------------------
 
-    def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
+    def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Layout:
         """ChatML with pictures in their place. Instead of dropping the words of a request, ``text`` blanks every word
         up to the picture that is drawn but the pictures' markers; such words are not learned."""
         out: list[Segment] = []
@@ -436,7 +440,7 @@ class Cheers(UnifiedModel):
                     waiting = "\n" if roles else ""
         say()
         out.extend(self._words(run, drop))
-        return Laid(sample.id, tuple(out))
+        return Layout(sample.id, tuple(out))
 
     def _words(self, run: Sequence[tuple[int, bool]], drop: Drop) -> list[Segment]:
         """A run of words as segments, those that predict apart from those that do not."""
@@ -560,7 +564,7 @@ class Cheers(UnifiedModel):
         return Context(self.decoder.cache(), slot=())
 
     @torch.inference_mode()
-    def extend(self, contexts: Sequence[Context], sequences: Sequence[Laid]) -> list[Context]:
+    def extend(self, contexts: Sequence[Context], sequences: Sequence[Layout]) -> list[Context]:
         """Reads clean pictures; a noised picture cannot be read. The slot of a context holds the latents of pictures to
         edit and where each ends."""
         batch = pack(sequences, self.routes).to(self.device)
@@ -590,11 +594,11 @@ class Cheers(UnifiedModel):
         slot = tuple(source for source in context.slot if source[0] <= length)
         return replace(super().rewind(context, length, position), slot=slot)
 
-    def reply(self, ids: Sequence[int], drop: Drop = NOTHING) -> Laid:
+    def reply(self, ids: Sequence[int], drop: Drop = NOTHING) -> Layout:
         kept = {self.markers["start"], self.markers["end"]}
         blank = self.markers["blank"]
         ids = [i if i in kept else blank for i in ids] if "text" in drop else ids
-        return Laid("reply", (Segment(Kind.TEXT, tuple(ids)),))
+        return Layout("reply", (Segment(Kind.TEXT, tuple(ids)),))
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -714,93 +718,4 @@ def _speaks(targets: Sequence[int], i: int) -> bool:
     return targets[i] != NONE or (i > 0 and targets[i - 1] != NONE)
 
 
-# ---- published folders ------------------------------------------------------------------------------------------
-
-_VAE = {"resolution": 512, "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "z_channels": 32}
-_DEFAULTS = {  # of the published classes, which the stored config.json leaves out (specs: Cheers 2.10)
-    "text_config": {"num_hidden_layers": 28, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "hidden_act": "silu"},
-    "vision_representation_config": {"layer_norm_eps": 1e-6, "num_channels": 3, "hidden_act": "gelu_pytorch_tanh"},
-    "vae_encoder_config": _VAE,
-    "vae_decoder_config": _VAE,
-}
-_SIGLIP = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size"}
-
-
-def published_config(json: Json, states: States) -> Config:
-    """Sizes of a published folder (specs: Cheers 2.10, 3). What its config.json leaves out are the defaults of the
-    published classes; the depth of the head, which they fix at 7 and 3, is counted in the weights.
-
-    Raises ``ValueError`` for settings that this family does not compute."""
-    row = json["config.json"]
-    text, vit, enc, dec = ({**default, **row.get(name, {})} for name, default in _DEFAULTS.items())
-    wrong = [f"vision_representation_config lacks {name}" for name in sorted(_SIGLIP - vit.keys())]
-    fixed = {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
-    wrong += [
-        f"vision_representation_config: {n} must be {v!r}, not {vit[n]!r}" for n, v in fixed.items() if vit[n] != v
-    ]
-    names = ("resolution", "ch", "ch_mult", "num_res_blocks", "z_channels")
-    wrong += [f"vae_encoder_config and vae_decoder_config differ in {n}" for n in names if enc[n] != dec[n]]
-    if enc["ch"] != 4 * enc["z_channels"]:
-        wrong.append(
-            f"vae_decoder_config: ch {enc['ch']} must be 4 x z_channels {enc['z_channels']}, as the head's width"
-        )
-    if wrong:
-        raise ValueError("config.json: " + "; ".join(wrong))
-    size = enc["resolution"]
-    return Config(
-        decoder_config(text | {"model_type": "qwen2"}),
-        VisionConfig(**{n: vit[n] for n in _SIGLIP}, layer_norm_eps=vit["layer_norm_eps"], pooling=True),
-        AutoencoderConfig(
-            channels=enc["ch"],
-            multipliers=tuple(enc["ch_mult"]),
-            blocks=enc["num_res_blocks"],
-            latent_channels=enc["z_channels"],
-            statistics=True,
-            fold=2,
-            quant=True,
-        ),
-        head_layers=tuple(
-            count(states["model"], f"model.{stage}_projector.diffusion_head_a.*") or n
-            for stage, n in (("gen", 7), ("hi", 3))
-        ),
-        size=(size, size),
-        published_quirks=("repeated_positions",),
-    )
-
-
-def published_files(c: Config) -> dict[str, dict]:
-    """The config.json of a published folder, the inverse of ``published_config``, with nothing left out. Raises
-    ``ValueError`` for a model that was trained without what every published model does."""
-    if "repeated_positions" not in c.published_quirks:
-        raise ValueError(
-            "the published code repeats positions in the fine stage; published_quirks of this model do not"
-        )
-    d, v, a = c.decoder, c.vision, c.autoencoder
-    text = {n: getattr(d, n) for n in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-            "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings")}  # fmt: skip  # noqa: E501
-    vit = {n: getattr(v, n) for n in (*sorted(_SIGLIP), "layer_norm_eps")}
-    vae = {"resolution": c.size[0], "ch": a.channels, "ch_mult": list(a.multipliers), "num_res_blocks": a.blocks,
-           "z_channels": a.latent_channels}  # fmt: skip
-    auto = {"AutoConfig": "configuration_umm.UMMConfig", "AutoModelForCausalLM": "modeling_umm.UMMModel"}
-    row = {
-        "architectures": ["Cheers"],
-        "auto_map": auto,
-        "model_type": "umm",
-        "text_config": text | {"hidden_act": "silu", "use_sliding_window": False},
-        "vision_representation_config": _DEFAULTS["vision_representation_config"] | vit | {"num_patches": v.side**2},
-        "vae_encoder_config": vae | {"in_channels": 3},
-        "vae_decoder_config": vae | {"in_channels": 3, "out_ch": 3},
-    }
-    return {"config.json": row}
-
-
-PUBLISHED = Layout(
-    weights={"model": lambda c: cheers(c.vision.patch_size)},
-    json=("config.json",),
-    mine=lambda json: json["config.json"].get("model_type") == "umm",
-    config=published_config,
-    describe=published_files,
-    free=("times", "settings", "published_quirks", "sizes"),
-    exact=("*.bn.*",),
-)
 """``ai9stars/Cheers``: one model in shards, everything in bfloat16, the statistics of the latents too."""

@@ -34,11 +34,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from diptych.core.batch import Batch, pack
 from diptych.core.checks import at_least
-from diptych.core.losses import Losses, Term, by_document, linear_cross_entropy
+from diptych.core.layout import Kind, Layout, Segment
+from diptych.core.losses import Losses, Term, by_document
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Message, Sample, Text
-from diptych.core.sequence import Kind, Segment
-from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, Bool, Float, Tensor, to_float
 from diptych.models.protocol import (
     NOTHING,
@@ -59,6 +58,7 @@ from diptych.models.protocol import (
 from diptych.parts.adapters import Connector, NoQueries, QueryBlock, ResidualQueries, StaticQueries
 from diptych.parts.attention import Cached, Continued, Recorded, documents
 from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, tiny_autoencoder
+from diptych.parts.cross_entropy import linear_cross_entropy
 from diptych.parts.dit import DitConfig, Group, blocks, build_dit
 from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, euler, mix, squared_error, velocity
 from diptych.parts.images import SizeRule, to_tensor, tokens_to_latents
@@ -250,7 +250,7 @@ class Iomm(UnifiedModel):
 
     # ---- layout -------------------------------------------------------------------------------------------------
 
-    def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
+    def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Layout:
         """The conversation in the reader's template. A picture to draw is queries and then its latents; one that no
         words ask for has the prompt of its sources, or of nothing at all."""
         sample = dropped(sample, drop)
@@ -451,7 +451,7 @@ class Iomm(UnifiedModel):
         return Context(self.mllm.cache())
 
     @torch.inference_mode()
-    def extend(self, contexts: Sequence[Context], sequences: Sequence[Laid]) -> list[Context]:
+    def extend(self, contexts: Sequence[Context], sequences: Sequence[Layout]) -> list[Context]:
         """Reads words and pictures; embeddings and states are kept too, for the queries that may look at them."""
         batch = pack(sequences).to(self.device)
         if batch.of(Kind.NOISED):
@@ -674,10 +674,10 @@ class _Page:
         ids = (NONE,) * (grid[0] * grid[1])
         self.segments.append(Segment(Kind.NOISED, ids, hidden=True, advance=0, drawn=True, **columns))
 
-    def done(self, name: str) -> Laid:
+    def done(self, name: str) -> Layout:
         """The sequence."""
         self._flush()
-        return Laid(name, tuple(self.segments))
+        return Layout(name, tuple(self.segments))
 
     def _flush(self) -> None:
         if self.ids:

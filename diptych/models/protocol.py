@@ -17,11 +17,10 @@ import torch
 from torch import nn
 
 from diptych.core.batch import Batch, Pictures
+from diptych.core.layout import Kind, Layout, Segment
 from diptych.core.losses import Losses
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Message, Sample
-from diptych.core.sequence import Kind, Segment
-from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import Float, Tensor
 from diptych.parts.autoencoder import sampled
 from diptych.parts.images import SizeRule, latents_to_tokens
@@ -102,7 +101,7 @@ class Trainable(nn.Module, ABC):
     tokenizer: Tokenizer
 
     @abstractmethod
-    def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
+    def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Layout:
         """The sample as segments; ``drop`` names conditions to leave out (guidance, and dropout in training): what they
         are ``dropped`` says, and the family only what stands in the place of words that are not there.
 
@@ -204,12 +203,12 @@ class UnifiedModel(Trainable):
         """An empty context."""
 
     @abstractmethod
-    def extend(self, contexts: Sequence[Context], sequences: Sequence[Laid]) -> list[Context]:
+    def extend(self, contexts: Sequence[Context], sequences: Sequence[Layout]) -> list[Context]:
         """The contexts after reading one sequence each; their logits predict the next word."""
 
-    def reply(self, ids: Sequence[int], drop: Drop = NOTHING) -> Laid:
+    def reply(self, ids: Sequence[int], drop: Drop = NOTHING) -> Layout:
         """Words of an answer, as a sequence to read on; with ``drop``, as a branch of guidance reads them."""
-        return Laid("reply", (Segment(Kind.TEXT, tuple(ids)),))
+        return Layout("reply", (Segment(Kind.TEXT, tuple(ids)),))
 
     def rewind(self, context: Context, length: int, position: int) -> Context:
         """The context as it was after its first ``length`` tokens, where position ids stood at ``position``; read on
@@ -372,7 +371,7 @@ def draw_noise(noise: Noise, group: Pictures, name: str, shape: tuple[int, ...])
 
 
 def read_on(
-    contexts: Sequence[Context], sequences: Sequence[Laid], caches: Sequence[Any], logits: Float[Tensor, "B V"]
+    contexts: Sequence[Context], sequences: Sequence[Layout], caches: Sequence[Any], logits: Float[Tensor, "B V"]
 ) -> list[Context]:
     """The contexts after their sequences were read into ``caches``, with the scores of their next words."""
     return [

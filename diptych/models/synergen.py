@@ -32,11 +32,10 @@ from torch import nn
 
 from diptych.core.batch import Batch, Pictures, pack
 from diptych.core.checks import at_least
-from diptych.core.losses import Losses, Term, by_document, linear_cross_entropy
+from diptych.core.layout import Kind, Layout, Segment
+from diptych.core.losses import Losses, Term, by_document
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Message, Sample, Text
-from diptych.core.sequence import Kind, Segment
-from diptych.core.sequence import Sequence as Laid
 from diptych.core.tensors import NONE, Float, Int, Tensor, to_float
 from diptych.models.protocol import (
     NOTHING,
@@ -57,6 +56,7 @@ from diptych.models.protocol import (
 from diptych.parts.attention import Attend, Cached, Streams, documents, inverse_permutation
 from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, tiny_tokenizer
 from diptych.parts.codes import CodeHead, CodeSettings
+from diptych.parts.cross_entropy import linear_cross_entropy
 from diptych.parts.decoder import Decoder, DecoderConfig
 from diptych.parts.fold import Ratio, fold, folded, unfold
 from diptych.parts.images import SizeRule, Tiling, fit
@@ -281,7 +281,7 @@ class SynerGen(UnifiedModel):
 
     # ---- layout -------------------------------------------------------------------------------------------------
 
-    def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Laid:
+    def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Layout:
         """Messages in order; a picture that no words ask for is asked for by the unconditional ones."""
         seen = sum(image.role == "understand" for image in sample.images())  # what is dropped changes no other picture
         sample = dropped(sample, drop)
@@ -290,7 +290,7 @@ class SynerGen(UnifiedModel):
             asks = sample.drawing is not None and i == sample.request_at
             opens, most = sample.is_open and i == len(sample.messages) - 1, max(1, self.config.see.most // max(seen, 1))
             segments += self._message(message, sample, opens, asks, most)
-        return Laid(sample.id, tuple(segments))
+        return Layout(sample.id, tuple(segments))
 
     def _message(self, message: Message, sample: Sample, opens: bool, asks: bool, most: int) -> list[Segment]:
         """One message: words joined up to where a picture stands. A word with loss is the target of the place before
@@ -432,7 +432,7 @@ class SynerGen(UnifiedModel):
         return Context(self.decoder.cache())
 
     @torch.inference_mode()
-    def extend(self, contexts: Sequence[Context], sequences: Sequence[Laid]) -> list[Context]:
+    def extend(self, contexts: Sequence[Context], sequences: Sequence[Layout]) -> list[Context]:
         """Reads; a context keeps its last final state, from which a picture's first token is drawn."""
         batch, noise = pack(sequences, self.routes).to(self.device), Noise()
         order = torch.cat(batch.routes)

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from diptych.core.losses import linear_cross_entropy
 from diptych.core.tensors import Float, Int, Tensor
 from diptych.parts.attention import sdpa
+from diptych.parts.cross_entropy import linear_cross_entropy
 from diptych.parts.decoder import DecoderConfig, Layer, RMSNorm
 
 

@@ -23,7 +23,7 @@ from diptych.core.batch import Batch
 from diptych.core.checks import at_least
 from diptych.core.tensors import NONE, Float, Int, Tensor
 from diptych.parts.attention import Attend, Cache, inverse_permutation, permute
-from diptych.parts.linear import linear
+from diptych.parts.batch_invariant import linear
 from diptych.parts.routed import Routed
 
 ROUTABLE = ("attention", "norms", "mlp")

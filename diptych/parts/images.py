@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import PIL.Image
 import PIL.ImageOps
 import torch
 from einops import rearrange
@@ -135,14 +134,3 @@ def latents_to_tokens(latents: Float[Tensor, "N c h w"], patch: int) -> Float[Te
 def tokens_to_latents(tokens: Float[Tensor, "N n f"], grid: tuple[int, int], patch: int) -> Float[Tensor, "N c h w"]:
     """The inverse of ``latents_to_tokens`` for a grid of (rows, columns) tokens."""
     return rearrange(tokens, "N (h w) (p q c) -> N c (h p) (w q)", h=grid[0], w=grid[1], p=patch, q=patch)
-
-
-def contact_sheet(images: list[PIL.Image.Image], columns: int, scale: int = 2, gap: int = 4) -> PIL.Image.Image:
-    """The pictures side by side, ``columns`` to a line, enlarged by ``scale``."""
-    width, height = (max(sides) * scale for sides in zip(*(i.size for i in images), strict=True))
-    rows = -(-len(images) // columns)
-    sheet = PIL.Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), (229, 229, 229))
-    for i, image in enumerate(images):
-        at = (gap + i % columns * (width + gap), gap + i // columns * (height + gap))
-        sheet.paste(image.resize((image.width * scale, image.height * scale), PIL.Image.Resampling.NEAREST), at)
-    return sheet

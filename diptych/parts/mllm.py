@@ -16,12 +16,12 @@ from einops import rearrange, repeat
 from torch import nn
 
 from diptych.core.batch import Pictures
+from diptych.core.layout import Kind, Segment
 from diptych.core.sample import Speaker
-from diptych.core.sequence import Kind, Segment
 from diptych.core.tensors import NONE, Float, Int, Tensor, to_float
 from diptych.parts.attention import Attend, Cache
+from diptych.parts.batch_invariant import linear
 from diptych.parts.images import SizeRule
-from diptych.parts.linear import linear
 from diptych.parts.pretrained import pretrained, reading
 
 KIND = "a vision-language model"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.core.tensors import Float
-from diptych.parts.linear import linear
+from diptych.parts.batch_invariant import linear
 
 
 class Int8Linear(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from diptych.train.recipe import Recipe
+from diptych.training.recipe import Recipe
 
 RECIPES = {
     "bagel/tiny": "diptych.recipes.tiny:bagel",

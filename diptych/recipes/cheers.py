@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from diptych.models import config, config_to_json
+from diptych.models.configs import config_to_json
+from diptych.models.table import config
 from diptych.recipes.tiny import MIX
-from diptych.train.recipe import Limits, Optimizer, Recipe, Schedule, Stage
+from diptych.training.recipe import Limits, Optimizer, Recipe, Schedule, Stage
 
 ALL = ("decoder", "vision", "pixels", "projector", "head")
 TINY = {

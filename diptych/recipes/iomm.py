@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from diptych.models import config, config_to_json
-from diptych.train.recipe import Limits, Optimizer, Recipe, Schedule, SelfCondition, Stage
+from diptych.models.configs import config_to_json
+from diptych.models.table import config
+from diptych.training.recipe import Limits, Optimizer, Recipe, Schedule, SelfCondition, Stage
 
 Kind = Literal["image", "pair", "mix"]
 TRAINED = ("adapter", "connector", "dit")

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from diptych.models import config, config_to_json
+from diptych.models.configs import config_to_json
+from diptych.models.table import config
 from diptych.recipes import cheers, iomm, sgt, synergen
-from diptych.train.recipe import Engine, Limits, Recipe
+from diptych.training.recipe import Engine, Limits, Recipe
 
 
 def _on_one(

@@ -12,14 +12,14 @@ from diptych import recipes
 from diptych.core.sample import Sample, user
 from diptych.data import encoded as precomputed
 from diptych.data.catalog import origin, read_catalog, sources
+from diptych.data.contact_sheet import contact_sheet
 from diptych.data.mixture import First
-from diptych.data.selfcondition import SelfConditioned
-from diptych.generate.engine import Engine
-from diptych.models import pick_device
+from diptych.data.self_condition import SelfConditioned
+from diptych.generation.engine import Engine
+from diptych.machine.devices import pick_device
 from diptych.models.protocol import Trainable, UnifiedModel
-from diptych.parts.images import contact_sheet
-from diptych.train import loop
-from diptych.train.recipe import Recipe, Stage
+from diptych.training import build, loop
+from diptych.training.recipe import Recipe, Stage
 
 PROMPTS = (
     "a red circle",
@@ -129,7 +129,7 @@ def precompute(
     ``data`` chooses data sets (default: all of the recipe's); ``limit`` cuts each to its first rows."""
     recipe = configured(recipe, model=model, catalog=catalog, override=override)
     stages = {name: stage for stage in reversed(recipe.stages) for name in stage.data}
-    made = loop.build(recipe, pick_device(device)).eval()
+    made = build.build(recipe, pick_device(device)).eval()
     entries = read_catalog(recipe.catalog) if recipe.catalog else {}
     told = {}
     found = sources(data or stages, catalog=recipe.catalog, size=recipe.size, folders=recipe.folders)

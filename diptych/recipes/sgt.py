@@ -7,8 +7,9 @@ encoder alone: its latents are withheld, so nothing can be copied (specs: SGT 2.
 
 from __future__ import annotations
 
-from diptych.models import config, config_to_json
-from diptych.train.recipe import Engine, Limits, Optimizer, Recipe, Schedule, Stage
+from diptych.models.configs import config_to_json
+from diptych.models.table import config
+from diptych.training.recipe import Engine, Limits, Optimizer, Recipe, Schedule, Stage
 
 PARTS = ("decoder", "vision", "projector", "head")
 QUESTIONS = {"shapes/ask": 0.9, "emoji64/ask": 0.1}

@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from diptych.models import config, config_to_json
+from diptych.models.configs import config_to_json
+from diptych.models.table import config
 from diptych.recipes import tiny as tiny_recipes
-from diptych.train.recipe import Limits, Optimizer, Recipe, Schedule, Stage
+from diptych.training.recipe import Limits, Optimizer, Recipe, Schedule, Stage
 
 VISUAL = ("decoder.vision", "vision", "projector", "head", "special")  # stage 1: the language path stays bit for bit
 ALIGNED = (*VISUAL, "decoder.attention")  # stage 2

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from diptych.models import config, config_to_json
-from diptych.train.recipe import Limits, Optimizer, Recipe, Schedule, Stage
+from diptych.models.configs import config_to_json
+from diptych.models.table import config
+from diptych.training.recipe import Limits, Optimizer, Recipe, Schedule, Stage
 
 MIX = {  # what the tiny families learn from
     "shapes/draw": 0.55,

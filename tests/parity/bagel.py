@@ -17,16 +17,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from diptych.analyze import collect, published
+from diptych.analysis import collect, published
 from diptych.core.batch import Batch, pack
+from diptych.core.layout import Kind, Layout, Segment
 from diptych.core.mask import dense, rule
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Sample, assistant, user
-from diptych.core.sequence import Kind, Segment, Sequence
 from diptych.core.tensors import NONE, Tensor, to_float
-from diptych.models.bagel import Bagel, Config, published_config
+from diptych.models.bagel import Bagel, Config
 from diptych.models.protocol import NOTHING, Context
-from diptych.models.weights import BAGEL, FLUX_AUTOENCODER, export, load
+from diptych.models.published.bagel import BAGEL, published_config
+from diptych.models.published.key_map import export, load
+from diptych.models.published.parts import FLUX_AUTOENCODER
 from diptych.parts.attention import inverse_permutation
 from diptych.parts.flow import FlowSettings, TimeDraw, shift_time, squared_error
 from diptych.parts.images import SizeRule, latents_to_tokens, to_tensor, tokens_to_latents
@@ -158,7 +160,7 @@ def components(folder: Folder) -> None:
         Segment(Kind.NOISED if mode == "noise" else Kind.TEXT, (1,) * n, full=mode != "causal", hidden=mode == "noise")
         for n, mode in zip(meta["mask.split_lens"], meta["mask.attn_modes"], strict=True)
     )
-    folder.same(f"{at}mask.dense_additive_finite", dense(pack([Sequence("one", segments)])).float() - 1)
+    folder.same(f"{at}mask.dense_additive_finite", dense(pack([Layout("one", segments)])).float() - 1)
     for name, sizes in meta["resize.wh_in_to_wh_out"].items():
         longest, shortest, stride, _, most = re.fullmatch(r"\w+?_(\d+)_(\d+)_(\d+)(_mp(\d+))?", name).groups()
         how = SizeRule(int(longest), int(shortest), int(stride), **({"pixels": int(most)} if most else {}))
@@ -263,7 +265,7 @@ def the_pack(folder: Folder, c: Config) -> Pack:
     return Pack(samples, tuple(seen), tuple(latent), {"segment": 0, "edit": 2, "draw": 3})
 
 
-def lay_out(folder: Folder, made: Bagel, pictures: Pack, dropped: frozenset[str] = frozenset()) -> list[Sequence]:
+def lay_out(folder: Folder, made: Bagel, pictures: Pack, dropped: frozenset[str] = frozenset()) -> list[Layout]:
     """Our layout of the samples with the recorded pictures in place of blank ones; ``dropped`` lose their words."""
     c = made.config
     patches = iter(folder.get("training.in.packed_vit_tokens").split([h * w for h, w in pictures.seen]))
@@ -462,7 +464,7 @@ def optimiser(folder: Folder) -> None:
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 
-def with_images(laid: Sequence, images: dict[Kind, Tensor], made: Bagel, encoded: bool = False) -> Sequence:
+def with_images(laid: Layout, images: dict[Kind, Tensor], made: Bagel, encoded: bool = False) -> Layout:
     """The layout of blank pictures with recorded ones in their place, of whatever shape; CLEAN may hold latents."""
     c = made.config
 
@@ -479,9 +481,9 @@ def with_images(laid: Sequence, images: dict[Kind, Tensor], made: Bagel, encoded
     return replace(laid, segments=tuple(map(fill, blanks)))
 
 
-def parts(laid: Sequence) -> list[Sequence]:
+def parts(laid: Layout) -> list[Layout]:
     """The segments as sequences of their own, to be read one after another as the published code does."""
-    return [Sequence(laid.id, (s,)) for s in laid.segments]
+    return [Layout(laid.id, (s,)) for s in laid.segments]
 
 
 def check_cache(folder: Folder, context: Context, name: str) -> None:
@@ -502,7 +504,7 @@ def beside(lengths: list[int], new: int | list[int]) -> tuple[list[int], list[in
     return kept, fresh
 
 
-def check_words(folder: Folder, at: str, contexts: list[Context], laid: list[Sequence]) -> None:
+def check_words(folder: Folder, at: str, contexts: list[Context], laid: list[Layout]) -> None:
     """The published index tensors of words that are read after these contexts."""
     lengths = [c.length for c in contexts]
     kept, fresh = beside(lengths, [len(q) for q in laid])
@@ -515,7 +517,7 @@ def check_words(folder: Folder, at: str, contexts: list[Context], laid: list[Seq
     folder.same(f"{at}.text_token_lens", [len(q) for q in laid])
 
 
-def check_picture(folder: Folder, at: str, made: Bagel, context: Context, laid: Sequence) -> None:
+def check_picture(folder: Folder, at: str, made: Bagel, context: Context, laid: Layout) -> None:
     """The published index tensors of one picture that is read after this context."""
     c, [s] = made.config, laid.segments
     kept, fresh = beside([context.length], len(s))
@@ -537,7 +539,7 @@ def check_picture(folder: Folder, at: str, made: Bagel, context: Context, laid: 
         folder.close(f"{at}.packed_vit_tokens", patches, tolerance=0.0)
 
 
-def question(folder: Folder, made: Bagel) -> Sequence:
+def question(folder: Folder, made: Bagel) -> Layout:
     """The picture and the question that the folder records, laid out."""
     image = folder.get("understanding.in.image")
     sample = Sample("ask", (user(Image(blank(*image.shape[-2:])), words(folder, "question")),))

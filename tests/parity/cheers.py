@@ -17,13 +17,14 @@ import torch
 from safetensors.torch import load_file
 
 from diptych.core.batch import Batch, pack
+from diptych.core.layout import Kind, Layout, Segment
 from diptych.core.mask import dense
 from diptych.core.noise import Noise
-from diptych.core.sequence import Kind, Segment, Sequence
 from diptych.core.tensors import NONE, Tensor
-from diptych.models.cheers import Cheers, Config, Settings, published_config
+from diptych.models.cheers import Cheers, Config, Settings
 from diptych.models.protocol import NOTHING, Context, Drop
-from diptych.models.weights import cheers, export, load
+from diptych.models.published.cheers import cheers, published_config
+from diptych.models.published.key_map import export, load
 from diptych.parts.attention import Fixed, documents
 from diptych.parts.flow import TimeDraw
 from diptych.parts.tokenizer import Tokenizer
@@ -134,7 +135,7 @@ def lay_out(
     labels: list[int] | None = None,
     drop: Drop = NOTHING,
     source: Kind = Kind.VISION,
-) -> Sequence:
+) -> Layout:
     """A recorded row as ours: words as they are, pictures in their slots; a row without slots follows a dummy."""
     if READ not in ids and DRAW not in ids:
         kind = Kind.NOISED if labels else Kind.VISION
@@ -158,10 +159,10 @@ def lay_out(
         kind = source if i == READ else Kind.NOISED
         segments.append(picture(folder, made, kind, next(pictures), drawn=i == DRAW))
     words(len(ids))
-    return Sequence(name, tuple(segments))
+    return Layout(name, tuple(segments))
 
 
-def rows(folder: Folder, made: Cheers, stage: str, **how) -> list[Sequence]:
+def rows(folder: Folder, made: Cheers, stage: str, **how) -> list[Layout]:
     """The rows of a stage without their padding."""
     ids = folder.get(f"{stage}.input_ids")
     name = f"{stage}.attention_mask"
@@ -394,7 +395,7 @@ def drawing(folder: Folder, stage: str) -> None:
     lengths = [branches[0][0].length] * len(states)
     folder.same(f"{at}kv_before", lengths, case["kv_before"])
     last = [picture(folder, made, Kind.VISION, z) for z in states[-1]]
-    contexts = made.extend(branches[0], [Sequence("drawn", (s,)) for s in last])
+    contexts = made.extend(branches[0], [Layout("drawn", (s,)) for s in last])
     folder.same(f"{at}kv_after", [contexts[0].length] * len(states), case["kv_after"])
     end = made.markers["end"]
     contexts = made.extend(contexts, [made.reply([end]) for _ in contexts])

@@ -1,11 +1,11 @@
-"""Every test of this folder runs once per family; the table is ``tests.tiny.FAMILIES``."""
+"""Every test of this folder runs once per family; the table is ``tests.support.tiny.FAMILIES``."""
 
 from __future__ import annotations
 
 import pytest
 
-from diptych.generate.engine import Engine
-from tests import tiny
+from diptych.generation.engine import Engine
+from tests.support import tiny
 
 
 @pytest.fixture(scope="session", params=list(tiny.FAMILIES))

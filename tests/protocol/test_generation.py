@@ -9,16 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diptych import models
 from diptych.core.batch import pack
+from diptych.core.layout import Kind
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Sample, assistant, user
-from diptych.core.sequence import Kind
-from diptych.generate.engine import Engine
-from diptych.generate.events import ImageDone, ImagePreview, Stop, TextDelta
-from diptych.generate.memory import Memory
-from tests import tiny
-from tests.tolerances import LOGITS, PIXELS, SUM
+from diptych.generation.engine import Engine
+from diptych.generation.events import ImageDone, ImagePreview, Stop, TextDelta
+from diptych.generation.prefix_cache import Memory
+from diptych.models import store
+from tests.support import tiny
+from tests.support.tolerances import LOGITS, PIXELS, SUM
 
 
 def read(model, *sequences):
@@ -321,8 +321,8 @@ def test_a_streamed_picture_is_the_drawn_one(engine):
 
 
 def test_save_load_same_picture_bit_for_bit(engine, tmp_path):
-    models.save(engine.model, tmp_path / "m")
-    again = Engine(models.load(tmp_path / "m"))
+    store.save(engine.model, tmp_path / "m")
+    again = Engine(store.load(tmp_path / "m"))
     for key, value in engine.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[key], value)
     assert again.model.config == engine.model.config

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from diptych.core.batch import pack
+from diptych.core.layout import Kind
 from diptych.core.sample import Image, Sample, Text, assistant, user
-from diptych.core.sequence import Kind
 from diptych.core.tensors import NONE
-from diptych.train.parameters import by_part
-from tests import tiny
+from diptych.training.parameters import by_part
+from tests.support import tiny
 
 
 @pytest.mark.parametrize("sample", tiny.samples(), ids=lambda s: s.id)

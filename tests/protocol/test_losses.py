@@ -10,21 +10,21 @@ import pytest
 import torch
 
 from diptych.core.batch import pack
+from diptych.core.layout import Kind
 from diptych.core.losses import combine
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Sample, Text, assistant, user
-from diptych.core.sequence import Kind
 from diptych.data.loader import Row, Stats
-from diptych.data.selfcondition import SelfConditioned, bare
+from diptych.data.self_condition import SelfConditioned, bare
 from diptych.models.protocol import latent_tokens
-from diptych.train import optim
-from diptych.train.checkpoint import Saver
-from diptych.train.log import Work
-from diptych.train.loop import State, _Job
-from diptych.train.parameters import freeze, select
-from diptych.train.recipe import Limits, Optimizer
-from tests import tiny
-from tests.tolerances import PARAMETERS, SUM
+from diptych.training import optim
+from diptych.training.checkpoint import Saver
+from diptych.training.log import Work
+from diptych.training.loop import State, _Job
+from diptych.training.parameters import freeze, select
+from diptych.training.recipe import Limits, Optimizer
+from tests.support import tiny
+from tests.support.tolerances import PARAMETERS, SUM
 
 NOISE = Noise(3, 5)
 WEIGHTS = {"text": 0.5, "image": 1.0}

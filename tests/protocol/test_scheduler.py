@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from diptych.core.sample import Image, Sample, Text, assistant, user
-from diptych.generate import scheduler
-from diptych.generate.engine import Engine
-from diptych.generate.events import ImageDone, ImagePreview, Stop, TextDelta
-from diptych.generate.memory import Memory, _same, units
-from diptych.generate.scheduler import Draw, Say, Scheduler
-from diptych.parts.linear import Linear, linear
-from tests import tiny
-from tests.tolerances import LOGITS
+from diptych.generation import scheduler
+from diptych.generation.engine import Engine
+from diptych.generation.events import ImageDone, ImagePreview, Stop, TextDelta
+from diptych.generation.prefix_cache import Memory, _same, units
+from diptych.generation.scheduler import Draw, Say, Scheduler
+from diptych.parts.batch_invariant import Linear, linear
+from tests.support import tiny
+from tests.support.tolerances import LOGITS
 
 
 def prompt(text: str) -> Sample:
@@ -197,7 +197,7 @@ def script(monkeypatch):
 
     def says(*words):
         said = iter(words)
-        monkeypatch.setattr("diptych.generate.scheduler.next_word", lambda *_: next(said))
+        monkeypatch.setattr("diptych.generation.scheduler.next_word", lambda *_: next(said))
 
     return says
 

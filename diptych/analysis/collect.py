@@ -1,0 +1,299 @@
+"""Watching a model from outside: attention exactly as it was computed, what modules give, and which token is what.
+
+No family knows of this. ``attention`` sees every attention call that a block makes, with the very queries (after norm
+and rotation, each by its token's own expert), keys (those of a cache included) and mask that the call got; ``outputs``
+sees what a module gives. Both end with their ``with`` block and change nothing: watched results are bit-identical.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from diptych.core.batch import pack
+from diptych.core.layout import Kind, Layout
+from diptych.core.mask import dense
+from diptych.core.sample import Sample, Text, user
+from diptych.core.tensors import NONE, Bool, Float, Int, Tensor
+from diptych.models.protocol import Drawing, Trainable, UnifiedModel
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One attention call of a block: what the network hands to scaled-dot-product attention.
+
+    ``block`` is the number of the block among ``model.blocks()``. The keys may lie in a cache that is written on later,
+    so a call is to be used while it is seen, not kept.
+    """
+
+    block: int
+    q: Float[Tensor, "B H L D"]
+    k: Float[Tensor, "B K S D"]
+    mask: Tensor | None
+    causal: bool
+    scale: float | None
+
+    def weights(self, item: int = 0, rows: Int[Tensor, " R"] | None = None) -> Float[Tensor, "H R S"]:
+        """softmax(q k^T / sqrt(D)) under the call's own mask, in float32: for one item of the batch and the given query
+        rows (default: all). Every row sums to 1."""
+        rows = torch.arange(self.q.shape[-2], device=self.q.device) if rows is None else rows
+        q, k = self.q[item, :, rows].float(), self.k[item].float()
+        k = k.repeat_interleave(q.shape[0] // k.shape[0], 0)
+        scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            scores = scores + self._mask(item)[..., rows, :]
+        return scores.masked_fill(~self.visible(item)[..., rows, :], -torch.inf).softmax(-1)
+
+    def visible(self, item: int = 0) -> Bool[Tensor, "*H L S"]:
+        """Which keys each query may see: (L, S), or (heads, L, S) for a mask that tells heads apart."""
+        L, S = self.q.shape[-2], self.k.shape[-2]
+        seen = torch.ones(L, S, dtype=torch.bool, device=self.q.device)
+        if self.mask is not None:
+            seen = self._mask(item) if self.mask.dtype == torch.bool else self._mask(item) > -torch.inf
+        seen = seen.tril() if self.causal else seen
+        return seen[0] if seen.dim() == 3 and seen.shape[0] == 1 else seen
+
+    def _mask(self, item: int) -> Tensor:
+        assert self.mask is not None
+        shape = (self.q.shape[0], self.q.shape[1] if self._by_head else 1, self.q.shape[-2], self.k.shape[-2])
+        return self.mask.expand(shape)[item]
+
+    @property
+    def _by_head(self) -> bool:
+        return self.mask is not None and self.mask.dim() > 2 and self.mask.shape[-3] > 1
+
+
+def _call(block, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    return Call(block, query, key, attn_mask, is_causal, scale)
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, see: Callable[[Call], None], inside: list[int]) -> None:
+        super().__init__()
+        self.see, self.inside = see, inside
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and self.inside:
+            with torch.no_grad():
+                self.see(_call(self.inside[-1], *args, **kwargs))
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def attention(model: Trainable, see: Callable[[Call], None]) -> Iterator[None]:
+    """While it lasts, ``see`` gets every attention call that a block of the model is about to make."""
+    inside: list[int] = []
+    handles = []
+    for i, block in enumerate(model.blocks()):
+        handles.append(block.register_forward_pre_hook(lambda module, args, i=i: inside.append(i)))
+        handles.append(block.register_forward_hook(lambda *_: _leave(inside), always_call=True))
+    try:
+        with _Watch(see, inside):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _leave(inside: list[int]) -> None:
+    inside.pop()
+
+
+def read(model: UnifiedModel, sequence: Layout, see: Callable[[int, Call], None]) -> None:
+    """Reads one sequence into an empty context; ``see`` gets (layer, call) where a block attends over all of it.
+
+    Rows and columns are the sequence's tokens in order; that the mask is the one rule (core/mask.py) is checked.
+    Raises ``ValueError`` for a family whose blocks do not attend so.
+    """
+    rule, seen = dense(pack([sequence], model.routes).to(model.device)), []
+
+    def check(call: Call) -> None:
+        if call.q.shape[-2] != len(sequence) or call.k.shape[-2] != len(sequence) or len(call.q) > 1:
+            return
+        if not bool((call.visible() == rule).all()):
+            raise ValueError(f"family {model.family!r} attends in another order or by another rule than core.mask's")
+        seen.append(call.block)
+        see(len(seen) - 1, call)
+
+    with attention(model, check):
+        model.extend([model.open()], [sequence])
+    _once_each(model, seen, f"the {len(sequence)} tokens of a sequence")
+
+
+def step(model: UnifiedModel, drawing: Drawing, see: Callable[[int, Call], None]) -> Drawing:
+    """One step of a drawing; ``see`` gets (layer, call) where a block attends from the picture to its context.
+
+    The call is that of the full context (``contexts[0]``) alone: its tokens are the first keys, then come the
+    picture's; padding is left out. Raises ``ValueError`` for a family whose blocks do not attend so.
+    """
+    context, seen = drawing.contexts[0], []
+    own = {id(layer) for layer in layers(model)}
+    mine = {i for i, block in enumerate(model.blocks()) if id(block) in own}  # others attend inside a picture's token
+
+    def check(call: Call) -> None:
+        if call.block not in mine or call.k.shape[-2] <= context.length:
+            return
+        seen.append(call.block)
+        see(len(seen) - 1, _prompt_first(model, call, context.cache.buffer[len(seen) - 1, 0, : context.length]))
+
+    with attention(model, check):
+        [drawing] = model.step([drawing])
+    _once_each(model, seen, f"a picture and the {context.length} tokens of its prompt")
+    return drawing
+
+
+def _prompt_first(model: UnifiedModel, call: Call, prompt: Float[Tensor, "S K D"]) -> Call:
+    """Item 0 of a call, its keys in order: the prompt's, which are known and stand before or after the picture's, and
+    the others that the picture sees."""
+    n = len(prompt)
+    starts = (at for at in (0, call.q.shape[-2]) if torch.equal(call.k[0, :, at : at + n], prompt.transpose(0, 1)))
+    if (at := next(starts, None)) is None:
+        raise ValueError(f"family {model.family!r} does not show the picture its prompt as it was read")
+    visible = call.visible().flatten(0, -2)
+    others = visible.any(0)
+    others[at : at + n] = False
+    order = torch.cat([torch.arange(at, at + n, device=others.device), others.nonzero()[:, 0]])
+    if not bool(visible[:, order].all()):
+        raise ValueError(f"family {model.family!r} hides a part of what it sees from the picture that is drawn")
+    return Call(call.block, call.q[:1], call.k[:1, :, order], None, False, call.scale)
+
+
+def _once_each(model: UnifiedModel, seen: list[int], what: str) -> None:
+    if not seen or len(set(seen)) != len(seen):
+        raise ValueError(
+            f"family {model.family!r} has no attention to look at: its blocks must attend once each over {what}; "
+            f"such calls were made by blocks {seen or 'none'}"
+        )
+
+
+def layers(model: UnifiedModel) -> list[nn.Module]:
+    """The layers of the model: those of its blocks that attend over the sequence (a vision encoder's do not), in order.
+
+    Found by reading a digit; raises ``ValueError`` as ``read`` does."""
+    blocks, found = list(model.blocks()), []
+    words = model.lay_out(Sample("words", (user("1"),)))
+    read(model, words, lambda layer, call: found.append(blocks[call.block]))
+    return found
+
+
+# ---- outputs of modules ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def outputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While it lasts, ``see`` gets the name and the (detached) output of every one of ``modules`` that runs."""
+
+    def watch(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            see(name, output.detach())
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def module(model: UnifiedModel, point: str) -> nn.Module:
+    """The module of a point: ``layer.N`` (see ``layers``; counted from 0), or a part that is one module ("vision").
+
+    Raises ``ValueError`` that lists the points of the family.
+    """
+    blocks = layers(model)
+    points = [p for p in model.parts if _root(model, p)]
+    kind, _, number = point.partition(".")
+    if kind == "layer" and number.isdigit() and int(number) < len(blocks):
+        return blocks[int(number)]
+    if point in points:
+        return model.get_submodule(_root(model, point))
+    raise ValueError(
+        f"family {model.family!r} has no point {point!r}; it has {', '.join(points)}, "
+        f"layer.0 .. layer.{len(blocks) - 1}"
+    )
+
+
+def is_point(model: Trainable, part: str) -> bool:
+    """Whether a part is one module, whose output can be looked at."""
+    return part in model.parts and bool(_root(model, part))
+
+
+def _root(model: Trainable, part: str) -> str:
+    """The path of the one module that holds the part, or ""."""
+    globs = model.parts[part]
+    path = globs[0].removesuffix(".*") if len(globs) == 1 else ""
+    names = {name for name, _ in model.named_modules()}
+    return path if path in names else ""
+
+
+# ---- which token is what ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """The tokens of a sequence, each in one of four groups, (T,) bool: of pictures, the markers in a picture's segment,
+    words, and markers around words. ``texts`` are the places of each text of the sample, in order; ``speakers`` says
+    whose they are."""
+
+    picture: Bool[Tensor, " T"]
+    picture_markers: Bool[Tensor, " T"]
+    text: Bool[Tensor, " T"]
+    text_markers: Bool[Tensor, " T"]
+    texts: tuple[tuple[int, ...], ...]
+    speakers: tuple[str, ...]
+
+
+def places(model: UnifiedModel, sample: Sample, sequence: Layout) -> Places:
+    """Which token of a laid-out sample is what, from the segments' kinds and by finding the sample's texts again.
+
+    Raises ``ValueError`` when a text cannot be found: the family words it differently, so its markers are unknown.
+    """
+    ids = [i for s in sequence.segments for i in s.ids]
+    in_text = torch.tensor([s.kind == Kind.TEXT for s in sequence.segments for _ in s.ids])
+    open_ = torch.tensor(ids) == NONE
+    word, texts, speakers = torch.zeros(len(ids), dtype=torch.bool), [], []
+    where = [i for i in range(len(ids)) if in_text[i]]
+    said, at = [ids[i] for i in where], 0
+    for message in sample.messages:
+        for part in message.parts:
+            if not isinstance(part, Text):
+                continue
+            run = model.tokenizer.encode(part.text)
+            start = next((i for i in range(at, len(said) - len(run) + 1) if said[i : i + len(run)] == run), None)
+            if start is None:
+                raise ValueError(f"family {model.family!r} words {part.text!r} in another way, so it is not found")
+            at = start + len(run)
+            texts.append(tuple(where[start:at]))
+            speakers.append(message.role)
+            word[list(texts[-1])] = True
+    return Places(~in_text & open_, ~in_text & ~open_, word, in_text & ~word, tuple(texts), tuple(speakers))
+
+
+def words(model: UnifiedModel, text: str, at: Sequence[int]) -> list[tuple[str, tuple[int, ...]]]:
+    """The words of a text with the places of their tokens; ``at`` are the places of all its tokens.
+
+    Words are parted by spaces, lowercase, without punctuation at their ends; a token belongs to the word that holds its
+    first letter.
+    """
+    ids = model.tokenizer.encode(text)
+    assert len(ids) == len(at)
+    said = [model.tokenizer.decode(ids[:i]) for i in range(len(ids) + 1)]
+    found: list[tuple[str, list[int]]] = []
+    for i, place in enumerate(at):
+        new = said[i + 1][len(said[i]) :]
+        begins = not found or new[:1].isspace() or said[i][-1:].isspace()
+        if begins:
+            found.append(("", []))
+        found[-1] = (found[-1][0] + new, [*found[-1][1], place])
+    return [(word.strip().strip(".,;:!?\"'()").lower(), tuple(p)) for word, p in found]

@@ -1,0 +1,1 @@
+"""Tasks: functions from one sample to another."""

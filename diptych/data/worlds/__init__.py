@@ -1,0 +1,1 @@
+"""The synthetic worlds that ship with the package: shapes, emoji, glyphs and stamps."""

@@ -1,0 +1,257 @@
+"""Reads a picture of the shapes world back by exact rules, and judges drawings and edits with it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+import PIL.Image
+import skia
+
+from diptych.data.canvas import canvas, components, rgb
+from diptych.data.worlds.shapes import (
+    COLOURS,
+    NUMBERS,
+    SHAPES,
+    SIDES,
+    TAGS,
+    Found,
+    Kind,
+    Need,
+    Prompt,
+    Scene,
+    Thing,
+    _draw,
+    _listing,
+    _outline,
+    coverage,
+    plural,
+    random_prompt,
+    relations,
+    render,
+    scene_for,
+)
+
+
+def caption_ok(text: str, scene: Scene) -> bool:
+    """Whether a caption names exactly the objects of the scene, in any order: every count, colour and shape."""
+    words = "|".join([*NUMBERS[1:], "an", "a"])
+    shapes = "|".join([plural(s) for s in SHAPES] + list(SHAPES))
+    pattern = rf"({words}) ({'|'.join(COLOURS)}) ({shapes})"
+    text = text.lower().strip().rstrip(".")
+    parts = re.split(r",? and |, ", text)
+    counts: Counter[Kind] = Counter()
+    for part in parts:
+        match = re.fullmatch(pattern, part.strip())
+        if not match:
+            return False
+        number, colour, noun = match.groups()
+        shape = noun if noun in SHAPES else next(s for s in SHAPES if plural(s) == noun)
+        counts[colour, shape] += 1 if number in ("a", "an") else NUMBERS.index(number)
+    return counts == Counter(t.kind for t in scene.things)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a picture is right, why not, and what was seen in it."""
+
+    ok: bool
+    reason: str
+    found: tuple[Found, ...]
+
+
+SPECK = 0.004  # of the canvas: smaller spots are ignored (the smallest object covers 0.02)
+
+
+_PALETTE = np.array(list(COLOURS.values()), np.float32)
+
+
+def detect(image: PIL.Image.Image) -> list[Found]:
+    """The objects in a picture of the shapes world, largest first; a spot below ``SPECK`` of the area is ignored.
+
+    A pixel is unmixed into paper and the ink that explains it best; pixels that are mostly ink form connected objects;
+    an object has the ink of its inner pixels, and the shape whose drawing of the same area and centroid overlaps most.
+    """
+    pixels = rgb(image).astype(np.float32)
+    height, width = pixels.shape[:2]
+    ink = _ink(pixels)
+    solid = ink > 0.5
+    parts = [p for p in components(solid) if len(p) >= max(3, SPECK * height * width)]
+    return [_identify(pixels, solid, part) for part in sorted(parts, key=len, reverse=True)]
+
+
+def _ink(pixels: np.ndarray) -> np.ndarray:
+    """How much ink a pixel holds, (h, w): the share of the ink, in [0, 1.2], that explains the pixel best."""
+    towards = 255 - _PALETTE  # from paper to ink
+    dark = 255 - pixels
+    share = np.clip(dark @ towards.T / (towards**2).sum(1), 0, 1.2)
+    error = (dark**2).sum(-1, keepdims=True) - 2 * share * (dark @ towards.T) + share**2 * (towards**2).sum(1)
+    return np.take_along_axis(share, error.argmin(-1)[..., None], -1)[..., 0]
+
+
+def _identify(pixels: np.ndarray, solid: np.ndarray, part: np.ndarray) -> Found:
+    height, width = solid.shape
+    (top, left), (bottom, right) = part.min(0), part.max(0) + 1
+    y0, x0, y1, x1 = max(top - 2, 0), max(left - 2, 0), min(bottom + 2, height), min(right + 2, width)
+    own = np.zeros((y1 - y0 + 2, x1 - x0 + 2), bool)
+    own[part[:, 0] - y0 + 1, part[:, 1] - x0 + 1] = True
+    inner = own[1:-1, 1:-1] & own[:-2, 1:-1] & own[2:, 1:-1] & own[1:-1, :-2] & own[1:-1, 2:]
+    near = own[1:-1, 1:-1] | own[:-2, 1:-1] | own[2:, 1:-1] | own[1:-1, :-2] | own[1:-1, 2:]
+    own = own[1:-1, 1:-1]
+    crop = pixels[y0:y1, x0:x1]
+
+    core = crop[inner] if inner.sum() >= 3 else crop[own]
+    nearest = ((core[:, None] - _PALETTE) ** 2).sum(-1).argmin(1)
+    votes = np.bincount(nearest, minlength=len(_PALETTE))
+    best = int(votes.argmax())
+    typical = np.median(core, axis=0)
+    pure = votes[best] >= 0.7 * len(core) and np.linalg.norm(typical - _PALETTE[best]) < 60
+    colour = list(COLOURS)[best] if pure else "unknown"
+
+    towards = 255 - typical  # the ink as it is, so that a pale object is measured right
+    alpha = np.clip((255 - crop) @ towards / max(towards @ towards, 1), 0, 1)
+    alpha = np.where(near & (own | ~solid[y0:y1, x0:x1]), alpha, 0)
+    area = alpha.sum()
+    cy, cx = (np.arange(y1 - y0) + 0.5) @ alpha.sum(1) / area, (np.arange(x1 - x0) + 0.5) @ alpha.sum(0) / area
+    side = max(alpha.shape)
+    square = np.zeros((side, side), np.float32)
+    square[: alpha.shape[0], : alpha.shape[1]] = alpha
+    ideals = _ideals(float(area), float(cx), float(cy), side)
+    overlap = np.maximum(_overlap(ideals, square), _overlap(_soften(ideals), square))  # sharp or blurred, as it is
+    matches = dict(zip(SHAPES, overlap.tolist(), strict=True))
+    shape = max(matches, key=matches.__getitem__)
+    return Found(
+        shape if matches[shape] >= 0.7 else "unknown", colour,
+        float(left + right) / 2 / width, float(top + bottom) / 2 / height,
+        float(right - left) / width, float(bottom - top) / height, matches[shape],
+    )  # fmt: skip
+
+
+def _ideals(area: float, cx: float, cy: float, side: int) -> np.ndarray:
+    """The coverage of every shape of that area and centroid, in pixels: (shapes, side, side) float32."""
+    pixels, paper = canvas(side, (0, 0, 0, 255), height=side * len(SHAPES))
+    for i, shape in enumerate(SHAPES):
+        _, _, unit_area, (ox, oy) = _outline(shape)
+        extent = (area / unit_area) ** 0.5
+        paper.save()
+        paper.clipRect(skia.Rect.MakeXYWH(0, i * side, side, side))
+        thing = Thing(shape, "", (cx - ox * extent) / side, (cy - oy * extent) / side + i, extent / side)
+        _draw(paper, thing, side, (255, 255, 255))
+        paper.restore()
+    return pixels[..., 0].reshape(len(SHAPES), side, side).astype(np.float32) / 255
+
+
+def _overlap(ideals: np.ndarray, cover: np.ndarray) -> np.ndarray:
+    shared = np.minimum(ideals, cover).sum((1, 2))
+    return shared / (ideals.sum((1, 2)) + cover.sum() - shared)
+
+
+def _soften(covers: np.ndarray) -> np.ndarray:
+    """A blur by about a pixel."""
+    wide = np.pad(covers, ((0, 0), (2, 2), (2, 2)))
+    wide = wide[:, :-4] + wide[:, 4:] + 4 * (wide[:, 1:-3] + wide[:, 3:-1]) + 6 * wide[:, 2:-2]
+    return (wide[..., :-4] + wide[..., 4:] + 4 * (wide[..., 1:-3] + wide[..., 3:-1]) + 6 * wide[..., 2:-2]) / 256
+
+
+def check(image: PIL.Image.Image, prompt: Prompt) -> Verdict:
+    """Whether a picture shows exactly what a prompt asks for and nothing else."""
+    found = tuple(detect(image))
+    wanted = [need for need in prompt.needs for _ in range(need.count)]
+    if len(found) != len(wanted):
+        return Verdict(False, f"{len(found)} objects instead of {len(wanted)}", found)
+    related = False
+    for order in permutations(found):
+        if all(_meets(need, f) for need, f in zip(wanted, order, strict=True)):
+            if prompt.relation is None or prompt.relation in relations(order[0], order[1]):
+                return Verdict(True, "", found)
+            related = True
+    if related:
+        return Verdict(False, f"the objects are right, but not {prompt.relation}", found)
+    seen = ", ".join(f"{f.colour} {f.shape}" for f in found)
+    return Verdict(False, f"found {seen} instead of {_listing(list(prompt.needs))}", found)
+
+
+def _meets(need: Need, found: Found) -> bool:
+    if "unknown" in found.kind:
+        return False
+    return need.shape in (None, found.shape) and need.colour in (None, found.colour)
+
+
+def chance(n: int = 500, seed: int = 0, size: int = 64) -> dict[str, float]:
+    """How often a picture drawn for another prompt of the same tag passes, for each of GenEval's tags."""
+    rates = {}
+    for tag in TAGS:
+        rng = np.random.default_rng((seed, TAGS.index(tag)))
+        asked = [random_prompt(rng, tag) for _ in range(n)]
+        pictures = [render(scene_for(rng, prompt), size) for prompt in asked]
+        order = rng.permutation(n)
+        rates[tag] = sum(check(pictures[i], asked[j]).ok for i, j in zip(order, range(n), strict=True)) / n
+    return rates
+
+
+@dataclass(frozen=True)
+class EditVerdict:
+    """Whether an instruction was followed (``done``), whether the rest stayed (``kept``), and both (``ok``).
+
+    ``difference`` is the mean absolute pixel difference, of 255, outside the changed objects.
+    """
+
+    ok: bool
+    done: bool
+    kept: bool
+    difference: float
+    reason: str
+    found: tuple[Found, ...]
+
+
+def check_edit(image: PIL.Image.Image, before: Scene, after: Scene, side: str | None = None) -> EditVerdict:
+    """Whether a picture is ``before`` changed into ``after``.
+
+    An untouched object must be found with its colour and shape within a twelfth of the canvas of its place, and so must
+    a recoloured or replaced one. A purely added object may lie anywhere, or anywhere on its ``side``; a removed one
+    must be gone; nothing else may appear. Raises ``ValueError`` for a picture that is not square.
+    """
+    if side is not None and side not in SIDES:
+        raise ValueError(f"side is {side!r}; choose from {', '.join(SIDES)}")
+    found = detect(image)
+    left = list(found)
+    untouched = [t for t in after.things if t in before.things]
+    new = [t for t in after.things if t not in before.things]
+    gone = [t for t in before.things if t not in after.things]
+
+    def take(thing: Thing, anywhere: bool = False) -> bool:
+        fits = (f for f in left if f.kind == thing.kind and (_on_side(f, side) if anywhere else _near(f, thing)))
+        match = next(fits, None)
+        if match:
+            left.remove(match)
+        return match is not None
+
+    lost = [t for t in untouched if not take(t)]
+    missing = [t for t in new if not take(t, anywhere=not gone)]
+    still = [f for f in left if any(_near(f, t) for t in gone)]
+    extra = [f for f in left if f not in still]
+    done, kept = not missing and not still, not lost and not extra
+    reasons = [f"no {' '.join(t.kind)}" for t in missing] + [f"still a {' '.join(f.kind)}" for f in still]
+    reasons += [f"lost the {' '.join(t.kind)}" for t in lost] + [f"an extra {' '.join(f.kind)}" for f in extra]
+    difference = _difference(image, gone, new, after)
+    return EditVerdict(done and kept, done, kept, difference, "; ".join(reasons), tuple(found))
+
+
+def _near(found: Found, thing: Thing) -> bool:
+    return max(abs(found.x - thing.x), abs(found.y - thing.y)) < 1 / 12
+
+
+def _on_side(a: Found | Thing, side: str | None) -> bool:
+    return {None: True, "left": a.x < 0.4, "right": a.x > 0.6, "top": a.y < 0.4, "bottom": a.y > 0.6}[side]
+
+
+def _difference(image: PIL.Image.Image, gone: list[Thing], new: list[Thing], after: Scene) -> float:
+    pixels = rgb(image).astype(np.float32)
+    size = max(image.size)
+    if image.size != (size, size):
+        raise ValueError(f"the picture is {image.size}; pictures of the shapes world are square")
+    changed = coverage(Scene((*gone, *new)), size).max(0, initial=0) > 0
+    return float(np.abs(pixels - rgb(render(after, size)).astype(np.float32))[~changed].mean())

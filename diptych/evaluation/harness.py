@@ -1,0 +1,470 @@
+"""Evaluation in three steps over a folder, each of which continues where it stopped.
+
+::
+
+    card.json     the settings: nothing made under other settings may join this folder
+    items.jsonl   what the model made, one line per finished item     <- needs the model
+    pictures/     the pictures it drew, PNG
+    scores.jsonl  the verdict on each item                            <- needs the items only
+    summary.json  scores with intervals, baselines, failures, card, of the benchmarks that were asked for last
+
+A line is written when its item is finished; a last line cut off by a crash is dropped and its item made again. An item
+that the model refuses stays in the count as wrong, with the reason; no blank picture or empty answer replaces it.
+
+Under torchrun every process takes every n-th batch, of the generation and of the scoring; the files and the scores are
+those of one process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import PIL.Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from diptych.core.sample import Sample, user
+from diptych.data.canvas import rgb
+from diptych.data.decoding import open_image
+from diptych.evaluation import card as cards
+from diptych.evaluation import files
+from diptych.evaluation.benchmarks.table import LMMS, Tools, resolve
+from diptych.evaluation.judges.judge import Judge, Unreachable
+from diptych.evaluation.judges.replies import spoken
+from diptych.evaluation.remote import Pictures
+from diptych.evaluation.scores import UNJUDGED, Baselines, Benchmark, Item, Outcome, Score, Verdict
+from diptych.machine import disk, processes
+
+TEMPERATURE = 0.0
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """What can be evaluated: ``diptych.generation.engine.Engine``, an endpoint, a folder of pictures, or what answers
+    and draws like them. ``model`` is a network, or a dataclass that says what it is (``family``, ``settings``)."""
+
+    model: Any
+    name: str
+
+    def answers(
+        self, samples: Sequence[Sample], max_new_tokens: int, temperature: float, seed: int, batch_size: int
+    ) -> list: ...
+
+    def draw(
+        self,
+        samples: Sequence[Sample],
+        seeds: Sequence[int],
+        size: tuple[int, int] | None,
+        settings: Any,
+        batch_size: int,
+    ) -> list: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """Scores by name, what to compare them with, the sampling card, how it was scored, and every outcome.
+
+    ``failures`` counts the items for which the model gave nothing, or the judge nothing that can be read: they are
+    wrong in every score.
+    """
+
+    scores: Mapping[str, Score]
+    baselines: Baselines
+    card: Mapping[str, Any]
+    failures: int
+    outcomes: tuple[Outcome, ...]
+    scorers: Mapping[str, Any] | None = None
+
+    def to_json(self) -> dict:
+        """One JSON object: scores (name -> value, low, high, n), baselines, failures, items, card, scorers."""
+        return {
+            "scores": {name: score.to_json() for name, score in self.scores.items()},
+            "baselines": {name: {k: round(v, 6) for k, v in row.items()} for name, row in self.baselines.items()},
+            "failures": self.failures,
+            "items": len(self.outcomes),
+            "card": dict(self.card),
+            "scorers": dict(self.scorers or {}),
+        }
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One evaluation: what is asked, where it lies, who does it."""
+
+    folder: Path
+    benchmarks: list[Benchmark]
+    items: Mapping[str, list[Item]]
+    sides: Mapping[str, int | None]
+    card: dict
+    rank: int
+    world: int
+    bar: Progress
+
+    def file(self, stem: str) -> Path:
+        """The jsonl file that this process appends to."""
+        return self.folder / (f"{stem}.jsonl" if self.world == 1 else f"{stem}.{self.rank}.jsonl")
+
+    def chunks(self, benchmark: Benchmark, n: int) -> Iterator[list[Item]]:
+        """This process's batches, always cut at the same places, so that a run that goes on makes the batches that an
+        unbroken one makes."""
+        of = self.items[benchmark.name]
+        return (of[i : i + n] for i in range(self.rank * n, len(of), n * self.world))
+
+    def join(self, stem: str) -> None:
+        """Waits for every process, then makes one file of what they wrote."""
+        processes.gather(None)
+        if self.rank == 0:
+            files.merge(self.folder / f"{stem}.jsonl", [i.id for b in self.benchmarks for i in self.items[b.name]])
+        processes.gather(None)
+
+
+def evaluate(
+    engine: Engine,
+    benchmarks: Sequence[str | Benchmark] = ("mini",),
+    seed: int = 0,
+    limit: int | None = None,
+    folder: str | Path | None = None,
+    progress: bool = True,
+    size: int | None = None,
+    settings: Any = None,
+    batch_size: int = 32,
+    tools: Tools | None = None,
+    score: bool = True,
+    lmms_tasks: str | None = None,
+) -> Result:
+    """The scores of a model on benchmarks, with intervals, baselines and the settings that produced them.
+
+    A benchmark is a name ("mini", "geneval"), a name with the user's files ("wise=FOLDER"), a ``Benchmark``, or tasks
+    of lmms-eval ("lmms-eval:pope,mmbench_en_dev"; ``lmms_tasks`` is a folder of the user's own).
+    ``limit`` keeps the first so many items of each category; ``folder`` keeps everything and lets a stopped evaluation
+    go on (default: a temporary one); ``size`` is the side of the pictures in pixels (default: 64 for what ships, else
+    the model's own); ``settings`` replaces the model's own settings; ``tools`` are the judges and networks that score.
+    Without ``score`` it stops when everything is made. A progress bar goes to a terminal's stderr unless ``progress``
+    is false. Raises ``ValueError`` for an unknown benchmark, and for a folder that was made with other settings.
+    """
+    names = [benchmarks] if isinstance(benchmarks, str) else benchmarks
+    foreign = [t for n in names if isinstance(n, str) and n.startswith(LMMS) for t in n.removeprefix(LMMS).split(",")]
+    own = [n for n in names if not (isinstance(n, str) and n.startswith(LMMS))]
+    chosen, asked = resolve(own, tools or Tools()) if own or not foreign else ([], {})
+    for name, value in (("limit", limit), ("batch_size", batch_size), ("size", size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1, or None for the default")
+    if foreign:  # before anything is made
+        from diptych.evaluation import lmms
+
+        if processes.place()[1] > 1:
+            raise ValueError("lmms-eval has its own way with several processes: evaluate its tasks in one")
+        manager = lmms.lmms_manager(foreign, Path(folder) if folder else None, lmms_tasks)
+    sides = {b.name: size or b.side for b in chosen}
+    items = {b.name: _cut(b, b.items(seed, sides[b.name] or 0), limit) for b in chosen}
+    if isinstance(engine, Pictures):
+        engine.expect([item for b in chosen if b.task == "draw" for item in items[b.name]])
+    shown = settings or engine.model.settings  # None draws with what suits each request
+    card = cards.sampling_card(engine, asked, chosen, items, sides, seed, limit, TEMPERATURE, shown)
+    with _somewhere(folder) as where:
+        with _opened(where, chosen, items, sides, card, progress) as work:
+            for benchmark in chosen:
+                _generate(work, engine, benchmark, settings, batch_size)
+            work.join("items")
+            result = _scored(work) if score else _unscored(work)
+            if foreign:
+                lmms.run_lmms(engine, foreign, work.folder, manager, limit, batch_size)
+                result = _joined(work, result, foreign)
+        if folder is None:  # the pictures do not outlive the folder
+            result = replace(result, outcomes=tuple(replace(o, picture=o.image) for o in result.outcomes))
+        return result
+
+
+def _joined(work: _Work, result: Result, tasks: Iterable[str]) -> Result:
+    """The result with the scores and samples of lmms-eval's tasks, here, in the summary and among the items."""
+    from diptych.evaluation import lmms
+
+    scores, outcomes = dict(result.scores), list(result.outcomes)
+    for task in tasks:
+        file = lmms.lmms_results(work.folder, task)
+        scores |= lmms.read_lmms(file)
+        outcomes += (some := lmms.read_lmms_samples(file))
+        if some:
+            work.card["prompts"][some[0].item.benchmark] = cards.prompts_hash([o.item for o in some])
+            made = [_row(o.item, 1, {}, text=o.text or "") for o in some]
+            for stem, rows in ("items", made), ("scores", [{"id": o.item.id, **asdict(o.verdict)} for o in some]):
+                known = {row["id"] for row in files.read(work.folder / f"{stem}.jsonl")}
+                files.append(work.folder / f"{stem}.jsonl", [row for row in rows if row["id"] not in known])
+    cards.write(work.folder, work.card)
+    result = replace(result, scores=scores, outcomes=tuple(outcomes))
+    disk.write_text(work.folder / "summary.json", json.dumps(result.to_json(), indent=2) + "\n")
+    return result
+
+
+def rescore(
+    folder: str | Path,
+    benchmarks: Sequence[str | Benchmark] = (),
+    tools: Tools | None = None,
+    progress: bool = True,
+) -> Result:
+    """The scores of what lies in the folder of an evaluation, without its model; with another judge also.
+
+    ``benchmarks`` default to those of the folder. Raises ``ValueError`` for a folder of other prompts."""
+    folder = Path(folder)
+    old = cards.load(folder)
+    names = benchmarks or list(dict.fromkeys(old["asked"].values()))
+    chosen, _ = resolve(names, tools or Tools()) if names else ([], {})
+    sizes = {b.name: old["size"].get(b.name, "") for b in chosen}
+    sides = {name: None if isinstance(size, str) else size[0] for name, size in sizes.items()}
+    items = {b.name: _cut(b, b.items(old["seed"], sides[b.name] or 0), old["limit"]) for b in chosen}
+    for b in chosen:
+        same = b.name not in old["prompts"] or cards.prompts_hash(items[b.name]) == old["prompts"][b.name]
+        if b.name not in old["prompts"] or not same:
+            raise ValueError(f"{folder} was not made with the prompts of {b.name}; it has {', '.join(old['prompts'])}")
+    with _opened(folder, chosen, items, sides, old, progress) as work:
+        result = _scored(work)
+        tasks = [] if benchmarks or work.rank else sorted(f.stem for f in folder.glob("lmms-eval/*.json"))
+        return _joined(work, result, tasks) if tasks else result
+
+
+def load_result(folder: str | Path) -> Result:
+    """The result of a finished evaluation, read from its folder; nothing is judged. Where the user's files have gone,
+    the outcomes lack the pictures that were shown to the model. Raises ``ValueError`` for what is not scored."""
+    folder = Path(folder)
+    card, file = cards.load(folder), folder / "summary.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} is not scored yet: diptych evaluate score {folder}")
+    summary = files.load(file)
+    known: dict[str, Item] = {}
+    for name, asked in card["asked"].items():
+        try:  # a judge is not asked, but some must be there
+            [benchmark], _ = resolve([asked], Tools(judge=Judge("none", cache=folder)))
+        except ValueError:
+            continue
+        size = card["size"].get(name, "")
+        known |= {i.id: i for i in benchmark.items(card["seed"], 0 if isinstance(size, str) else size[0])}
+    verdicts = {row["id"]: row for row in files.read(folder / "scores.jsonl")}
+    outcomes = []
+    for row in files.read(folder / "items.jsonl"):
+        if row["id"] in verdicts:
+            sample = Sample(row["id"], (user(row["prompt"]),))
+            item = Item(
+                row["id"], row["benchmark"], row["category"], row["prompt"], sample, row["seed"], row["cluster"], {}
+            )
+            outcomes.append(_outcome(folder, known.get(row["id"], item), row, verdicts[row["id"]]))
+    scores = {name: Score(**score) for name, score in summary["scores"].items()}
+    more = summary["baselines"], summary["card"], summary["failures"], tuple(outcomes), summary["scorers"]
+    return Result(scores, *more)
+
+
+def _outcome(folder: Path, item: Item, row: Mapping[str, Any], said: Mapping[str, Any]) -> Outcome:
+    verdict = Verdict(said["ok"], said["reason"], said["parts"], said.get("value"), said.get("failed", False))
+    return Outcome(item, verdict, row.get("text"), folder / row["file"] if "file" in row else None, row.get("error"))
+
+
+def _cut(benchmark: Benchmark, items: list[Item], limit: int | None) -> list[Item]:
+    taken: dict[str, dict[str, None]] = {}
+    kept = []
+    for item in items:
+        of = taken.setdefault(item.category, {})
+        of.setdefault(item.cluster if benchmark.whole else item.id)
+        if limit is None or len(of) <= limit:
+            kept.append(item)
+    if len({item.id for item in kept}) != len(kept):
+        twice = next(id for id, n in Counter(i.id for i in kept).items() if n > 1)
+        raise ValueError(f"{benchmark.name} has two items called {twice}")
+    return kept
+
+
+@contextmanager
+def _somewhere(folder: str | Path | None) -> Iterator[Path]:
+    """The folder, or a temporary one that every process shares."""
+    if folder is not None:
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory() as own:
+        yield Path(processes.gather(own)[0])
+        processes.gather(None)
+
+
+@contextmanager
+def _opened(
+    folder: Path,
+    benchmarks: list[Benchmark],
+    items: Mapping[str, list[Item]],
+    sides: Mapping[str, int | None],
+    card: dict,
+    progress: bool,
+) -> Iterator[_Work]:
+    """An evaluation over its folder: the cards agree, and what a stopped run left in parts is put together."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rank, world = processes.place()
+    card = cards.agree(folder, card)
+    processes.gather(None)
+    if rank == 0:
+        cards.write(folder, card)
+    with _bar(progress and rank == 0) as bar:
+        work = _Work(folder, benchmarks, items, sides, card, rank, world, bar)
+        for stem in ("items", "scores"):
+            work.join(stem)
+        yield work
+
+
+# --- step one: what the model makes -----------------------------------------------------------------------------------
+
+
+def _generate(work: _Work, engine: Engine, benchmark: Benchmark, settings: Any, batch_size: int) -> None:
+    """Makes what is missing of a benchmark. One item that the model refuses gets its reason; if nothing has worked yet
+    and it refuses them all, or a server is gone, the fault is not the items': the ``ValueError`` goes to the user."""
+    made = _finished(work.folder, {i.id for i in work.items[benchmark.name]})
+    there = isinstance(engine, Pictures) and benchmark.task == "draw"  # it has been seen to hold some of them
+    worked, side = there or any("error" not in row for row in made.values()), work.sides[benchmark.name]
+
+    def attempt(some: list[Item]) -> list[dict]:
+        samples = [item.sample.map_images(lambda i: replace(i, image=files.picture(i.image))) for item in some]
+        if benchmark.task == "answer":
+            answers = engine.answers(samples, benchmark.max_new_tokens, TEMPERATURE, work.card["seed"], batch_size)
+            return [
+                _row(item, len(some), a.parameters, text=a.text, finish_reason=a.finish_reason)
+                for item, a in zip(some, answers, strict=True)
+            ]
+        size = (side, side) if side else None
+        pictures = engine.draw(samples, [item.seed for item in some], size, settings, batch_size)
+        rows = []
+        for item, picture in zip(some, pictures, strict=True):
+            file = f"pictures/{item.id}.png"
+            files.save(picture.image, work.folder / file)
+            rows.append(_row(item, len(some), picture.parameters, file=file))
+        return rows
+
+    todo = [[i for i in chunk if i.id not in made] for chunk in work.chunks(benchmark, batch_size)]
+    task = work.bar.add_task(benchmark.name, total=sum(map(len, todo)))
+    for some in todo:
+        if not some:
+            continue
+        try:
+            rows = attempt(some)
+        except Unreachable:
+            raise
+        except ValueError as refusal:
+            rows, first = [], refusal
+            for item in some:
+                try:
+                    rows += attempt([item])
+                except Unreachable:
+                    raise
+                except ValueError as refusal:
+                    rows.append(_row(item, 1, {}, error=str(refusal)))
+            if not worked and all("error" in row for row in rows):
+                raise first from None
+        worked = worked or any("error" not in row for row in rows)
+        files.append(work.file("items"), rows)
+        work.bar.advance(task, len(rows))
+
+
+def _row(item: Item, batch: int, parameters: Mapping[str, Any], **made: str) -> dict:
+    row = {"id": item.id, "benchmark": item.benchmark, "category": item.category, "prompt": item.prompt}
+    return row | {"seed": item.seed, "cluster": item.cluster, **made, "batch": batch, "parameters": dict(parameters)}
+
+
+def _finished(folder: Path, ids: set[str]) -> dict[str, dict]:
+    """The finished lines of these items; a line whose picture is gone is not finished."""
+    rows = {row["id"]: row for row in files.read(folder / "items.jsonl", "id") if row["id"] in ids}
+    return {k: row for k, row in rows.items() if "file" not in row or (folder / row["file"]).is_file()}
+
+
+# --- step two: verdicts -----------------------------------------------------------------------------------------------
+
+
+def _scored(work: _Work) -> Result:
+    """The outcome of every item, judged from the folder alone, and what they come to; verdicts in ``scores.jsonl`` of
+    the same making and the same scorer are kept. Raises ``ValueError`` when an item is not finished."""
+    made: dict[str, dict] = {}
+    for benchmark in work.benchmarks:
+        of = work.items[benchmark.name]
+        done = _finished(work.folder, {i.id for i in of})
+        if missing := [i.id for i in of if i.id not in done]:
+            raise ValueError(f"{len(missing)} items of {benchmark.name} are not finished, first {missing[0]}")
+        made |= done
+    known = {row["id"]: row for row in files.read(work.folder / "scores.jsonl")}
+    for benchmark in work.benchmarks:
+        task = work.bar.add_task(f"scoring {benchmark.name}", total=len(work.items[benchmark.name]))
+        for chunk in work.chunks(benchmark, 64):
+            _judge(work, benchmark, chunk, made, known)
+            work.bar.advance(task, len(chunk))
+    work.join("scores")
+    known = {row["id"]: row for row in files.read(work.folder / "scores.jsonl")}
+    outcomes: list[Outcome] = []
+    scores: dict[str, Score] = {}
+    baselines: Baselines = {}
+    for benchmark in work.benchmarks:
+        some = [_outcome(work.folder, i, made[i.id], known[i.id]) for i in work.items[benchmark.name]]
+        scores |= benchmark.scores(some)
+        baselines |= benchmark.baselines(work.items[benchmark.name], work.sides[benchmark.name] or 0)
+        outcomes += some
+    scorers = {b.name: dict(b.scorer) for b in work.benchmarks if b.scorer}
+    failures = sum(o.verdict.failed for o in outcomes)
+    result = Result(scores, baselines, work.card, failures, tuple(outcomes), scorers)
+    if work.rank == 0:
+        disk.write_text(work.folder / "summary.json", json.dumps(result.to_json(), indent=2) + "\n")
+    return result
+
+
+def _unscored(work: _Work) -> Result:
+    """What was made, without a score."""
+    made = {row["id"]: row for row in files.read(work.folder / "items.jsonl")}
+    every = [i for of in work.items.values() for i in of]
+    outcomes = tuple(replace(_outcome(work.folder, i, made[i.id], asdict(UNJUDGED)), verdict=UNJUDGED) for i in every)
+    return Result({}, {}, work.card, sum(o.error is not None for o in outcomes), outcomes)
+
+
+def _judge(
+    work: _Work, benchmark: Benchmark, items: list[Item], made: Mapping[str, dict], known: Mapping[str, dict]
+) -> None:
+    """Writes the verdicts that these items lack."""
+    rows, waiting, things, hashes = [], [], [], {}
+    for item in items:
+        row = made[item.id]
+        image = None
+        if "file" in row:
+            image = open_image(work.folder / row["file"])
+        hashes[item.id] = _hash(benchmark, row, image)
+        if item.id in known and known[item.id]["made"] == hashes[item.id]:
+            continue
+        if "error" in row:
+            verdict = Verdict(False, f"failed: {row['error']}", {}, benchmark.worst or None, True)
+            rows.append({"id": item.id, "made": hashes[item.id], **asdict(verdict)})
+        else:
+            waiting.append(item)
+            things.append(spoken(row["text"]) if image is None else image)
+    if waiting:
+        for item, verdict in zip(waiting, benchmark.judge(waiting, things), strict=True):
+            rows.append({"id": item.id, "made": hashes[item.id], **asdict(verdict)})
+    order = {item.id: i for i, item in enumerate(items)}
+    files.append(work.file("scores"), sorted(rows, key=lambda row: order[row["id"]]))
+
+
+def _hash(benchmark: Benchmark, row: Mapping[str, Any], image: PIL.Image.Image | None) -> str:
+    """What a verdict was about and who gave it: an item made again is judged again, and so it is by another judge."""
+    made = row.get("text", row.get("error", "")).encode() if image is None else rgb(image).tobytes()
+    scorer = json.dumps(benchmark.scorer, sort_keys=True).encode() if benchmark.scorer else b""
+    return hashlib.sha256(made + scorer).hexdigest()[:16]
+
+
+def write_layout(folder: str | Path, result: Result, benchmarks: Sequence[Benchmark]) -> list[Path]:
+    """Writes each benchmark's pictures as its official scorer reads them, into FOLDER/NAME; the folders."""
+    written = []
+    for b in benchmarks:
+        if b.layout is not None:
+            b.layout(Path(folder) / b.name, [o for o in result.outcomes if o.item.benchmark == b.name])
+            written.append(Path(folder) / b.name)
+    return written
+
+
+def _bar(progress: bool) -> Progress:
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=console, disable=not (progress and console.is_terminal))

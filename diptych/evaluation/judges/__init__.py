@@ -1,0 +1,1 @@
+"""What judges an answer or a picture: rules, small networks and language models."""

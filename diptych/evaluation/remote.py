@@ -1,0 +1,236 @@
+"""What can be evaluated beside our own families: any OpenAI-compatible server, and a folder of pictures made elsewhere.
+
+``diptych evaluate http://host:8000/v1 mini --remote-model NAME`` asks a server for answers (``/chat/completions``),
+pictures (``/images/generations``) and edits (``/images/edits``). ``diptych evaluate folder:DIR geneval=FILE`` scores
+pictures that lie where the benchmark's official scripts put them.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+from diptych.core.sample import Image, Sample, Text
+from diptych.data.decoding import open_image
+from diptych.evaluation import files
+from diptych.evaluation.judges.judge import address, call
+from diptych.evaluation.scores import Item
+from diptych.generation.events import Answer, Picture
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True)
+class RemoteSettings:
+    """What is sent along where it is not None."""
+
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class RemoteModel:
+    """What a result says of a model behind a server."""
+
+    url: str
+    family: str = "endpoint"
+    settings: RemoteSettings = field(default_factory=RemoteSettings)
+
+
+class Endpoint:
+    """A model behind an OpenAI-compatible server."""
+
+    def __init__(self, url: str, model: str, key: str = "none", timeout: float = 600.0) -> None:
+        if not model:
+            raise ValueError(f"{url} needs the name of a model there: --remote-model NAME")
+        self.model, self.name, self.url, self.key, self.timeout = RemoteModel(url), model, url, key, timeout
+
+    def settings(self, changes: dict[str, Any]) -> RemoteSettings:
+        """The settings with ``changes``. Raises ``ValueError`` for what a server is not asked for."""
+        known = asdict(self.model.settings)
+        if unknown := sorted(changes.keys() - known.keys()):
+            raise ValueError(f"unknown settings {unknown}; an endpoint is sent {', '.join(known)}")
+        return replace(self.model.settings, **changes)
+
+    def answers(
+        self, samples: Sequence[Sample], max_new_tokens: int, temperature: float, seed: int, batch_size: int
+    ) -> list[Answer]:
+        """One answer per sample; ``batch_size`` requests are under way at once."""
+
+        def one(sample: Sample) -> Answer:
+            messages = [{"role": m.role, "content": [_part(p) for p in m.parts]} for m in sample.messages]
+            said = call(
+                self.url,
+                self.key,
+                self.timeout,
+                lambda client: client.chat.completions.create(
+                    model=self.name, messages=messages, max_tokens=max_new_tokens, temperature=temperature, seed=seed
+                ),
+            )
+            parameters = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+            return Answer(said.choices[0].message.content or "", (), said.choices[0].finish_reason or "", parameters)
+
+        with ThreadPoolExecutor(batch_size) as pool:
+            return list(pool.map(one, samples))
+
+    def draw(
+        self,
+        samples: Sequence[Sample],
+        seeds: Sequence[int],
+        size: tuple[int, int] | None = None,
+        settings: RemoteSettings | None = None,
+        batch_size: int = 32,
+    ) -> list[Picture]:
+        """One picture per sample, from its seed; a sample with pictures is an edit. Raises ``ValueError`` for a picture
+        of another size than asked for."""
+        more = {k: v for k, v in asdict(settings or self.model.settings).items() if v is not None}
+
+        def one(sample: Sample, seed: int) -> Picture:
+            prompt = sample.prompt
+            asked: dict[str, Any] = {"model": self.name, "prompt": prompt, "n": 1, "extra_body": {"seed": seed, **more}}
+            if size is not None:
+                asked["size"] = f"{size[0]}x{size[1]}"
+            sources = [("source.png", _png(i.pixels), "image/png") for i in sample.images()]
+            said = call(
+                self.url,
+                self.key,
+                self.timeout,
+                lambda client: (
+                    client.images.edit(image=sources, response_format="b64_json", **asked)
+                    if sources
+                    else client.images.generate(response_format="b64_json", **asked)
+                ),
+            )
+            if not (said.data and said.data[0].b64_json):
+                raise ValueError(f"{self.url} sent no picture for {prompt!r}")
+            image = open_image(files.decoded(said.data[0].b64_json, self.url), f"of {self.url} for {prompt!r}")
+            if size is not None and image.size != size:
+                raise ValueError(f"{self.url} sent a picture of {image.size}, asked for one of {size}")
+            return Picture(image, prompt, seed, {"size": list(image.size), "seed": seed, **more})
+
+        with ThreadPoolExecutor(batch_size) as pool:
+            return list(pool.map(one, samples, seeds))
+
+
+def _part(part: Text | Image) -> dict:
+    if isinstance(part, Text):
+        return {"type": "text", "text": part.text}
+    return {"type": "image_url", "image_url": {"url": address(part.pixels)}}
+
+
+def _png(image: PIL.Image.Image) -> bytes:
+    out = io.BytesIO()
+    image.convert("RGB").save(out, "PNG")
+    return out.getvalue()
+
+
+# --- pictures made elsewhere ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """Nobody knows how the pictures were made."""
+
+
+@dataclass(frozen=True)
+class PicturesModel:
+    """What a result says of pictures made elsewhere."""
+
+    folder: str
+    family: str = "pictures"
+    settings: NoSettings = field(default_factory=NoSettings)
+
+
+class Pictures:
+    """A folder of pictures made elsewhere, in the official layout of the benchmark. A missing or broken picture is a
+    failure of its item, named."""
+
+    def __init__(self, folder: str | Path, name: str = "") -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"there is no folder {str(folder)!r}")
+        self.model, self.name = PicturesModel(self.folder.name), name or self.folder.name
+        self.places: dict[str, Item] = {}
+        self.listed: dict[Path, dict[str, list[Path]]] = {}
+
+    def expect(self, items: Sequence[Item]) -> None:
+        """Says which items there are: where a picture lies is the item's ``place``. Raises ``ValueError`` where not one
+        of them is there, and where GenEval's ``metadata.jsonl`` has another prompt: another folder was meant."""
+        self.places |= {item.id: item for item in items}
+        self.listed.clear()
+        for told, item in {self.folder / Path(i.place).parts[0] / "metadata.jsonl": i for i in items if "/samples/" in i.place}.items():  # fmt: skip  # noqa: E501
+            if told.is_file() and (prompt := files.field(files.load(told), ("prompt",), str(told))) != item.prompt:
+                raise ValueError(f"{told} says {prompt!r}, the benchmark {item.prompt!r}: other prompts were drawn")
+        if items and not any(self._file(item.id)[0] for item in items):
+            raise ValueError(
+                f"{self.folder} holds none of the {len(items)} pictures, such as {self._file(items[0].id)[1]}"
+            )
+
+    def settings(self, changes: dict[str, Any]) -> NoSettings:
+        """No settings. Raises ``ValueError`` for any: the pictures are made."""
+        if changes:
+            raise ValueError(f"pictures of a folder are made already; they take no {', '.join(changes)}")
+        return NoSettings()
+
+    def answers(self, samples: Sequence[Sample], *rest: Any) -> list[Answer]:
+        """Nothing: raises ``ValueError``."""
+        raise ValueError(f"{self.folder} is a folder of pictures; it answers no questions")
+
+    def draw(
+        self,
+        samples: Sequence[Sample],
+        seeds: Sequence[int],
+        size: tuple[int, int] | None = None,
+        settings: Any = None,
+        batch_size: int = 32,
+    ) -> list[Picture]:
+        """The picture of each sample's item, as it is."""
+        return [Picture(self._find(s.id), "", seed, {}) for s, seed in zip(samples, seeds, strict=True)]
+
+    def _find(self, id: str) -> PIL.Image.Image:
+        file, wanted = self._file(id)
+        if file is None:
+            raise ValueError(f"there is no {wanted}")
+        tile, image = self.places[id].place.partition("#")[2], open_image(file)
+        return cut(image, int(tile)) if tile else image
+
+    def _file(self, id: str) -> tuple[Path | None, str]:
+        """The file of an item's picture, of any format, and the pattern of its name; a number may have other zeros
+        before it (GenEval's page says 0000.png, its scripts write 00000.png)."""
+        place = (self.places[id].place or f"{id}.png").partition("#")[0]
+        stem = (self.folder / place).with_suffix("")
+        if stem.parent not in self.listed:
+            there = self.listed[stem.parent] = {}
+            for f in sorted(stem.parent.iterdir()) if stem.parent.is_dir() else ():
+                if f.suffix.lower() in SUFFIXES:
+                    there.setdefault(_number(f.stem), []).append(f)
+        found = self.listed[stem.parent].get(_number(stem.name), ())
+        best = min(found, key=lambda f: (f.stem != stem.name, SUFFIXES.index(f.suffix.lower())), default=None)
+        return best, f"{stem}{{{','.join(SUFFIXES)}}}"
+
+
+def _number(name: str) -> str:
+    return name.lstrip("0").zfill(1) if name.isdecimal() else name
+
+
+def cut(image: PIL.Image.Image, tile: int, across: int = 2) -> PIL.Image.Image:
+    """One of the pictures that are tiled in one, row by row."""
+    w, h = image.width // across, image.height // across
+    row, column = divmod(tile, across)
+    return image.crop((column * w, row * h, (column + 1) * w, (row + 1) * h))
+
+
+def tiled(images: Sequence[PIL.Image.Image], across: int = 2) -> PIL.Image.Image:
+    """Pictures of one size tiled in one, row by row; too few leave black behind."""
+    w, h = images[0].size
+    sheet = PIL.Image.new("RGB", (across * w, -(-len(images) // across) * h))
+    for i, image in enumerate(images):
+        row, column = divmod(i, across)
+        sheet.paste(image, (column * w, row * h))
+    return sheet

@@ -1,0 +1,149 @@
+"""One HTML file that shows what a model can do: scores, curves, pictures with verdicts, answers, and how to repeat it.
+
+``write_report(path, sections)`` writes sections that anyone may compose; ``sections`` makes the usual ones from the
+results of ``evaluate``. The file needs no other: pictures are inside it, and it runs no script.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from diptych.evaluation import files
+from diptych.evaluation.harness import Result
+from diptych.evaluation.page import Asked, Figure, Gallery, Questions, Section, Shown, Table, Text, Verdicts
+from diptych.evaluation.scores import Outcome
+from diptych.evaluation.scores import by_category as _by_category
+
+# --- sections from results --------------------------------------------------------------------------------------------
+
+
+def sections(
+    results: Mapping[str, Result], metrics: str | Path | None = None, commands: str = "", per_category: int = 6
+) -> list[Section]:
+    """The usual page: the score table of all models, bars by category, then curves, and of the last model drawings,
+    answers and edits, every verdict, and the card.
+
+    ``results`` maps a column's name ("untrained", "trained") to its result; ``metrics`` is a training run's jsonl.
+    Of each category ``per_category`` outcomes are shown: failures first, then wrong ones, then right ones.
+    """
+    if not results:
+        raise ValueError("a report needs at least one result")
+    name, last = list(results.items())[-1]
+    found: list[Section] = [score_table(results), *charts(results)]
+    if metrics is not None:
+        from diptych.evaluation.figures import curves
+
+        found.append(Figure("Training", curves(metrics), "Faint: every logged step. Bold: smoothed."))
+    for benchmark, of in _by_benchmark(last).items():
+        if any(o.text is not None for o in of):
+            found += answers(benchmark, of, name, per_category)
+        else:
+            found += drawings(benchmark, of, name, per_category)
+        found.append(verdicts(benchmark, of, per_category))
+    found.append(card_table(last))
+    if commands:
+        found.append(Text("Reproduce", "", commands))
+    return found
+
+
+def score_table(results: Mapping[str, Result]) -> Table:
+    """Scores as rows, models as columns, baselines last."""
+    names = list(dict.fromkeys(name for result in results.values() for name in result.scores))
+    baselines = {name: row for result in results.values() for name, row in result.baselines.items()}
+    rows = []
+    for name in names:
+        cells = [result.scores.get(name, "–") for result in results.values()]
+        rows.append((name, *cells, " · ".join(f"{k} {v:.2f}" for k, v in baselines.get(name, {}).items())))
+    note = "Bars show the value and its 95 % interval. Intervals of drawing scores resample whole prompts."
+    failed = {name: result.failures for name, result in results.items() if result.failures}
+    if failed:
+        note += " Failed items, counted as wrong: " + ", ".join(f"{k} {v}" for k, v in failed.items()) + "."
+    return Table("Scores", ("score", *results, "to compare with"), tuple(rows), note)
+
+
+def charts(results: Mapping[str, Result]) -> list[Figure]:
+    """Of each score with three categories or more: bars by category with intervals, one colour for each model."""
+    from diptych.evaluation.figures import bars
+
+    groups: dict[str, list[str]] = {}
+    for result in results.values():
+        for name in result.scores:
+            stamp, slash, category = name.partition("/")
+            if slash and category not in groups.setdefault(stamp, []):
+                groups[stamp].append(category)
+    found = []
+    for stamp, categories in groups.items():
+        scores = {
+            model: {c: r.scores[f"{stamp}/{c}"] for c in categories if f"{stamp}/{c}" in r.scores}
+            for model, r in results.items()
+        }
+        if len(categories) >= 3 and any(scores.values()):
+            found.append(Figure(f"{stamp} by category", bars(categories, scores)))
+    return found
+
+
+def drawings(benchmark: str, outcomes: Sequence[Outcome], name: str, per_category: int = 6) -> list[Gallery]:
+    """One gallery for each category of a drawing benchmark; edits, and whatever was shown, before what was drawn."""
+    found = []
+    for category, of in _by_category(outcomes).items():
+        shown = []
+        for o in _worst_first(of)[:per_category]:
+            before = [files.picture(i.image) for i in o.item.sample.images() if i.image is not None]
+            images = (*before, *([o.image] if o.image is not None else []))
+            shown.append(Shown(images, o.item.prompt, o.verdict.ok, o.verdict.reason, o.item.id))
+        found.append(Gallery(f"{benchmark}: {category} · {name}", tuple(shown), _tally(of)))
+    return found
+
+
+def answers(benchmark: str, outcomes: Sequence[Outcome], name: str, per_category: int = 6) -> list[Questions]:
+    """Questions of each category, with what was answered and expected."""
+    groups = _by_category(outcomes).values()
+    asked = [_asked(o) for of in groups for o in _worst_first(of)[:per_category]]
+    return [Questions(f"{benchmark} · {name}", tuple(asked), _tally(outcomes))]
+
+
+def verdicts(benchmark: str, outcomes: Sequence[Outcome], per_category: int = 6) -> Verdicts:
+    """Every verdict of a benchmark, failures first; those that are shown on the page are linked."""
+    seen = {o.item.id for of in _by_category(outcomes).values() for o in _worst_first(of)[:per_category]}
+    rows = [
+        (o.item.id, o.item.id in seen, o.verdict.ok, o.verdict.grade, o.verdict.reason or (o.text or ""))
+        for o in _worst_first(outcomes)
+    ]
+    return Verdicts(f"{benchmark}: every verdict", tuple(rows))
+
+
+def card_table(result: Result) -> Table:
+    """The sampling card and the scorers: everything that moves a score and is not the model's doing."""
+    rows = []
+    for key, value in {**result.card, "scorers": result.scorers or "none but the rules"}.items():
+        shown = value.items() if isinstance(value, Mapping) else [("", value)]
+        rows += [(f"{key} {k}".strip(), v if isinstance(v, str) else json.dumps(v)) for k, v in shown]
+    return Table("Sampling card", ("setting", "value"), tuple(rows))
+
+
+def _by_benchmark(result: Result) -> dict[str, list[Outcome]]:
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in result.outcomes:
+        groups.setdefault(outcome.item.benchmark, []).append(outcome)
+    return groups
+
+
+def _worst_first(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Failures, then wrong ones by their grade, then right ones; equals as they come."""
+    return sorted(outcomes, key=lambda o: (not o.verdict.failed and o.error is None, o.verdict.ok, o.verdict.grade))
+
+
+def _asked(outcome: Outcome) -> Asked:
+    image = next((files.picture(i.image) for i in outcome.item.sample.images() if i.image is not None), None)
+    said = outcome.text if outcome.error is None else f"failed: {outcome.error}"
+    expected = str(outcome.item.reference.get("answer", outcome.verdict.reason))
+    return Asked(image, outcome.item.prompt, said or "", expected, outcome.verdict.ok, outcome.item.id)
+
+
+def _tally(outcomes: Sequence[Outcome]) -> str:
+    failed = sum(o.error is not None or o.verdict.failed for o in outcomes)
+    right = sum(o.verdict.ok for o in outcomes)
+    told = f"{right} of {len(outcomes)} right{f', {failed} failed' if failed else ''}"
+    return f"{told}; the worst are shown first."

@@ -1,0 +1,39 @@
+"""Which device to use, and how fast its matrix products are."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+def matmul_rate(dtype: torch.dtype, device: str = "cpu", n: int = 768, seconds: float = 0.3) -> float:
+    """The best rate of an n x n matrix product, in GFLOP/s: the peak that utilisation is measured against."""
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end or not best:
+        start = time.perf_counter()
+        a @ b
+        if device != "cpu":
+            torch.cuda.synchronize()
+        best = max(best, 2 * n**3 / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def pick_device(device: str) -> str:
+    """The device to use: ``auto`` is a GPU when there is one. Raises ``ValueError`` for one that is not there."""
+    import torch
+
+    there = [
+        "cpu",
+        *(["cuda"] if torch.cuda.is_available() else []),
+        *(["mps"] if torch.backends.mps.is_available() else []),
+    ]
+    if device == "auto":
+        return "cuda" if "cuda" in there else "cpu"
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"unknown device {device!r}; choose from auto, cpu, cuda, mps")
+    if kind not in there:
+        raise ValueError(f"device {device!r} is not there; this machine has {', '.join(there)}")
+    return device

@@ -1,0 +1,1 @@
+"""Checkpoints of other authors: their folders, key maps and JSON files, read and written."""

@@ -1,0 +1,194 @@
+"""Makes, saves, finds and loads models."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diptych.machine.disk import recover, write_folder
+from diptych.models.configs import config_from_json, config_to_json
+from diptych.models.protocol import Trainable
+from diptych.models.table import FAMILIES, SHIPPED, SIZES, family, published_layout
+from diptych.parts.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from diptych.models.published.folder import Places, Source
+
+
+def create(name: str, config: Any, tokenizer: Tokenizer | None = None, device: str = "cpu") -> Trainable:
+    """An uninitialised model of a family on ``device`` (``meta`` allocates nothing)."""
+    import torch
+
+    with torch.device(device):
+        return family(name)(config, tokenizer or Tokenizer.tiny())
+
+
+def save(model: Trainable, folder: str | Path, state: Mapping[str, Any] | None = None, published: bool = False) -> None:
+    """Writes config.json, model.safetensors and tokenizer.json, under a temporary name that is then renamed; with
+    ``published`` the files and tensor names that the family's published checkpoints have.
+
+    ``state`` overrides the weights (an average, another dtype). An existing folder is replaced as a whole. Raises
+    ``ValueError`` for a quantised model and for a family or settings that are not published like that."""
+    from safetensors.torch import save_file
+
+    from diptych.models.published.folder import write_published
+    from diptych.parts.quantize import quantized
+
+    if quantized(model) and not state:
+        raise ValueError("a model loaded with quantize cannot be saved; load it without")
+    layout = published_layout(model.family) if published else None
+    if published and not layout:
+        raise ValueError(f"family {model.family!r} has no published layout")
+    weights = state or model.state_dict()
+
+    def write(tmp: Path) -> None:
+        if layout:
+            write_published(model, layout, tmp, weights)
+            return
+        tensors = {k: v.detach().contiguous().cpu() for k, v in weights.items()}
+        save_file(tensors, tmp / "model.safetensors", metadata={"format": "pt"})
+        (tmp / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
+        (tmp / "config.json").write_text(json.dumps(config_to_json(model.family, model.config), indent=1))
+        model.tokenizer.save(tmp)
+
+    write_folder(Path(folder), write)
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """The folder of a model: a path, a run folder (its newest release), the name of a shipped size, or a model of the
+    hub (``org/name``, or a size whose source is one), fetched into the hub's cache.
+
+    Raises ``ValueError`` listing what ships."""
+    path = Path(name_or_path)
+    for folder in (path, path / "release"):
+        recover(folder)
+    for folder in (path, path / "release"):
+        if (folder / "config.json").is_file():
+            return folder
+    size = SIZES.get(str(name_or_path))
+    if size and size.folder and (SHIPPED / size.folder / "config.json").is_file():
+        return SHIPPED / size.folder
+    if path.is_dir():
+        return path
+    shipped = [n for n, s in SIZES.items() if s.folder and (SHIPPED / s.folder / "config.json").is_file()]
+    told = f"no model {str(name_or_path)!r}: not a folder, and these ship: {', '.join(shipped) or 'none'}"
+    hub = size.source if size else str(name_or_path)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub):
+        raise ValueError(told)
+    try:
+        return fetch(hub)
+    except ValueError as error:
+        raise ValueError(f"{told}; {error}") from error
+
+
+def fetch(repository: str) -> Path:
+    """The folder of a model of the hub (``org/name``) in the hub's cache, fetched where it is not there and the hub is
+    not offline (``HF_HUB_OFFLINE``). Raises ``ValueError`` saying why it could not be."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ValueError(f"fetching {repository} needs the package huggingface_hub") from error
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "merges.txt"]))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{repository} cannot be fetched from the hub: {str(error).splitlines()[0]}") from error
+
+
+def places(name_or_path: str | Path, base: str | Path | None = None) -> Places:
+    """Where the files of a model are looked for: its folder, then those of ``base`` (of a known size: its own base)."""
+    from diptych.models.published.folder import Places
+
+    if base is None and not Path(name_or_path).is_dir():
+        base = next((s.base for n, s in SIZES.items() if str(name_or_path) in (n, s.source)), None)
+    return Places((resolve(name_or_path), *(places(base).folders if base else ())))
+
+
+def read_config(name_or_path: str | Path) -> dict[str, Any]:
+    """The family and the fields of the Config of a folder (ours or a published one) or a shipped name."""
+    source = open_source(name_or_path)
+    return config_to_json(source.family, source.config)
+
+
+def open_source(name_or_path: str | Path, base: str | Path | None = None) -> Source:
+    """What a model on disk is and where its tensors are, with nothing loaded yet. Raises ``ValueError``."""
+    import torch
+
+    from diptych.models.published import folder as folders
+    from diptych.models.published.key_map import rules
+
+    where = places(name_or_path, base)
+    ours = where.folders[0] / "config.json"
+    row = folders.read_json(ours) if ours.is_file() else {}
+    if "family" in row:
+        if base is not None:
+            raise ValueError(f"{where.folders[0]} is complete in itself; base is for published folders")
+        name, settings = config_from_json(row)
+        tokenizer = Tokenizer.load(where.folders[0])
+        tensors = folders.Tensors(where.folders[0] / "model.safetensors")
+        weights = ((tensors, rules({"**": "**"})),)
+        return folders.Source(name, settings, tokenizer, weights, str(where), torch.float32)
+    layouts = {name: layout for name in FAMILIES if (layout := published_layout(name))}
+    for name, layout in layouts.items():
+        if folders.tells(layout, where):
+            return folders.open_published(name, layout, where)
+    lacks = [f"as a published {n} folder it lacks {', '.join(folders.missing(x, where))}" for n, x in layouts.items()]
+    raise ValueError(
+        f"{where} holds no model: neither config.json nor release/config.json of ours is there, and "
+        f"{'; '.join(lacks)} (base says where the rest is)"
+    )
+
+
+def load(
+    name_or_path: str | Path,
+    device: str = "cpu",
+    dtype: str | None = None,
+    base: str | Path | None = None,
+    quantize: str | None = None,
+    prepare: Callable[[Trainable], None] | None = None,
+    share: Callable[[Any, Any], Any] | None = None,
+    config: Any = None,
+) -> Trainable:
+    """The model of a folder (ours, a run's or a published one), a shipped name or a model of the hub, for use.
+
+    ``dtype``     of the parameters: "fp32", "bf16" or "fp16". By default float32 for our own folders and as stored for
+                  published ones. Buffers and the autoencoder are float32 where it is given
+    ``base``      the model whose files are taken where a published folder lacks them
+    ``quantize``  "int8" rounds the weights of the blocks (``parts.quantize``): for use, not for training
+    ``prepare``   is called with the empty model, on the meta device
+    ``share``     what this process keeps of a tensor, in place of one of the model's own that ``prepare`` sharded
+    ``config``    settings in place of the folder's, for tensors of the same shapes
+
+    Tensors go one by one onto the device. Strict: missing, unknown and misshapen tensors are an error that lists them.
+    """
+    import torch
+
+    from diptych.models.published import folder as folders
+
+    if dtype is not None and dtype not in folders.DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(folders.DTYPES)}")
+    if quantize not in (None, "int8"):
+        raise ValueError(f"unknown quantize {quantize!r}; there is int8")
+    source = open_source(name_or_path, base)
+    if config is not None:
+        if type(config) is not type(source.config):
+            raise ValueError(
+                f"{name_or_path} is of family {source.family!r}, which has other settings than those given"
+            )
+        source = replace(source, config=config)
+    kind = source.dtype if dtype is None else folders.DTYPES[dtype]
+    return folders.make(source, create, torch.device(device), kind, quantize is not None, prepare, share)
+
+
+def load_strict(model: nn.Module, state: Mapping[str, Any], where: str) -> None:
+    """Copies ``state`` into a module. Raises ``ValueError`` with every missing, unknown and misshapen tensor."""
+    from diptych.models.published.key_map import plan, raise_all, rules
+
+    _, _, wrong = plan(rules({"**": "**"}), state, model.state_dict())
+    raise_all(wrong, f"{where} does not fit the model")
+    model.load_state_dict(dict(state))

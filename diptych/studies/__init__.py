@@ -1,0 +1,1 @@
+"""Studies: the claims of the papers in miniature, and the demo."""

@@ -1,0 +1,122 @@
+"""Makes the model that a recipe trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diptych.models import configs, store
+from diptych.models.protocol import Trainable
+from diptych.models.published.parts import read_autoencoder, read_language_model, read_vision_encoder
+from diptych.parts.autoencoder import LatentDecoder
+from diptych.parts.decoder import Decoder, taken_over
+from diptych.parts.tokenizer import Tokenizer
+from diptych.parts.vision import VisionEncoder
+from diptych.training import lora
+from diptych.training.parallel import sharded, share, spread
+from diptych.training.parameters import by_part, ever_trained, narrow
+from diptych.training.recipe import Recipe
+
+FOREIGN = "transformers:"  # begins a source of ``init`` that transformers reads
+
+
+def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = None, resuming: bool = False) -> Trainable:
+    """The recipe's model with fresh weights, and with the parts that ``init`` names taken from other models, or a
+    decoder from a language model of transformers (whose tokenizer comes with it).
+
+    Where processes share a model that all comes from one folder, or from a checkpoint (``resuming``: nothing is filled
+    in), each holds its shards and at most one whole tensor. Fresh weights are drawn whole, then shared."""
+    name, config = configs.config_from_json(recipe.model)
+    if tokenizer is None:
+        tokenizer = _tokenizer(recipe)
+
+    def prepare(made: Trainable, place: str | None = None) -> None:
+        lora.inject(made, recipe.lora, recipe.seed)
+        narrow(made, recipe.engine, ever_trained(made, recipe.stages))
+        if place:
+            made.to(place)  # narrow already: the device need not hold the whole in float32
+        spread(made, recipe.engine, recipe.precision, device, ever_trained(made, recipe.stages))
+
+    if sharded(recipe.engine) and resuming:
+        model = store.create(name, config, tokenizer, "meta")
+        prepare(model)
+        return model.to_empty(device=device)
+    whole_model = recipe.init.keys() == {"model"} and "#" not in recipe.init["model"] and not recipe.lora
+    if sharded(recipe.engine) and whole_model:
+        return store.load(recipe.init["model"], device, "fp32", prepare=prepare, share=share, config=config)
+    with torch.random.fork_rng(devices=[]):  # what ``initialise`` leaves alone belongs to the seed too
+        torch.manual_seed(recipe.seed)
+        model = store.create(name, config, tokenizer)
+    model.initialise(recipe.seed)
+    for path, source in recipe.init.items():
+        if source.startswith(FOREIGN):
+            _foreign(model, path, name, source)
+            continue
+        where, _, other_path = source.partition("#")
+        other = store.load(where)
+        if path == "model":
+            store.load_strict(model, other.state_dict(), source)
+            continue
+        mine, theirs = _module(model, path, name), _module(other, other_path or path, where)
+        state = theirs.state_dict()
+        if isinstance(mine, Decoder) and isinstance(theirs, Decoder):
+            state = taken_over(mine, theirs)
+        store.load_strict(mine, state, f"{source}, taken over as {path!r},")
+    prepare(model, device)
+    return model
+
+
+def _tokenizer(recipe: Recipe) -> Tokenizer:
+    """The tokenizer of the model that a recipe goes on from, or of the library's model inside it; else the tiny one."""
+    whole = recipe.init.get("model")
+    inner = next((s.removeprefix(FOREIGN) for s in recipe.init.values() if s.startswith(FOREIGN)), None)
+    if whole:
+        return store.places(whole).tokenizer()
+    return Tokenizer.load(_folder(inner)) if inner else Tokenizer.tiny()
+
+
+def _foreign(model: Trainable, path: str, name: str, source: str) -> None:
+    module, where = _module(model, path, name), source.removeprefix(FOREIGN)
+    readers: dict[type, Any] = {
+        Decoder: read_language_model,
+        VisionEncoder: read_vision_encoder,
+        LatentDecoder: read_autoencoder,
+    }
+    for kind, read in readers.items():
+        if isinstance(module, kind):
+            read(module, _folder(where))
+            return
+    load: Any = getattr(module, "load_pretrained", None)
+    if load is None:
+        raise ValueError(
+            f"init: module {path!r} of {name} is no decoder, vision encoder or autoencoder, nor one of transformers; "
+            f"{source!r} cannot fill it"
+        )
+    load(where)
+
+
+def _folder(where: str) -> Path:
+    """The folder (or file) of this path, or of this ``org/name`` of the hub."""
+    return Path(where) if Path(where).exists() else store.fetch(where)
+
+
+def _module(model: Trainable, path: str, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        known = ", ".join(n for n, _ in model.named_children())
+        raise ValueError(f"init: {name} has no module {path!r}; it has {known}, and what is inside them") from error
+
+
+def _copy(model: Trainable, weights: dict[str, torch.Tensor], precision: str) -> Trainable:
+    """A model of its own with these weights; what is trained in bf16 is used in bf16."""
+    made = store.create(model.family, model.config, model.tokenizer, "meta")
+    if precision == "bf16":
+        parts = by_part(made)
+        lower = {n for part in parts.keys() - made.frozen for n in parts[part]}
+        weights = {n: w.to(torch.bfloat16) if n in lower else w for n, w in weights.items()}
+    made.load_state_dict(weights, assign=True)
+    return made.to(model.device).eval()

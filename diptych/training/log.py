@@ -1,0 +1,215 @@
+"""What a run says while it runs: a progress bar on a terminal, a line now and then elsewhere, metrics.jsonl always,
+TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
+
+from diptych.core.batch import Batch
+from diptych.core.losses import Losses
+from diptych.data.loader import Row
+from diptych.machine.devices import matmul_rate
+from diptych.machine.processes import total
+
+
+def memory(device: torch.device | str = "cpu") -> float:
+    """The most memory this process has held, in GiB: of the GPU where it computes on one, else of the host."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform != "darwin" else 2**30)
+
+
+MEASURED = 10  # the step whose work is counted; by then everything is warm
+
+
+class Work:
+    """How much of the device's own matrix-product peak a run uses. One row's products are counted once, on the meta
+    device (``train.plan``), so that nothing of the run changes; recomputed ones count. The peak is measured here. A
+    family that cannot be planned has no ``mfu``."""
+
+    def __init__(self, device: str, precision: str, count: Callable[[Any], float]) -> None:
+        self.device, self.count, self.steps, self.per_token, self.peak = device, count, 0, 0.0, 0.0
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+
+    def logged(self, batch: Any, tokens: int, seconds: float) -> dict[str, float]:
+        """``mfu`` of a step (of so many tokens, one of its rows is ``batch``) from the measured one on."""
+        self.steps += 1
+        if self.steps == MEASURED:
+            try:
+                self.per_token = self.count(batch) / max(sum(batch.lengths), 1)
+            except ValueError:
+                return {}
+            self.peak = matmul_rate(self.dtype, self.device, n=768 if self.device == "cpu" else 8192) * 1e9
+        return {"mfu": self.per_token * tokens / seconds / self.peak} if self.peak else {}
+
+
+@contextmanager
+def profiler(file: Path | None, steps: int) -> Iterator[Callable[[], None]]:
+    """What to call after every step: traces ``steps`` of them, after five that warm up, into ``file``."""
+    if not steps or file is None:
+        yield lambda: None
+        return
+    from torch.profiler import profile, schedule
+
+    plan = schedule(wait=4, warmup=1, active=steps, repeat=1)
+    with profile(schedule=plan, on_trace_ready=lambda p: p.export_chrome_trace(str(file))) as traced:
+        yield traced.step
+
+
+TRACKERS = ("trackio", "wandb")
+
+
+def tracker(name: str | None, run: Path) -> Any:
+    """The module of a tracker, with a run begun. Raises ``ValueError`` for one that is unknown or not installed."""
+    if name is None:
+        return None
+    if name not in TRACKERS:
+        raise ValueError(f"unknown tracker {name!r}; choose from {', '.join(TRACKERS)}")
+    if not importlib.util.find_spec(name):
+        raise ValueError(f"tracking with {name} needs its package: pip install {name}")
+    module = importlib.import_module(name)
+    module.init(project="diptych", name=run.name, config=json.loads((run / "recipe.json").read_text()))
+    return module
+
+
+class Log:
+    """Writes one JSON object a step; shows the latest. Lines of steps that a resumed run repeats are cut first."""
+
+    def __init__(self, run: Path, total: int, step: int, show: bool = True, track: str | None = None) -> None:
+        self.tracker = tracker(track, run)
+        self.path, self.total, self.show = run / "metrics.jsonl", total, show
+        keep_until(self.path, step)
+        self.file: TextIO = self.path.open("a")
+        self.recent: deque[tuple[float, int]] = deque(maxlen=50)
+        self.last_line = 0.0
+        self.board = None
+        if importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
+        self.console = Console(stderr=True)
+        self.bar = None
+        if show and self.console.is_terminal:
+            columns = (TextColumn("{task.fields[stage]}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+            self.bar = Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[text]}"), console=self.console)
+            self.task = self.bar.add_task("", total=total, completed=step, stage="", text="")
+            self.bar.start()
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Records one step; ``row`` has at least step, stage and loss."""
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.board:
+            for name, value in row.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.board.add_scalar(name, value, int(row["step"]))
+        if self.tracker:
+            self.tracker.log({k: v for k, v in row.items() if k not in ("step", "stage")}, step=int(row["step"]))
+        now = time.perf_counter()
+        self.recent.append((now, int(row["step"])))
+        if not self.show:
+            return
+        if self.bar:
+            self.bar.update(self.task, completed=row["step"], stage=row["stage"], text=self._text(row))
+        elif now - self.last_line > 15 or row["step"] == self.total:
+            self.last_line = now
+            self.console.print(f"{row['stage']} {row['step']}/{self.total}  {self._text(row)}", highlight=False)
+
+    def _text(self, row: Mapping) -> str:
+        terms = "  ".join(f"{k[5:]} {v:.3f}" for k, v in row.items() if k.startswith("loss/"))
+        (t0, s0), (t1, s1) = self.recent[0], self.recent[-1]
+        left = (self.total - s1) * (t1 - t0) / (s1 - s0) if s1 > s0 else 0.0
+        used = f"MFU {row['mfu']:.0%}  " if "mfu" in row else ""
+        return (
+            f"loss {row['loss']:.3f}  {terms}  {row['tokens_per_second']:.0f} tok/s  {used}"
+            f"{row['images_per_second']:.0f} img/s  wait {row['data_wait']:.1%}  {row['memory']:.1f} GiB  "
+            f"ETA {int(left // 60)}:{int(left % 60):02d}"
+        )
+
+    def say(self, text: str) -> None:
+        """A message above the bar."""
+        if self.show:
+            self.console.print(text, highlight=False, soft_wrap=True)  # paths stay whole
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+        if self.board:
+            self.board.close()
+        if self.tracker:
+            self.tracker.finish()
+        self.file.close()
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Cuts lines of steps after ``step`` (and a half-written last line) from a metrics file."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] > step:
+            break
+        kept.append(line)
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text("".join(line + "\n" for line in kept))
+    tmp.replace(path)
+
+
+class _Tally:
+    """Sums of a step: loss terms, loss terms by data set (of families that tell), samples by data set."""
+
+    def __init__(self, counts: Mapping[str, float], data: Mapping[str, float]) -> None:
+        self.counts = counts
+        self.sums = {f"loss/{n}": 0.0 for n in counts} | {f"samples/{name}": 0.0 for name in data}
+        self.by_data = {f"{name}/{n}/{what}": 0.0 for name in data for n in counts for what in ("sum", "count")}
+        self.data = sorted(data, key=len, reverse=True)  # a name may begin with another
+
+    def add(self, losses: Losses, batch: Batch) -> None:
+        owners = [next((d for d in self.data if sample.startswith(f"{d}/")), None) for sample in batch.samples]
+        for n, term in losses.items():
+            self.sums[f"loss/{n}"] += float(term.sum.detach())
+            for owner, (value, count) in zip(owners, [] if term.documents is None else term.documents.tolist()):
+                if owner:
+                    self.by_data[f"{owner}/{n}/sum"] += value
+                    self.by_data[f"{owner}/{n}/count"] += count
+
+    def hold(self, row: Row) -> None:
+        for name, n in row.stats.samples.items():
+            self.sums[f"samples/{name}"] += n
+
+    def logged(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """Everything over all processes, losses divided by their counts."""
+        sums = total(self.sums | self.by_data)
+        terms = {n: sums[f"loss/{n}"] / max(count, 1.0) for n, count in self.counts.items()}
+        pairs = {(d, n): (sums[f"{d}/{n}/sum"], sums[f"{d}/{n}/count"]) for d in self.data for n in terms}
+        return {
+            "loss": sum(weights[n] * v for n, v in terms.items()),
+            **{f"loss/{n}": v for n, v in terms.items()},
+            **{f"data/{d}/{n}": value / count for (d, n), (value, count) in pairs.items() if count},
+            **{name: v for name, v in sums.items() if name.startswith("samples/")},
+        }
+
+
+def _norm(parameters: Iterable[nn.Parameter]) -> float:
+    """The norm of all gradients together."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

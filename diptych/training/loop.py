@@ -1,0 +1,402 @@
+"""The one training loop. It never learns which modalities or heads exist."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from diptych.core.batch import Batch
+from diptych.core.losses import add_counts, check_weights, combine
+from diptych.core.noise import Noise
+from diptych.data.encoded import encoders_of, refuse_stale
+from diptych.data.loader import Loader, Row, merge_states
+from diptych.machine.doctor import environment
+from diptych.machine.processes import any_of, gather, processes, total
+from diptych.models import store
+from diptych.models.protocol import Trainable
+from diptych.parts.quantize import widened
+from diptych.training import checkpoint, lora, optim, plan
+from diptych.training.build import _copy, build
+from diptych.training.log import Log, Work, _norm, _Tally, memory, profiler
+from diptych.training.parallel import add_gradients, local, settle, sharded, whole
+from diptych.training.parameters import Average, freeze, release_state, select
+from diptych.training.plan import Sources
+from diptych.training.recipe import Recipe, Stage
+
+Hook = Callable[[Trainable, int, Path], None]  # called with the model, the step and the run after every checkpoint
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; ``path`` is the checkpoint that it goes on from."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        super().__init__(f"stopped after step {step}; go on with: diptych resume {path.parent.parent}")
+        self.path, self.step = path, step
+
+
+@dataclass
+class State:
+    """Where a run is: everything that a resumed run needs and nothing else."""
+
+    model: Trainable
+    stage: int = 0  # index of the current stage
+    done: int = 0  # steps done in it
+    step: int = 0  # steps done in all
+    optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
+    average: Average | None = None
+    loader: dict | None = None
+
+
+def train(
+    recipe: Recipe,
+    run: str | Path,
+    sources: Sources,
+    device: str = "cpu",
+    resume: bool = False,
+    show: bool = True,
+    hook: Hook | None = None,
+    stop: threading.Event | None = None,
+    profile: int = 0,
+    track: str | None = None,
+) -> Path:
+    """Runs the recipe into the folder ``run`` and returns the folder of the released model (``run/release``).
+
+    ``run`` receives recipe.json (itself runnable), environment.json, metrics.jsonl (one object a step), checkpoints/,
+    samples/ (whatever ``hook`` draws) and release/; crash.json when something raised; trace.json when ``profile`` says
+    how many steps to trace. ``track`` names a tracker (trackio, wandb). A folder that already holds a run is refused
+    unless ``resume``, which goes on from the newest checkpoint whose checksums hold, on any number of processes that
+    share the rows of a step. Raises ``Interrupted`` after SIGINT, SIGTERM or ``stop``, with everything saved."""
+    run = Path(run)
+    with processes(device) as (rank, world), _asked_to_stop(stop) as asked:
+        _together(lambda: _prepare(run, recipe, resume) if rank == 0 else None)
+        find = resume and rank == 0
+        found = _together(lambda: checkpoint.newest(run / "checkpoints") if find else (None, []))
+        saved, damaged = gather(found)[0]
+        model = build(recipe, device, resuming=saved is not None)
+        _check(recipe, model)
+        state, meta = State(model), None
+        if saved:
+            meta = checkpoint.read_meta(saved)
+            state.stage, state.done, state.step = meta["stage"], meta["done"], meta["step"]
+            state.loader = meta["loader"]
+        log = Log(run, recipe.steps, state.step, show, track) if rank == 0 else None
+        if log:
+            for line in damaged:
+                log.say(f"{line}; going on from {saved}")
+        saver = checkpoint.Saver(run / "checkpoints", recipe.keep, recipe.engine.async_save)
+        job = _Job(recipe, run, sources, state, log, asked, hook, rank, world, meta["world"] if meta else world, saver)
+        try:
+            with profiler(run / "trace.json" if rank == 0 else None, profile) as job.turn:
+                for index in range(state.stage, len(recipe.stages)):
+                    if index != state.stage:
+                        state.stage, state.done, state.loader = index, 0, None
+                    job.run_stage(recipe.stages[index], saved if meta else None)
+                    meta = None
+            saver.wait()
+            job.release()
+        except Exception as error:
+            if not isinstance(error, Interrupted):
+                job.report(error)
+            raise
+        finally:
+            saver.close()
+            if log:
+                log.close()
+    return run / "release"
+
+
+@dataclass
+class _Job:
+    """One call of ``train``: what its stages share."""
+
+    recipe: Recipe
+    folder: Path
+    sources: Sources
+    state: State
+    log: Log | None
+    asked: threading.Event
+    hook: Hook | None
+    rank: int
+    world: int
+    first_world: int  # processes that the run began with: they decide how many rows a step has
+    saver: checkpoint.Saver
+    work: Work = field(init=False)
+    turn: Callable[[], None] = field(init=False)  # called after every step
+    row: list[Row] = field(default_factory=list)  # rows of the step that is being computed
+
+    def rows(self, stage: Stage) -> int:
+        """How many rows this process adds up for a step. Raises ``ValueError`` where they do not divide."""
+        rows = stage.limits.rows_of(self.first_world) * self.first_world
+        if rows % self.world:
+            raise ValueError(
+                f"a step of this run has {rows} rows, which do not divide among {self.world} processes; "
+                f"it began with {self.first_world}"
+            )
+        return rows // self.world
+
+    def run_stage(self, stage: Stage, saved: Path | None) -> None:
+        """One stage from where the state stands (``saved``, where it was read from a checkpoint) to its end."""
+        recipe, state, model = self.recipe, self.state, self.state.model
+        rates = select(model, stage.train)
+        parts = freeze(model, stage.train)
+        settle(model)
+        named = {name: p for part in parts.values() for name, p in part.items()}
+        names = {id(p): name for name, p in named.items()}
+        state.optimizers = optim.build(model, parts, rates, stage.optimizer)
+        state.average = Average(named, stage.ema) if stage.ema else None
+        if saved:
+            checkpoint.load(saved, _tensors(state))
+            checkpoint.restore_optimizer(state.optimizers, names, saved, "optimizer.")
+            if state.average:
+                state.average.steps = checkpoint.read_meta(saved)["average"]
+        sources = self.sources(recipe, stage)
+        self._check_encoded(sources)
+        static = recipe.engine.compile or model.device.type == "cuda"  # rows of one length: nothing is compiled twice
+        loader = Loader(
+            sources,
+            stage.data,
+            model.lay_out,
+            routes=model.routes,
+            pad_to=stage.limits.tokens if static else None,
+            tokens=stage.limits.tokens,
+            pictures=stage.limits.pictures,
+            seed=recipe.seed + 7919 * state.stage,
+            workers=recipe.workers,
+            streams=recipe.streams,
+            dropout=stage.dropout,
+            conditions=model.conditions,
+            rank=self.rank,
+            world=self.world,
+            skip_limit=recipe.skip_limit,
+        )
+        if state.loader:
+            loader.load_state_dict(state.loader)
+        rows, accumulate = iter(loader), self.rows(stage)
+        self.work = Work(str(model.device), recipe.precision, lambda batch: plan.flops(recipe, stage, batch))
+        while state.done < stage.steps:
+            logged = self.step(stage, rows, accumulate, parts)
+            state.done += 1
+            state.step += 1
+            if self.log:
+                self.log.step({"step": state.step, "stage": stage.name, **logged})
+            self.turn()
+            stopping = any_of(self.asked.is_set())
+            last = state.done == stage.steps
+            if stopping or last or state.step % recipe.checkpoint_every == 0:
+                path = self.save(loader, names)
+                self.draw()
+                if stopping and not (last and state.stage == len(recipe.stages) - 1):
+                    self.saver.wait()
+                    self.release()
+                    raise Interrupted(path, state.step)
+        if state.average and state.stage < len(recipe.stages) - 1:
+            state.average.hand_on()
+
+    def _check_encoded(self, sources: Mapping[str, Any]) -> None:
+        """Refuses data sets that another encoder made than the model's, or one that this stage would change."""
+        model = self.state.model
+        for encoder in encoders_of(sources) & model.encoders.keys():
+            modules = [model.get_submodule(m) for m in model.encoders[encoder].modules]
+            if any(p.requires_grad for m in modules for p in m.parameters()):
+                raise ValueError(
+                    f"this stage trains {encoder!r}, and its data sets hold what that made of pictures before"
+                )
+        refuse_stale(sources, lambda name: model.digest(name) if name in model.encoders else f"{model.family} has none")
+
+    def save(self, loader: Loader, names: Mapping[int, str]) -> Path:
+        """Begins the checkpoint of this step; every process must call it."""
+        state = self.state
+        meta = {
+            "stage": state.stage,
+            "done": state.done,
+            "step": state.step,
+            "loader": merge_states(gather(loader.state_dict())),
+            "average": state.average.steps if state.average else 0,
+            "world": self.first_world,
+        }
+        slots = checkpoint.optimizer_state(state.optimizers, names)
+        return self.saver.save(state.step, _tensors(state) | {f"optimizer.{k}": v for k, v in slots.items()}, meta)
+
+    def draw(self) -> None:
+        """Calls the hook on rank 0: with the model, or with a copy for use where processes share it. Every process must
+        call it."""
+        model, recipe = self.state.model, self.recipe
+        if not self.hook:
+            return
+        if sharded(recipe.engine):
+            weights = whole(model.state_dict())
+            if self.rank == 0:
+                model = _copy(model, lora.merged(weights), recipe.precision)
+        if self.rank == 0:
+            # drawings have other shapes, and few: they are not worth compiling for
+            with torch.compiler.set_stance("force_eager") if recipe.engine.compile else nullcontext():
+                self.hook(model, self.state.step, self.folder)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.state.model.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
+
+    def release(self) -> None:
+        """Writes the model as it is now, averaged where the stage averages; every process must call it."""
+        state = self.state
+        weights = whole(release_state(state.model, state.average))
+        if self.rank == 0:
+            store.save(state.model, self.folder / "release", lora.merged(widened(weights)))
+            if self.recipe.lora:
+                file = self.folder / "release" / "adapter.safetensors"
+                save_file(lora.adapters(weights), file, {"base": self.recipe.init.get("model", "")})
+
+    def report(self, error: Exception) -> None:
+        """Leaves crash.json: what happened, where, with which samples, and the checkpoint to go on from."""
+        with suppress(Exception):
+            self.saver.wait()
+        good = checkpoint.available(self.folder / "checkpoints")
+        row = {
+            "error": f"{type(error).__name__}: {error}",
+            "step": self.state.step + 1,
+            "stage": self.recipe.stages[self.state.stage].name,
+            "rank": self.rank,
+            "samples": [name for r in self.row for name in r.batch.samples],
+            "last_checkpoint": str(good[-1]) if good else None,
+            "go_on": f"diptych resume {self.folder}",
+            "traceback": traceback.format_exc(),
+        }
+        file = self.folder / ("crash.json" if self.rank == 0 else f"crash-{self.rank}.json")
+        with suppress(OSError):  # the disk may be what failed
+            file.write_text(json.dumps(row, indent=1))
+            error.add_note(f"see {file}; last good checkpoint: {row['last_checkpoint']}")
+
+    def step(
+        self, stage: Stage, rows: Iterator[Row], accumulate: int, parts: Mapping[str, Mapping[str, nn.Parameter]]
+    ) -> dict[str, float]:
+        """One optimizer step over ``accumulate`` rows; returns what to log."""
+        state, model, start = self.state, self.state.model, time.perf_counter()
+        self.row = micro = _together(lambda: [next(rows) for _ in range(accumulate)])
+        waited = time.perf_counter() - start
+        batches = [r.batch.to(model.device) for r in micro]
+        counts = total(add_counts([model.counts(b) for b in batches]))
+        noise = Noise(self.recipe.seed, state.step)
+        optim.set_rates(state.optimizers, rate := optim.factor(stage.schedule, state.done, stage.steps))
+        tally = _Tally(counts, stage.data)
+        tokens = sum(sum(b.lengths) for b in batches)
+        for batch in batches:
+            with self.autocast():
+                losses = model(batch, noise)
+                loss = combine(losses, stage.loss, counts)
+            value = float(loss.detach())
+            self.stop_unless_finite("loss", value, [batch])
+            if loss.requires_grad:  # a row may reach nothing that is trained
+                loss.backward()
+            tally.add(losses, batch)
+        trained = [p for part in parts.values() for p in part.values()]
+        add_gradients(trained)
+        norms = {part: _norm(p.values()) for part, p in parts.items()}
+        norm = math.hypot(*norms.values())
+        self.stop_unless_finite("gradient's norm", norm, batches)
+        if (shrink := stage.optimizer.clip / (norm + 1e-6)) < 1:
+            torch._foreach_mul_([local(p.grad) for p in trained if p.grad is not None], shrink)
+        for optimizer in state.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if state.average:
+            state.average.update()
+        for r in micro:
+            tally.hold(r)
+        seconds = time.perf_counter() - start
+        pictures = sum(len(g.tokens) for b in batches for g in b.pictures)
+        return {
+            **tally.logged(stage.loss),
+            **{f"count/{n}": v for n, v in counts.items()},
+            "lr": rate * max(g["peak"] for o in state.optimizers for g in o.param_groups),
+            "gradient_norm": norm,
+            **{f"gradient_norm/{part}": v for part, v in norms.items()},
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "images_per_second": pictures / seconds,
+            **(self.work.logged(batches[0], tokens, seconds) if self.rank == 0 else {}),
+            "fill": tokens / (stage.limits.tokens * len(batches)),
+            "data_wait": waited / seconds,
+            "memory": memory(model.device),
+            "skipped": sum(len(r.stats.skipped) for r in micro),
+        }
+
+    def stop_unless_finite(self, what: str, value: float, batches: list[Batch]) -> None:
+        """Raises ``FloatingPointError`` in every process where any process met a number that is none, and names the
+        samples of its rows."""
+        names = [] if math.isfinite(value) else [name for batch in batches for name in batch.samples]
+        if not any_of(bool(names)):
+            return
+        rows = [(v, n) for v, n in gather((value, names)) if n]
+        some = [name for _, n in rows for name in n]
+        told = f"{', '.join(some[:8])}{' ...' if len(some) > 8 else ''}"
+        raise FloatingPointError(
+            f"step {self.state.step + 1}: the {what} is {rows[0][0]}; nothing was updated. Samples of the row: {told}"
+        )
+
+
+def _together(work: Callable[[], Any]) -> Any:
+    """The result of ``work``; when it raises in one process, every process raises."""
+    error, result = None, None
+    try:
+        result = work()
+    except (ValueError, OSError, ArithmeticError) as caught:
+        error = caught
+    if any_of(error is not None):
+        raise error or ValueError("another process stopped with an error")
+    return result
+
+
+def _tensors(state: State) -> dict[str, torch.Tensor]:
+    out = {f"model.{k}": v for k, v in state.model.state_dict().items()}
+    return out | ({f"average.{k}": v for k, v in state.average.state().items()} if state.average else {})
+
+
+def _check(recipe: Recipe, model: Trainable) -> None:
+    """Everything that can be known to be wrong before the first step."""
+    empty = torch.zeros(0, dtype=torch.long)
+    none = Batch(empty, empty, empty, empty, empty, empty.bool(), empty.bool(), (empty,) * model.routes, (), (), ())
+    for stage in recipe.stages:
+        select(model, stage.train)
+        check_weights(set(model.counts(none)), stage.loss)
+
+
+def _prepare(run: Path, recipe: Recipe, resume: bool) -> None:
+    if (run / "recipe.json").exists() and not resume:
+        raise ValueError(f"{run} already holds a run; go on with it (diptych resume {run}) or name another folder")
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (run / "samples").mkdir(exist_ok=True)
+    (run / "recipe.json").write_text(recipe.to_json())
+    (run / "environment.json").write_text(json.dumps(environment(), indent=1))
+
+
+@contextmanager
+def _asked_to_stop(stop: threading.Event | None) -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM set the event; a second SIGINT interrupts at once. Only the main thread can listen."""
+    event = stop or threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def handle(number, frame):
+        if event.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        event.set()
+
+    old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for s, h in old.items():
+            signal.signal(s, h)

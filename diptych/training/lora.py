@@ -1,0 +1,89 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) through peft: W + B A in place of W, on the blocks of named parts. Alpha
+is the rank, as in IOMM's Table 6.
+
+An adapter lives in the part of the weight that it changes, so a recipe trains and freezes it by the part's name; the
+weight itself stays. Releases are merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from diptych.models.protocol import Trainable
+from diptych.training.parameters import by_part, named, select
+
+BASE, DOWN, UP = ".base_layer.", ".lora_A.default.", ".lora_B.default."
+
+
+def inject(model: Trainable, ranks: Mapping[str, int], seed: int) -> None:
+    """Gives the linear layers in the blocks of these parts adapters of these ranks, in place; at first they change
+    nothing. Raises ``ValueError`` for unknown parts, for parts without such layers, and when peft is not installed."""
+    if not ranks:
+        return
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError("lora needs the package peft: pip install diptych[tune]") from error
+    inside = {id(p) for block in model.blocks() for p in block.parameters()}
+    layers = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m.weight) in inside}
+    parts = by_part(model)
+    wanted: dict[str, int] = {}
+    for part, rank in select(model, {part: float(rank) for part, rank in ranks.items()}).items():
+        found = {n.rpartition(".")[0] for n in parts[part]} & layers
+        wanted |= dict.fromkeys(found, int(rank))
+    for part in ranks:
+        if not any(n.rpartition(".")[0] in wanted for p in named(model, part) for n in parts[p]):
+            raise ValueError(f"part {part!r} of {model.family} has no linear layer in a block for lora to change")
+    least = min(wanted.values())
+    if least < 1:
+        raise ValueError(f"the rank of lora must be at least 1, not {least}")
+    config = LoraConfig(
+        r=least,
+        lora_alpha=least,
+        target_modules=sorted(wanted),
+        rank_pattern=dict(wanted),
+        alpha_pattern=dict(wanted),
+    )
+    with torch.random.fork_rng(devices=[]):  # peft draws from the global state; what stays is drawn here
+        inject_adapter_in_model(config, model)
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if DOWN in name and not p.is_meta:
+            nn.init.kaiming_uniform_(p, a=5**0.5, generator=generator)
+
+
+def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's state with every adapter added to its weight, under the names of a model without adapters."""
+    out = {}
+    for name, tensor in state.items():
+        if DOWN in name or UP in name:
+            continue
+        down, up = (state.get(name.replace(BASE, place)) for place in (DOWN, UP))
+        if BASE in name and down is not None and up is not None:
+            tensor = (tensor.float() + up.float() @ down.float()).to(tensor.dtype)
+        out[name.replace(BASE, ".")] = tensor
+    return out
+
+
+def adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapters alone, as ``apply`` reads them."""
+    return {name: tensor for name, tensor in state.items() if DOWN in name or UP in name}
+
+
+@torch.no_grad()
+def apply(model: nn.Module, file: str | Path, sign: int = 1) -> None:
+    """Adds the adapters of a run (``release/adapter.safetensors``) to a model's weights; with ``sign`` -1 takes them
+    away again. Raises ``ValueError`` for a file that does not fit the model."""
+    from safetensors.torch import load_file
+
+    state, weights = load_file(file), dict(model.named_parameters())
+    for name in (n for n in state if DOWN in n):
+        own = name.replace(DOWN, ".")
+        down, up = state[name].float(), state[name.replace(DOWN, UP)].float()
+        if own not in weights or weights[own].shape != (up.shape[0], down.shape[1]):
+            raise ValueError(f"{file}: the model has no weight {own!r} of {up.shape[0]} x {down.shape[1]}")
+        weights[own].add_((sign * up @ down).to(weights[own].device, weights[own].dtype))

@@ -1,0 +1,294 @@
+"""A complete run as data: frozen, validated, and the same as JSON (the ``recipe.json`` of a run is itself runnable)."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from diptych.models import configs, store
+
+FREE = ("data", "train", "loss", "dropout", "init", "folders", "lora")  # mappings of a recipe whose keys are the user's
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The factor on every learning rate: linear warm-up, then constant or cosine, then a linear decay to ``floor`` over
+    the last ``decay`` share of the stage."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    shape: Literal["constant", "cosine"] = "constant"
+    warmup: int = 0
+    decay: float = 0.0
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0 or not 0 <= self.decay <= 1 or not 0 <= self.floor <= 1:
+            raise ValueError(f"a schedule needs warmup >= 0 and decay, floor in [0, 1]: {self}")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW, AdamW with states of eight bits (on a GPU, through bitsandbytes), or Muon on the blocks' matrices with
+    AdamW on everything else."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    name: Literal["adamw", "muon", "adamw8bit"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum: float = 0.95  # muon
+    clip: float = 1.0  # largest gradient norm
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The budgets of one packed row, and how many rows are added up for a step: ``accumulate`` on every process, or
+    ``rows`` on all of them together, however many there are."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    tokens: int = 4096
+    pictures: int = 256
+    accumulate: int = 1
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.tokens, self.pictures, self.accumulate, self.rows or 1) < 1:
+            raise ValueError(f"tokens, pictures, accumulate and rows must be at least 1: {self}")
+        if self.rows and self.accumulate != 1:
+            raise ValueError(f"give accumulate (rows of a process) or rows (of all processes), not both: {self}")
+
+    def rows_of(self, processes: int) -> int:
+        """How many rows one of the processes adds up. Raises ``ValueError`` where ``rows`` do not divide."""
+        if self.rows is None:
+            return self.accumulate
+        if self.rows % processes:
+            raise ValueError(f"{self.rows} rows a step do not divide among {processes} processes")
+        return self.rows // processes
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a run uses its processes and its memory. What is computed does not depend on it, but for rounding.
+
+    ``shard``      parameters, gradients, optimizer and average over the processes (FSDP2): ``none`` (every process
+                   holds all), ``full``, or ``hybrid`` (within each machine); one process holds all in any case
+    ``recompute``  activations of the blocks on the way back: ``none``, ``selective`` (all but products), ``full``
+    ``compile``    a back end of torch.compile (``inductor``) for every block
+    ``frozen``     what weights that no stage trains are kept in: ``fp32``, ``bf16`` or ``int8`` (the blocks' linear
+                   layers, the rest in bf16; not sharded); both compute in bf16 too
+    ``offload``    shards live in the memory of the host
+    ``async_save`` checkpoints are written while training goes on, from a copy in the memory of the host
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    shard: Literal["none", "full", "hybrid"] = "none"
+    recompute: Literal["none", "selective", "full"] = "none"
+    compile: str | None = None
+    frozen: Literal["fp32", "bf16", "int8"] = "fp32"
+    offload: bool = False
+    async_save: bool = True
+
+
+@dataclass(frozen=True)
+class SelfCondition:
+    """How a picture without words is drawn from itself (IOMM): it is read with a share ``masked`` of its tokens blank,
+    beside the words ``prompt``; without any, beside words of the family's own."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    masked: float
+    prompt: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.masked <= 1:
+            raise ValueError(f"the masked share of a picture's tokens must lie in [0, 1], not {self.masked}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training.
+
+    ``train`` maps part name -> learning rate; a part that is not named is frozen, in eval mode and without optimizer
+    state. ``data`` maps data set name -> weight (of samples). ``loss`` maps loss term -> weight. ``dropout`` maps a
+    condition ("text", "image") -> how often a sample that draws is laid out without it, for guidance.
+    ``self_condition`` says what a picture without words is drawn from; by default from nothing.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    name: str
+    steps: int
+    train: dict[str, float]
+    data: dict[str, float]
+    loss: dict[str, float]
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    limits: Limits = Limits()
+    dropout: dict[str, float] = field(default_factory=dict)
+    ema: float | None = None  # decay of the weight average that the stage hands on, or that is released
+    self_condition: SelfCondition | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"stage {self.name!r} needs at least one step, not {self.steps}")
+        if not self.train:
+            raise ValueError(f"stage {self.name!r} trains nothing; name at least one part in 'train'")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run: the model, where frozen parts come from, the stages, the seed.
+
+    ``init`` maps a module of the model -> what it starts from: ``model`` (a folder or shipped name: its module of the
+    same path), ``model#path`` (another path) or ``transformers:model`` (a folder of transformers or an ``org/name`` of
+    the hub, for a decoder or a module that is one of theirs). The key ``model`` takes everything over.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    name: str
+    model: dict[str, Any]  # family and the fields of its Config, as in config.json
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    size: int = 64  # pixels on a side of the embedded pictures
+    init: dict[str, str] = field(default_factory=dict)
+    catalog: str | None = None
+    folders: dict[str, str] = field(default_factory=dict)  # data set name -> a plain folder of pictures in its place
+    encoded: str | None = None  # folder of ``diptych data precompute``; its data sets stand in for those of their names
+    workers: int = 1
+    streams: int = 16
+    precision: Literal["fp32", "bf16"] = "fp32"
+    engine: Engine = Engine()
+    lora: dict[str, int] = field(default_factory=dict)  # part -> rank: its linear layers are adapted, not trained
+    checkpoint_every: int = 500
+    keep: int = 2  # checkpoints that stay
+    skip_limit: int = 100  # unreadable rows before the run stops
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError(f"recipe {self.name!r} has no stages")
+        if self.engine.frozen != "fp32" and self.precision != "bf16":
+            raise ValueError(f"engine.frozen {self.engine.frozen} needs precision bf16: a product has one dtype")
+        if self.engine.frozen == "int8" and self.engine.shard != "none":
+            raise ValueError(f"int8 weights are not sharded: engine.shard {self.engine.shard} needs fp32 or bf16")
+        if len({s.name for s in self.stages}) != len(self.stages):
+            raise ValueError(f"recipe {self.name!r} has two stages of one name: {[s.name for s in self.stages]}")
+        named = {name.partition("#")[0].removesuffix("/pictures") for s in self.stages for name in s.data}
+        if unknown := sorted(self.folders.keys() - named):
+            raise ValueError(f"recipe {self.name!r} has no data set {unknown[0]!r}; it has {', '.join(sorted(named))}")
+        configs.config_from_json(self.model)  # raises for an unknown family or field
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages together."""
+        return sum(s.steps for s in self.stages)
+
+    def on(self, model: str | Path) -> Recipe:
+        """The same recipe as post-training of a model that there is: a folder or a name that ships."""
+        return replace(self, model=store.read_config(model), init={"model": str(model)})
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str, where: str = "recipe") -> Recipe:
+        """The recipe of a JSON text. Raises ``ValueError`` with line or field, the bad value and the reason."""
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}:{error.lineno}: not valid JSON: {error.msg}") from error
+        return Recipe.from_dict(row, where)
+
+    @staticmethod
+    def from_dict(row: Any, where: str = "recipe") -> Recipe:
+        """The recipe of a mapping. Raises ``ValueError`` naming every unknown or bad field."""
+        try:
+            return TypeAdapter(Recipe).validate_python(row)
+        except ValidationError as error:
+            lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {_short(e['input'])})" for e in error.errors()]
+            raise ValueError(f"{where}: " + "; ".join(lines)) from error
+
+    @staticmethod
+    def load(path: str | Path) -> Recipe:
+        """The recipe of a .json or .yaml file."""
+        path = Path(path)
+        if path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            try:
+                return Recipe.from_dict(yaml.safe_load(path.read_text()), str(path))
+            except yaml.MarkedYAMLError as error:
+                line = error.problem_mark.line + 1 if error.problem_mark else 0
+                raise ValueError(f"{path}:{line}: not valid YAML: {error.problem}") from error
+        return Recipe.from_json(path.read_text(), str(path))
+
+    def override(self, changes: Mapping[str, str]) -> Recipe:
+        """The recipe with leaves changed by dotted path, as on the command line: ``{"stages.0.steps": "100"}``.
+
+        Values are read as JSON where they can be. Raises ``ValueError`` for a path that does not exist."""
+        row = json.loads(self.to_json())
+        for path, text in changes.items():
+            try:
+                value = json.loads(text)
+            except json.JSONDecodeError:
+                value = text
+            _set(row, path, value)
+        return Recipe.from_dict(row, "overridden recipe")
+
+    def with_steps(self, steps: int) -> Recipe:
+        """The recipe cut or stretched to ``steps`` in all, every stage in proportion (at least one step each)."""
+        if steps < len(self.stages):
+            raise ValueError(f"{len(self.stages)} stages need at least as many steps, not {steps}")
+        total, out, used = self.steps, [], 0
+        for i, stage in enumerate(self.stages):
+            left = len(self.stages) - 1 - i
+            share = steps - used if not left else min(max(1, round(stage.steps * steps / total)), steps - used - left)
+            warmup = min(stage.schedule.warmup, share // 4)
+            out.append(replace(stage, steps=share, schedule=replace(stage.schedule, warmup=warmup)))
+            used += share
+        return replace(self, stages=tuple(out))
+
+
+def _set(node: Any, path: str, value: Any, where: str = "recipe") -> None:
+    """Sets a leaf that exists; inside a free-form mapping the rest of the path is one key, old or new, dots and all."""
+    key, deeper, rest = path.partition(".")
+    place: int | str = key
+    if isinstance(node, list):
+        if not key.isdigit() or int(key) >= len(node):
+            raise ValueError(f"{where} is a list of {len(node)}; {key!r} is not one of its indices")
+        place = int(key)
+    elif not isinstance(node, dict):
+        raise ValueError(f"{where} is {_short(node)}; it has no field {key!r}")
+    elif key not in node:
+        near = difflib.get_close_matches(key, node, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(node)}"
+        raise ValueError(f"{where} has no field {key!r}{hint}")
+    if not deeper:
+        node[place] = value
+    elif key in FREE:
+        node[place][rest] = value
+    else:
+        _set(node[place], rest, value, key if where == "recipe" else f"{where}.{key}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Every leaf of a dataclass, dict or list by dotted path: what ``override`` can change."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in fields(value)}
+    if isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float, str)):
+        value = dict(enumerate(value))
+    if isinstance(value, Mapping) and value:
+        return {
+            k: v
+            for key, inner in value.items()
+            for k, v in leaves(inner, f"{path}.{key}" if path else str(key)).items()
+        }
+    return {path: value}

@@ -1,0 +1,376 @@
+"""What nobody should send: refused with a reason, at little cost, and without telling what others sent."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import pickle
+import socket
+import struct
+import threading
+import time
+import zlib
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from diptych.data.decoding import MAX_PIXELS
+from diptych.generation.engine import Engine
+from diptych.models import store as store_
+from diptych.serving import pictures
+from diptych.serving.guard import Keys, Rates, json_depth
+from diptych.serving.pictures import Store, encode
+from diptych.serving.schemas import Limits
+from tests.support import tiny
+from tests.support.serving import serving
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the server's libraries
+LIMITS = Limits(body_bytes=200_000, pixels=100_000, prompt=100, stored_bytes=3_000)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(tiny.shake(tiny.model("bagel")).requires_grad_(False), "tiny")
+
+
+@pytest.fixture(scope="module")
+def server(engine, tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    (root / "mine" / "samples").mkdir(parents=True)
+    (root / "mine" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n{"ste')
+    tiny.picture(0).save(root / "mine" / "samples" / "step-00000001.png")
+    secret = tmp_path_factory.mktemp("secret")
+    (secret / "metrics.jsonl").write_text('{"step": 1}\n')
+    (root / "link").symlink_to(secret)
+    with serving(engine, limits=LIMITS, runs=root) as running:
+        yield running
+
+
+def file(image: PIL.Image.Image, kind="PNG", **how) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **how)
+    return out.getvalue()
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A small PNG that says it is large."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    )
+
+
+def show(server, url, **more):
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "?"}]
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 1, **more}
+    return server.http.post("/v1/chat/completions", json=body)
+
+
+def uri(data: bytes, kind="png") -> str:
+    return f"data:image/{kind};base64," + base64.b64encode(data).decode()
+
+
+def wrong(answer, *told, status=400):
+    assert answer.status_code == status, answer.text
+    message = answer.json()["error"]["message"]
+    for words in told:
+        assert words in message, message
+
+
+# ---- pictures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(400, 300), (50_000, 50_000), (2**31 - 1, 2**31 - 1)])
+def test_pixels_are_counted_before_they_are_decoded(server, size):
+    start = time.perf_counter()
+    wrong(show(server, uri(bomb(*size))), "too large")
+    upload = server.http.post("/v1/files", files={"file": ("a.png", bomb(*size))})
+    wrong(upload, "too large")
+    wrong(server.http.post("/v1/images/edits", data={"prompt": "x"}, files={"image": bomb(*size)}), "too large")
+    assert time.perf_counter() - start < 20
+
+
+def test_only_formats_of_the_list_are_opened(server):
+    image = tiny.picture(0)
+    for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP"):
+        assert show(server, uri(file(image, kind), kind.lower())).status_code == 200, kind
+    for kind in ("TIFF", "PPM", "ICO"):
+        wrong(show(server, uri(file(image, kind))), "is not a readable PNG, JPEG, WEBP, GIF, BMP file")
+    wrong(show(server, "data:image/svg+xml;base64,PHN2Zy8+"), "must be data:image/(png|")
+    wrong(show(server, uri(b"")), "readable")
+    wrong(show(server, uri(file(image)[:60])), "corrupt or truncated")
+    wrong(show(server, "data:image/png;base64,%%%%"), "not valid base64")
+    wrong(show(server, uri(pickle.dumps({"a": 1}))), "is not a readable")
+
+
+def test_pictures_are_turned_upright_and_lose_their_metadata(server):
+    image, exif = tiny.picture(0, 32, 16), PIL.Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "where I live"  # turn right; a description
+    data = file(image, "JPEG", exif=exif, quality=95)
+    assert b"where I live" in data
+    kept = server.http.post("/v1/files", files={"file": ("a.jpg", data)}).json()
+    got = server.http.get(f"/v1/files/{kept['id']}/content").content
+    with PIL.Image.open(io.BytesIO(got)) as stored:
+        assert stored.size == (16, 32) and not stored.getexif() and "where" not in str(stored.info)
+        expected = image.rotate(-90, expand=True)
+        assert np.abs(np.asarray(stored, int) - np.asarray(expected, int)).mean() < 20
+    tagged = tiny.picture(0)
+    tagged.info["icc_profile"] = b"where I live"
+    assert b"where" not in encode(tagged) and b"where" not in encode(tagged, "jpeg", 90)
+
+
+def test_stored_pictures_are_bounded_and_forgotten(monkeypatch):
+    store, now = Store(Limits(stored_bytes=100, stored_seconds=10)), [0.0]
+    monkeypatch.setattr(pictures.time, "monotonic", lambda: now[0])
+    first, second = store.put(b"x" * 60, "image/png", "a"), store.put(b"y" * 60, "image/png", "b")
+    assert store.get(first) is None and store.get(second) and store.bytes == 60
+    now[0] = 11.0
+    assert store.get(second) is None
+    assert len({store.put(b"", "image/png", "c") for _ in range(50)}) == 50 and store.bytes == 0
+
+
+# ---- addresses ----------------------------------------------------------------------------------------------------
+
+
+def test_remote_pictures_are_not_fetched_unless_allowed(server, monkeypatch):
+    monkeypatch.setattr(pictures.socket, "getaddrinfo", lambda *_, **__: pytest.fail("looked up"))
+    for url in ("http://example.org/a.png", "https://127.0.0.1/a.png"):
+        wrong(show(server, url), "pictures by URL are not fetched here")
+    for url in ("file:///etc/passwd", "ftp://a/b.png", "/etc/passwd", "../../etc/passwd", "file-../../x"):
+        wrong(show(server, url), "neither a data URI nor an upload")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "::1", "fe80::1%eth0",
+     "fc00::1", "::ffff:127.0.0.1", "224.0.0.1", "2002:7f00:1::"],
+)  # fmt: skip
+def test_private_addresses_are_never_asked(monkeypatch, address):
+    monkeypatch.setattr(pictures.socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("1.1.1.1", 80)), (0, 0, 0, "", (address, 80))])  # fmt: skip  # noqa: E501
+    monkeypatch.setattr(pictures.socket, "create_connection", lambda *_: pytest.fail("connected"))
+    with pytest.raises(ValueError, match="which is not public"):
+        pictures.fetch("http://rebinding.example/a.png", frozenset({"*"}))
+
+
+@pytest.fixture
+def remote(monkeypatch):
+    """Somebody else's server, which is taken for a public one."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers["Host"]))
+            status = 302 if self.path == "/moved" else 200
+            self.send_response(status)
+            if status == 302:
+                self.send_header("Location", "http://169.254.169.254/")
+            self.end_headers()
+            endless = 10_000 if self.path == "/endless" else 1
+            for _ in range(endless):
+                try:
+                    self.wfile.write(file(tiny.picture(3)) if endless == 1 else b"x" * 65536)
+                except OSError:
+                    return
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever, args=(0.05,))
+        thread.start()
+        monkeypatch.setattr(pictures, "public_address", lambda host, port: "127.0.0.1")
+        yield f"http://pictures.example:{http.server_address[1]}", asked
+        http.shutdown()
+        thread.join()
+
+
+def test_an_allowed_host_is_asked_once_at_the_address_that_was_checked(remote, monkeypatch):
+    base, asked = remote
+    hosts = frozenset({"pictures.example"})
+    with PIL.Image.open(io.BytesIO(pictures.fetch(f"{base}/a.png?x=1", hosts))) as image:
+        assert image.size == (32, 32)
+    assert asked == [("/a.png?x=1", base.removeprefix("http://"))]
+    with pytest.raises(ValueError, match="answered 302; redirects are not followed"):
+        pictures.fetch(f"{base}/moved", hosts)
+    with pytest.raises(ValueError, match="host 'other.example' is not allowed"):
+        pictures.fetch("http://other.example/a.png", hosts)
+    for url in ("ftp://pictures.example/a", "http://me:secret@pictures.example/a", "http:///a"):
+        with pytest.raises(ValueError, match="not a plain http or https URL"):
+            pictures.fetch(url, hosts)
+    monkeypatch.setattr(pictures, "FETCH_BYTES", 2**20)
+    with pytest.raises(ValueError, match="more than 1048576 bytes"):
+        pictures.fetch(f"{base}/endless", hosts)
+
+
+# ---- bodies -------------------------------------------------------------------------------------------------------
+
+
+def post(server, body: bytes, kind="application/json", **headers):
+    return server.http.post("/v1/chat/completions", content=body, headers={"content-type": kind, **headers})
+
+
+def test_bodies_are_limited_before_they_are_read(server):
+    wrong(post(server, b"[" + b" " * 300_000 + b"]"), "more than 200000 bytes", status=413)
+    wrong(server.http.post("/v1/files", files={"file": b"x" * 300_000}), "more than 200000 bytes", status=413)
+
+    def pieces():
+        for _ in range(100):
+            yield b" " * 10_000
+
+    wrong(server.http.post("/v1/chat/completions", content=pieces(), headers={"content-type": "application/json"}), "more than", status=413)  # fmt: skip  # noqa: E501
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as raw:  # announces much, sends nothing
+        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 999999999\r\n\r\n")  # fmt: skip  # noqa: E501
+        assert raw.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def test_json_is_bounded_in_depth_and_must_be_json(server):
+    assert json_depth(b'{"a": [[{}]], "b": "[[[[\\"[[["}') == 4
+    deep = b'{"messages": ' + b"[" * 5_000 + b"]" * 5_000 + b"}"
+    wrong(post(server, deep), "nested 5001 deep; at most 32")
+    for body in (b"", b"{", b"\xff\xfe", b"[1, 2", b'{"a": 1e', b"nul"):
+        assert post(server, body).status_code == 400, body
+    number = b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 10_000 + b"}"
+    assert post(server, number).status_code == 400
+    wrong(post(server, b"[]"), "")
+    infinite = b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}'
+    wrong(post(server, infinite), "temperature")
+    wrong(post(server, b"{}", "text/plain"), "use application/json", status=415)
+    wrong(post(server, b"--x--", "multipart/form-data; boundary=y"), "")
+
+
+def test_prompts_and_fields_are_bounded(server):
+    wrong(post(server, json.dumps({"messages": [{"role": "user", "content": "x" * 101}]}).encode()), "at most 100")
+    halves = [{"role": "user", "content": "x" * 60}] * 2
+    wrong(post(server, json.dumps({"messages": halves}).encode()), "the conversation has 120 characters")
+    many = {f"field{i}": "x" for i in range(60)}
+    wrong(server.http.post("/v1/images/edits", data=many, files={"image": b"x"}), "")
+    wrong(server.http.post("/v1/images/edits", data={"prompt": "x" * 70_000}, files={"image": b"x"}), "")
+
+
+# ---- names --------------------------------------------------------------------------------------------------------
+
+
+OUTSIDE = (
+    "/static/../app.py",
+    "/static/..%2fapp.py",
+    "/static/%2e%2e/%2e%2e/cli.py",
+    "/..%2f..%2fetc/passwd",
+    "/v1/files/..%2f..%2fetc%2fpasswd/content",
+    "/v1/models/..%2f..%2fetc",
+)
+
+
+@pytest.mark.parametrize("path", OUTSIDE)
+def test_no_path_leads_outside(server, path):
+    answer = server.http.request("GET", server.url + path)
+    assert answer.status_code == 404 and "import" not in answer.text
+
+
+def test_runs_are_found_by_listing_only(server):
+    assert [r["id"] for r in server.http.get("/v1/diptych/runs").json()["data"]] == ["mine"]  # the link leads outside
+    rows = server.http.get("/v1/diptych/runs/metrics", params={"run": "mine"}).json()["data"]
+    assert rows == [{"step": 1, "loss": 2.0}, {"step": 2}]  # no NaN in JSON, no half line
+    assert server.http.get("/v1/diptych/runs/metrics", params={"run": "mine", "after": 1}).json()["data"] == [
+        {"step": 2}
+    ]
+    about = server.http.get("/v1/diptych/runs/about", params={"run": "mine"}).json()
+    assert about["samples"] == ["step-00000001.png"]
+    sheet = server.http.get("/v1/diptych/runs/sample", params={"run": "mine", "file": about["samples"][0]})
+    assert sheet.headers["content-type"] == "image/png"
+    for name in ("link", "../secret", "/etc", "mine/../mine", "", "mine\0"):
+        wrong(server.http.get("/v1/diptych/runs/metrics", params={"run": name}), "no run")
+    for name in ("../metrics.jsonl", "/etc/passwd", "step-00000002.png"):
+        wrong(server.http.get("/v1/diptych/runs/sample", params={"run": "mine", "file": name}), "no sheet")
+
+
+# ---- keys, origins, rates -----------------------------------------------------------------------------------------
+
+
+def test_keys_open_and_strangers_are_told_so(engine, monkeypatch):
+    from diptych.serving import guard
+
+    compared = []
+    compare = guard.hmac.compare_digest
+    monkeypatch.setattr(guard.hmac, "compare_digest", lambda a, b: compared.append(a) or compare(a, b))
+    with serving(engine, keys=("first", "second")) as server:
+        for key, status in (
+            ("first", 200),
+            ("second", 200),
+            ("third", 401),
+            ("fïrst", 401),
+        ):
+            compared.clear()
+            headers = {"authorization": f"Bearer {key}".encode()}
+            answer = server.http.get("/v1/models", headers=headers)
+            assert answer.status_code == status, key
+            assert len(compared) == 2  # every key, whatever is given
+        assert server.http.get("/v1/models").headers["www-authenticate"] == "Bearer"
+        assert server.http.get("/v1/models", headers={"authorization": "Basic first"}).status_code == 401
+        for path in ("/", "/health", "/ready", "/metrics", "/static/app.js"):
+            assert server.http.get(path).status_code == 200
+        for path in ("/v1/diptych/runs", "/v1/files", "/v1/images/generations"):
+            assert server.http.post(path).status_code == 401
+    assert Keys(["secret"])("Bearer secret").startswith("key ") and "secret" not in Keys(["secret"])("Bearer secret")
+    assert Keys(["secret"])("Bearer ") is None and Keys(["secret"])("") is None
+
+
+def test_other_sites_are_kept_out(server):
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    here = server.http.post("/v1/chat/completions", json=body, headers={"origin": server.url})
+    assert here.status_code == 200
+    for origin in ("https://evil.example", "null", server.url.replace("127.0.0.1", "localhost")):
+        there = server.http.post("/v1/chat/completions", json=body, headers={"origin": origin})
+        wrong(there, "are not taken", status=403)
+        assert not [h for h in there.headers if h.startswith("access-control")]
+        asked = server.http.options("/v1/chat/completions", headers={"origin": origin, "access-control-request-method": "POST"})  # fmt: skip  # noqa: E501
+        assert asked.status_code == 403
+    for path in ("/", "/v1/models"):
+        headers = server.http.get(path).headers
+        assert "default-src 'self'" in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff" and "server" not in headers
+
+
+def test_rates_are_kept_for_each_key(engine):
+    with serving(engine, keys=("a", "b"), rate=2.0) as server:
+
+        def status(key):
+            body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+            return server.http.post("/v1/chat/completions", json=body, headers={"authorization": f"Bearer {key}"})
+
+        assert [status("a").status_code for _ in range(3)] == [200, 200, 429]
+        refused = status("a")
+        assert (
+            1 <= int(refused.headers["retry-after"]) <= 30 and refused.json()["error"]["code"] == "rate_limit_exceeded"
+        )
+        assert status("b").status_code == 200
+    rates = Rates(60.0, most=3)
+    assert [bool(rates(str(i))) for i in range(9)] == [False] * 9 and len(rates.buckets) == 3
+
+
+def test_logs_hold_prompts_only_when_asked(engine, caplog):
+    caplog.set_level("INFO", "diptych.serving")
+    for asked in (False, True):
+        caplog.clear()
+        with serving(engine, quiet=False, log_prompts=asked) as server:
+            body = {"messages": [{"role": "user", "content": "a private matter"}], "max_tokens": 1}
+            server.http.post("/v1/chat/completions", json=body)
+            server.http.post("/v1/chat/completions", json=body | {"temperature": "a private matter"})
+            server.http.post("/v1/images/generations", json={"prompt": "a private matter", "steps": 1})
+        assert ("private" in caplog.text) == asked and "POST /v1/chat/completions 200" in caplog.text
+
+
+def test_models_are_loaded_without_pickle(tiny_model, monkeypatch):
+    for home in (pickle, torch):
+        monkeypatch.setattr(home, "load", lambda *_, **__: pytest.fail("unpickled"))
+    monkeypatch.setattr(pickle, "loads", lambda *_, **__: pytest.fail("unpickled"))
+    assert store_.load(tiny_model).family == "bagel"
+    assert MAX_PIXELS >= Limits().pixels
