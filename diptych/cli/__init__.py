@@ -1066,6 +1066,7 @@ def _data_bench(a: argparse.Namespace) -> None:
     from diptych.data.shards import speed
     from diptych.models import configs, store
     from diptych.recipes.run import configured, stage_sources
+    from diptych.training.log import consumption
 
     recipe = configured(
         a.recipe, catalog=a.catalog, encoded=a.encoded, override=_pairs(a.override, "--set", "PATH=VALUE")
@@ -1074,12 +1075,7 @@ def _data_bench(a: argparse.Namespace) -> None:
     model = store.create(name, config, device="meta")
     consumed = None
     if a.against:
-        if not (a.against / "metrics.jsonl").is_file():
-            raise ValueError(f"{a.against} is no run: it holds no metrics.jsonl")
-        lines = (a.against / "metrics.jsonl").read_text().splitlines()[1:]
-        seconds = sorted(row["seconds"] * (1 - row["data_wait"]) for row in map(json.loads, lines))
-        tokens = [row["tokens_per_second"] * row["seconds"] for row in map(json.loads, lines)]
-        consumed = sum(tokens) / len(tokens) / seconds[len(seconds) // 2]
+        consumed = consumption(a.against)
     rows = []
     for stage in recipe.stages:
         for workers in a.workers:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from diptych.core.sample import Image, Message, Part, Sample, Text, assistant, sample_from_json, sample_to_json, user
 from diptych.data.mixture import bits
 from diptych.data.sources import find_files, pyarrow
+from diptych.machine.disk import atomic
 
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -215,9 +216,7 @@ def convert(format: str, source: Path, out: Path, images: Path | None = None) ->
         raise ValueError(f"unknown format {format!r}; choose from {', '.join(FORMATS)}")
     read, suffixes = FORMATS[format]
     told, folder, met = Converted(), out.with_name(f"{out.stem}-images"), Counter[str]()
-    tmp = out.with_name(f".{out.name}.tmp")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tmp.open("w", encoding="utf-8") as file:
+    with atomic(out) as part, part.open("w", encoding="utf-8") as file:
         for found in find_files(source, suffixes):
             for made in read(found):
                 if isinstance(made, str):
@@ -237,7 +236,6 @@ def convert(format: str, source: Path, out: Path, images: Path | None = None) ->
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 told.rows += 1
                 told.pictures += sum(1 for _ in sample.images())
-    tmp.rename(out)
     return told
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from diptych.core.tensors import Tensor
 from diptych.data.loader import as_worker
 from diptych.data.mixture import Source
 from diptych.data.sources import Tar, webdataset
+from diptych.machine.disk import atomic, write_text
 
 INDEX = "encoded.json"
 WINDOW = 64  # samples in memory at a time
@@ -199,7 +200,7 @@ def precompute(
         changed = ", ".join(f"{k} was {other.get(k)} and is {v}" for k, v in index.items() if other.get(k) != v)
         raise ValueError(f"{folder} holds something else ({changed}); remove it or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / INDEX, json.dumps(index, indent=1).encode())
+    write_text(folder / INDEX, json.dumps(index, indent=1))
     told: dict[str, Any] = {"rows": 0, "pictures": 0, "bytes": 0, "skipped": {}}
     for k in range(rank, -(-len(source) // shard), world):
         rows = range(k * shard, min((k + 1) * shard, len(source)))
@@ -294,28 +295,11 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
-class written:
-    """A tar that appears whole or not at all."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.tmp = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> tarfile.TarFile:
-        self.tar = tarfile.open(self.tmp, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        return self.tar
-
-    def __exit__(self, kind: type | None, *_: Any) -> None:
-        self.tar.close()
-        if kind is None:
-            self.tmp.rename(self.path)
-        else:
-            self.tmp.unlink()
-
-
-def _write(path: Path, data: bytes) -> None:
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    tmp.write_bytes(data)
-    tmp.rename(path)
+@contextmanager
+def written(path: Path) -> Iterator[tarfile.TarFile]:
+    """A tar file that appears whole or not at all."""
+    with atomic(path) as part, tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
+        yield tar
 
 
 def _read(path: Path) -> dict[str, Any]:

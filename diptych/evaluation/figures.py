@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from diptych.evaluation.scores import Score
+from diptych.training.log import read_metrics
 
 
 def curves(metrics: str | Path | Iterable[Mapping[str, Any]]) -> bytes:
@@ -110,8 +110,7 @@ Line = tuple[np.ndarray, np.ndarray]
 
 def _series(metrics: str | Path | Iterable[Mapping[str, Any]]) -> tuple[dict[str, Line], list[Line]]:
     if isinstance(metrics, (str, Path)):
-        text = Path(metrics).read_text("utf-8")
-        metrics = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
+        metrics = read_metrics(metrics)
     found: dict[str, list[tuple[float, float]]] = {}
     for row in metrics:
         if "step" in row:

@@ -1,4 +1,8 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written whole or not at all: the one atomic writer of the library.
+
+Content is written under a temporary name in the same folder, flushed to the disk and renamed. A reader sees the old
+content or the new one, also after a kill or a power failure. Any error, a full disk included, removes what is
+temporary."""
 
 from __future__ import annotations
 
@@ -12,22 +16,46 @@ from threading import get_ident
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file atomically: a reader sees the old content or the new one."""
+    """Writes a text file (UTF-8) atomically."""
     with atomic(path) as part:
         part.write_text(text, "utf-8")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file atomically."""
+    with atomic(path) as part:
+        part.write_bytes(data)
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``, unique to this thread; it is renamed to ``path`` on success and removed
-    on an error."""
+    on an error. Missing folders above ``path`` are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}-{get_ident()}.part")
     try:
         yield part
+        flush(part)
         os.replace(part, path)
+        flush(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or the list of names in a folder, is on the disk (fsync)."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def flush_all(folder: Path) -> None:
+    """``flush`` for every file and folder below ``folder``, and for ``folder`` itself."""
+    for path in folder.rglob("*"):
+        flush(path)
+    flush(folder)
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -40,9 +68,11 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     try:
         tmp.mkdir()
         write(tmp)
+        flush_all(tmp)
         if folder.exists():
             folder.rename(old)
         tmp.rename(folder)
+        flush(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         recover(folder)

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from diptych.training.log import read_metrics
+
 DEPTH = 3  # folders below the root in which runs are looked for
 
 
@@ -36,14 +38,8 @@ class Runs:
 
     def rows(self, name: str, after: int, most: int) -> list[dict[str, Any]]:
         """The numbers of the steps after ``after``, at most ``most`` of them, evenly thinned; the last one always."""
-        rows = []
-        for line in (self.find(name) / "metrics.jsonl").read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                break  # the last line is being written
-            if row["step"] > after:
-                rows.append({k: v for k, v in row.items() if isinstance(v, (int, float, str))})
+        later = (row for row in read_metrics(self.find(name)) if row["step"] > after)
+        rows = [{k: v for k, v in row.items() if isinstance(v, (int, float, str))} for row in later]
         stride = -(-len(rows) // most)
         return rows[::-1][::stride][::-1] if rows else []
 

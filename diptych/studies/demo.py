@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from diptych.evaluation.report import sections
 from diptych.generation.engine import Engine, load
 from diptych.recipes.run import stage_sources, train
 from diptych.training import build, loop
+from diptych.training.log import read_metrics
 from diptych.training.recipe import Limits, Recipe
 
 PROMPTS = (
@@ -126,7 +126,7 @@ def seconds_per_step(recipe: Recipe, steps: int = 4) -> float:
     with tempfile.TemporaryDirectory() as folder:
         short = replace(recipe.with_steps(steps + 2), checkpoint_every=10**9)
         loop.train(short, Path(folder) / "run", stage_sources, show=False)
-        rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+        rows = read_metrics(Path(folder) / "run")
         return sum(row["seconds"] for row in rows[2:]) / steps
 
 

@@ -14,6 +14,7 @@ from diptych.evaluation.harness import evaluate
 from diptych.generation.engine import Engine, load
 from diptych.models import store
 from diptych.recipes.run import resume, train
+from diptych.training.log import read_metrics
 from diptych.training.parameters import ever_trained
 from diptych.training.recipe import Recipe
 
@@ -86,7 +87,7 @@ def _untouched(recipe: Recipe, model: str, release: Path) -> None:
 def _trained(recipe: Recipe, run: Path) -> Path:
     if not (run / "recipe.json").exists():
         return train(recipe, run)
-    done = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()[-1:]]
+    done = [row["step"] for row in read_metrics(run)[-1:]]
     return run / "release" if done == [recipe.steps] and (run / "release").exists() else resume(run)
 
 

@@ -22,6 +22,7 @@ from torch import nn
 from diptych.core.batch import Batch
 from diptych.core.losses import Losses
 from diptych.data.loader import Row
+from diptych.machine import disk
 from diptych.machine.devices import matmul_rate
 from diptych.machine.processes import total
 
@@ -92,7 +93,7 @@ class Log:
 
     def __init__(self, run: Path, total: int, step: int, show: bool = True, track: str | None = None) -> None:
         self.tracker = tracker(track, run)
-        self.path, self.total, self.show = run / "metrics.jsonl", total, show
+        self.path, self.total, self.show = run / METRICS, total, show
         keep_until(self.path, step)
         self.file: TextIO = self.path.open("a")
         self.recent: deque[tuple[float, int]] = deque(maxlen=50)
@@ -156,22 +157,51 @@ class Log:
         self.file.close()
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Cuts lines of steps after ``step`` (and a half-written last line) from a metrics file."""
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """The logged steps of a run (its folder, or a metrics file), oldest first: one dict of step, stage and values each.
+
+    A last line that is still being written is left out. Raises ``ValueError`` where there is no such file, and for any
+    other line that is not a JSON object."""
+    path = Path(run) / METRICS if Path(run).is_dir() else Path(run)
     if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
+        raise ValueError(f"{run} is no run: it holds no {METRICS}")
+    text = path.read_text("utf-8", errors="replace")
+    rows = []
+    lines = text.split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if row["step"] > step:
-            break
-        kept.append(line)
-    tmp = path.with_suffix(".tmp")
-    tmp.write_text("".join(line + "\n" for line in kept))
-    tmp.replace(path)
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}:{number}: damaged line: {error}") from error
+        rows.append(row)
+    return rows
+
+
+def consumption(run: str | Path) -> float:
+    """Tokens per second that the trainer of a run uses when it never waits for data: mean tokens of a step over the
+    median computing time. The first step, which warms up, does not count. Raises ``ValueError`` for a shorter run."""
+    rows = read_metrics(run)[1:]
+    if not rows:
+        raise ValueError(f"{run} has logged fewer than two steps")
+    seconds = sorted(row["seconds"] * (1 - row["data_wait"]) for row in rows)
+    tokens = [row["tokens_per_second"] * row["seconds"] for row in rows]
+    return sum(tokens) / len(tokens) / seconds[len(seconds) // 2]
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Cuts the lines of steps after ``step``, and a half-written last line, from a metrics file."""
+    if path.is_file():
+        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        disk.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 class _Tally:

@@ -33,6 +33,7 @@ from diptych.evaluation.benchmarks.judged_drawing import write_flat
 from diptych.evaluation.benchmarks.shapes import seed_of
 from diptych.evaluation.benchmarks.table import Tools
 from diptych.evaluation.scores import Benchmark, Item, Outcome, Score, Verdict, each
+from diptych.machine.disk import atomic
 
 NEAREST = 3  # neighbours that make a picture's surroundings (precision and recall, arXiv 1904.06991)
 SUBSETS, SUBSET = 50, 1000  # of the kernel distance
@@ -274,10 +275,8 @@ def reference_features(source: Path, by: Features, cache: Path | None = None) ->
             return stored["features"]
     found = by(open_image(f) for f in every)
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part.npz")
-        np.savez(part, features=found, mu=found.mean(0), sigma=np.cov(found, rowvar=False))
-        part.rename(file)
+        with atomic(file) as part, part.open("wb") as stream:
+            np.savez(stream, features=found, mu=found.mean(0), sigma=np.cov(found, rowvar=False))
     return found
 
 
