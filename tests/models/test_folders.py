@@ -193,13 +193,14 @@ def test_bfloat16_stays_close_to_float32(family, tmp_path, dtype):
 MEASURE = """
 import resource, sys
 import torch
-from diptych import models
-from diptych.models import bagel, folders
-models.load({warm!r})  # whatever is imported or allocated once
+from diptych.models import store
+from diptych.models import bagel
+from diptych.models.published import folder
+store.load({warm!r})  # whatever is imported or allocated once
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
-model = models.load({folder!r}, dtype={dtype!r})
+model = store.load({folder!r}, dtype={dtype!r})
 weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
 print(peak() - before, weights)
 """

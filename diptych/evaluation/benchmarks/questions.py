@@ -53,7 +53,7 @@ class Row:
     images: tuple[str, ...]  # paths or "data:" addresses
     question: str
     options: Mapping[str, str]
-    replies: tuple[str, ...]
+    answers: tuple[str, ...]
     category: str
 
 
