@@ -64,6 +64,7 @@ from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, euler, mix, s
 from diptych.parts.images import SizeRule, to_tensor, tokens_to_latents
 from diptych.parts.images import crop as cropped
 from diptych.parts.mllm import Mllm, MllmConfig, Template
+from diptych.parts.runs import Runs
 from diptych.parts.tokenizer import Tokenizer
 from diptych.parts.vision import kept
 
@@ -603,16 +604,14 @@ class _Read:
         return tuple(torch.cat(x) for x in zip(*reversed(pieces), strict=True))  # type: ignore[return-value]
 
 
-class _Page:
+class _Page(Runs):
     """A conversation as it is written down: runs of words, and pictures between them."""
 
     def __init__(self, model: Iomm) -> None:
+        super().__init__()
         self.model, self.tokenizer = model, model.tokenizer
         self.template = model.config.mllm.template
         self.rest = model.tokenizer.encode_markup(self.template.end.removeprefix(self.template.stop))
-        self.segments: list[Segment] = []
-        self.ids: list[int] = []
-        self.loss = False
         self.between = False
 
     def write(self, markup: str) -> None:
@@ -621,15 +620,6 @@ class _Page:
             self.write_ids(self.rest)
         self.between = False
         self.write_ids(self.tokenizer.encode_markup(markup))
-
-    def write_ids(self, ids: Sequence[int], loss: bool = False) -> None:
-        """Words; a run with loss begins with the word before it, which predicts its first."""
-        if loss != self.loss and self.ids:
-            carried = [self.ids.pop()] if loss else []
-            self._flush()
-            self.ids = carried
-        self.loss = loss
-        self.ids += ids
 
     def part(self, part: Text | Image, crop: bool = False) -> None:
         """A text, or a picture to read."""
@@ -647,18 +637,16 @@ class _Page:
 
     def see(self, image: Image, crop: bool = False) -> None:
         """The tokens of a picture to read."""
-        self._flush()
         mllm, whole = self.model.mllm, self.model.config.size if crop else image.dimensions
 
         def pixels() -> Tensor:
             return to_tensor(cropped(image.pixels, whole, image.nearest), mllm.size(whole), image.nearest)
 
         held, encoded = image.through("vision", pixels)
-        self.segments.append(mllm.picture(whole, image=held, encoded=encoded, masked=image.masked))
+        self.add(mllm.picture(whole, image=held, encoded=encoded, masked=image.masked))
 
     def draw(self, image: Image) -> None:
         """Queries, and the picture that is drawn from them."""
-        self._flush()
         c = self.model.config
         width, height = c.size if c.crop else c.draw(*image.dimensions)
         grid = (height // c.stride, width // c.stride)
@@ -668,19 +656,8 @@ class _Page:
             return to_tensor(source, (width, height), image.nearest)
 
         if c.adapter != "none":
-            self.segments.append(Segment(Kind.QUERY, (NONE,) * c.queries, hidden=True, advance=0))
+            self.add(Segment(Kind.QUERY, (NONE,) * c.queries, hidden=True, advance=0))
         held, encoded = image.through("autoencoder", pixels)
         columns: dict[str, Any] = {"image": held, "encoded": encoded, "grid": grid, "full": True, "shared": True}
         ids = (NONE,) * (grid[0] * grid[1])
-        self.segments.append(Segment(Kind.NOISED, ids, hidden=True, advance=0, drawn=True, **columns))
-
-    def done(self, name: str) -> Layout:
-        """The sequence."""
-        self._flush()
-        return Layout(name, tuple(self.segments))
-
-    def _flush(self) -> None:
-        if self.ids:
-            ids = tuple(self.ids)
-            self.segments.append(Segment(Kind.TEXT, ids, (*ids[1:], NONE) if self.loss else ()))
-        self.ids, self.loss = [], False
+        self.add(Segment(Kind.NOISED, ids, hidden=True, advance=0, drawn=True, **columns))

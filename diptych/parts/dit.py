@@ -72,7 +72,7 @@ def build_dit(config: DitConfig, features: int) -> DoubleStream | SingleStream:
 
 
 class Rotation:
-    """Rotary embedding by several coordinates: each turns its share of the features of (N, n, H, D), in pairs."""
+    """Rotary embedding by several coordinates: each turns its share of the features of (..., n, H, D), in pairs."""
 
     def __init__(self, places: Int[Tensor, "... n axes"], axes: tuple[int, ...], theta: float) -> None:
         angles = []
@@ -82,7 +82,7 @@ class Rotation:
         angle = torch.cat(angles, -1)[..., None, :].float()
         self.cos, self.sin = angle.cos(), angle.sin()
 
-    def __call__(self, x: Float[Tensor, "N n H D"]) -> Float[Tensor, "N n H D"]:
+    def __call__(self, x: Float[Tensor, "*n H D"]) -> Float[Tensor, "*n H D"]:
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([a * self.cos - b * self.sin, a * self.sin + b * self.cos], -1).flatten(-2).to(x.dtype)
 
