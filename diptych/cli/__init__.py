@@ -323,6 +323,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("folder", type=Path)
     p.add_argument("--format", choices=["diptych", "published", "hf"], default="diptych", help="files and names; hf: the language and vision parts for transformers (default: diptych)")  # fmt: skip  # noqa: E501
     p.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: bf16; as stored in other formats")
+    p.add_argument("--force", action="store_true", help="overwrite files of the same names, keep all others")
     return top
 
 
@@ -1140,21 +1141,11 @@ def _doctor(a: argparse.Namespace) -> None:
 
 
 def _export(a: argparse.Namespace) -> None:
-    from diptych.machine import disk
     from diptych.models import store
-    from diptych.models.published.folder import DTYPES
 
-    published = a.format == "published"
-    model = store.load(a.model, base=a.base)
+    folder = store.export(a.model, a.folder, a.format, a.dtype, a.base, a.force)
     if a.format == "hf":
-        from diptych.models.published.transformers import write_transformers
-
-        dtype = DTYPES[a.dtype] if a.dtype else None
-        disk.write_folder(a.folder, lambda folder: write_transformers(model, folder, dtype))
-        print("\n".join(str(f) for f in sorted(a.folder.iterdir())))
+        print("\n".join(str(f) for f in sorted(folder.iterdir())))
         return
-    kind = a.dtype or (None if published else "bf16")
-    cast = {k: v.to(DTYPES[kind]) for k, v in model.named_parameters()} if kind else {}  # statistics stay as they are
-    store.save(model, a.folder, model.state_dict() | cast, published)
-    size = sum(f.stat().st_size for f in a.folder.iterdir())
+    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     print(f"{a.folder}: {size / 2**20:.1f} MiB")

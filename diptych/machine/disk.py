@@ -62,9 +62,10 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Calls ``write`` on a temporary folder, then renames it ``folder``: a kill leaves the old one or the new one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover(folder)
-    tmp, old = folder.with_name(f".{folder.name}.{os.getpid()}.tmp"), folder.with_name(f".{folder.name}.old")
+    tmp, old = folder.with_name(f".{folder.name}.{os.getpid()}.tmp"), folder.with_name(f".{folder.name}.diptych-old")
     for stale in folder.parent.glob(f".{escape(folder.name)}.*.tmp"):  # of a process that was killed
-        shutil.rmtree(stale, ignore_errors=True)
+        if stale.suffixes[-2:-1] and stale.suffixes[-2][1:].isdecimal():
+            shutil.rmtree(stale, ignore_errors=True)
     try:
         tmp.mkdir()
         write(tmp)
@@ -81,9 +82,30 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 def recover(folder: Path) -> None:
     """Brings back the old folder where a kill fell between the two renames of ``write_folder``."""
-    old = folder.with_name(f".{folder.name}.old")
+    old = folder.with_name(f".{folder.name}.diptych-old")
     if old.is_dir():
         if folder.exists():
             shutil.rmtree(old)
         else:
             old.rename(folder)
+
+
+def write_into(folder: Path, write: Callable[[Path], None]) -> None:
+    """Calls ``write`` on a temporary folder inside ``folder``, then moves its files, one by one, over those of the same
+    names. No other file is touched. Raises ``ValueError`` where a folder stands in the place of a file or the reverse.
+    """
+    tmp = folder / f".diptych.{os.getpid()}.tmp"
+    tmp.mkdir()
+    try:
+        write(tmp)
+        files = [path.relative_to(tmp) for path in sorted(tmp.rglob("*")) if path.is_file()]
+        for file in files:
+            blocked = [p for p in (folder / parent for parent in file.parents) if p.exists() and not p.is_dir()]
+            blocked += [folder / file] if (folder / file).is_dir() else []
+            if blocked:
+                raise ValueError(f"{blocked[0]} is in the way of {folder / file}")
+        for file in files:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(tmp / file, folder / file)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)

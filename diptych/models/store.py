@@ -7,18 +7,22 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from diptych.machine.disk import recover, write_folder
+from diptych.machine.disk import recover
 from diptych.models.configs import config_from_json, config_to_json
 from diptych.models.protocol import Trainable
 from diptych.models.table import FAMILIES, SHIPPED, SIZES, family, published_layout
 from diptych.parts.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from diptych.models.published.folder import Places, Source
+
+
+Format = Literal["diptych", "published", "hf"]
 
 
 def create(name: str, config: Any, tokenizer: Tokenizer | None = None, device: str = "cpu") -> Trainable:
@@ -29,14 +33,21 @@ def create(name: str, config: Any, tokenizer: Tokenizer | None = None, device: s
         return family(name)(config, tokenizer or Tokenizer.tiny())
 
 
-def save(model: Trainable, folder: str | Path, state: Mapping[str, Any] | None = None, published: bool = False) -> None:
-    """Writes config.json, model.safetensors and tokenizer.json, under a temporary name that is then renamed; with
-    ``published`` the files and tensor names that the family's published checkpoints have.
+def save(
+    model: Trainable,
+    folder: str | Path,
+    state: Mapping[str, Any] | None = None,
+    published: bool = False,
+    force: bool = False,
+) -> Path:
+    """Writes config.json, model.safetensors and tokenizer.json into ``folder`` and returns it; with ``published``, the
+    files and tensor names of the family's published checkpoints.
 
-    ``state`` overrides the weights (an average, another dtype). An existing folder is replaced as a whole. Raises
-    ``ValueError`` for a quantised model and for a family or settings that are not published like that."""
-    from safetensors.torch import save_file
-
+    ``state`` overrides the weights (an average, another dtype). A folder that holds a model of ours is replaced. A
+    folder with files that this library did not write is refused; ``force`` overwrites the files of the same names in it
+    and touches no other. Raises ``ValueError`` for such a folder, for a quantised model, and for a family or settings
+    without a published format."""
+    from diptych.models import release
     from diptych.models.published.folder import write_published
     from diptych.parts.quantize import quantized
 
@@ -51,13 +62,42 @@ def save(model: Trainable, folder: str | Path, state: Mapping[str, Any] | None =
         if layout:
             write_published(model, layout, tmp, weights)
             return
-        tensors = {k: v.detach().contiguous().cpu() for k, v in weights.items()}
-        save_file(tensors, tmp / "model.safetensors", metadata={"format": "pt"})
-        (tmp / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
+        release.write_tensors(tmp / "model.safetensors", weights)
         (tmp / "config.json").write_text(json.dumps(config_to_json(model.family, model.config), indent=1))
         model.tokenizer.save(tmp)
 
-    write_folder(Path(folder), write)
+    return release.write_model(folder, write, force)
+
+
+def export(
+    name_or_path: str | Path,
+    folder: str | Path,
+    format: Format = "diptych",
+    dtype: str | None = None,
+    base: str | Path | None = None,
+    force: bool = False,
+) -> Path:
+    """Loads a model as ``load`` does and writes it into ``folder``, which is returned.
+
+    ``format``  "diptych" (config.json, model.safetensors, tokenizer.json), "published" (as the family's authors publish
+                it) or "hf" (the language and vision parts, for transformers)
+    ``dtype``   of the parameters: "fp32", "bf16" or "fp16". By default bf16 for "diptych", else as stored
+    ``force``   as in ``save``
+
+    Raises ``ValueError`` for a folder that ``save`` refuses, before anything is loaded."""
+    from diptych.models import release
+    from diptych.models.published.folder import pick_dtype
+    from diptych.models.published.transformers import write_transformers
+
+    if format not in get_args(Format):
+        raise ValueError(f"unknown format {format!r}; choose from {', '.join(get_args(Format))}")
+    kind = pick_dtype(dtype or ("bf16" if format == "diptych" else None))
+    release.check_target(folder, force)
+    model = load(name_or_path, base=base)
+    if format == "hf":
+        return release.write_model(folder, lambda tmp: write_transformers(model, tmp, kind), force)
+    cast = {k: v.to(kind) for k, v in model.named_parameters()} if kind else {}  # buffers (statistics) keep their dtype
+    return save(model, folder, model.state_dict() | cast, format == "published", force)
 
 
 def resolve(name_or_path: str | Path) -> Path:
@@ -146,8 +186,8 @@ def open_source(name_or_path: str | Path, base: str | Path | None = None) -> Sou
 
 def load(
     name_or_path: str | Path,
-    device: str = "cpu",
-    dtype: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
     base: str | Path | None = None,
     quantize: str | None = None,
     prepare: Callable[[Trainable], None] | None = None,
@@ -156,8 +196,9 @@ def load(
 ) -> Trainable:
     """The model of a folder (ours, a run's or a published one), a shipped name or a model of the hub, for use.
 
-    ``dtype``     of the parameters: "fp32", "bf16" or "fp16". By default float32 for our own folders and as stored for
-                  published ones. Buffers and the autoencoder are float32 where it is given
+    ``dtype``     of the parameters: "fp32", "bf16" or "fp16", PyTorch's longer name, or a ``torch.dtype``. By default
+                  float32 for our own folders and as stored for published ones. Where it is given, buffers and the
+                  autoencoder are float32
     ``base``      the model whose files are taken where a published folder lacks them
     ``quantize``  "int8" rounds the weights of the blocks (``parts.quantize``): for use, not for training
     ``prepare``   is called with the empty model, on the meta device
@@ -170,8 +211,7 @@ def load(
 
     from diptych.models.published import folder as folders
 
-    if dtype is not None and dtype not in folders.DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(folders.DTYPES)}")
+    wanted = folders.pick_dtype(dtype)
     if quantize not in (None, "int8"):
         raise ValueError(f"unknown quantize {quantize!r}; there is int8")
     source = open_source(name_or_path, base)
@@ -181,7 +221,7 @@ def load(
                 f"{name_or_path} is of family {source.family!r}, which has other settings than those given"
             )
         source = replace(source, config=config)
-    kind = source.dtype if dtype is None else folders.DTYPES[dtype]
+    kind = source.dtype if wanted is None else wanted
     return folders.make(source, create, torch.device(device), kind, quantize is not None, prepare, share)
 
 

@@ -7,9 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diptych.machine import disk
 from diptych.models import store
-from diptych.models.published.transformers import write_transformers
 from diptych.recipes import cheers, iomm, sgt, synergen
 from diptych.studies.copying import copying
 from diptych.studies.drawing import drawing
@@ -30,7 +28,7 @@ def _words(folder: Path) -> str:
     stands beside the run."""
     release, words = _trained(synergen.words(), folder / "run"), folder / "words"
     if not words.exists():
-        disk.write_folder(words, lambda into: write_transformers(store.load(release), into, None))
+        store.export(release, words, "hf")
     return str(release)
 
 

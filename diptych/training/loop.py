@@ -27,6 +27,7 @@ from diptych.machine.doctor import environment
 from diptych.machine.processes import any_of, gather, processes, total
 from diptych.models import store
 from diptych.models.protocol import Trainable
+from diptych.models.release import MARK
 from diptych.parts.quantize import widened
 from diptych.training import checkpoint, lora, optim, plan
 from diptych.training.build import _copy, build
@@ -253,10 +254,10 @@ class _Job:
         state = self.state
         weights = whole(release_state(state.model, state.average))
         if self.rank == 0:
-            store.save(state.model, self.folder / "release", lora.merged(widened(weights)))
+            store.save(state.model, self.folder / "release", lora.merged(widened(weights)), force=True)
             if self.recipe.lora:
                 file = self.folder / "release" / "adapter.safetensors"
-                save_file(lora.adapters(weights), file, {"base": self.recipe.init.get("model", "")})
+                save_file(lora.adapters(weights), file, MARK | {"base": self.recipe.init.get("model", "")})
 
     def report(self, error: Exception) -> None:
         """Leaves crash.json: what happened, where, with which samples, and the checkpoint to go on from."""

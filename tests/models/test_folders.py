@@ -193,8 +193,7 @@ def test_bfloat16_stays_close_to_float32(family, tmp_path, dtype):
 MEASURE = """
 import resource, sys
 import torch
-from diptych.models import store
-from diptych.models import bagel
+from diptych.models import bagel, store
 from diptych.models.published import folder
 store.load({warm!r})  # whatever is imported or allocated once
 def peak():

@@ -324,10 +324,9 @@ def test_broken_folders_are_named(tiny_model, tmp_path):
         store.load("nowhere")
 
 
-def test_saving_replaces_a_folder_as_a_whole(tiny_model, tmp_path):
+def test_saving_replaces_a_model_as_a_whole(tiny_model, tmp_path):
     folder = tmp_path / "m"
-    folder.mkdir()
-    (folder / "old").touch()
+    store.save(store.load(tiny_model), folder)
     (tmp_path / ".m.12345.tmp").mkdir()  # what a killed process left
     store.save(store.load(tiny_model), folder)
     assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diptych.models.protocol import Trainable
 from diptych.models.published.key_map import Rules, State, Step, export, names, plan, raise_all
+from diptych.models.release import write_tensors
 from diptych.parts.quantize import to_int8
 from diptych.parts.tokenizer import Tokenizer
 
@@ -30,6 +31,18 @@ States = Mapping[str, State]  # tensors by stem, such as "ema"
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype of a name: ours ("bf16"), PyTorch's ("bfloat16", "torch.bfloat16") or the dtype itself. None is None.
+
+    Raises ``ValueError`` for one that parameters cannot have."""
+    names = {str(kind).removeprefix("torch."): kind for kind in DTYPES.values()} | DTYPES
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in DTYPES.values()):
+        return dtype
+    if (name := str(dtype).removeprefix("torch.")) not in names:
+        raise ValueError(f"unknown dtype {name!r}; choose from {', '.join(DTYPES)}")
+    return names[name]
 
 
 _STORED = {
@@ -280,8 +293,6 @@ def write_published(model: Trainable, layout: PublishedFormat, folder: Path, sta
     """Writes a model into an existing folder as its family publishes it: the same file names and keys.
 
     Raises ``ValueError`` for settings that the layout cannot say."""
-    from safetensors.torch import save_file
-
     rows = layout.describe(model.config)
     theirs = {}
     for stem, rules in layout.weights.items():
@@ -299,10 +310,7 @@ def write_published(model: Trainable, layout: PublishedFormat, folder: Path, sta
     ]
     raise_all(lost, f"the published layout of {model.family} cannot say")
     for stem, tensors in theirs.items():
-        file = folder / f"{stem}.safetensors"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, file, metadata={"format": "pt"})
-        file.chmod(0o644)  # safetensors writes for the owner alone
+        write_tensors(folder / f"{stem}.safetensors", tensors)
     for name, row in rows.items():
         (folder / name).write_text(json.dumps(row, indent=2))
     model.tokenizer.save(folder, split=True)

@@ -17,24 +17,16 @@ from torch import nn
 from diptych.models.protocol import Trainable
 from diptych.models.published.key_map import export
 from diptych.models.published.parts import TEXT, siglip
+from diptych.models.release import README, write_tensors
 from diptych.parts.decoder import Decoder, DecoderConfig
 from diptych.parts.routed import Routed
 from diptych.parts.vision import VisionConfig, VisionEncoder
-
-README = """# {name}, for transformers
-
-{parts}
-The language part reads and says words between <|im_start|> and <|im_end|>; pictures enter and leave through parts that
-only diptych has.
-"""
 
 
 def write_transformers(model: Trainable, folder: Path, dtype: torch.dtype | None) -> None:
     """Writes the parts that there are and a README; ``dtype`` of the tensors, by default as they are.
 
     Raises ``ValueError`` for a model that has neither."""
-    from safetensors.torch import save_file
-
     parts: list[str] = []
 
     def write(kind: str, state: dict[str, torch.Tensor], config: dict[str, Any], load: str) -> Path:
@@ -43,7 +35,7 @@ def write_transformers(model: Trainable, folder: Path, dtype: torch.dtype | None
         tensors = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in state.items()}
         stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         (into / "config.json").write_text(json.dumps(config | {"dtype": stored}, indent=1))
-        save_file(tensors, into / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(into / "model.safetensors", tensors)
         parts.append(f"- `{load}`\n")
         return into
 
@@ -61,7 +53,7 @@ def write_transformers(model: Trainable, folder: Path, dtype: torch.dtype | None
         write("vision", state, config, 'transformers.SiglipVisionModel.from_pretrained("vision")')
     if not parts:
         raise ValueError(f"family {model.family!r} has neither a decoder nor a vision encoder that transformers knows")
-    (folder / "README.md").write_text(README.format(name=model.family, parts="".join(parts)))
+    (folder / "README.md").write_text(README.format(family=model.family, parts="".join(parts)))
 
 
 def language(decoder: Decoder) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
