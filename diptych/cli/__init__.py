@@ -184,6 +184,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--size", type=int, help="pixels on a side (default: 64 for what ships, else the model's own)")
     _sampler(p)
     p.add_argument("-n", dest="pictures", type=int, help="pictures of each prompt, of geneval and dpg (default: 4)")
+    p.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: the benchmark's own; 2048 with --thinking)")  # fmt: skip  # noqa: E501
+    p.add_argument("--system", default="", metavar="TEXT", help="a system message before each question")
+    p.add_argument("--thinking", action=argparse.BooleanOptionalAction, help="reason in <think> tags before the answer")
+    p.add_argument("--answer-temperature", type=float, default=0.0, help="of answers (default: 0)")
     p.add_argument("--batch-size", type=int, default=32, help="items, or requests, at once (default: 32)")
     p.add_argument("--no-score", action="store_true", help="only make the answers and pictures; `evaluate score` later")
     p.add_argument("--layout", type=Path, metavar="DIR", help="also write the pictures as official scripts read them")
@@ -649,6 +653,7 @@ def _evaluate(a: argparse.Namespace) -> None:
         return words[a.model](a)
     from diptych.evaluation import harness, remote
     from diptych.evaluation.benchmarks.table import resolve
+    from diptych.evaluation.card import Answering
     from diptych.machine.processes import processes
 
     with processes() as (rank, _):
@@ -660,9 +665,11 @@ def _evaluate(a: argparse.Namespace) -> None:
             engine = _load(a)
         changed = _settings(a, engine)
         tools, progress = _tools(a), not a.json
+        settings = engine.settings(changed) if changed else None
         result = harness.evaluate(
-            engine, a.benchmarks, a.seed, a.limit, a.folder, progress, a.size,
-            engine.settings(changed) if changed else None, a.batch_size, tools, not a.no_score, a.tasks,
+            engine, a.benchmarks, seed=a.seed, limit=a.limit, folder=a.folder, size=a.size, settings=settings,
+            answering=Answering(a.max_new_tokens, a.system, a.thinking, a.answer_temperature), batch_size=a.batch_size,
+            tools=tools, score=not a.no_score, progress=progress,
         )  # fmt: skip
         if rank == 0:
             if a.layout:
@@ -688,7 +695,8 @@ def _tools(a: argparse.Namespace) -> Any:
 
     device = str(pick_device(a.device))
     more = {k: v for k, v in given.items() if v}
-    return Tools(judge=judge, rubrics=a.rubrics, cache=a.cache, device=device, pictures=a.pictures, **more)
+    same = {"rubrics": a.rubrics, "cache": a.cache, "pictures": a.pictures, "lmms_tasks": a.tasks}
+    return Tools(judge=judge, device=device, **same, **more)
 
 
 def _show_result(a: argparse.Namespace, result: Any) -> None:
@@ -697,7 +705,7 @@ def _show_result(a: argparse.Namespace, result: Any) -> None:
     elif a.no_score:
         print(f"made, not scored: diptych evaluate score {a.folder}" if a.folder else "made, and gone: --out keeps it")
     else:
-        _show_scores(a.model, result.scores, result.baselines)
+        _show_scores(str(result.card["model"]), result.scores, result.baselines)
         if result.failures:
             print(f"{result.failures} items failed; they count as wrong", file=sys.stderr)
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,49 @@ from diptych.evaluation.scores import Benchmark, Item
 from diptych.machine import disk
 
 PER_BENCHMARK = ("asked", "prompts", "pictures_per_prompt", "items", "size", "max_new_tokens")
+OWN_FILES = ("items.jsonl", "scores.jsonl", "summary.json", "pictures", "lmms-eval")  # written beside the card
+THINKING_TOKENS = 2048  # room for the reasoning before an answer
+# The instruction of BAGEL's released inference code (arXiv 2505.14683); other models follow it as well.
+THINK = (
+    "You should first think about the reasoning process in the mind and then provide the user with the answer.\n"
+    "The reasoning process is enclosed within <think> </think> tags, i.e. "
+    "<think> reasoning process here </think> answer here"
+)
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How questions are put to a model.
+
+    ``max_new_tokens``  longest answer in tokens (default: the benchmark's own, or 2048 for a model that thinks)
+    ``system``          a system message before each question
+    ``thinking``        True: the model is told to reason inside ``<think>`` tags first, which are not scored. True and
+                        False are also sent to a server, as ``enable_thinking``. None: as the model does by itself
+    ``temperature``     0 takes the likeliest token
+    """
+
+    max_new_tokens: int | None = None
+    system: str = ""
+    thinking: bool | None = None
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1, or None for the default")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be at least 0")
+
+    def tokens(self, benchmark: Benchmark) -> int:
+        """The longest answer to a question of the benchmark."""
+        return self.max_new_tokens or (THINKING_TOKENS if self.thinking else benchmark.max_new_tokens)
+
+    @property
+    def instruction(self) -> str:
+        """The whole system message, empty where there is none."""
+        return "\n\n".join(text for text in (THINK if self.thinking else "", self.system) if text)
+
+
+DEFAULT = Answering()
 
 
 def sampling_card(
@@ -34,10 +77,10 @@ def sampling_card(
     sides: Mapping[str, int | None],
     seed: int,
     limit: int | None,
-    temperature: float,
+    answering: Answering,
     settings: Any,
 ) -> dict:
-    """The card of an evaluation, JSON-able; ``asked`` is how each benchmark was named ("wise=FOLDER")."""
+    """The card of an evaluation as JSON; ``asked`` is how each benchmark was named ("wise=FOLDER")."""
     drawn, answered = ([b for b in benchmarks if b.task == task] for task in ("draw", "answer"))
     card = {
         **identity(engine),
@@ -45,12 +88,14 @@ def sampling_card(
         "seeds": "one per picture, from (seed, item id)",
         "limit": limit,
         "settings": asdict(settings),
-        "temperature": temperature,
+        "temperature": answering.temperature,
+        "system": answering.instruction,
+        "thinking": answering.thinking,
         "versions": _versions(),
         "asked": {b.name: asked.get(b.name, b.name) for b in benchmarks},
         "prompts": {b.name: prompts_hash(items[b.name]) for b in benchmarks},
         "pictures_per_prompt": {b.name: b.pictures_per_prompt for b in drawn},
-        "max_new_tokens": {b.name: b.max_new_tokens for b in answered},
+        "max_new_tokens": {b.name: answering.tokens(b) for b in answered},
         "items": {b.name: len(items[b.name]) for b in benchmarks},
         "size": {b.name: [sides[b.name]] * 2 if sides[b.name] else "the model's own" for b in benchmarks},
     }
@@ -81,21 +126,23 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def agree(folder: Path, card: dict) -> dict:
-    """The card of this folder, with benchmarks that it did not name before. Raises ``ValueError`` when any field
-    differs."""
-    path = folder / "card.json"
-    if path.is_file():
-        old = files.load(path)
-        known = _flat(old)
-        for name, value in _flat(card).items():
-            if name in known and known[name] != value:
+    """The card of this folder, with the benchmarks that it names already. Raises ``ValueError`` where a setting
+    differs, and for a folder whose files are not those of an evaluation."""
+    if (folder / "card.json").is_file():
+        old = load(folder)
+        old_settings, settings = _flat(old), _flat(card)
+        for name in {**settings, **old_settings}:
+            if name.partition(".")[0] in PER_BENCHMARK and not (name in settings and name in old_settings):
+                continue  # another benchmark of the same folder
+            before, now = old_settings.get(name), settings.get(name)
+            if before != now:
                 raise ValueError(
-                    f"{folder} was made with {name} = {known[name]!r}, not {value!r}; use another folder: "
+                    f"{folder} was made with {name} = {before!r}, not {now!r}; use another folder: "
                     "two settings are not mixed in one"
                 )
-        card = card | {k: {**old.get(k, {}), **card[k]} for k in PER_BENCHMARK}
-    elif any((folder / name).exists() for name in ("items.jsonl", "items.0.jsonl")):
-        raise ValueError(f"{folder} holds items.jsonl without its card.json; use another folder")
+        return card | {k: {**old.get(k, {}), **card[k]} for k in PER_BENCHMARK}
+    if foreign := [name for name in (*OWN_FILES, "items.0.jsonl") if (folder / name).exists()]:
+        raise ValueError(f"{folder} holds {foreign[0]} without its card.json; use another folder")
     return card
 
 
@@ -105,11 +152,14 @@ def write(folder: Path, card: dict) -> None:
 
 
 def load(folder: Path) -> dict:
-    """The card of a folder. Raises ``ValueError`` where there is none."""
+    """The card of a folder. Raises ``ValueError`` for a folder that has none, and for a card.json of something else."""
     path = folder / "card.json"
     if not path.is_file():
         raise ValueError(f"{folder} is no folder of an evaluation: it has no card.json")
-    return files.load(path)
+    card = files.load(path)
+    if not isinstance(card, dict) or not all(isinstance(card.get(key), dict) for key in ("asked", "prompts")):
+        raise ValueError(f"{path} is not the card of an evaluation; use another folder")
+    return card
 
 
 def _versions() -> dict[str, str]:

@@ -83,15 +83,14 @@ def save(image: PIL.Image.Image, path: Path) -> None:
 
 
 def merge(path: Path, order: Iterable[str]) -> None:
-    """One jsonl file of the parts that several processes wrote (STEM.RANK.jsonl), by ``order`` of ids; a part's rows
-    replace older ones. Parts of a run that was cut off are picked up too."""
-    parts = sorted(path.parent.glob(f"{path.stem}.*.jsonl"))
-    if not parts:
-        return
-    rows = {row["id"]: row for file in (path, *parts) for row in read(file)}
+    """Puts the rows of a jsonl file into ``order`` of their ids, together with the rows that several processes wrote
+    (STEM.RANK.jsonl), also those of a run that was cut off; a process's rows replace older ones."""
+    parts = sorted(f for f in path.parent.glob(f"{path.stem}.*.jsonl") if f.name.split(".")[-2].isdecimal())
+    rows = {row["id"]: row for file in (path, *parts) for row in read(file, "id")}
     rank = {id: i for i, id in enumerate(order)}
-    ordered = sorted(rows.values(), key=lambda row: rank.get(row["id"], -1))  # others' rows first, as they were
-    write_text(path, "".join(json.dumps(row) + "\n" for row in ordered))
+    ordered = sorted(rows, key=lambda id: rank.get(id, -1))  # rows of other benchmarks first, as they were
+    if parts or ordered != list(rows):
+        write_text(path, "".join(json.dumps(rows[id]) + "\n" for id in ordered))
     for part in parts:
         part.unlink()
 

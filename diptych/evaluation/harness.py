@@ -22,6 +22,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,19 +32,18 @@ import PIL.Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from diptych.core.sample import Sample, user
+from diptych.core.sample import Message, Sample, Text, user
 from diptych.data.canvas import rgb
 from diptych.data.decoding import open_image
 from diptych.evaluation import card as cards
 from diptych.evaluation import files
 from diptych.evaluation.benchmarks.table import LMMS, Tools, resolve
+from diptych.evaluation.card import Answering
 from diptych.evaluation.judges.judge import Judge, Unreachable
 from diptych.evaluation.judges.replies import spoken
-from diptych.evaluation.remote import Pictures
+from diptych.evaluation.remote import Endpoint, Pictures
 from diptych.evaluation.scores import UNJUDGED, Baselines, Benchmark, Item, Outcome, Score, Verdict
 from diptych.machine import disk, processes
-
-TEMPERATURE = 0.0
 
 
 @runtime_checkable
@@ -128,56 +128,68 @@ class _Work:
 
 def evaluate(
     engine: Engine,
-    benchmarks: Sequence[str | Benchmark] = ("mini",),
+    benchmarks: str | Sequence[str | Benchmark] = ("mini",),
+    *,
     seed: int = 0,
     limit: int | None = None,
     folder: str | Path | None = None,
-    progress: bool = True,
     size: int | None = None,
     settings: Any = None,
+    answering: Answering = cards.DEFAULT,
     batch_size: int = 32,
     tools: Tools | None = None,
     score: bool = True,
-    lmms_tasks: str | None = None,
+    progress: bool = True,
 ) -> Result:
-    """The scores of a model on benchmarks, with intervals, baselines and the settings that produced them.
+    """The scores of a model on benchmarks, with 95 % intervals, baselines and the settings that produced them.
 
     A benchmark is a name ("mini", "geneval"), a name with the user's files ("wise=FOLDER"), a ``Benchmark``, or tasks
-    of lmms-eval ("lmms-eval:pope,mmbench_en_dev"; ``lmms_tasks`` is a folder of the user's own).
-    ``limit`` keeps the first so many items of each category; ``folder`` keeps everything and lets a stopped evaluation
-    go on (default: a temporary one); ``size`` is the side of the pictures in pixels (default: 64 for what ships, else
-    the model's own); ``settings`` replaces the model's own settings; ``tools`` are the judges and networks that score.
-    Without ``score`` it stops when everything is made. A progress bar goes to a terminal's stderr unless ``progress``
-    is false. Raises ``ValueError`` for an unknown benchmark, and for a folder that was made with other settings.
+    of lmms-eval ("lmms-eval:pope,mmbench_en_dev").
+
+    ``limit``       keeps the first items of each category
+    ``folder``      keeps everything and continues a stopped evaluation (default: a temporary folder)
+    ``size``        side of the pictures in pixels (default: 64 for what ships, else the model's own)
+    ``settings``    replaces the model's own sampler settings
+    ``answering``   longest answer, system text, thinking and temperature
+    ``batch_size``  items in a batch, or requests to a server at once
+    ``tools``       the judge, detector, CLIP and feature network that score
+    ``score``       False stops when every answer and picture is made
+    ``progress``    shows a progress bar on a terminal's stderr
+
+    Raises ``ValueError`` for an unknown benchmark, and for a folder that was made with other settings.
     """
+    tools = tools or Tools()
     names = [benchmarks] if isinstance(benchmarks, str) else benchmarks
-    foreign = [t for n in names if isinstance(n, str) and n.startswith(LMMS) for t in n.removeprefix(LMMS).split(",")]
-    own = [n for n in names if not (isinstance(n, str) and n.startswith(LMMS))]
-    chosen, asked = resolve(own, tools or Tools()) if own or not foreign else ([], {})
+    tasks = [t for n in names if isinstance(n, str) and n.startswith(LMMS) for t in n.removeprefix(LMMS).split(",")]
+    native = [n for n in names if not (isinstance(n, str) and n.startswith(LMMS))]
+    chosen, asked = resolve(native, tools) if native or not tasks else ([], {})
     for name, value in (("limit", limit), ("batch_size", batch_size), ("size", size)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1, or None for the default")
-    if foreign:  # before anything is made
+    if tasks:  # before anything is made
         from diptych.evaluation import lmms
 
         if processes.place()[1] > 1:
             raise ValueError("lmms-eval has its own way with several processes: evaluate its tasks in one")
-        manager = lmms.lmms_manager(foreign, Path(folder) if folder else None, lmms_tasks)
+        manager = lmms.lmms_manager(tasks, Path(folder) if folder else None, tools.lmms_tasks)
     sides = {b.name: size or b.side for b in chosen}
     items = {b.name: _cut(b, b.items(seed, sides[b.name] or 0), limit) for b in chosen}
     if isinstance(engine, Pictures):
         engine.expect([item for b in chosen if b.task == "draw" for item in items[b.name]])
-    shown = settings or engine.model.settings  # None draws with what suits each request
-    card = cards.sampling_card(engine, asked, chosen, items, sides, seed, limit, TEMPERATURE, shown)
-    with _somewhere(folder) as where:
+    if isinstance(engine, Endpoint) and answering.thinking is not None:
+        engine = engine.with_thinking(answering.thinking)
+    recorded = settings or engine.model.settings  # without ``settings`` the model chooses by request
+    card = cards.sampling_card(engine, asked, chosen, items, sides, seed, limit, answering, recorded)
+    with _folder_or_temporary(folder) as where:
         with _opened(where, chosen, items, sides, card, progress) as work:
+            maker = _Maker(work, engine, settings, answering, batch_size)
             for benchmark in chosen:
-                _generate(work, engine, benchmark, settings, batch_size)
+                maker.make(benchmark)
             work.join("items")
             result = _scored(work) if score else _unscored(work)
-            if foreign:
-                lmms.run_lmms(engine, foreign, work.folder, manager, limit, batch_size)
-                result = _joined(work, result, foreign)
+            if tasks:
+                lmms.run_lmms(engine, tasks, work.folder, manager, limit, batch_size)
+                result = _joined(work, result, tasks)
         if folder is None:  # the pictures do not outlive the folder
             result = replace(result, outcomes=tuple(replace(o, picture=o.image) for o in result.outcomes))
         return result
@@ -280,13 +292,13 @@ def _cut(benchmark: Benchmark, items: list[Item], limit: int | None) -> list[Ite
 
 
 @contextmanager
-def _somewhere(folder: str | Path | None) -> Iterator[Path]:
+def _folder_or_temporary(folder: str | Path | None) -> Iterator[Path]:
     """The folder, or a temporary one that every process shares."""
     if folder is not None:
         yield Path(folder)
         return
-    with tempfile.TemporaryDirectory() as own:
-        yield Path(processes.gather(own)[0])
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(processes.gather(temporary)[0])
         processes.gather(None)
 
 
@@ -316,53 +328,98 @@ def _opened(
 # --- step one: what the model makes -----------------------------------------------------------------------------------
 
 
-def _generate(work: _Work, engine: Engine, benchmark: Benchmark, settings: Any, batch_size: int) -> None:
-    """Makes what is missing of a benchmark. One item that the model refuses gets its reason; if nothing has worked yet
-    and it refuses them all, or a server is gone, the fault is not the items': the ``ValueError`` goes to the user."""
-    made = _finished(work.folder, {i.id for i in work.items[benchmark.name]})
-    there = isinstance(engine, Pictures) and benchmark.task == "draw"  # it has been seen to hold some of them
-    worked, side = there or any("error" not in row for row in made.values()), work.sides[benchmark.name]
+@dataclass(frozen=True)
+class _Maker:
+    """Makes what is missing of an evaluation: answers and pictures, batch by batch, each written when it is there."""
 
-    def attempt(some: list[Item]) -> list[dict]:
-        samples = [item.sample.map_images(lambda i: replace(i, image=files.picture(i.image))) for item in some]
-        if benchmark.task == "answer":
-            answers = engine.answers(samples, benchmark.max_new_tokens, TEMPERATURE, work.card["seed"], batch_size)
-            return [
-                _row(item, len(some), a.parameters, text=a.text, finish_reason=a.finish_reason)
-                for item, a in zip(some, answers, strict=True)
-            ]
-        size = (side, side) if side else None
-        pictures = engine.draw(samples, [item.seed for item in some], size, settings, batch_size)
-        rows = []
-        for item, picture in zip(some, pictures, strict=True):
-            file = f"pictures/{item.id}.png"
-            files.save(picture.image, work.folder / file)
-            rows.append(_row(item, len(some), picture.parameters, file=file))
-        return rows
+    work: _Work
+    engine: Engine
+    settings: Any
+    answering: Answering
+    batch_size: int
 
-    todo = [[i for i in chunk if i.id not in made] for chunk in work.chunks(benchmark, batch_size)]
-    task = work.bar.add_task(benchmark.name, total=sum(map(len, todo)))
-    for some in todo:
-        if not some:
-            continue
+    def make(self, benchmark: Benchmark) -> None:
+        """Makes what is missing of a benchmark. An item that the model refuses gets the reason. Where the model refuses
+        every item of the first batch, or a server is gone, the ``ValueError`` is raised: no item is at fault."""
+        work, engine = self.work, self.engine
+        made = _finished(work.folder, {i.id for i in work.items[benchmark.name]})
+        ready_made = isinstance(engine, Pictures) and benchmark.task == "draw"  # ``expect`` has seen some of them
+        worked = ready_made or any("error" not in row for row in made.values())
+        todo = [[i for i in chunk if i.id not in made] for chunk in work.chunks(benchmark, self.batch_size)]
+        task = work.bar.add_task(benchmark.name, total=sum(map(len, todo)))
+        for some in filter(None, todo):
+            rows, refusal = (self._each if isinstance(engine, Endpoint) else self._together)(benchmark, some)
+            if refusal and not worked and all("error" in row for row in rows):
+                raise refusal
+            worked = worked or any("error" not in row for row in rows)
+            files.append(work.file("items"), rows)
+            work.bar.advance(task, len(rows))
+
+    def _together(self, benchmark: Benchmark, items: list[Item]) -> tuple[list[dict], ValueError | None]:
+        """Rows of items that are made in one batch, or one by one where the batch is refused; the first refusal."""
         try:
-            rows = attempt(some)
+            return self._attempt(benchmark, items), None
         except Unreachable:
             raise
-        except ValueError as refusal:
-            rows, first = [], refusal
-            for item in some:
+        except ValueError as first:
+            rows = []
+            for item in items:
                 try:
-                    rows += attempt([item])
+                    rows += self._attempt(benchmark, [item])
                 except Unreachable:
                     raise
                 except ValueError as refusal:
                     rows.append(_row(item, 1, {}, error=str(refusal)))
-            if not worked and all("error" in row for row in rows):
-                raise first from None
-        worked = worked or any("error" not in row for row in rows)
-        files.append(work.file("items"), rows)
-        work.bar.advance(task, len(rows))
+            return rows, first
+
+    def _each(self, benchmark: Benchmark, items: list[Item]) -> tuple[list[dict], ValueError | None]:
+        """Rows of items that are requested from a server at the same time, and the first refusal. Where the server is
+        gone or the user interrupts, the replies that have come are written to a part file; the next run merges it."""
+        pool = ThreadPoolExecutor(self.batch_size)
+        requests = [pool.submit(self._attempt, benchmark, [item]) for item in items]
+        try:
+            for request in requests:
+                if isinstance(request.exception(), Unreachable):
+                    request.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            done = [r for r in requests if r.done() and not r.cancelled() and not r.exception()]
+            part = self.work.folder / f"items.{self.work.rank}.jsonl"
+            files.append(part, [row for r in done for row in r.result()])
+            raise
+        pool.shutdown()
+        rows, first = [], None
+        for item, request in zip(items, requests, strict=True):
+            try:
+                rows += request.result()
+            except ValueError as refusal:
+                first = first or refusal
+                rows.append(_row(item, 1, {}, error=str(refusal)))
+        return rows, first
+
+    def _attempt(self, benchmark: Benchmark, items: list[Item]) -> list[dict]:
+        """Rows of items that the model answers or draws together."""
+        work = self.work
+        samples = [item.sample.map_images(lambda i: replace(i, image=files.picture(i.image))) for item in items]
+        if benchmark.task == "answer":
+            if instruction := self.answering.instruction:
+                system = Message("system", (Text(instruction),))
+                samples = [replace(sample, messages=(system, *sample.messages)) for sample in samples]
+            tokens, temperature = self.answering.tokens(benchmark), self.answering.temperature
+            answers = self.engine.answers(samples, tokens, temperature, work.card["seed"], self.batch_size)
+            return [
+                _row(item, len(items), a.parameters, text=a.text, finish_reason=a.finish_reason)
+                for item, a in zip(items, answers, strict=True)
+            ]
+        side = work.sides[benchmark.name]
+        seeds = [item.seed for item in items]
+        pictures = self.engine.draw(samples, seeds, (side, side) if side else None, self.settings, self.batch_size)
+        rows = []
+        for item, picture in zip(items, pictures, strict=True):
+            file = f"pictures/{item.id}.png"
+            files.save(picture.image, work.folder / file)
+            rows.append(_row(item, len(items), picture.parameters, file=file))
+        return rows
 
 
 def _row(item: Item, batch: int, parameters: Mapping[str, Any], **made: str) -> dict:

@@ -8,7 +8,7 @@ pictures that lie where the benchmark's official scripts put them.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,9 +16,10 @@ from typing import Any
 
 import PIL.Image
 
-from diptych.core.sample import Image, Sample, Text
+from diptych.core.sample import Image, Message, Sample, Text
 from diptych.data.decoding import open_image
 from diptych.evaluation import files
+from diptych.evaluation.addresses import NO_KEY, public_address
 from diptych.evaluation.judges.judge import address, call
 from diptych.evaluation.scores import Item
 from diptych.generation.events import Answer, Picture
@@ -46,10 +47,21 @@ class RemoteModel:
 class Endpoint:
     """A model behind an OpenAI-compatible server."""
 
-    def __init__(self, url: str, model: str, key: str = "none", timeout: float = 600.0) -> None:
+    def __init__(
+        self, url: str, model: str, key: str = NO_KEY, timeout: float = 600.0, thinking: bool | None = None
+    ) -> None:
+        self.shown_url = public_address(url)
         if not model:
-            raise ValueError(f"{url} needs the name of a model there: --remote-model NAME")
-        self.model, self.name, self.url, self.key, self.timeout = RemoteModel(url), model, url, key, timeout
+            raise ValueError(f"{self.shown_url} needs the name of a model there: --remote-model NAME")
+        self.model, self.name, self._url, self._key = RemoteModel(self.shown_url), model, url, key
+        self.timeout, self.thinking = timeout, thinking
+
+    def with_thinking(self, thinking: bool) -> Endpoint:
+        """The same server, asked to think before it answers, or not to."""
+        return Endpoint(self._url, self.name, self._key, self.timeout, thinking)
+
+    def _call(self, request: Callable[[Any], Any]) -> Any:
+        return call(self._url, self._key, self.timeout, request)
 
     def settings(self, changes: dict[str, Any]) -> RemoteSettings:
         """The settings with ``changes``. Raises ``ValueError`` for what a server is not asked for."""
@@ -63,18 +75,25 @@ class Endpoint:
     ) -> list[Answer]:
         """One answer per sample; ``batch_size`` requests are under way at once."""
 
+        more: dict[str, Any] = {}
+        if self.thinking is not None:
+            more["extra_body"] = {"chat_template_kwargs": {"enable_thinking": self.thinking}}
+
         def one(sample: Sample) -> Answer:
-            messages = [{"role": m.role, "content": [_part(p) for p in m.parts]} for m in sample.messages]
-            said = call(
-                self.url,
-                self.key,
-                self.timeout,
+            messages = [{"role": m.role, "content": _content(m)} for m in sample.messages]
+            reply = self._call(
                 lambda client: client.chat.completions.create(
-                    model=self.name, messages=messages, max_tokens=max_new_tokens, temperature=temperature, seed=seed
-                ),
+                    model=self.name,
+                    messages=messages,
+                    max_tokens=max_new_tokens,
+                    temperature=temperature,
+                    seed=seed,
+                    **more,
+                )
             )
             parameters = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-            return Answer(said.choices[0].message.content or "", (), said.choices[0].finish_reason or "", parameters)
+            choice = reply.choices[0]
+            return Answer(choice.message.content or "", (), choice.finish_reason or "", parameters)
 
         with ThreadPoolExecutor(batch_size) as pool:
             return list(pool.map(one, samples))
@@ -97,25 +116,30 @@ class Endpoint:
             if size is not None:
                 asked["size"] = f"{size[0]}x{size[1]}"
             sources = [("source.png", _png(i.pixels), "image/png") for i in sample.images()]
-            said = call(
-                self.url,
-                self.key,
-                self.timeout,
+            reply = self._call(
                 lambda client: (
                     client.images.edit(image=sources, response_format="b64_json", **asked)
                     if sources
                     else client.images.generate(response_format="b64_json", **asked)
-                ),
+                )
             )
-            if not (said.data and said.data[0].b64_json):
-                raise ValueError(f"{self.url} sent no picture for {prompt!r}")
-            image = open_image(files.decoded(said.data[0].b64_json, self.url), f"of {self.url} for {prompt!r}")
+            url = self.shown_url
+            if not (reply.data and reply.data[0].b64_json):
+                raise ValueError(f"{url} sent no picture for {prompt!r}")
+            image = open_image(files.decoded(reply.data[0].b64_json, url), f"of {url} for {prompt!r}")
             if size is not None and image.size != size:
-                raise ValueError(f"{self.url} sent a picture of {image.size}, asked for one of {size}")
+                raise ValueError(f"{url} sent a picture of {image.size}, asked for one of {size}")
             return Picture(image, prompt, seed, {"size": list(image.size), "seed": seed, **more})
 
         with ThreadPoolExecutor(batch_size) as pool:
             return list(pool.map(one, samples, seeds))
+
+
+def _content(message: Message) -> str | list[dict]:
+    """The parts of a message; the text alone of a system message, which some servers take in no other form."""
+    if message.role == "system":
+        return "\n".join(part.text for part in message.parts if isinstance(part, Text))
+    return [_part(part) for part in message.parts]
 
 
 def _part(part: Text | Image) -> dict:

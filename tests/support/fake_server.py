@@ -50,7 +50,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.refuse > 0:
             self.server.refuse -= 1
             return self._send({"error": {"message": "busy"}}, 503, {"retry-after-ms": "1"})
-        if self.path.endswith("/chat/completions"):
+        if self.path.partition("?")[0].endswith("/chat/completions"):
             body = json.loads(raw)
             self.server.asked.append(body)
             said = self.server.reply(text(body), pictures(body))

@@ -24,6 +24,7 @@ class Tools:
     cache: Path | None = None  # of the statistics of reference pictures
     device: str = "cpu"
     pictures: int | None = None  # of each prompt; None: what the benchmark is defined with
+    lmms_tasks: str | None = None  # a folder of the user's own task files for lmms-eval
 
     def need_judge(self, name: str) -> Judge:
         """The judge. Raises ``ValueError`` saying how to name one."""

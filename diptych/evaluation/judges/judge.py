@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ import PIL.Image
 
 from diptych.data.canvas import rgb
 from diptych.evaluation import files
+from diptych.evaluation.addresses import NO_KEY, query, without_secrets
 from diptych.evaluation.judges import replies
 from diptych.machine import disk
 
@@ -48,9 +49,9 @@ class Judge:
     ``model`` its name there and in score names."""
 
     model: str
-    url: str | None = None
+    url: str | None = field(default=None, repr=False)  # may hold a password
     cache: Path | None = None
-    key: str = "none"
+    key: str = field(default=NO_KEY, repr=False)
     workers: int = 8
     timeout: float = 120.0
     retries: int = 4
@@ -145,12 +146,15 @@ def call(url: str, key: str, timeout: float, work: Callable[[Any], T], retries: 
         return work(_client(url, key, timeout, retries))
     except client_package().OpenAIError as error:
         this = getattr(error, "status_code", None) in (400, 413, 415, 422, 500)  # 500: what breaks on one item alone
-        raise (ValueError if this else Unreachable)(f"{url}: {error}") from error
+        raise (ValueError if this else Unreachable)(without_secrets(f"{url}: {error}", url, key)) from None
 
 
 @cache
 def _client(url: str, key: str, timeout: float, retries: int) -> Any:
-    return client_package().OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
+    address = url.partition("#")[0].partition("?")[0]
+    return client_package().OpenAI(
+        base_url=address, default_query=query(url), api_key=key, timeout=timeout, max_retries=retries
+    )
 
 
 def client_package() -> Any:
