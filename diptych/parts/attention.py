@@ -41,12 +41,17 @@ WHOLE = 16  # attention over a multiple of this many keys has the same bits howe
 
 
 def padded_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """``sdpa`` that keeps its bits however many of the last keys are padding (no gradient, CPU). ``mask`` is the same
-    for all queries where these are as many as the keys."""
-    n, missing = q.shape[1], -k.shape[1] % WHOLE
-    if mask is not None and missing and k.device.type == "cpu" and not torch.is_grad_enabled():
-        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, missing)) if x.shape[1] == k.shape[1] else x for x in (q, k, v))
+    """``sdpa`` whose bits do not depend on how many of the last keys are padding (CPU, no gradient).
+
+    Queries and keys are padded to multiples of ``WHOLE``: the kernel of a matrix product depends on both numbers."""
+    n = q.shape[1]
+    if mask is not None and k.device.type == "cpu" and not torch.is_grad_enabled():
+        rows, missing = -n % WHOLE, -k.shape[1] % WHOLE
+        q = F.pad(q, (0, 0, 0, 0, 0, rows))
+        k, v = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (k, v))
         mask = F.pad(mask, (0, missing))
+        if mask.shape[-2] == n > 1:
+            mask = F.pad(mask, (0, 0, 0, rows), value=True)
     return sdpa(q, k, v, mask=mask)[:, :n]
 
 
