@@ -98,6 +98,7 @@ def write_into(folder: Path, write: Callable[[Path], None]) -> None:
     tmp.mkdir()
     try:
         write(tmp)
+        flush_all(tmp)
         files = [path.relative_to(tmp) for path in sorted(tmp.rglob("*")) if path.is_file()]
         for file in files:
             blocked = [p for p in (folder / parent for parent in file.parents) if p.exists() and not p.is_dir()]

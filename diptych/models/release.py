@@ -26,10 +26,16 @@ transformers; load the whole model with diptych.
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file that carries our mark, readable for everybody."""
+    """Writes a safetensors file that carries our mark, readable for everybody: the same bytes for the same tensors."""
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, file, metadata=MARK)
     file.chmod(0o644)  # safetensors writes for the owner alone
+    with file.open("r+b") as opened:  # and the entries of ``metadata`` in a random order
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        ordered = json.dumps(header | {"__metadata__": MARK}, separators=(",", ":"), ensure_ascii=False).encode()
+        opened.seek(8)
+        opened.write(ordered.ljust(length))
 
 
 def check_target(folder: str | Path, force: bool = False) -> Path:

@@ -167,3 +167,14 @@ def test_a_model_from_before_the_mark_is_ours(model, tmp_path):
     save_file(load_file(file), file, metadata={"format": "pt"})
     store.save(model, tmp_path / "m")
     assert torch.equal(store.load(tmp_path / "m").latent_out.weight, model.latent_out.weight)
+
+
+def test_the_same_tensors_are_the_same_bytes(tmp_path):
+    tensors = {"b.ü": torch.arange(3.0), "a": torch.ones(2, 2, dtype=torch.bfloat16)}
+    for i in range(12):
+        release.write_tensors(tmp_path / f"{i}.safetensors", tensors)
+    assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(12)}) == 1
+    from safetensors.torch import load_file
+
+    back = load_file(tmp_path / "0.safetensors")
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors) and len(back) == 2
