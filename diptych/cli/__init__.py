@@ -168,6 +168,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--grace", type=float, default=30.0, help="seconds to finish in when told to end (default: 30)")
     p.add_argument("--rate", type=float, help="requests a minute for each key, or address (default: no limit)")
     p.add_argument("--allow-host", action="append", default=[], metavar="HOST", help="fetch pictures by URL from this public host; * for any (default: none)")  # fmt: skip  # noqa: E501
+    p.add_argument("--host-name", action="append", default=[], metavar="NAME", help="a name that reaches this server, beside localhost and its address (several: repeat it)")  # fmt: skip  # noqa: E501
     p.add_argument("--runs", type=Path, metavar="DIR", help="show the training runs in this folder")
     p.add_argument("--log-prompts", action="store_true", help="write prompts to the log")
     p.add_argument("--quiet", action="store_true", help="no line for every request")
@@ -624,8 +625,8 @@ def _numbered(folder: Path, number: int, image: Any) -> Path:
 
 def _serve(a: argparse.Namespace) -> None:
     try:
-        from diptych.serving.app import serve
-        from diptych.serving.service import Options
+        from diptych.serving.options import Options
+        from diptych.serving.server import serve
     except ModuleNotFoundError as error:
         raise ValueError(f"serving needs the package {error.name}: pip install 'diptych[serve]'") from error
     from diptych.generation.engine import load
@@ -637,15 +638,25 @@ def _serve(a: argparse.Namespace) -> None:
         if not keys:
             raise ValueError(f"{a.api_key_file} holds no key; write one a line")
     options = Options(
-        keys, a.slots, a.queue, a.timeout, a.grace, a.rate, frozenset(a.allow_host), a.runs, a.log_prompts, a.quiet
-    )
-    engines = [load(name, a.device, a.dtype, a.base, a.quantize) for name in a.models]
-    for engine in engines:
-        if Path(engine.name).is_dir():  # clients see what the folder is called, not where it is
-            folder = Path(engine.name).resolve()
-            engine.name = folder.parent.name if folder.name == "release" else folder.name
-    names = ", ".join(e.name for e in engines)
-    serve(engines, options, a.host, a.port, lambda url: print(f"{names} at {url}  (Ctrl-C ends)", flush=True))
+        keys, a.slots, a.queue, a.timeout, a.grace, a.rate, frozenset(a.allow_host), a.runs, a.log_prompts, a.quiet,
+        tuple(a.host_name),
+    )  # fmt: skip
+
+    def load_all() -> list:
+        engines = [load(name, a.device, a.dtype, a.base, a.quantize) for name in a.models]
+        for engine in engines:
+            if Path(engine.name).is_dir():  # clients see what the folder is called, not where it is
+                folder = Path(engine.name).resolve()
+                engine.name = folder.parent.name if folder.name == "release" else folder.name
+        names.extend(e.name for e in engines)
+        return engines
+
+    names: list[str] = []
+
+    def announce(url: str) -> None:
+        print(f"{', '.join(names)} at {url}  (Ctrl-C ends)", flush=True)
+
+    serve(load_all, options, a.host, a.port, announce)
 
 
 def _evaluate(a: argparse.Namespace) -> None:

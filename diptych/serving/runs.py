@@ -1,64 +1,42 @@
-"""Training runs to look at while they go: their curves and sheets of samples, read from the run's folder.
+"""``/v1/diptych/runs``: training runs to watch, read from their folders.
 
-Names come from a listing and are looked up in it; nothing that a client says is ever joined to a path."""
+Names of runs and of sheets are looked up in listings; nothing that a client sends is ever joined to a path."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import asyncio
+import math
 from typing import Any
 
-from diptych.training.log import read_metrics
+from fastapi import APIRouter, Response
 
-DEPTH = 3  # folders below the root in which runs are looked for
+from diptych.serving.service import Service
 
 
-class Runs:
-    """The runs under a folder, by their path within it."""
+def router(service: Service) -> APIRouter:
+    """The endpoints of ``/v1/diptych/runs``."""
+    routes, runs = APIRouter(), service.runs
 
-    def __init__(self, root: Path | None) -> None:
-        self.root = root
+    @routes.get("/v1/diptych/runs")
+    async def list_runs() -> dict[str, Any]:
+        """The training runs under the server's ``--runs``."""
+        return {"object": "list", "data": [{"id": name} for name in await asyncio.to_thread(runs.all)]}
 
-    def all(self) -> dict[str, Path]:
-        """Name -> folder of every run, the latest written first."""
-        if self.root is None or not self.root.is_dir():
-            return {}
-        root, found = self.root.resolve(), {}
-        for depth in range(1, DEPTH + 1):
-            for file in self.root.glob("/".join(["*"] * depth) + "/metrics.jsonl"):
-                if file.resolve().is_relative_to(root):
-                    found[file.parent.relative_to(self.root).as_posix()] = file.parent
-        return dict(sorted(found.items(), key=lambda item: -(item[1] / "metrics.jsonl").stat().st_mtime))
+    @routes.get("/v1/diptych/runs/about")
+    async def about(run: str) -> dict[str, Any]:
+        """A run's recipe, stages and sheets of samples."""
+        return await asyncio.to_thread(runs.about, run)
 
-    def find(self, name: str) -> Path:
-        """The folder of a run. Raises ``ValueError`` for a name that is not listed."""
-        if name not in (there := self.all()):
-            raise ValueError(f"no run {name[:100]!r}; there are: {', '.join(there) or 'none'}")
-        return there[name]
+    @routes.get("/v1/diptych/runs/metrics")
+    async def metrics(run: str, after: int = -1, most: int = 500) -> dict[str, Any]:
+        """What a run logged of its steps after ``after``, thinned to ``most`` rows."""
+        rows = await asyncio.to_thread(runs.rows, run, after, min(max(most, 1), 5000))
+        finite = [{k: v for k, v in r.items() if not isinstance(v, float) or math.isfinite(v)} for r in rows]
+        return {"object": "list", "data": finite}
 
-    def rows(self, name: str, after: int, most: int) -> list[dict[str, Any]]:
-        """The numbers of the steps after ``after``, at most ``most`` of them, evenly thinned; the last one always."""
-        later = (row for row in read_metrics(self.find(name)) if row["step"] > after)
-        rows = [{k: v for k, v in row.items() if isinstance(v, (int, float, str))} for row in later]
-        stride = -(-len(rows) // most)
-        return rows[::-1][::stride][::-1] if rows else []
+    @routes.get("/v1/diptych/runs/sample")
+    async def sample(run: str, file: str) -> Response:
+        """A sheet of samples."""
+        return Response(await asyncio.to_thread(runs.sheet, run, file), media_type="image/png")
 
-    def about(self, name: str) -> dict[str, Any]:
-        """Its recipe's name, steps and stages, and its sheets of samples in order."""
-        folder = self.find(name)
-        recipe = folder / "recipe.json"
-        told = json.loads(recipe.read_text()) if recipe.is_file() else {}
-        stages = [{"name": s["name"], "steps": s["steps"]} for s in told.get("stages", [])]
-        return {"id": name, "recipe": told.get("name"), "stages": stages, "samples": list(self._sheets(folder))}
-
-    def sheet(self, name: str, file: str) -> bytes:
-        """One sheet of samples. Raises ``ValueError`` for one that is not listed."""
-        there = self._sheets(self.find(name))
-        if file not in there:
-            raise ValueError(f"no sheet {file[:100]!r} in run {name!r}")
-        return there[file].read_bytes()
-
-    def _sheets(self, folder: Path) -> dict[str, Path]:
-        within = folder.resolve()
-        files = sorted((folder / "samples").glob("step-*.png"))
-        return {f.name: f for f in files if f.resolve().is_relative_to(within)}
+    return routes

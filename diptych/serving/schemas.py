@@ -1,33 +1,17 @@
-"""What the endpoints take: OpenAI's parameters that diptych has, and its own. Any other name is refused, never ignored.
+"""What the endpoints take: OpenAI's parameters that diptych has, and its own.
 
-Parameters that OpenAI's clients send and that can have one value only here (``frequency_penalty`` 0, ``quality``
-"auto") are taken with that value and refused with another.
+An unknown parameter is refused, unless it is null: null stands for a parameter that is not given. Parameters that would
+change the answer and that diptych lacks are refused with any value but the one they have here (``frequency_penalty``
+0). Those that OpenAI's clients send out of habit and that would not change what is asked for (``IGNORED``) are accepted
+and named in the answer's ``warning`` header.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request may ask for; ``GET /v1/models`` shows them."""
-
-    body_bytes: int = 32 * 2**20
-    json_depth: int = 32
-    pixels: int = 16_000_000  # of a picture sent
-    drawn: int = 2048 * 2048  # pixels of a picture drawn
-    pictures: int = 8  # of one request
-    prompt: int = 8_000  # characters, the whole conversation
-    new_tokens: int = 1_024
-    steps: int = 200
-    n: int = 10
-    stored_bytes: int = 128 * 2**20  # uploads, and pictures asked for by url
-    stored_seconds: int = 3_600
-
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -35,20 +19,42 @@ Size = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", descripti
 
 
 class Strict(BaseModel):
-    """No name but the declared ones and no type but theirs; null stands for what is not given."""
+    """Takes the declared names and types only. Null stands for a parameter that is not given."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+    IGNORED: ClassVar[frozenset[str]] = frozenset()  # accepted without effect
 
     @model_validator(mode="before")
     @classmethod
-    def _given(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return {k: v for k, v in data.items() if v is not None or k not in cls.model_fields}
+    def _without_nulls(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+
+    def ignored(self, path: str = "") -> Iterator[str]:
+        """The paths of what was sent and has no effect. "auto" asks for nothing and is left out."""
+        for name in type(self).model_fields:  # in their order
+            if name not in self.model_fields_set:
+                continue
+            value, at = getattr(self, name), f"{path}{name}"
+            if name in self.IGNORED:
+                if value != "auto":
+                    yield at
+            elif isinstance(value, Strict):
+                yield from value.ignored(f"{at}.")
+            elif isinstance(value, list):
+                for i, one in enumerate(value):
+                    if isinstance(one, Strict):
+                        yield from one.ignored(f"{at}.{i}.")
+
+
+def ignored_header(body: Strict) -> dict[str, str]:
+    """The header that names parameters without effect; empty where there are none."""
+    names = [*body.ignored()]
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return {"warning": f'299 diptych "ignored: {", ".join(names[:20])}{more}"'} if names else {}
 
 
 class ToDraw(Strict):
-    """How a picture is drawn. ``settings`` are further fields of the model's own settings, by name."""
+    """How a picture is drawn. ``settings`` are further fields of the model's settings, by name."""
 
     size: Size | None = None
     num_inference_steps: int | None = Field(None, ge=1)
@@ -60,9 +66,10 @@ class ToDraw(Strict):
     stream: bool = False
     seed: Seed | None = None
     user: str | None = Field(None, max_length=256, description="named in the log")
+    safety_identifier: str | None = None
 
     @model_validator(mode="after")
-    def _one_name(self):
+    def _consistent(self) -> Self:
         if self.steps is not None and self.num_inference_steps is not None:
             raise ValueError("steps and num_inference_steps are the same; give one")
         if self.partial_images and not self.stream:
@@ -72,7 +79,8 @@ class ToDraw(Strict):
 
 class ImageUrl(Strict):
     url: str = Field(description="a data URI (data:image/png;base64,...), or the address of an upload")
-    detail: Literal["auto"] | None = None
+    detail: Literal["auto", "low", "high"] | None = Field(None, description="no effect: each model reads at its size")
+    IGNORED = frozenset({"detail"})
 
 
 class FileId(Strict):
@@ -99,8 +107,16 @@ Part = Annotated[TextPart | ImagePart | FilePart, Field(discriminator="type")]
 
 class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant"] = Field(description="developer is system")
-    content: str | Annotated[list[Part], Field(min_length=1)]
-    refusal: None = Field(None, description="answers have it, and come back as they are")
+    content: str | Annotated[list[Part], Field(min_length=1)] | None = Field(None, description="null: of an assistant")
+    name: str | None = Field(None, max_length=256, description="no effect")
+    refusal: None = Field(None, description="part of answers, which clients send back")
+    IGNORED = frozenset({"name"})
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"content is missing; only an assistant's may be null, not the {self.role}'s")
+        return self
 
 
 class StreamOptions(Strict):
@@ -112,7 +128,7 @@ class TextFormat(Strict):
 
 
 class ChatRequest(ToDraw):
-    """``modalities`` says what the answer is made of, in this order: words, a picture, words about it ..."""
+    """``modalities`` lists the parts of the answer in order: text, a picture, text about it ..."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -156,9 +172,17 @@ class ChatRequest(ToDraw):
     frequency_penalty: Literal[0] = 0
     presence_penalty: Literal[0] = 0
     response_format: TextFormat | None = None
+    store: bool | None = None
+    metadata: dict[str, str] | None = None
+    service_tier: str | None = None
+    parallel_tool_calls: bool | None = None
+    prompt_cache_key: str | None = None
+    IGNORED = frozenset(
+        {"store", "metadata", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"}
+    )
 
     @model_validator(mode="after")
-    def _sensible(self):
+    def _chat_consistent(self) -> Self:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("max_tokens and max_completion_tokens are the same; give one")
         if self.top_logprobs is not None and not self.logprobs:
@@ -168,13 +192,14 @@ class ChatRequest(ToDraw):
         if len(self.stops) > 4 or not all(self.stops) or any(len(s) > 100 for s in self.stops):
             raise ValueError("stop takes up to 4 texts of 1 to 100 characters")
         if "text" not in self.modalities:
-            words = {"max_tokens", "max_completion_tokens", "stop", "logprobs"} & self.model_fields_set
-            if words:
-                raise ValueError(f"{', '.join(sorted(words))} needs text among modalities")
+            of_text = {"max_tokens", "max_completion_tokens", "stop", "logprobs"} & self.model_fields_set
+            if of_text:
+                raise ValueError(f"{', '.join(sorted(of_text))} needs text among modalities")
         if "image" not in self.modalities:
-            drawn = (ToDraw.model_fields.keys() - {"stream", "seed", "user"}) & self.model_fields_set
-            if drawn:
-                raise ValueError(f"{', '.join(sorted(drawn))} needs image among modalities")
+            shared = {"stream", "seed", "user", "safety_identifier"}
+            of_pictures = (ToDraw.model_fields.keys() - shared) & self.model_fields_set
+            if of_pictures:
+                raise ValueError(f"{', '.join(sorted(of_pictures))} needs image among modalities")
         return self
 
     @property
@@ -203,12 +228,14 @@ class ImagesRequest(ToDraw):
     response_format: Literal["b64_json", "url"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp")
-    quality: Literal["auto"] | None = None
+    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = Field(None, description="no effect")
+    style: Literal["vivid", "natural"] | None = Field(None, description="no effect")
     background: Literal["auto", "opaque"] | None = None
-    moderation: Literal["auto"] | None = None
+    moderation: Literal["auto", "low"] | None = Field(None, description="no effect")
+    IGNORED = frozenset({"quality", "style", "moderation", "safety_identifier"})
 
     @model_validator(mode="after")
-    def _encoding(self):
+    def _encoding_consistent(self) -> Self:
         if self.output_compression is not None and self.output_format == "png":
             raise ValueError("output_compression is for jpeg and webp")
         if self.stream and self.response_format == "url":
@@ -217,10 +244,12 @@ class ImagesRequest(ToDraw):
 
 
 class EditsRequest(ImagesRequest):
-    """The fields of a form, where numbers are texts. The files ``image`` (one or several, also ``image[]``) and
-    ``mask`` come beside them."""
+    """The fields of a form, whose values are strings. Its files are ``image`` (one or several, also ``image[]``) and
+    ``mask``."""
 
     model_config = ConfigDict(
         strict=False, json_schema_extra={"examples": [{"prompt": "make the star green", "seed": 1}]}
     )
     image_guidance_scale: Finite | None = Field(None, ge=0, le=100)
+    input_fidelity: Literal["low", "high"] | None = Field(None, description="no effect")
+    IGNORED = ImagesRequest.IGNORED | {"input_fidelity"}

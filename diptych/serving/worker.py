@@ -1,7 +1,7 @@
-"""The running batch of one model under asyncio: bounded, timed, cancellable, drained before it ends.
+"""The running batch of one model under asyncio: bounded, timed, cancellable, drained at shutdown.
 
-Calls put requests in line; between two ticks of the scheduler, and only then, who has come joins and who has gone
-leaves. A tick runs in a thread, so that connections are served meanwhile.
+Calls add requests to the queue. Jobs join and leave the scheduler between two of its ticks, and at no other time. A
+tick runs in a thread, so that connections are served meanwhile.
 """
 
 from __future__ import annotations
@@ -17,104 +17,57 @@ from starlette.types import Receive
 from diptych.generation.engine import Engine
 from diptych.generation.events import Event, ImageDone, ImagePreview, Stop, TextDelta
 from diptych.generation.scheduler import Draw, Job, Say, Scheduler, Sketch, Talk, Unfit, exact
+from diptych.serving.errors import Closing, Failed, Full, Gone, Late, Refused, Wrong
 from diptych.serving.metrics import Metrics
-
-
-class Refused(Exception):
-    """A request that gets no answer, and why: the HTTP status, a word for it, and when to come back."""
-
-    status, code = 500, "internal_error"
-
-    def __init__(self, message: str, retry_after: int | None = None) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class Wrong(Refused):
-    """What the model cannot do with this request."""
-
-    status, code = 400, "invalid_value"
-
-
-class Full(Refused):
-    status, code = 429, "queue_full"
-
-
-class Late(Refused):
-    status, code = 504, "timeout"
-
-
-class Closing(Refused):
-    status, code = 503, "shutting_down"
-
-
-class Failed(Refused):
-    """An error of ours, told without its details, which are in the log."""
-
-
-class Gone(Refused):
-    """The client has left; nobody will read this."""
-
-    status, code = 499, "client_closed_request"
+from diptych.serving.options import Options
 
 
 class Worker:
-    """One model's scheduler and who waits for it. ``slots`` requests run together, ``queue`` wait, and a call that
-    takes longer than ``timeout`` seconds is given up. No picture is larger than ``drawn`` pixels."""
+    """The scheduler of one model and the calls that wait for it, within the bounds of ``options``."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        pool: ThreadPoolExecutor,
-        metrics: Metrics,
-        slots: int,
-        queue: int,
-        timeout: float,
-        drawn: int,
-    ) -> None:
-        self.engine, self.pool, self.metrics = engine, pool, metrics
-        self.queue, self.timeout, self.drawn = queue, timeout, drawn
-        self.scheduler = Scheduler(engine.model, slots=slots)
-        self.calls: dict[int, tuple[Call, int, float]] = {}  # by id(job): whose it is, its number there, since when
+    def __init__(self, engine: Engine, pool: ThreadPoolExecutor, metrics: Metrics, options: Options) -> None:
+        self.engine, self.pool, self.metrics, self.options = engine, pool, metrics, options
+        self.scheduler = Scheduler(engine.model, slots=options.slots)
+        self.calls: dict[int, tuple[Call, int, float]] = {}  # by id(job): its call, its number there, its start
         self.joining: list[Job] = []
         self.leaving: list[Job] = []
         self.wake = asyncio.Event()
         self.closing = False
-        self.exact: bool | None = None
-        self.seconds = 1.0  # what a request takes, smoothed
+        self.exact: bool | None = None  # whether batching changes no bit; unknown before ``start``
+        self.seconds = 1.0  # that a request takes, smoothed
         self.task: asyncio.Task | None = None
 
     @property
     def waiting(self) -> int:
-        """Requests in line."""
+        """How many requests are queued."""
         return len(self.scheduler.waiting) + len(self.joining)
 
     @property
     def ready(self) -> bool:
-        """Whether requests are being worked on and taken."""
+        """Whether requests are accepted and worked on."""
         return self.task is not None and not self.task.done() and not self.closing
 
     def call(self) -> Call:
-        """A new client's call. Raises ``Closing`` when the server is about to end."""
+        """A new client's call. Raises ``Closing`` while the server shuts down."""
         if self.closing:
             raise Closing("the server is shutting down", 5)
         return Call(self)
 
     def prepare(self, request: Say | Draw) -> Job:
-        """The request checked. Raises ``ValueError``."""
-        job = self.scheduler.prepare(request)
-        if isinstance(job, Sketch) and job.canvas[0] * job.canvas[1] > self.drawn:
-            raise ValueError(f"size {job.canvas[1]}x{job.canvas[0]} has more than {self.drawn} pixels")
+        """The request as a job that is not queued yet. Raises ``ValueError`` where it cannot be served."""
+        job, most = self.scheduler.prepare(request), self.options.limits.drawn
+        if isinstance(job, Sketch) and job.canvas[0] * job.canvas[1] > most:
+            raise ValueError(f"size {job.canvas[1]}x{job.canvas[0]} has more than {most} pixels")
         return job
 
     async def start(self) -> None:
-        """Tries the model out, then begins to work."""
+        """Measures whether batching is exact here, then begins to work."""
         loop = asyncio.get_running_loop()
         self.exact = await loop.run_in_executor(self.pool, exact, self.engine.model)
         self.task = loop.create_task(self._run(), name=f"worker {self.engine.name}")
 
     async def close(self, grace: float) -> None:
-        """Takes no more calls, lets those in hand finish for ``grace`` seconds, then tells the rest."""
+        """Accepts no more calls; those in hand may finish within ``grace`` seconds and are refused afterwards."""
         self.closing = True
         until = time.monotonic() + grace
         while self.calls and time.monotonic() < until:
@@ -122,7 +75,7 @@ class Worker:
         self._fail([*self.calls], Closing(f"the server shut down before this was finished (grace {grace:g} s)", 5))
 
     async def stop(self) -> None:
-        """Ends the loop after the tick in hand."""
+        """Ends the loop after the current tick."""
         self.closing = True
         self.wake.set()
         if self.task:
@@ -147,27 +100,28 @@ class Worker:
             await asyncio.wait([tick])
             self.metrics.tick(self.engine.name, time.perf_counter() - start, len(scheduler.running))
             for job, event in scheduler.events:
-                self._tell(job, event)
+                self._pass_on(job, event)
             if error := tick.exception():
-                told: Refused = Failed("the model failed on this request; the log says why")
+                refusal: Refused = Failed("the model failed on this request; the log says why")
                 if isinstance(error, Unfit):
-                    told = Wrong(str(error))
+                    refusal = Wrong(str(error))
                 else:
                     self.metrics.error(error)
-                at = [*scheduler.at]
-                for job in at:
+                failed = [*scheduler.at]
+                for job in failed:
                     scheduler.cancel(job)
-                self._fail([id(job) for job in at], told)
+                self._fail([id(job) for job in failed], refusal)
 
-    def _tell(self, job: Job, event: Event) -> None:
-        if found := self.calls.get(id(job)):  # else cancelled during the tick
-            call, number, since = found
+    def _pass_on(self, job: Job, event: Event) -> None:
+        """Hands an event to the call of its job, unless that was cancelled during the tick, and counts it."""
+        if entry := self.calls.get(id(job)):
+            call, number, since = entry
             if isinstance(event, Stop):
                 del self.calls[id(job)]
                 self.seconds += 0.2 * (time.monotonic() - since - self.seconds)
                 self.metrics.done(self.engine.name, event, "text" if isinstance(job, Talk) else "image")
-            elif not call.told and isinstance(event, (TextDelta, ImagePreview, ImageDone)):
-                call.told = True
+            elif not call.answered and isinstance(event, (TextDelta, ImagePreview, ImageDone)):
+                call.answered = True
                 self.metrics.first(self.engine.name, event, time.monotonic() - call.since)
             call.events.put_nowait((number, event))
 
@@ -177,14 +131,16 @@ class Worker:
 
 
 class Call:
-    """What one client waits for: one or several requests, and their events as they come."""
+    """The requests of one client, and their events as they come."""
 
     def __init__(self, worker: Worker) -> None:
-        self.worker, self.since, self.told = worker, time.monotonic(), False
+        self.worker, self.since = worker, time.monotonic()
+        self.answered = False  # whether the client has seen a part of the answer
         self.events: asyncio.Queue[tuple[int, Event | Refused]] = asyncio.Queue()
         self.jobs: list[Job] = []
-        late = Late(f"not finished after {worker.timeout:g} s")
-        self.timer = asyncio.get_running_loop().call_later(worker.timeout, self.end, late)
+        timeout = worker.options.timeout
+        late = Late(f"not finished after {timeout:g} s")
+        self.timer = asyncio.get_running_loop().call_later(timeout, self.end, late)
         self.over = False
         self.watcher: asyncio.Task | None = None
 
@@ -199,24 +155,25 @@ class Call:
         self.watcher = asyncio.get_running_loop().create_task(until_gone())
 
     def submit(self, *requests: Say | Draw) -> None:
-        """Puts requests in line. Raises ``ValueError`` for one that cannot be served and ``Full`` when the line is;
-        a call that has begun goes on without asking for room."""
-        w = self.worker
-        jobs = [w.prepare(r) for r in requests]
+        """Queues requests. Raises ``ValueError`` for one that cannot be served and ``Full`` when the queue is full;
+        further requests of a call that has begun are queued in any case."""
+        worker = self.worker
+        jobs = [worker.prepare(r) for r in requests]
         if self.over:
             return
-        if not self.jobs and w.waiting + len(jobs) > w.queue:
-            seconds = max(1, ceil(w.waiting * w.seconds / w.scheduler.slots))
-            raise Full(f"{w.waiting} requests are waiting and at most {w.queue} may; try again", seconds)
+        if not self.jobs and worker.waiting + len(jobs) > worker.options.queue:
+            seconds = max(1, ceil(worker.waiting * worker.seconds / worker.scheduler.slots))
+            message = f"{worker.waiting} requests are waiting and at most {worker.options.queue} may; try again"
+            raise Full(message, seconds)
         for job in jobs:
-            w.calls[id(job)] = (self, len(self.jobs), time.monotonic())
+            worker.calls[id(job)] = (self, len(self.jobs), time.monotonic())
             self.jobs.append(job)
-        w.joining += jobs
-        w.wake.set()
+        worker.joining += jobs
+        worker.wake.set()
 
     async def follow(self) -> AsyncIterator[tuple[int, Event]]:
-        """Events of what has been submitted, with the number of the request, until all have ended. Raises
-        ``Refused``."""
+        """The events of the submitted requests, each with the request's number, until all have ended. Raises
+        ``Refused`` where the call is ended early."""
         while any(id(job) in self.worker.calls for job in self.jobs) or not self.events.empty() or self.over:
             number, event = await self.events.get()
             if isinstance(event, Refused):
@@ -224,7 +181,8 @@ class Call:
             yield number, event
 
     def end(self, error: Refused | None = None) -> None:
-        """Frees what the call holds, at the latest after the step that is being computed."""
+        """Ends the call and frees what it holds, at the latest after the current step. ``error`` is raised in
+        ``follow``."""
         self.timer.cancel()
         if self.watcher and self.watcher is not asyncio.current_task():
             self.watcher.cancel()
@@ -232,7 +190,7 @@ class Call:
             return
         self.over = True
         left = [job for job in self.jobs if self.worker.calls.pop(id(job), None)]
-        self.jobs.clear()  # with their contexts, now: tasks and frames hold a call until garbage is collected
+        self.jobs.clear()  # frees their caches now: tasks and frames keep a call alive until garbage is collected
         if left:
             self.worker.metrics.ended(error.code if error else Gone.code)
         self.worker.leaving += left

@@ -24,8 +24,8 @@ import pytest
 
 from diptych.generation.engine import Engine
 from diptych.generation.scheduler import Sketch, Talk
-from diptych.serving.schemas import ImagesRequest, Limits
-from diptych.serving.service import Options
+from diptych.serving.options import Limits, Options
+from diptych.serving.schemas import ImagesRequest
 from tests.support import tiny
 from tests.support.serving import WAIT, serving
 
@@ -341,6 +341,7 @@ def test_every_family_is_served(family):
 # ---- refusals -----------------------------------------------------------------------------------------------------
 
 DRAWN = {"modalities": ["image"]}
+IMAGE_PART = {"type": "image_url"}
 
 
 @pytest.mark.parametrize(
@@ -348,25 +349,25 @@ DRAWN = {"modalities": ["image"]}
     [
         ({"tools": []}, "unknown or unsupported parameter 'tools'"),
         ({"logit_bias": {"1": 2}}, "unknown or unsupported parameter 'logit_bias'"),
-        ({"tools": None}, "unknown or unsupported parameter 'tools'"),
         ({"seed": "1"}, "seed: Input should be a valid integer"),
         ({"n": True}, "n: Input should be a valid integer"),
         ({"stream": "yes"}, "stream: Input should be a valid boolean"),
         ({"stop": 5}, "stop: Input should be a valid string"),
         ({"stop": ["\ud800"]}, "stop is not valid Unicode"),
         (
-            {
-                "messages": [
-                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x", "detail": "high"}}]}
-                ]
-            },
-            "detail: Input should be 'auto'",
-        ),  # fmt: skip  # noqa: E501
+            {"messages": [{"role": "user", "content": [IMAGE_PART | {"image_url": {"url": "x", "detail": "huge"}}]}]},
+            "messages.0.content.0.image_url.detail: Input should be 'auto', 'low' or 'high'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [IMAGE_PART | {"image_url": {"detail": "low"}}]}]},
+            "messages.0.content.0.image_url.url: Field required",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text: Field required"),
+        ({"messages": [{"role": "user", "content": None}]}, "only an assistant's may be null, not the user's"),
         ({"frequency_penalty": 0.5}, "frequency_penalty: Input should be 0"),
         ({"response_format": {"type": "json_object"}}, "response_format.type"),
         ({"n": 11}, "n may be at most 10, not 11"),
         ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
-        ({"max_tokens": 5000}, "max_tokens may be at most 1024, not 5000"),
         ({"max_completion_tokens": 3}, "give one"),
         ({"temperature": 2.5}, "temperature: "),
         ({"top_p": 0}, "top_p: "),
@@ -380,7 +381,8 @@ DRAWN = {"modalities": ["image"]}
         ({"messages": [{"role": "assistant", "content": "x"}]}, "the last message must be the user's"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "unsupported parameter 'messages.0.name'"),
+        ({"messages": [{"role": "user", "content": "x", "nam": "y"}]}, "unsupported parameter 'messages.0.nam'"),
+        ({"frequency_penalty": 0.5, "store": True}, "frequency_penalty: Input should be 0"),
         ({"messages": [{"role": "user", "content": "x" * 9000}]}, "at most 8000"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "not valid Unicode"),
         (DRAWN, "max_tokens needs text among modalities"),
@@ -396,8 +398,9 @@ def test_what_a_chat_refuses_by_name(server, change, told):
 @pytest.mark.parametrize(
     "change, told",
     [
-        ({"style": "vivid"}, "unknown or unsupported parameter 'style'"),
-        ({"quality": "hd"}, "quality: Input should be 'auto'"),
+        ({"styl": "vivid"}, "unknown or unsupported parameter 'styl'"),
+        ({"style": "cubist"}, "style: Input should be 'vivid' or 'natural'"),
+        ({"quality": "best"}, "quality: Input should be 'auto', 'low'"),
         ({"background": "transparent"}, "background: "),
         ({"size": "64"}, "size: "),
         ({"size": "33x32"}, "size must be multiples of 16"),
@@ -426,7 +429,7 @@ def test_what_a_drawing_refuses_by_name(server, change, told):
     assert answer.status_code == 400 and told in answer.json()["error"]["message"], answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert error["param"] is None or error["param"].split(".")[0] in ImagesRequest.model_fields or "style" in change
+    assert error["param"] is None or error["param"].split(".")[0] in ImagesRequest.model_fields or "styl" in change
 
 
 def test_what_an_edit_refuses_by_name(server):
@@ -448,6 +451,62 @@ def test_what_an_edit_refuses_by_name(server):
     assert "n: " in told([image], n="many")
     assert "settings must be a JSON object" in told([image], settings="{")
     assert "multipart/form-data" in server.http.post("/v1/images/edits", json={}).json()["error"]["message"]
+
+
+# ---- habits of OpenAI's clients -----------------------------------------------------------------------------------
+
+
+def test_what_has_no_effect_is_accepted_and_named(server):
+    plain = server.http.post("/v1/chat/completions", json=hello())
+    message = {"role": "user", "content": "hello", "name": "me"}
+    habits = {"store": True, "metadata": {"a": "b"}, "service_tier": "auto", "user": "me", "logit_bias": None}
+    nulls = {"tools": None, "tool_choice": None, "reasoning_effort": None, "no_such_name": None}
+    told = server.http.post("/v1/chat/completions", json=hello() | {"messages": [message]} | habits | nulls)
+    assert told.status_code == 200, told.text
+    assert told.json()["choices"][0]["message"] == plain.json()["choices"][0]["message"]
+    assert told.headers["warning"] == '299 diptych "ignored: messages.0.name, store, metadata"'
+    assert "warning" not in plain.headers
+    part = {"type": "image_url", "image_url": {"url": uri(png()), "detail": "low"}}
+    shown = server.http.post("/v1/chat/completions", json=hello([part], stream=True))
+    assert shown.status_code == 200 and "messages.0.content.0.image_url.detail" in shown.headers["warning"]
+    drawing = {"prompt": "a star", "steps": 1, "seed": 1}
+    plain = server.http.post("/v1/images/generations", json=drawing)
+    habits = {"quality": "hd", "style": "vivid", "moderation": "auto"}
+    told = server.http.post("/v1/images/generations", json=drawing | habits)
+    assert told.json()["data"] == plain.json()["data"]
+    assert told.headers["warning"] == '299 diptych "ignored: quality, style"'
+    edited = server.http.post(
+        "/v1/images/edits", data=drawing | {"input_fidelity": "high"}, files=[("image", ("a.png", png()))]
+    )
+    assert edited.status_code == 200 and "input_fidelity" in edited.headers["warning"]
+
+
+def test_max_tokens_beyond_the_limit_are_bounded_and_told(engine):
+    with serving(engine, limits=Limits(new_tokens=3)) as server:
+        for name in ("max_tokens", "max_completion_tokens"):
+            body = {"messages": [{"role": "user", "content": "hello"}], name: 4096, "temperature": 1.0, "seed": 4}
+            told = server.http.post("/v1/chat/completions", json=body).json()
+            assert told["parameters"]["max_tokens"] == 3 and told["usage"]["completion_tokens"] == 3
+            assert told["choices"][0]["finish_reason"] == "length"
+
+
+def test_an_assistant_may_have_said_nothing(server):
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": None}]
+    told = server.http.post("/v1/chat/completions", json=hello() | {"messages": [*turns, *turns[:1]]})
+    assert told.status_code == 200, told.text
+    empty = [turns[0], {"role": "assistant", "content": ""}, turns[0]]
+    same = server.http.post("/v1/chat/completions", json=hello() | {"messages": empty})
+    assert same.json()["choices"] == told.json()["choices"]
+
+
+def test_head_and_version(server):
+    for path in ("/", "/health", "/v1/models"):
+        head, get = server.http.head(path), server.http.get(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-type"] == get.headers["content-type"]
+    from diptych import __version__
+
+    assert server.http.get("/version").json() == {"version": __version__}
 
 
 # ---- batching, faults, the end --------------------------------------------------------------------------------------
@@ -490,7 +549,7 @@ def test_a_client_that_leaves_frees_its_slot_within_a_step(engine, stream):
     with serving(engine) as server:
         [worker] = server.service.workers.values()
         body = json.dumps(slow(2, 200, stream=stream, **({"partial_images": 16} if stream else {}))).encode()
-        head = f"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"  # noqa: E501
+        head = f"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"  # noqa: E501
         with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as raw:
             raw.sendall(head.encode() + body)
             until(lambda: len(worker.scheduler.running) == 2)

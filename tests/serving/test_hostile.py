@@ -21,10 +21,12 @@ import torch
 from diptych.data.decoding import MAX_PIXELS
 from diptych.generation.engine import Engine
 from diptych.models import store as store_
-from diptych.serving import pictures
+from diptych.serving import fetch as fetch_
+from diptych.serving import store as files
 from diptych.serving.guard import Keys, Rates, json_depth
-from diptych.serving.pictures import Store, encode
-from diptych.serving.schemas import Limits
+from diptych.serving.options import Limits
+from diptych.serving.pictures import encode
+from diptych.serving.store import FileStore
 from tests.support import tiny
 from tests.support.serving import serving
 
@@ -128,20 +130,20 @@ def test_pictures_are_turned_upright_and_lose_their_metadata(server):
 
 
 def test_stored_pictures_are_bounded_and_forgotten(monkeypatch):
-    store, now = Store(Limits(stored_bytes=100, stored_seconds=10)), [0.0]
-    monkeypatch.setattr(pictures.time, "monotonic", lambda: now[0])
-    first, second = store.put(b"x" * 60, "image/png", "a"), store.put(b"y" * 60, "image/png", "b")
+    store, now = FileStore(Limits(stored_bytes=100, stored_seconds=10)), [0.0]
+    monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
+    first, second = store.put(b"x" * 60, "image/png"), store.put(b"y" * 60, "image/png")
     assert store.get(first) is None and store.get(second) and store.bytes == 60
     now[0] = 11.0
     assert store.get(second) is None
-    assert len({store.put(b"", "image/png", "c") for _ in range(50)}) == 50 and store.bytes == 0
+    assert len({store.put(b"", "image/png") for _ in range(50)}) == 50 and store.bytes == 0
 
 
 # ---- addresses ----------------------------------------------------------------------------------------------------
 
 
 def test_remote_pictures_are_not_fetched_unless_allowed(server, monkeypatch):
-    monkeypatch.setattr(pictures.socket, "getaddrinfo", lambda *_, **__: pytest.fail("looked up"))
+    monkeypatch.setattr(fetch_.socket, "getaddrinfo", lambda *_, **__: pytest.fail("looked up"))
     for url in ("http://example.org/a.png", "https://127.0.0.1/a.png"):
         wrong(show(server, url), "pictures by URL are not fetched here")
     for url in ("file:///etc/passwd", "ftp://a/b.png", "/etc/passwd", "../../etc/passwd", "file-../../x"):
@@ -154,10 +156,10 @@ def test_remote_pictures_are_not_fetched_unless_allowed(server, monkeypatch):
      "fc00::1", "::ffff:127.0.0.1", "224.0.0.1", "2002:7f00:1::"],
 )  # fmt: skip
 def test_private_addresses_are_never_asked(monkeypatch, address):
-    monkeypatch.setattr(pictures.socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("1.1.1.1", 80)), (0, 0, 0, "", (address, 80))])  # fmt: skip  # noqa: E501
-    monkeypatch.setattr(pictures.socket, "create_connection", lambda *_: pytest.fail("connected"))
+    monkeypatch.setattr(fetch_.socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("1.1.1.1", 80)), (0, 0, 0, "", (address, 80))])  # fmt: skip  # noqa: E501
+    monkeypatch.setattr(fetch_.socket, "create_connection", lambda *_: pytest.fail("connected"))
     with pytest.raises(ValueError, match="which is not public"):
-        pictures.fetch("http://rebinding.example/a.png", frozenset({"*"}))
+        fetch_.fetch("http://rebinding.example/a.png", frozenset({"*"}))
 
 
 @pytest.fixture
@@ -186,7 +188,7 @@ def remote(monkeypatch):
     with HTTPServer(("127.0.0.1", 0), Handler) as http:
         thread = threading.Thread(target=http.serve_forever, args=(0.05,))
         thread.start()
-        monkeypatch.setattr(pictures, "public_address", lambda host, port: "127.0.0.1")
+        monkeypatch.setattr(fetch_, "public_address", lambda host, port: "127.0.0.1")
         yield f"http://pictures.example:{http.server_address[1]}", asked
         http.shutdown()
         thread.join()
@@ -195,19 +197,19 @@ def remote(monkeypatch):
 def test_an_allowed_host_is_asked_once_at_the_address_that_was_checked(remote, monkeypatch):
     base, asked = remote
     hosts = frozenset({"pictures.example"})
-    with PIL.Image.open(io.BytesIO(pictures.fetch(f"{base}/a.png?x=1", hosts))) as image:
+    with PIL.Image.open(io.BytesIO(fetch_.fetch(f"{base}/a.png?x=1", hosts))) as image:
         assert image.size == (32, 32)
     assert asked == [("/a.png?x=1", base.removeprefix("http://"))]
     with pytest.raises(ValueError, match="answered 302; redirects are not followed"):
-        pictures.fetch(f"{base}/moved", hosts)
+        fetch_.fetch(f"{base}/moved", hosts)
     with pytest.raises(ValueError, match="host 'other.example' is not allowed"):
-        pictures.fetch("http://other.example/a.png", hosts)
+        fetch_.fetch("http://other.example/a.png", hosts)
     for url in ("ftp://pictures.example/a", "http://me:secret@pictures.example/a", "http:///a"):
         with pytest.raises(ValueError, match="not a plain http or https URL"):
-            pictures.fetch(url, hosts)
-    monkeypatch.setattr(pictures, "FETCH_BYTES", 2**20)
+            fetch_.fetch(url, hosts)
+    monkeypatch.setattr(fetch_, "FETCH_BYTES", 2**20)
     with pytest.raises(ValueError, match="more than 1048576 bytes"):
-        pictures.fetch(f"{base}/endless", hosts)
+        fetch_.fetch(f"{base}/endless", hosts)
 
 
 # ---- bodies -------------------------------------------------------------------------------------------------------
@@ -228,7 +230,7 @@ def test_bodies_are_limited_before_they_are_read(server):
     wrong(server.http.post("/v1/chat/completions", content=pieces(), headers={"content-type": "application/json"}), "more than", status=413)  # fmt: skip  # noqa: E501
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as raw:  # announces much, sends nothing
-        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 999999999\r\n\r\n")  # fmt: skip  # noqa: E501
+        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 999999999\r\n\r\n")  # fmt: skip  # noqa: E501
         assert raw.recv(100).startswith(b"HTTP/1.1 413")
 
 

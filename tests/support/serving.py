@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import httpx
 
-from diptych.serving.app import make_server
-from diptych.serving.service import Options
+from diptych.serving.options import Options
+from diptych.serving.server import listen, make_server
 
 WAIT = 60.0
 
@@ -18,7 +18,14 @@ def serving(*engines, **options):
     """The running server: ``.url`` and ``.service`` on it."""
     listening = threading.Event()
     options = {"quiet": True, "grace": 10.0, "timeout": WAIT, **options}
-    server = make_server(engines, Options(**options), "127.0.0.1", 0, lambda url: None)
+    host = options.pop("host", "127.0.0.1")
+    sockets = listen(host, 0)
+    try:
+        server = make_server(engines, Options(**options), host, sockets, lambda url: None)
+    except ValueError:
+        for opened in sockets:
+            opened.close()
+        raise
 
     def announce(url):
         server.url = url
