@@ -572,7 +572,7 @@ def _ask(a: argparse.Namespace) -> None:
 
 def _chat(a: argparse.Namespace) -> None:
     from diptych.core.sample import Image, Message, Text
-    from diptych.data.decoding import open_image
+    from diptych.data.decoding import open_picture
     from diptych.generation.events import ImageDone, TextDelta
 
     engine, messages, shown, drawn = _load(a), [], [], 0
@@ -591,7 +591,7 @@ def _chat(a: argparse.Namespace) -> None:
             messages, shown = [], []
         elif command == "/image":
             try:
-                shown.append(Image(open_image(Path(rest), rest)))
+                shown.append(Image(open_picture(Path(rest), rest)))
                 print(f"(showing {rest}; now ask)")
             except (ValueError, OSError) as error:
                 print(f"error: {error}")

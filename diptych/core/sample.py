@@ -86,7 +86,7 @@ class Image:
             if self.encoded:
                 raise ValueError(f"picture has no pixels, only what {', '.join(self.encoded)} made of it")
             raise ValueError(
-                f"picture {self.image!r} has not been decoded; open it with diptych.data.decoding.open_image"
+                f"picture {self.image!r} has not been decoded; open it with diptych.data.decoding.open_picture"
             )
         return self.image
 

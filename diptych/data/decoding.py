@@ -1,59 +1,143 @@
-"""Opening pictures that somebody else made: safely, upright, in RGB, or not at all.
+"""Opening a picture, whatever it comes as: the one function behind every door, and what it refuses.
 
-A picture that cannot be read is an error that names it. Nothing here returns a replacement.
+The result is what a browser shows: upright by its EXIF tag, in sRGB, transparency laid on white, the first frame of an
+animation. A picture that cannot be read is a ``ValueError`` that names it. Nothing here returns a replacement.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
+import os
+import re
 import struct
 import zlib
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
+from typing import IO
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
+import PIL.features
 import PIL.Image
+import PIL.ImageCms
 import PIL.ImageFile
 import PIL.ImageOps
+import torch
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+PictureSource = (
+    str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | PIL.Image.Image | np.ndarray | torch.Tensor
+)
+
+_SUFFIXES = {  # by Pillow's name of the format
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp", ".dib"),
+    "TIFF": (".tif", ".tiff"),
+    "JPEG2000": (".jp2", ".j2k", ".jpx"),
+    "AVIF": (".avif",),
+    "HEIF": (".heic", ".heif", ".hif"),
+    "JXL": (".jxl",),
+}
+# pictures that are read nowhere here
+UNREADABLE = tuple(".svg .pdf .psd .ico .tga .eps .ppm .pgm .exr .hdr .dng .cr2 .cr3 .nef .arw .raw".split())
+WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what a server opens: fewer decoders meet strangers' files
 MAX_PIXELS = 64_000_000
+MAX_SIDE = 65_535  # pixels, JPEG's own limit
+MAX_RATIO = 200.0  # of the longer side to the shorter, as Qwen2-VL's smart_resize
+MAX_PROFILE = 16 * 2**20  # bytes of an ICC profile
 # what Pillow's readers raise for files that are not what they claim to be; UnidentifiedImageError is an OSError
 BROKEN = (
-    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
-    struct.error, zlib.error, PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning,
-)  # fmt: skip
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    PIL.Image.DecompressionBombError,
+    RuntimeError,  # of the AVIF decoder
+    UserWarning,  # of damaged TIFF tags, where the caller turns warnings into errors
+    PIL.Image.DecompressionBombWarning,
+)
 
 
-def open_image(source: str | Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
-    """The picture as RGB, upright by its EXIF tag, transparency laid on white; the first frame of an animation.
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read here: those of a plain Pillow, and HEIF and JXL where a plug-in
+    (``pillow_heif``, ``pillow_jxl``) has registered them."""
+    PIL.Image.init()
+    built = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}
+    return tuple(f for f in _SUFFIXES if f in PIL.Image.OPEN and (f not in built or PIL.features.check(built[f])))
 
-    ``source`` is a path or the bytes of a PNG, JPEG, WEBP, GIF or BMP file; ``name`` is what errors call it (default:
-    the path). Sizes are checked before anything is decoded. 16-bit greys keep their upper eight bits.
 
-    Raises ``ValueError`` naming the picture and the reason: missing, not one of the formats, more than ``max_pixels``,
-    truncated or corrupt.
+def suffixes() -> tuple[str, ...]:
+    """The suffixes of files that ``open_picture`` reads here, lower case."""
+    return tuple(suffix for f in formats() for suffix in _SUFFIXES[f])
+
+
+def picture_suffixes() -> tuple[str, ...]:
+    """The suffixes of files that hold a picture, read here or not, lower case."""
+    return tuple(suffix for group in _SUFFIXES.values() for suffix in group) + UNREADABLE
+
+
+def open_picture(
+    source: PictureSource,
+    name: str = "",
+    max_pixels: int = MAX_PIXELS,
+    *,
+    max_side: int = MAX_SIDE,
+    max_ratio: float = MAX_RATIO,
+    known: tuple[str, ...] | None = None,
+    fetch: Callable[[str], bytes] | None = None,
+) -> PIL.Image.Image:
+    """The picture as RGB without metadata: upright, in sRGB, transparency laid on white, the first frame.
+
+    ``source`` is one of
+
+    - a path (``str`` or ``PathLike``), the bytes of a file, or a file object that is open for reading bytes;
+    - a data URI (``data:image/png;base64,...``), or an http(s) URL where ``fetch(url) -> bytes`` is given;
+    - a ``PIL.Image``, opened or made by the caller (the frame it stands at);
+    - a numpy array H x W, H x W x 1, 3 or 4, or a torch tensor H x W, C x H x W with 1, 3 or 4 channels:
+      uint8, bool, or floats in [0, 1].
+
+    ``name`` is what errors call the picture (default: the path, or what ``source`` is). ``known`` limits the formats
+    of files (Pillow's names; default: ``formats()``), as a server does that opens strangers' files. Size
+    and aspect ratio are checked before anything is decoded. Damaged metadata (EXIF, colour profile, text) is ignored, as viewers do.
+    16-bit greys keep their upper eight bits.
+
+    Raises ``ValueError`` naming the picture and the reason: missing, of a format that is not read here, truncated or
+    corrupt, more than ``max_pixels``, a side over ``max_side``, sides further apart than ``max_ratio``, or an array
+    whose shape, type or values are none of the above.
     """
-    name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(source))
-    image = _open(source, name, max_pixels)
-    with image:
-        try:
-            image.load()
-            upright = PIL.ImageOps.exif_transpose(image)
-            return _rgb(upright)
-        except BROKEN as error:
-            raise ValueError(f"picture {name!r} is corrupt or truncated: {_reason(error)}") from error
+    name = name or _name(source)
+    limits = (max_pixels, max_side, max_ratio)
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        image = _from_array(source, name)
+        _check_size(image.size, name, *limits)
+        return _rgb(image, name)
+    if isinstance(source, PIL.Image.Image):
+        _check_size(source.size, name, *limits)
+        if type(source) is PIL.Image.Image and source.mode == "RGB" and not source.info:
+            return source
+        return _decode(source, name)
+    data = _read(source, name, fetch)
+    with _open(data, name, *limits, known=known) as image:
+        return _decode(image, name)
 
 
 def open_labels(source: str | Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """(h, w) values of a label picture as stored: uint8 of greys and palette indices, uint16 of 16-bit greys, and of
-    colours int32 R + 256 G + 65536 B. Raises ``ValueError`` as ``open_image`` does."""
-    name = name or str(source)[:80]
-    with _open(source, name, max_pixels) as image:
-        try:
-            image.load()
-        except BROKEN as error:
-            raise ValueError(f"picture {name!r} is corrupt or truncated: {_reason(error)}") from error
+    colours int32 R + 256 G + 65536 B. Raises ``ValueError`` as ``open_picture`` does."""
+    name = name or _name(source)
+    with _open(_read(source, name), name, max_pixels) as image:
+        _load(image, name)
         if image.mode in ("RGB", "RGBA"):
             return np.asarray(image.convert("RGB")).astype(np.int32) @ np.array([1, 256, 65536], np.int32)
         if image.mode not in ("1", "L", "P", "I;16"):
@@ -63,63 +147,331 @@ def open_labels(source: str | Path | bytes, name: str = "", max_pixels: int = MA
 
 def open_alpha(source: str | Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
     """The transparency of a picture as greys: 0 transparent, 255 opaque; upright. Raises ``ValueError`` as
-    ``open_image`` does, and for a picture without transparency."""
-    name = name or str(source)[:80]
-    with _open(source, name, max_pixels) as image:
-        try:
-            image.load()
-            upright = PIL.ImageOps.exif_transpose(image)
-        except BROKEN as error:
-            raise ValueError(f"picture {name!r} is corrupt or truncated: {_reason(error)}") from error
-        if "transparency" not in upright.info and upright.mode not in ("RGBA", "LA", "PA"):
+    ``open_picture`` does, and for a picture without transparency."""
+    name = name or _name(source)
+    with _open(_read(source, name), name, max_pixels) as image:
+        _load(image, name)
+        upright = _upright(image)
+        if not _transparent(upright):
             raise ValueError(f"picture {name!r} has no transparency (mode {upright.mode})")
         return upright.convert("RGBA").getchannel("A")
 
 
 def image_size(source: str | Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) in pixels as stored, without decoding. Raises ``ValueError`` as ``open_image`` does."""
-    with _open(source, name or str(source)[:80], max_pixels) as image:
+    """(width, height) in pixels as stored, without decoding. Raises ``ValueError`` as ``open_picture`` does."""
+    name = name or _name(source)
+    with _open(_read(source, name), name, max_pixels) as image:
         return image.size
 
 
-def read_bytes(path: Path, name: str) -> bytes:
+def read_bytes(path: str | os.PathLike[str], name: str) -> bytes:
     """The file as it is. Raises ``ValueError`` naming the picture."""
     try:
-        return path.read_bytes()
+        return Path(path).read_bytes()
     except FileNotFoundError as error:
         raise ValueError(f"picture {name!r} does not exist") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         raise ValueError(f"picture {name!r} cannot be read: {_reason(error)}") from error
 
 
-def _open(source: str | Path | bytes, name: str, max_pixels: int) -> PIL.Image.Image:
+def data_uri_bytes(uri: str, name: str = "") -> bytes:
+    """The bytes of a data URI (RFC 2397): any image type, base64 with or without line breaks and padding, or
+    percent-encoded. Raises ``ValueError`` naming the picture."""
+    name = name or _name(uri)
+    head = re.match(r"data:(image/[\w.+-]+|application/octet-stream)?((?:;[\w-]+=[^;,]*)*)(;base64)?,", uri, re.I)
+    if not head:
+        raise ValueError(
+            f"picture {name!r} must be a data URI of an image, data:image/png;base64,..., not {uri[:40]!r}"
+        )
+    body = unquote_to_bytes(uri[head.end() :])
+    if not head.group(3):
+        return body
+    body = b"".join(body.split()).rstrip(b"=")
+    try:
+        return base64.b64decode(body + b"=" * (-len(body) % 4), validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"picture {name!r} is not valid base64: {error}") from error
+
+
+# ---- what it comes as -----------------------------------------------------------------------------------------------
+
+
+def _name(source: object) -> str:
+    """What errors call a picture that its caller gave no name."""
+    if isinstance(source, str):
+        return f"{source[:40]}..." if source[:5].lower() == "data:" else source[:200]
+    if isinstance(source, os.PathLike):
+        return os.fspath(source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"{len(source)} bytes"
+    if isinstance(source, PIL.Image.Image):
+        return str(getattr(source, "filename", "") or f"a {source.mode} image of {source.width}x{source.height} pixels")
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        kind = "a tensor" if isinstance(source, torch.Tensor) else "an array"
+        return f"{kind} of shape {tuple(source.shape)}"
+    return str(getattr(source, "name", "") or f"a {type(source).__name__}")
+
+
+def _read(source: object, name: str, fetch: Callable[[str], bytes] | None = None) -> bytes:
+    """The bytes of the picture's file. Raises ``ValueError`` naming it."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return data_uri_bytes(source, name)
+    if isinstance(source, str) and (scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://", source)):
+        if fetch is None or scheme.group(1).lower() not in ("http", "https"):
+            taken = "only http and https are fetched" if fetch else "no URLs are fetched here; download it first"
+            raise ValueError(f"picture {name!r} is a URL, and {taken}")
+        return fetch(source)
+    if isinstance(source, (str, os.PathLike)):
+        return read_bytes(source, name)
+    if callable(read := getattr(source, "read", None)):
+        try:
+            data = read()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"picture {name!r} cannot be read: {_reason(error)}") from error
+        if isinstance(data, bytes):
+            return data
+        raise ValueError(f"picture {name!r} is open as text; open its file with mode 'rb'")
+    raise ValueError(
+        f"picture {name!r} is a {type(source).__name__}; a picture is a path, bytes, a file object, a data URI, "
+        "a PIL.Image, a numpy array or a torch tensor"
+    )
+
+
+def _from_array(source: np.ndarray | torch.Tensor, name: str) -> PIL.Image.Image:
+    """The image of an array H x W x C or a tensor C x H x W. Raises ``ValueError`` for other shapes, types, values."""
+    tensor = isinstance(source, torch.Tensor)
+    if isinstance(source, torch.Tensor):
+        values = source.detach().cpu()
+        values = (values.float() if values.is_floating_point() else values).numpy()
+        values = values.transpose(1, 2, 0) if values.ndim == 3 else values
+    else:
+        values = source
+    layout = "C x H x W" if tensor else "H x W x C"
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[:, :, 0]
+    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)) or 0 in values.shape:
+        raise ValueError(f"picture {name!r} has shape {tuple(source.shape)}; it must be H x W or {layout}, C 1, 3 or 4")
+    if np.issubdtype(values.dtype, np.floating):
+        low, high = float(values.min()), float(values.max())
+        if not (low >= 0 and high <= 1):  # also NaN
+            raise ValueError(
+                f"picture {name!r} has floats from {low:g} to {high:g}; they must lie in [0, 1] "
+                "((x + 1) / 2 brings [-1, 1] there, x / 255 brings [0, 255])"
+            )
+        values = (values.astype(np.float64) * 255).round().astype(np.uint8)
+    elif values.dtype == np.bool_:
+        values = values.astype(np.uint8) * 255
+    elif values.dtype != np.uint8:
+        raise ValueError(f"picture {name!r} has values of type {values.dtype}; use uint8, bool, or floats in [0, 1]")
+    return PIL.Image.fromarray(np.ascontiguousarray(values))
+
+
+def _open(
+    data: bytes,
+    name: str,
+    max_pixels: int = MAX_PIXELS,
+    max_side: int = MAX_SIDE,
+    max_ratio: float = MAX_RATIO,
+    known: tuple[str, ...] | None = None,
+) -> PIL.Image.Image:
+    """The file's picture, not decoded yet, its size within the limits. Raises ``ValueError`` naming it."""
     if PIL.ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on: cut-off pictures would be read as grey")
-    data = source if isinstance(source, bytes) else read_bytes(Path(source), name)
+    known, profile = known or formats(), None
+    if not data:
+        raise ValueError(f"picture {name!r} is not a readable {', '.join(known)} file: it is empty")
+    if data.startswith(_PNG):
+        data, profile = _without_texts(data)
     try:
-        image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+        image = PIL.Image.open(io.BytesIO(data), formats=known)
     except PIL.UnidentifiedImageError as error:
-        raise ValueError(f"picture {name!r} is not a readable {', '.join(FORMATS)} file") from error
+        kind = _kind(data)
+        unknown = kind and kind not in known
+        reason = f": it is {kind}, which this Pillow does not read; convert it to PNG or JPEG" if unknown else ""
+        raise ValueError(f"picture {name!r} is not a readable {', '.join(known)} file{reason}") from error
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
         raise ValueError(f"picture {name!r} is too large (limit {max_pixels} pixels): {_reason(error)}") from error
     except BROKEN as error:
         raise ValueError(f"picture {name!r} is corrupt or truncated: {_reason(error)}") from error
-    width, height = image.size
-    if width * height > max_pixels:
+    if profile:
+        image.info["icc_profile"] = profile
+    try:
+        _check_size(image.size, name, max_pixels, max_side, max_ratio)
+    except ValueError:
         image.close()
-        raise ValueError(f"picture {name!r} is too large: {width}x{height} pixels; limit {max_pixels}")
+        raise
     return image
 
 
-def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow would clip it at 255
-        return PIL.Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        image = image.convert("RGBA")
-        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.mode not in ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"):
-        raise ValueError(f"unknown pixel mode {image.mode!r}")
-    return image.convert("RGB")
+def _check_size(size: tuple[int, int], name: str, max_pixels: int, max_side: int, max_ratio: float) -> None:
+    """Raises ``ValueError`` for a size beyond a limit."""
+    (width, height), shown = size, f"{size[0]}x{size[1]} pixels"
+    if min(size) < 1:
+        raise ValueError(f"picture {name!r} is empty: {shown}")
+    if width * height > max_pixels:
+        raise ValueError(f"picture {name!r} is too large: {shown}; limit {max_pixels}")
+    if max(size) > max_side:
+        raise ValueError(f"picture {name!r} is too large: {shown}; limit {max_side} a side")
+    if max(size) > max_ratio * min(size):
+        raise ValueError(f"picture {name!r} is too narrow: {shown}; its sides may be at most {max_ratio:g} to 1")
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TURNS = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"Raw profile type APP1")  # texts that hold the orientation
+
+
+def _without_texts(data: bytes) -> tuple[bytes, bytes | None]:
+    """A PNG file without its text chunks, and its colour profile: Pillow refuses the whole file where one of them
+    unpacks to more than a megabyte. Texts that hold the orientation stay while they are small."""
+    kept, profile, at = [_PNG], None, len(_PNG)
+    while at + 8 <= len(data):
+        size, kind = struct.unpack(">I4s", data[at : at + 8])
+        end = at + 12 + size
+        key, _, body = data[at + 8 : end - 4].partition(b"\0")
+        if kind == b"iCCP":
+            profile = _unpacked(kind, body, MAX_PROFILE)
+        elif kind not in (b"tEXt", b"zTXt", b"iTXt") or (key in _TURNS and _unpacked(kind, body, 2**20) is not None):
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept), profile
+
+
+def _unpacked(kind: bytes, body: bytes, most: int) -> bytes | None:
+    """The content of a PNG text or profile chunk behind its key (PNG specification, 11.3.2.3 and 11.3.3): None where
+    that is longer than ``most`` bytes or damaged."""
+    if kind == b"tEXt" or (kind == b"iTXt" and body[:1] == b"\0"):
+        return body if len(body) <= most else None
+    stream = body[1:] if kind != b"iTXt" else body[2:].split(b"\0", 2)[-1]
+    unpack = zlib.decompressobj()
+    try:
+        content = unpack.decompress(stream, most)
+    except zlib.error:
+        return None
+    return content if unpack.eof else None
+
+
+_HEADS = {  # how files of a picture format begin, and its name (Pillow's, where it has one)
+    b"\xff\x0a": "JXL",
+    b"\0\0\0\x0cJXL ": "JXL",
+    b"\0\0\0\x0cjP": "JPEG2000",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"8BPS": "PSD",
+    b"\0\0\1\0": "ICO",
+    b"v/1\x01": "OpenEXR",
+    b"%PDF": "PDF",
+    b"<svg": "SVG",
+    b"<?xml": "XML",
+    b"<!DOCTYPE html": "HTML",
+    b"<html": "HTML",
+}
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIF", b"heix": "HEIF", b"hevc": "HEIF", b"mif1": "HEIF"}
+
+
+def _kind(data: bytes) -> str:
+    """The name of the format that a file seems to have, or ""."""
+    if data[4:8] == b"ftyp":
+        return _BRANDS.get(data[8:12], "")
+    return next((kind for head, kind in _HEADS.items() if data[:64].lstrip(b" \n\r\t").startswith(head)), "")
+
+
+# ---- what it becomes ------------------------------------------------------------------------------------------------
+
+
+def _decode(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
+    _load(image, name)
+    return _rgb(_upright(image), name)
+
+
+def _load(image: PIL.Image.Image, name: str) -> None:
+    """Decodes the pixels. Raises ``ValueError`` naming the picture."""
+    try:
+        image.load()
+    except BROKEN as error:
+        raise ValueError(f"picture {name!r} is corrupt or truncated: {_reason(error)}") from error
+    except AttributeError as error:  # Pillow, for an image whose file the caller has closed
+        raise ValueError(f"picture {name!r} cannot be read: its file is closed") from error
+
+
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The picture turned as its EXIF tag says; as it is where the tag cannot be read."""
+    try:
+        return PIL.ImageOps.exif_transpose(image)
+    except BROKEN:
+        return image
+
+
+def _transparent(image: PIL.Image.Image) -> bool:
+    return "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La")
+
+
+def _rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
+    """The decoded, upright picture in sRGB on white, without metadata. Raises ``ValueError`` for unknown pixels."""
+    try:
+        if image.mode.startswith("I"):
+            image = _eight_bits(image)
+        alpha = None
+        profile = image.info.get("icc_profile")
+        if _transparent(image):
+            image = image.convert("RGBA")
+            alpha = image.getchannel("A")
+            image = image.convert("RGB")
+        if image.mode not in ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"):
+            raise ValueError(f"pixels of mode {image.mode!r} have no known range")
+        if isinstance(profile, bytes) and profile:
+            image = _in_srgb(image, profile)
+        image = image.convert("RGB")
+        if alpha is not None:
+            image.putalpha(alpha)
+            image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    except BROKEN as error:
+        raise ValueError(f"picture {name!r} cannot be converted to RGB: {_reason(error)}") from error
+    image.info = {}
+    return image
+
+
+def _eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+    """A 16-bit grey picture in eight bits (Pillow would clip it at 255), its transparent value as an alpha channel."""
+    values = np.asarray(image)
+    if values.max() > 65535 or values.min() < 0:
+        raise ValueError(f"greys from {values.min()} to {values.max()}; at most 16 bits are read")
+    grey = PIL.Image.fromarray((values >> 8).astype(np.uint8))
+    if isinstance(clear := image.info.get("transparency"), int):
+        grey = PIL.Image.merge("LA", (grey, PIL.Image.fromarray((values != clear).astype(np.uint8) * 255)))
+    grey.info = {"icc_profile": image.info.get("icc_profile")}
+    return grey
+
+
+def _in_srgb(image: PIL.Image.Image, profile: bytes) -> PIL.Image.Image:
+    """The picture in sRGB; as it is where the profile is that, or is damaged, or belongs to other pixels."""
+    if image.mode in ("1", "P", "RGBX"):
+        image = image.convert("RGB" if image.mode != "1" else "L")
+    transform = _to_srgb(profile, image.mode)
+    return image if transform is None else PIL.ImageCms.applyTransform(image, transform)
+
+
+@lru_cache(maxsize=32)
+def _to_srgb(profile: bytes, mode: str) -> PIL.ImageCms.ImageCmsTransform | None:
+    """The transform from a profile to sRGB, or None where there is nothing to do (within one level of 255)."""
+    flags = PIL.ImageCms.Flags.NOCACHE  # pictures are opened in threads
+    try:
+        opened = PIL.ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}.get(mode) != opened.profile.xcolor_space:
+            return None
+        transform = PIL.ImageCms.buildTransform(opened, PIL.ImageCms.createProfile("sRGB"), mode, "RGB", flags=flags)
+    except (*BROKEN, PIL.ImageCms.PyCMSError):
+        return None
+    if mode not in ("RGB", "L"):
+        return transform
+    levels = np.arange(0, 256, 15, dtype=np.uint8)
+    ramp = (
+        np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, levels.size, 3) if mode == "RGB" else levels[None]
+    )
+    probe = PIL.Image.fromarray(np.ascontiguousarray(ramp))
+    changed = np.asarray(PIL.ImageCms.applyTransform(probe, transform), np.int16) - np.asarray(probe.convert("RGB"))
+    return transform if np.abs(changed).max() > 1 else None
 
 
 def _reason(error: BaseException) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 import PIL.Image
 
 from diptych.core.sample import Image, Message, Sample, assistant, sample_from_json, user
-from diptych.data.decoding import MAX_PIXELS, SUFFIXES, open_image, read_bytes
+from diptych.data.decoding import MAX_PIXELS, open_picture, read_bytes, suffixes
 
 Read = Literal["rows", "draw", "caption", "pictures"]
 HELD = 4  # row groups of parquet files kept decoded, per process
@@ -63,7 +63,7 @@ class JsonLines:
 
     def picture(self, index: int, reference: str) -> PIL.Image.Image:
         """A picture of the row."""
-        return open_image(inside(self.images, reference), reference, self.max_pixels)
+        return open_picture(inside(self.images, reference), reference, self.max_pixels)
 
     def data(self, index: int, reference: str) -> bytes:
         """The picture's file as it is."""
@@ -121,7 +121,7 @@ class ImageFolder:
 
     def picture(self, index: int, reference: str) -> PIL.Image.Image:
         """The picture."""
-        return open_image(inside(self.folder, reference), reference, self.max_pixels)
+        return open_picture(inside(self.folder, reference), reference, self.max_pixels)
 
     def data(self, index: int, reference: str) -> bytes:
         """The picture's file as it is."""
@@ -135,10 +135,11 @@ def images(name: str, path: Path, max_pixels: int = MAX_PIXELS) -> ImageFolder:
     """
     if not path.is_dir():
         raise ValueError(f"image folder {str(path)!r} does not exist")
-    found = (p.relative_to(path) for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+    known = suffixes()
+    found = (p.relative_to(path) for p in path.rglob("*") if p.suffix.lower() in known)
     paths = sorted(p.as_posix() for p in found if not any(part.startswith(".") for part in p.parts))
     if not paths:
-        raise ValueError(f"image folder {str(path)!r} holds no {', '.join(SUFFIXES)} file")
+        raise ValueError(f"image folder {str(path)!r} holds no {', '.join(known)} file")
     return ImageFolder(name, path, tuple(paths), max_pixels)
 
 
@@ -196,7 +197,7 @@ class Parquet:
 
     def picture(self, index: int, reference: str) -> PIL.Image.Image:
         """A picture of the row."""
-        return open_image(self.data(index, reference), reference, self.max_pixels)
+        return open_picture(self.data(index, reference), reference, self.max_pixels)
 
     def data(self, index: int, reference: str) -> bytes:
         """The bytes in ``image``, or those of that path in ``images``."""
@@ -328,7 +329,8 @@ class Tar:
             if "json" not in places:
                 raise ValueError(f"{where}: has no .json member; it has {', '.join(places)}")
             return _parse(self.member(index, "json"), where, default)
-        shown = [e for e in places if f".{e.rsplit('.', 1)[-1]}" in SUFFIXES]
+        known = suffixes()
+        shown = [e for e in places if f".{e.rsplit('.', 1)[-1]}" in known]
         if len(shown) != 1:
             raise ValueError(f"{where}: needs one picture to be read as {self.read!r}; it has {shown or 'none'}")
         if self.read == "pictures":
@@ -339,7 +341,7 @@ class Tar:
 
     def picture(self, index: int, reference: str) -> PIL.Image.Image:
         """The picture in the member of that extension."""
-        return open_image(self.data(index, reference), f"{self.members[index][1]}.{reference}", self.max_pixels)
+        return open_picture(self.data(index, reference), f"{self.members[index][1]}.{reference}", self.max_pixels)
 
     def data(self, index: int, reference: str) -> bytes:
         """The picture's member as it is."""

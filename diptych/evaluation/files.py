@@ -16,7 +16,7 @@ from typing import Any
 
 import PIL.Image
 
-from diptych.data.decoding import open_image
+from diptych.data.decoding import open_picture
 from diptych.machine.disk import atomic, write_text
 
 
@@ -101,8 +101,8 @@ def picture(source: Any, root: Path | None = None, name: str = "") -> PIL.Image.
     if isinstance(source, PIL.Image.Image):
         return source
     if isinstance(source, str) and source.startswith("data:"):
-        return open_image(decoded(source.partition(",")[2], name), name or "a data: address")
-    return open_image(Path(root or ".") / source, name)
+        return open_picture(decoded(source.partition(",")[2], name), name or "a data: address")
+    return open_picture(Path(root or ".") / source, name)
 
 
 def decoded(text: str, name: str = "") -> bytes:

@@ -34,7 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from diptych.core.sample import Message, Sample, Text, user
 from diptych.data.canvas import rgb
-from diptych.data.decoding import open_image
+from diptych.data.decoding import open_picture
 from diptych.evaluation import card as cards
 from diptych.evaluation import files
 from diptych.evaluation.benchmarks.table import LMMS, Tools, resolve
@@ -487,7 +487,7 @@ def _judge(
         row = made[item.id]
         image = None
         if "file" in row:
-            image = open_image(work.folder / row["file"])
+            image = open_picture(work.folder / row["file"])
         hashes[item.id] = _hash(benchmark, row, image)
         if item.id in known and known[item.id]["made"] == hashes[item.id]:
             continue

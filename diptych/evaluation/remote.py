@@ -17,7 +17,7 @@ from typing import Any
 import PIL.Image
 
 from diptych.core.sample import Image, Message, Sample, Text
-from diptych.data.decoding import open_image
+from diptych.data.decoding import open_picture
 from diptych.evaluation import files
 from diptych.evaluation.addresses import NO_KEY, public_address
 from diptych.evaluation.judges.judge import address, call
@@ -126,7 +126,7 @@ class Endpoint:
             url = self.shown_url
             if not (reply.data and reply.data[0].b64_json):
                 raise ValueError(f"{url} sent no picture for {prompt!r}")
-            image = open_image(files.decoded(reply.data[0].b64_json, url), f"of {url} for {prompt!r}")
+            image = open_picture(files.decoded(reply.data[0].b64_json, url), f"of {url} for {prompt!r}")
             if size is not None and image.size != size:
                 raise ValueError(f"{url} sent a picture of {image.size}, asked for one of {size}")
             return Picture(image, prompt, seed, {"size": list(image.size), "seed": seed, **more})
@@ -221,7 +221,7 @@ class Pictures:
         file, wanted = self._file(id)
         if file is None:
             raise ValueError(f"there is no {wanted}")
-        tile, image = self.places[id].place.partition("#")[2], open_image(file)
+        tile, image = self.places[id].place.partition("#")[2], open_picture(file)
         return cut(image, int(tile)) if tile else image
 
     def _file(self, id: str) -> tuple[Path | None, str]:

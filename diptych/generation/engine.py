@@ -14,7 +14,7 @@ from typing import Any
 import PIL.Image
 
 from diptych.core.sample import Image, Message, Sample, sample_from_json, user
-from diptych.data.decoding import open_image
+from diptych.data.decoding import open_picture
 from diptych.generation.events import Answer, Event, Picture, Pictures
 from diptych.generation.prefix_cache import Memory
 from diptych.generation.scheduler import Draw, Job, Say, Scheduler, Size, Sketch, Talk
@@ -222,4 +222,4 @@ def _open(image: Pixels | None) -> PIL.Image.Image:
         return image.convert("RGB")
     if image is None:
         raise ValueError("a picture of the conversation has no pixels")
-    return open_image(Path(image), str(image))
+    return open_picture(Path(image), str(image))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from dataclasses import dataclass
 
 import numpy as np
+import PIL.Image
 import PIL.ImageOps
 import torch
 from einops import rearrange
@@ -124,6 +127,20 @@ def _resize(image: PIL.Image.Image, scale: float, nearest: bool) -> PIL.Image.Im
 def to_pil(image: Float[Tensor, "3 H W"]) -> PIL.Image.Image:
     """A picture in [-1, 1] as an RGB image."""
     return PIL.Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
+
+
+def png_bytes(image: PIL.Image.Image, compress_level: int = 6) -> bytes:
+    """The PNG file of a picture: its pixels as RGB and no metadata. ``compress_level`` is zlib's, 0 to 9."""
+    file, bare = io.BytesIO(), image.convert("RGB")
+    bare.info = {}
+    bare.save(file, "PNG", compress_level=compress_level)
+    return file.getvalue()
+
+
+def data_uri(image: PIL.Image.Image | bytes, media: str = "image/png") -> str:
+    """A picture as a data URI: a PNG of it, or the bytes of a file of the media type ``media``."""
+    data = image if isinstance(image, bytes) else png_bytes(image)
+    return f"data:{media};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def latents_to_tokens(latents: Float[Tensor, "N c h w"], patch: int) -> Float[Tensor, "N n f"]:

@@ -10,7 +10,7 @@ import re
 
 import PIL.Image
 
-from diptych.data.decoding import open_image
+from diptych.data.decoding import WEB_FORMATS, open_picture
 from diptych.serving.options import Limits
 
 _DATA = re.compile(r"data:image/(?:png|jpeg|webp|gif|bmp);base64,")
@@ -18,7 +18,7 @@ _DATA = re.compile(r"data:image/(?:png|jpeg|webp|gif|bmp);base64,")
 
 async def decode(data: bytes, name: str, limits: Limits) -> PIL.Image.Image:
     """The picture upright in RGB. Raises ``ValueError`` naming it and the reason, before decoding where it can."""
-    return await asyncio.to_thread(open_image, data, name, limits.pixels)
+    return await asyncio.to_thread(open_picture, data, name, limits.pixels, known=WEB_FORMATS)
 
 
 def encode(image: PIL.Image.Image, kind: str = "png", quality: int | None = None) -> bytes:

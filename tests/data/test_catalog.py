@@ -191,7 +191,7 @@ WRONG_ROWS = [
     (row("@corrupt.png"), "picture 'corrupt.png' is corrupt or truncated"),
     (row("@cut.jpg"), "picture 'cut.jpg' is corrupt or truncated: image file is truncated"),
     (row("@huge.png"), "picture 'huge.png' is too large"),
-    (row("@text.png"), "picture 'text.png' is not a readable PNG, JPEG, WEBP, GIF, BMP file"),
+    (row("@text.png"), "picture 'text.png' is not a readable PNG, JPEG, WEBP, GIF, BMP"),
     (row("@deep"), "picture 'deep' cannot be read: Is a directory"),
 ]
 

@@ -99,7 +99,7 @@ def test_folders_with_a_cached_reference(tmp_path, script, monkeypatch):
     assert 0 < fid.low < fid.value < fid.high
     [kept] = (tmp_path / "cache").glob("inception-cleanfid-30-*.npz")
     counted = []
-    monkeypatch.setattr(distances, "open_image", lambda f: counted.append(f) or PIL.Image.open(f))
+    monkeypatch.setattr(distances, "open_picture", lambda f: counted.append(f) or PIL.Image.open(f))
     assert compare_folders(a, b, tools) == scores and len(counted) == 24  # the reference was not read again
     known = compare_folders(a, kept, tools)
     assert list(known) == ["fid@cleanfid[24]"] and known["fid@cleanfid[24]"].value == pytest.approx(fid.value, rel=1e-4)

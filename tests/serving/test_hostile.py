@@ -105,7 +105,7 @@ def test_only_formats_of_the_list_are_opened(server):
     for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP"):
         assert show(server, uri(file(image, kind), kind.lower())).status_code == 200, kind
     for kind in ("TIFF", "PPM", "ICO"):
-        wrong(show(server, uri(file(image, kind))), "is not a readable PNG, JPEG, WEBP, GIF, BMP file")
+        wrong(show(server, uri(file(image, kind))), "is not a readable PNG, JPEG, WEBP, GIF, BMP")
     wrong(show(server, "data:image/svg+xml;base64,PHN2Zy8+"), "must be data:image/(png|")
     wrong(show(server, uri(b"")), "readable")
     wrong(show(server, uri(file(image)[:60])), "corrupt or truncated")

@@ -20,7 +20,7 @@ import skia
 
 from diptych.core.sample import Sample
 from diptych.data.canvas import canvas
-from diptych.data.decoding import MAX_PIXELS, open_image, open_labels
+from diptych.data.decoding import MAX_PIXELS, open_labels, open_picture
 from diptych.data.sources import find_files, inside
 from diptych.data.sources import images as list_images
 from diptych.data.tasks import ladder
@@ -258,13 +258,13 @@ def _thing(entry: dict, categories: Mapping[int, tuple[int, str, bool]]) -> bool
 
 
 def _read_coco(images: Path, name: str, found: list[dict], categories: dict, max_pixels: int) -> Annotated:
-    image = open_image(inside(images, name), name, max_pixels)
+    image = open_picture(inside(images, name), name, max_pixels)
     masks = [_mask(a, f"annotation {a['id']}", image.size) for a in found]
     return _labelled(image, masks, found, categories)
 
 
 def _read_panoptic(images: Path, masks: Path, name: str, found: dict, categories: dict, max_pixels: int) -> Annotated:
-    image = open_image(inside(images, name), name, max_pixels)
+    image = open_picture(inside(images, name), name, max_pixels)
     drawn = open_labels(inside(masks, found["file_name"]), found["file_name"], max_pixels)
     if drawn.shape != (image.height, image.width):
         raise ValueError(f"{found['file_name']!r} is {drawn.shape[::-1]}, the picture {image.size}")
@@ -315,7 +315,7 @@ def _read_sa1b(path: Path, images: Path, max_pixels: int) -> Annotated:
     _needs(data, ("image", "annotations"), "the file")
     _needs(data["image"], ("file_name",), "'image'")
     name = data["image"]["file_name"]
-    image = open_image(inside(images, name), name, max_pixels)
+    image = open_picture(inside(images, name), name, max_pixels)
     masks = [_mask(a, f"annotations[{i}]", image.size) for i, a in enumerate(data["annotations"])]
     return Annotated(image, np.stack(masks) if masks else None)
 
@@ -377,7 +377,7 @@ def _read_folder(
     path: Path, masks: Path | None, labels: Path | None, classes: tuple[str, ...], depth: Path | None,
     view: Path | None, max_pixels: int, name: str,
 ) -> Annotated:  # fmt: skip
-    image = open_image(inside(path, name), name, max_pixels)
+    image = open_picture(inside(path, name), name, max_pixels)
     png = str(Path(name).with_suffix(".png"))
 
     def values(root: Path, key: str, name: str = png) -> np.ndarray:
@@ -389,7 +389,7 @@ def _read_folder(
     annotated = Annotated(
         image,
         depth=_unit(values(depth, "depth"), png) if depth else None,
-        view=open_image(inside(view, name), f"view: {name}", max_pixels) if view else None,
+        view=open_picture(inside(view, name), f"view: {name}", max_pixels) if view else None,
     )
     if masks and (each := inside(masks, str(Path(name).with_suffix("")))).is_dir():
         drawn = [values(each, "masks", p.name) > 0 for p in sorted(each.glob("*.png"))]

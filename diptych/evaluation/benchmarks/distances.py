@@ -27,7 +27,7 @@ from torch import nn
 from diptych.core import intervals
 from diptych.core.sample import Sample, user
 from diptych.data.canvas import rgb
-from diptych.data.decoding import SUFFIXES, open_image
+from diptych.data.decoding import open_picture, suffixes
 from diptych.evaluation import files
 from diptych.evaluation.benchmarks.judged_drawing import write_flat
 from diptych.evaluation.benchmarks.shapes import seed_of
@@ -252,9 +252,10 @@ def _jackknife(made: np.ndarray, reference: np.ndarray | dict, groups: int = 10)
 
 def pictures(folder: Path) -> list[Path]:
     """Every picture below a folder, in order. Raises ``ValueError`` where there is none."""
-    found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    known = suffixes()
+    found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in known and f.is_file())
     if not found:
-        raise ValueError(f"{folder} has no pictures ({', '.join(SUFFIXES)})")
+        raise ValueError(f"{folder} has no pictures ({', '.join(known)})")
     return found
 
 
@@ -273,7 +274,7 @@ def reference_features(source: Path, by: Features, cache: Path | None = None) ->
     if file is not None and file.is_file():
         with np.load(file) as stored:
             return stored["features"]
-    found = by(open_image(f) for f in every)
+    found = by(open_picture(f) for f in every)
     if file is not None:
         with atomic(file) as part, part.open("wb") as stream:
             np.savez(stream, features=found, mu=found.mean(0), sigma=np.cov(found, rowvar=False))
@@ -287,7 +288,7 @@ def compare_folders(made: str | Path, reference: str | Path, tools: Tools) -> di
         if not folder.exists():
             raise ValueError(f"there is no {str(folder)!r}")
     real = reference_features(Path(reference), by, tools.cache)
-    return distances(by(open_image(f) for f in pictures(Path(made))), real, by)
+    return distances(by(open_picture(f) for f in pictures(Path(made))), real, by)
 
 
 def benchmark(name: str, file: Path | None, tools: Tools) -> Benchmark:
