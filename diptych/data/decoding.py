@@ -109,8 +109,8 @@ def open_picture(
 
     ``name`` is what errors call the picture (default: the path, or what ``source`` is). ``known`` limits the formats
     of files (Pillow's names; default: ``formats()``), as a server does that opens strangers' files. Size
-    and aspect ratio are checked before anything is decoded. Damaged metadata (EXIF, colour profile, text) is ignored, as viewers do.
-    16-bit greys keep their upper eight bits.
+    and aspect ratio are checked before anything is decoded. Damaged metadata (EXIF, colour profile, text) is
+    ignored, as viewers do. 16-bit greys keep their upper eight bits.
 
     Raises ``ValueError`` naming the picture and the reason: missing, of a format that is not read here, truncated or
     corrupt, more than ``max_pixels``, a side over ``max_side``, sides further apart than ``max_ratio``, or an array
