@@ -9,9 +9,9 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from diptych.serving.schemas import ChatRequest, EditsRequest
@@ -112,11 +112,10 @@ def install(api: FastAPI) -> None:
         if error.status_code == 404:
             return JSONResponse(problem(_no_route(api, request), "not_found"), 404)
         if error.status_code == 405:
-            allowed = (error.headers or {}).get("allow", "")
+            allowed = Headers(error.headers).get("allow", "another method")
             message = f"{request.method} {request.url.path[:100]} does not exist; {allowed} does"
             return JSONResponse(problem(message, "method_not_allowed"), 405, error.headers)
-        message = "the body is not a form" if error.detail == "There was an error parsing the body" else error.detail
-        return JSONResponse(problem(message, "invalid_body"), error.status_code, error.headers)
+        return JSONResponse(problem(str(error.detail), "invalid_body"), error.status_code, error.headers)
 
     @api.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> Response:
@@ -125,7 +124,7 @@ def install(api: FastAPI) -> None:
 
 
 def _no_route(api: FastAPI, request: Request) -> str:
-    known = ", ".join(sorted({r.path for r in api.routes if isinstance(r, APIRoute) and r.path.startswith("/v1/")}))
+    known = ", ".join(path for path in sorted(api.openapi()["paths"]) if path.startswith("/v1/"))
     return f"no endpoint {request.method} {request.url.path[:100]}; endpoints: {known}"
 
 

@@ -128,6 +128,10 @@ class Guard:
                 log.info("%s %s %s %d %.3f s %s", number, scope["method"], route, status, seconds, note)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on with its whole body. Raises ``Denied`` for one that must not reach the application."""
+        size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(k) + len(v) for k, v in scope["headers"])
+        if size > self.limits.header_bytes:
+            raise Denied(431, "the header of the request is too large", "header_too_large")
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
         client = self._client(scope, headers)
         if scope["method"] != "POST":

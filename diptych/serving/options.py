@@ -10,6 +10,7 @@ from pathlib import Path
 class Limits:
     """What one request and one address may take; ``GET /v1/models`` shows them."""
 
+    header_bytes: int = 16 * 2**10
     body_bytes: int = 32 * 2**20  # of one request
     bodies_bytes: int = 512 * 2**20  # of all requests that are being received or answered
     json_depth: int = 32

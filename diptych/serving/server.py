@@ -110,6 +110,7 @@ def make_server(
         http=functools.partial(Connection, crowd=crowd),  # type: ignore[arg-type]  # called as the class would be
         ws="none",
         backlog=BACKLOG,
+        h11_max_incomplete_event_size=options.limits.header_bytes,
         timeout_keep_alive=options.limits.idle_seconds,  # type: ignore[arg-type]  # seconds of a timer
         timeout_graceful_shutdown=5,
     )
