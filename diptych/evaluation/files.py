@@ -123,12 +123,23 @@ def field(row: Any, names: Sequence[str], where: str, kind: type = str) -> Any:
         has = ", ".join(str(k) for k, v in row.items() if v is not None) or "nothing"
         raise ValueError(f"{where} has no {' or '.join(map(repr, names))}; it has {has}")
     value = row[name]
+    if isinstance(value, str):
+        writable(value, f"{where}: {name}")
     if isinstance(value, kind):
         return value
     if kind in (str, int, float) and isinstance(value, (str, int, float)):
         with suppress(ValueError, OverflowError):
             return kind(value)
     raise ValueError(f"{where}: {name} is {value!r}, not {kind.__name__}")
+
+
+def writable(text: str, where: str) -> str:
+    """The text. Raises ``ValueError`` for one that UTF-8 cannot write (a lone surrogate)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} holds {text[error.start]!r}, which UTF-8 cannot write") from None
+    return text
 
 
 def table(path: Path) -> list[dict]:

@@ -14,7 +14,7 @@ import pytest
 from diptych.evaluation import harness, other_results
 from diptych.evaluation import lmms as interop
 from diptych.evaluation.benchmarks.aggregate import COGNITION, PERCEPTION
-from diptych.evaluation.benchmarks.questions import read_rows
+from diptych.evaluation.benchmarks.question_files import read_questions
 from diptych.evaluation.benchmarks.table import Tools, resolve
 from diptych.evaluation.compare import compare
 from diptych.evaluation.harness import evaluate
@@ -78,20 +78,20 @@ QUESTIONS = [
 def test_circular_is_stricter_than_vanilla(tmp_path):
     file = tsv(tmp_path / "quiz.tsv", QUESTIONS)
     vanilla = run(f"mcq={file}", lambda text, s: "A")
-    assert vanilla.scores["quiz@vanilla/overall"].value == pytest.approx(1 / 3)
-    assert vanilla.scores["quiz@vanilla/overall"].n == 3 and "quiz@vanilla/hard" in vanilla.scores
+    assert vanilla.scores["quiz-vanilla@ours/overall"].value == pytest.approx(1 / 3)
+    assert vanilla.scores["quiz-vanilla@ours/overall"].n == 3 and "quiz-vanilla@ours/hard" in vanilla.scores
     circular = run(f"mcq-circular={file}", lambda text, s: "A")  # right in one rotation of each question
-    assert circular.scores["quiz@circular/overall"].value == 0 and len(circular.outcomes) == 9
+    assert circular.scores["quiz-circular@ours/overall"].value == 0 and len(circular.outcomes) == 9
 
     def knows(text, sample):
         right = {"0": "red", "1": "green", "2": "blue"}[text.partition("which is ")[2][0]]
         return f"It is {right}." if right != "blue" or "A. blue" in text else "no idea"
 
     for kind, expected in (("mcq", 2 / 3), ("mcq-circular", 2 / 3)):
-        [(name, score)] = [(k, v) for k, v in run(f"{kind}={file}", knows).scores.items() if "overall" in k]
+        [(name, score)] = [(k, v) for k, v in run(f"{kind}={file}", knows).scores.items() if k.endswith("ours/overall")]
         assert score.value == pytest.approx(expected), name
     both = run(f"mcq-circular={file}", knows, limit=1)  # a limit keeps whole questions
-    assert len(both.outcomes) == 6 and both.scores["quiz@circular/overall"].n == 2
+    assert len(both.outcomes) == 6 and both.scores["quiz-circular@ours/overall"].n == 2
     engine = Says(knows)
     evaluate(engine, (f"mcq={file}",), progress=False)
     assert engine.seen[0].messages[0].parts[0].pixels.size == (30, 20)
@@ -102,7 +102,7 @@ def test_rotations_that_are_in_the_file_are_used(tmp_path):
     rows = [QUESTIONS[1], {**QUESTIONS[1], "index": 1_000_001, "image": "1", "A": "green", "B": "red", "answer": "A"}]
     file = tsv(tmp_path / "mm.tsv", rows)
     result = run(f"mcq-circular={file}", lambda text, s: "green" if "A. red" in text else "red")
-    assert len(result.outcomes) == 2 and result.scores["mm@circular/overall"].value == 0
+    assert len(result.outcomes) == 2 and result.scores["mm-circular@ours/overall"].value == 0
     assert len(run(f"mcq={file}", lambda text, s: "green").outcomes) == 1  # vanilla asks once
 
 
@@ -122,7 +122,7 @@ def test_wrong_files_are_named(tmp_path, change, told):
         resolve([f"vqa-mini={tmp_path}"], Tools())
     (tmp_path / "b.jsonl").write_text('{"question": 1}\n{oops\n')
     with pytest.raises(ValueError, match="line 2 is not JSON"):
-        read_rows(tmp_path / "b.jsonl")
+        read_questions(tmp_path / "b.jsonl")
 
 
 def test_tables_as_programs_save_them(tmp_path):
@@ -152,11 +152,11 @@ def test_pope(tmp_path):
     file = jsonl(tmp_path / "pope.jsonl", rows)
     replies = {"dog": "Yes.", "cat": "yes it is", "car": "No", "cup": "maybe"}
     scores = run(f"yesno={file}", lambda t, s: replies[t.split("?")[0].split()[-1]]).scores
-    got = {k.partition("/")[2]: s.value for k, s in scores.items()}
+    got = {k.partition("@ours/")[2]: s.value for k, s in scores.items() if "@ours/" in k}
     assert got["accuracy"] == 0.25 and got["precision"] == 0.5 and got["recall"] == 0.5 and got["f1"] == 0.5
     assert got["yes-ratio"] == 0.5 and got["random/accuracy"] == 0.5 and got["popular/f1"] == 0
     nothing = run(f"yesno={file}", lambda t, s: "hm").scores
-    assert all(s.value == 0 for s in nothing.values())
+    assert all(s.value == 0 for k, s in nothing.items() if "@authors" not in k)
 
 
 def test_mme(tmp_path):
@@ -170,7 +170,7 @@ def test_mme(tmp_path):
     file = jsonl(tmp_path / "MME.jsonl", rows)
     # the first picture's questions are both right, of the second's one: accuracy 75, accuracy+ 50
     scores = run(f"mme={file}", lambda t, s: "yes" if " 1 " in t or t.split("\n")[0].endswith("0") else "no").scores
-    got = {k.partition("/")[2]: s.value for k, s in scores.items()}
+    got = {k.partition("@ours/")[2]: s.value for k, s in scores.items() if "@ours/" in k}
     assert got["count"] == pytest.approx(125) and got["perception"] == pytest.approx(1250)
     assert got["cognition"] == pytest.approx(500) and got["sum"] == pytest.approx(1750)
     jsonl(tmp_path / "MME.jsonl", rows[:3])
@@ -184,8 +184,8 @@ def test_short_answers(tmp_path):
         {"id": "b", "question": "how much?", "answers": ["100"]},
     ]
     file = jsonl(tmp_path / "q.jsonl", rows)
-    for kind, stamp, right in (("vqa", "q@vqa-accuracy", 0.5), ("anls", "q@anls", 0.5), ("relaxed", "q@relaxed", 1.0),
-                               ("contains", "q@contains", 0.5)):  # fmt: skip
+    for kind, stamp, right in (("vqa", "q-vqa@ours", 0.5), ("anls", "q-anls@ours", 0.5),
+                               ("relaxed", "q-relaxed@ours", 1.0), ("contains", "q-contains@ours", 0.5)):  # fmt: skip
         scores = run(f"{kind}={file}", lambda t, s: "Red" if "what" in t else "104").scores
         assert scores[f"{stamp}/overall"].value == pytest.approx(right, abs=0.34 if kind == "anls" else 0), kind
 
@@ -227,7 +227,7 @@ def test_llava_json(tmp_path):
     said = [{"from": "human", "value": "<image>\nis it red?"}, {"from": "gpt", "value": "Yes"}]
     (tmp_path / "l.json").write_text(json.dumps([{"id": "7", "conversations": said}]))
     result = run(f"yesno={tmp_path / 'l.json'}", lambda t, s: "yes" if t.startswith("is it red?") else "no")
-    assert result.scores["l@lone-word/accuracy"].value == 1
+    assert result.scores["l-yesno@ours/accuracy"].value == 1
     (tmp_path / "l.json").write_text(json.dumps([{"id": "7", "conversations": said * 2}]))
     with pytest.raises(ValueError, match="row 1 has 4 turns"):
         run(f"yesno={tmp_path / 'l.json'}", lambda t, s: "yes")

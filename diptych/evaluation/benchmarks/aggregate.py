@@ -26,6 +26,9 @@ def geneval(tags: Mapping[str, float]) -> float:
     return mean(tags[tag] for tag in GENEVAL)
 
 
+CV_BENCH = {"ADE20K": 0.25, "COCO": 0.25, "Omni3D": 0.5}
+
+
 def wiscore(consistency: float, realism: float, aesthetic: float) -> float:
     """One picture's WiScore in [0, 1] from three marks of 0 to 2 (WISE, arXiv 2503.07265)."""
     return (7 * consistency + 2 * realism + aesthetic) / 20

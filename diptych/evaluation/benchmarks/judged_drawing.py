@@ -23,7 +23,7 @@ from diptych.evaluation import files
 from diptych.evaluation.benchmarks import aggregate
 from diptych.evaluation.benchmarks.shapes import seed_of
 from diptych.evaluation.benchmarks.table import Tools
-from diptych.evaluation.judges import replies
+from diptych.evaluation.judges import official, replies, short_answers
 from diptych.evaluation.remote import tiled
 from diptych.evaluation.scores import (
     UNJUDGED,
@@ -279,10 +279,10 @@ LIKELIEST = 20  # first tokens
 def probability(first: Sequence[tuple[str, float]], answer: str) -> float:
     """How likely a judge's reply begins with the answer: the mass of the first tokens that are it, numbers as words or
     digits, or the beginning of an answer of several words or tokens."""
-    true = replies.vqa_normal(answer)
+    true = official.evalai(answer)
     total = 0.0
     for token, logprob in first:
-        said = replies.vqa_normal(token)
+        said = official.evalai(token)
         if said and (said == true or (len(said) > 1 and true.startswith(said))):
             total += exp(logprob)
     return min(1.0, total)
@@ -362,7 +362,7 @@ def read_back(said: str, true: str) -> dict[str, float]:
             left.remove(word)
             found += 1
     whole = " ".join(a), " ".join(b)
-    near = 1 - replies.edit_distance(*whole) / max(len(whole[0]), len(whole[1]), 1)
+    near = 1 - short_answers.edit_distance(*whole) / max(len(whole[0]), len(whole[1]), 1)
     return {"words": found / len(b), "similarity": near}
 
 

@@ -27,7 +27,7 @@ from diptych.data.worlds import embedded, emoji, shapes
 from diptych.evaluation.benchmarks.aggregate import cv_bench
 from diptych.evaluation.benchmarks.questions import judge_choice, judge_yes_no, yes_no_scores
 from diptych.evaluation.benchmarks.shapes import PICTURES, PROMPTS, SIDE, seed_of, unsquare
-from diptych.evaluation.judges import replies, segmentation
+from diptych.evaluation.judges import replies, segmentation, short_answers
 from diptych.evaluation.judges.recogniser import recogniser
 from diptych.evaluation.scores import (
     Baselines,
@@ -265,7 +265,9 @@ def written(word: str, size: int, rng: np.random.Generator) -> PIL.Image.Image:
 
 def _judge_word(item: Item, text: str) -> Verdict:
     true, said = item.reference["answer"], replies.plain(text)
-    return Verdict(said == true, "" if said == true else f"it is {true}", {"anls": replies.anls(said, [true], 0.0)})
+    return Verdict(
+        said == true, "" if said == true else f"it is {true}", {"anls": short_answers.anls(said, [true], 0.0)}
+    )
 
 
 def _word_scores(outcomes: Sequence[Outcome]) -> dict[str, Score]:
@@ -340,7 +342,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         macro=True,
     ),
     "pope-mini": Benchmark(
-        "pope-mini", "answer", _pope_items, each(judge_yes_no), partial(yes_no_scores, "pope-mini@lone-word"),
+        "pope-mini", "answer", _pope_items, each(judge_yes_no), partial(yes_no_scores, {"ours": "pope-mini@lone-word"}),
         lambda items, size: {"pope-mini@lone-word/accuracy": {"always yes": 0.5}}, side=SIDE,
     ),
     "ocr-mini": Benchmark(

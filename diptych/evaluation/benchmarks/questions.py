@@ -1,305 +1,410 @@
-"""Questions from the user's own files: multiple choice, yes or no, MME, short answers. Public benchmarks run through
-the harnesses that the field trusts (``interop.py``); these readers are for what is not in them.
+"""Questions from the user's own files: multiple choice, yes or no, MME, HallusionBench, short answers, captions.
 
-A file is a TSV as VLMEvalKit has it (index, image in base64 or image_path, question, A B C D ..., hint, answer,
-category), or JSON or jsonl with the same keys, among which these are one: question, text, prompt · answer, label,
-answers · image, image_path · index, id, question_id, key; or LLaVA's "conversations" of one question and its answer.
-Image paths are relative to the file.
+Every score name says by whose rule replies are read: ``STEM-KIND@official/...`` by the published scorer's
+(``judges/official.py``), ``STEM-KIND@ours/...`` by the library's own reading (``judges/replies.py``). Both come from
+the same replies. Which files are read: ``question_files.py``; what each rule is: docs/evaluation.md.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diptych.core.sample import Image, Sample, user
-from diptych.evaluation import files
-from diptych.evaluation.benchmarks import aggregate
+from diptych.core.sample import Sample, user
+from diptych.evaluation.benchmarks import aggregate, captions
+from diptych.evaluation.benchmarks.question_files import Question, parts, read_questions
 from diptych.evaluation.benchmarks.table import Tools
-from diptych.evaluation.judges import replies
+from diptych.evaluation.judges import official, replies, short_answers
 from diptych.evaluation.scores import (
     Benchmark,
     Item,
+    Judge,
     Outcome,
     Score,
     Verdict,
     by_category,
     each,
-    grades,
     macro,
     ratio,
-    share,
 )
 
-LETTERS = "ABCDEFGHI"
 ROUND = 1_000_000  # indices of one question's rotations agree modulo this (MMBench)
 ASK = {
     "mcq": "Answer with the letter of the right option only.",
     "yesno": "Answer with yes or no only.",
     "short": "Answer with a single word or phrase.",
+    "caption": "Describe the picture in one sentence.",
 }
+Grade = Callable[[str, Item], float]  # of a reply, in [0, 1]
+Reading = Callable[[str], bool | None]  # yes, no or neither
 
 
-@dataclass(frozen=True)
-class Row:
-    """A question of somebody's file."""
-
-    id: str
-    images: tuple[str, ...]  # paths or "data:" addresses
-    question: str
-    options: Mapping[str, str]
-    answers: tuple[str, ...]
-    category: str
-
-
-def read_rows(file: Path) -> list[Row]:
-    """The questions of a TSV, JSON or jsonl file. Raises ``ValueError`` naming the line and what is wrong."""
-    if file.suffix == ".tsv":
-        raw = files.table(file)
-    elif file.suffix == ".json":
-        raw = files.load(file)
-    else:
-        raw = files.rows(file)
-    if not isinstance(raw, list) or not raw:
-        raise ValueError(f"{file} has no rows")
-    if wrong := next((r for r in raw if not isinstance(r, dict)), None):
-        raise ValueError(f"{file} holds {wrong!r}, which is no row")
-    stored = {str(r.get("index", "")): r["image"] for r in raw if len(str(r.get("image") or "")) > 64}
-    return [_row(r, f"{file} row {n}", file.parent, stored) for n, r in enumerate(raw, 1)]
-
-
-def _row(raw: Mapping, where: str, root: Path, stored: Mapping[str, Any]) -> Row:
-    if "conversations" in raw:
-        turns = [files.field(turn, ("value",), where) for turn in files.field(raw, ("conversations",), where, list)]
-        if len(turns) != 2:
-            raise ValueError(f"{where} has {len(turns)} turns; one question and its answer are read")
-        raw = {**raw, "question": turns[0], "answer": turns[1]}
-    options = {k: str(raw[k]) for k in LETTERS if str(raw.get(k) if raw.get(k) is not None else "").strip() not in ("", "nan")}  # fmt: skip  # noqa: E501
-    question = str(files.field(raw, ("question", "text", "prompt"), where))
-    hint = str(raw.get("hint") or "").strip()
-    if hint and hint != "nan":
-        question = f"{hint}\n{question}"
-    true = files.field(raw, ("answer", "label", "answers", "gt_answer"), where, object)
-    shown = raw.get("image") or raw.get("image_path") or ""
-    return Row(
-        str(files.field(raw, ("index", "id", "question_id", "key"), where)),
-        tuple(_image(i, where, root) for i in _listed(stored.get(str(shown), shown))),  # rotations name whose they show
-        question.replace("<image>", "").strip(),
-        options,
-        tuple(str(a) for a in _listed(true)),
-        str(raw.get("category") or raw.get("type") or "all"),
-    )
-
-
-def _listed(value: Any) -> list:
-    """The value as a list; a text that is one ("['a', 'b']") is read."""
-    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            value = [value]
-    return list(value) if isinstance(value, (list, tuple)) else [value] if value != "" else []
-
-
-def _image(value: Any, where: str, root: Path) -> str:
-    text = str(value)
-    if text.startswith("data:"):
-        return text
-    if len(text) > 1024 or not (root / text).is_file():
-        if len(text) <= 64:
-            raise ValueError(f"{where}: there is no picture {str(root / text)!r}")
-        files.decoded(text[:64], f"{where}: the picture")
-        return "data:image/unknown;base64," + text
-    return str(root / text)
-
-
-def _item(name: str, row: Row, id: str, text: str, reference: dict, cluster: str) -> Item:
+def item_of(name: str, row: Question, id: str, text: str, reference: dict, cluster: str) -> Item:
+    """A question as an item; ``reference`` gains names or hashes of the pictures shown."""
     key = f"{name}/{row.category}/{id}"
-    pictures = [Image(i) for i in row.images]
-    seen = [hashlib.sha256(i.encode()).hexdigest()[:12] if i.startswith("data:") else Path(i).name for i in row.images]
-    return Item(
-        key, name, row.category, text, Sample(key, (user(*pictures, text),)), 0, cluster, reference | {"images": seen}
-    )
+    shown = [hashlib.sha256(i.encode()).hexdigest()[:12] if i.startswith("data:") else Path(i).name for i in row.images]
+    reference = reference | {"images": shown} | ({"group": row.group} if row.group else {})
+    sample = Sample(key, (user(*parts(text, row.images)),))
+    return Item(key, name, row.category, text, sample, 0, cluster, reference)
+
+
+def graded(rules: Mapping[str, Grade], item: Item, text: str) -> Verdict:
+    """A reply's grade by each rule, as the verdict's parts; the verdict is that of the first rule."""
+    grades = {rule: grade(text, item) for rule, grade in rules.items()}
+    value = next(iter(grades.values()))
+    return Verdict(value >= 0.5, "" if value >= 0.5 else f"it is {item.reference['answer']}", grades, value)
+
+
+def judged(rules: Mapping[str, Grade]) -> Judge:
+    """A benchmark's judge by these rules."""
+    return each(partial(graded, rules))
+
+
+def groups_of(outcomes: Sequence[Outcome]) -> dict[str, Sequence[Outcome]]:
+    """Outcomes by the part of a score's name: "overall", each category, and "l2/NAME" of each group above them."""
+    found: dict[str, Sequence[Outcome]] = {"overall": outcomes}
+    found |= {k: some for k, some in by_category(outcomes).items() if k != "all"}
+    for name in dict.fromkeys(o.item.reference.get("group", "") for o in outcomes):
+        if name:
+            found[f"l2/{name}"] = [o for o in outcomes if o.item.reference.get("group") == name]
+    return found
+
+
+def mean_grade(outcomes: Sequence[Outcome], rule: str) -> Score:
+    """The mean grade by a rule, with the bootstrap over what shares a picture."""
+    values = [o.verdict.parts.get(rule, 0.0) for o in outcomes]
+    return macro({"": (values, [o.item.cluster for o in outcomes])}, graded=any(0 < v < 1 for v in values))
+
+
+def rule_scores(name: str, rules: Sequence[str], outcomes: Sequence[Outcome]) -> dict[str, Score]:
+    """The mean grade by each rule, of all and by category."""
+    groups = groups_of(outcomes).items()
+    return {f"{name}@{rule}/{k}": mean_grade(some, rule) for rule in rules for k, some in groups}
 
 
 # --- multiple choice --------------------------------------------------------------------------------------------------
 
 
-def _choices(name: str, rows: list[Row], circular: bool) -> list[Item]:
-    items = []
+def _option_items(name: str, rows: Sequence[Question], circular: bool) -> list[Item]:
+    """One item a question, or one for each rotation of its options; questions without options are asked once."""
+    wrong = [r for r in rows if r.options and (len(r.options) < 2 or r.answers[0] not in r.options)]
+    if wrong:
+        first = f"row {wrong[0].id}: answer {wrong[0].answers} is not one of the options {dict(wrong[0].options)}"
+        raise ValueError(f"{first} ({len(wrong)} of {len(rows)} rows)")
     indices = {r.id for r in rows}
     turned = {str(int(i) % ROUND) for i in indices if i.isdigit() and int(i) >= ROUND}  # whose rotations are there
+    items = []
     for row in rows:
-        if len(row.options) < 2 or len(row.answers) != 1 or row.answers[0] not in row.options:
-            raise ValueError(f"row {row.id}: answer {row.answers} is not one of the options {dict(row.options)}")
+        if not row.options:
+            items.append(_open_item(name, row))
+            continue
         base = str(int(row.id) % ROUND) if row.id.isdigit() else row.id
         rotated = base != row.id and base in indices
         if rotated and not circular:
             continue
-        turns = range(1) if not circular or rotated or base in turned else range(len(row.options))
-        keys, texts = list(row.options), list(row.options.values())
-        for turn in turns:
-            options = dict(zip(keys, texts[turn:] + texts[:turn], strict=True))
-            true = row.options[row.answers[0]]
-            letter = keys[(keys.index(row.answers[0]) - turn) % len(keys)]
-            lines = "\n".join(f"{k}. {v}" for k, v in options.items())
-            text = f"{row.question}\n{lines}\n{ASK['mcq']}"
-            reference = {"answer": f"{letter}. {true}", "letter": letter, "options": options}
-            id = row.id if turn == 0 else f"{row.id}-{turn}"
-            items.append(_item(name, row, id, text, reference, f"{row.category}/{base}"))
+        for turn in range(1) if not circular or rotated or base in turned else range(len(row.options)):
+            items.append(_turned(name, row, turn, base))
     return items
+
+
+def _turned(name: str, row: Question, turn: int, base: str) -> Item:
+    """A question with its options moved up by ``turn`` places."""
+    keys, texts = list(row.options), list(row.options.values())
+    options = dict(zip(keys, texts[turn:] + texts[:turn], strict=True))
+    letter = keys[(keys.index(row.answers[0]) - turn) % len(keys)]
+    lines = "\n".join(f"{k}. {v}" for k, v in options.items())
+    reference = {"answer": f"{letter}. {options[letter]}", "letter": letter, "options": options} | (
+        {"source": row.fields["source"]} if "source" in row.fields else {}
+    )
+    id = row.id if turn == 0 else f"{row.id}-{turn}"
+    return item_of(name, row, id, f"{row.text}\n{lines}\n{ASK['mcq']}", reference, f"{row.category}/{base}")
+
+
+def _open_item(name: str, row: Question) -> Item:
+    """A question without options among multiple choice (MMMU, RealWorldQA)."""
+    if not row.answers:
+        raise ValueError(f"row {row.id} has neither options nor an answer")
+    text = f"{row.text}\n{ASK['short']}"
+    return item_of(name, row, row.id, text, _truths(row), f"{row.category}/{row.id}")
+
+
+def _truths(row: Question) -> dict:
+    return {"answer": row.answers[0], "answers": list(row.answers)}
+
+
+def _choosing(choose: Callable[[str, Mapping[str, str]], str | None], without: Grade) -> Grade:
+    """A grade by the letter that a reply chooses; ``without`` grades questions that have no options."""
+
+    def grade(reply: str, item: Item) -> float:
+        if "letter" not in item.reference:
+            return without(reply, item)
+        return float(choose(reply, item.reference["options"]) == item.reference["letter"])
+
+    return grade
+
+
+def _any_answer(grade: Callable[[str, str], float]) -> Grade:
+    return lambda reply, item: max(grade(reply, answer) for answer in item.reference["answers"])
+
+
+def _answers(grade: Callable[[str, Sequence[str]], float]) -> Grade:
+    return lambda reply, item: grade(reply, item.reference["answers"])
+
+
+_OURS = _choosing(replies.choice, _answers(short_answers.relaxed))
+CHOICES: dict[str, dict[str, Grade]] = {
+    "vanilla": {"ours": _OURS, "official": _choosing(official.mmbench, _any_answer(official.realworldqa))},
+    "mmmu": {"ours": _OURS, "official": _choosing(official.mmmu_choice, _answers(official.mmmu_open))},
+    "seed": {"ours": _OURS, "official": _choosing(lambda reply, options: official.first_letter(reply), lambda *_: 0.0)},
+    "cvbench": {"ours": _OURS, "official": _choosing(lambda reply, options: official.cv_bench(reply), lambda *_: 0.0)},
+    "mmvp": {"ours": _OURS, "official": _choosing(lambda reply, options: official.mmvp(reply), lambda *_: 0.0)},
+}
+CHOICES["circular"] = CHOICES["vanilla"]
 
 
 def judge_choice(item: Item, text: str) -> Verdict:
     """Right for the letter that the reply clearly chooses."""
-    said = replies.choice(text, item.reference["options"])
-    ok = said == item.reference["letter"]
-    return Verdict(ok, "" if ok else "no option in the reply" if said is None else f"it says {said}")
+    letter = replies.choice(text, item.reference["options"])
+    ok = letter == item.reference["letter"]
+    return Verdict(ok, "" if ok else "no option in the reply" if letter is None else f"it says {letter}")
 
 
-def _choice_scores(stamp: str, circular: bool, outcomes: Sequence[Outcome]) -> dict[str, Score]:
-    def score(of: Sequence[Outcome]) -> Score:
-        if not circular:
-            return share(of)
-        right: dict[str, bool] = {}
-        for o in of:
-            right[o.item.cluster] = right.get(o.item.cluster, True) and o.verdict.ok
-        return macro({"": ([float(v) for v in right.values()], list(right))})
+def all_right(outcomes: Sequence[Outcome], rule: str, key: Callable[[Outcome], str]) -> Score:
+    """The share of groups of outcomes that are right in every one, by a rule."""
+    right: dict[str, bool] = {}
+    for o in outcomes:
+        right[key(o)] = right.get(key(o), True) and o.verdict.parts.get(rule, 0.0) >= 0.5
+    return macro({"": ([float(v) for v in right.values()], list(right))})
 
-    return {f"{stamp}/overall": score(outcomes)} | {
-        f"{stamp}/{k}": score(of) for k, of in by_category(outcomes).items() if k != "all"
+
+def _circular_scores(name: str, rules: Sequence[str], outcomes: Sequence[Outcome]) -> dict[str, Score]:
+    """CircularEval (MMBench, arXiv 2307.06281): a question is right in every rotation."""
+    groups = groups_of(outcomes).items()
+    return {
+        f"{name}@{rule}/{k}": all_right(some, rule, lambda o: o.item.cluster) for rule in rules for k, some in groups
     }
+
+
+def _mmvp_scores(name: str, rules: Sequence[str], outcomes: Sequence[Outcome]) -> dict[str, Score]:
+    """MMVP (arXiv 2401.06209): pairs of consecutive questions that are both right, and accuracy."""
+    scores = {}
+    for rule in rules:
+        scores[f"{name}@{rule}/pairs"] = all_right(outcomes, rule, lambda o: o.item.reference["pair"])
+        scores[f"{name}@{rule}/accuracy"] = mean_grade(outcomes, rule)
+    return scores
+
+
+def _paired(items: list[Item]) -> list[Item]:
+    """MMVP's items with the number of their pair: questions 1 and 2, 3 and 4 …. Raises ``ValueError`` for others."""
+    found = []
+    for item in items:
+        id = item.id.rpartition("/")[2]
+        if not id.isdigit():
+            raise ValueError(f"MMVP numbers its questions from 1; {id!r} is no number")
+        pair = str((int(id) - 1) // 2)
+        reference = {**item.reference, "pair": pair}
+        found.append(Item(item.id, item.benchmark, "all", item.prompt, item.sample, 0, pair, reference))
+    if len(found) % 2:
+        raise ValueError(f"MMVP asks pairs of questions; there are {len(found)}")
+    return found
+
+
+def _cvbench_scores(name: str, rules: Sequence[str], outcomes: Sequence[Outcome]) -> dict[str, Score]:
+    """CV-Bench (arXiv 2406.16860): ADE20K and COCO, evenly, are half of the score, Omni3D the other half."""
+    groups: dict[str, list[Outcome]] = {}
+    for o in outcomes:
+        groups.setdefault(o.item.reference.get("source", ""), []).append(o)
+    scores = {}
+    for rule in rules:
+        units = {
+            k: ([o.verdict.parts.get(rule, 0.0) for o in some], [o.item.cluster for o in some])
+            for k, some in groups.items()
+        }
+        if set(units) == set(aggregate.CV_BENCH):
+            weights = [aggregate.CV_BENCH[k] for k in units]
+            scores[f"{name}@{rule}/overall"] = macro(units, weights=weights)
+        scores |= {f"{name}@{rule}/{k}": macro({k: unit}) for k, unit in units.items()}
+    return scores
 
 
 # --- yes or no --------------------------------------------------------------------------------------------------------
 
+YES_NO: dict[str, dict[str, Reading]] = {
+    "yesno": {"ours": replies.yes_no, "official": official.pope, "authors": official.pope_authors},
+    "mme": {"ours": replies.yes_no, "official": official.mme},
+    "hallusion": {"ours": replies.yes_no},
+}
 
-def _questions(name: str, rows: list[Row], ask: str, truth: Callable[[Row], dict]) -> list[Item]:
+
+def _question_items(name: str, rows: Sequence[Question], ask: str, truth: Callable[[Question], dict]) -> list[Item]:
+    """One item a question; those of one picture are a cluster."""
     items = []
     for row in rows:
         if not row.answers:
             raise ValueError(f"row {row.id} has no answer")
-        text = f"{row.question}\n{ASK[ask]}" if not row.question.endswith(ASK[ask]) else row.question
+        text = f"{row.text}\n{ASK[ask]}" if not row.text.endswith(ASK[ask]) else row.text
         cluster = hashlib.sha256("".join(row.images).encode()).hexdigest()[:12] if row.images else row.id
-        items.append(_item(name, row, row.id, text, truth(row), cluster))
+        items.append(item_of(name, row, row.id, text, truth(row), cluster))
     return items
 
 
-def _true_or_false(row: Row) -> dict:
-    said = replies.yes_no(row.answers[0])
-    if said is None:
+def _true_or_false(row: Question) -> dict:
+    """The right answer of a yes-or-no question; 1 and 0 count (HallusionBench). Raises ``ValueError`` for others."""
+    answer = {"1": True, "0": False}.get(row.answers[0].strip())
+    answer = replies.yes_no(row.answers[0]) if answer is None else answer
+    if answer is None:
         raise ValueError(f"row {row.id}: the answer is {row.answers[0]!r}, neither yes nor no")
-    return {"answer": "yes" if said else "no"}
+    return {"answer": "yes" if answer else "no", **row.fields}
+
+
+def read_yes_no(readings: Mapping[str, Reading], item: Item, text: str) -> Verdict:
+    """Right for a clear yes or no by the first reading. ``RULE`` and ``RULE yes`` of the parts are whether it is right
+    and whether it says yes by each reading."""
+    found = {rule: reading(text) for rule, reading in readings.items()}
+    true = item.reference["answer"] == "yes"
+    grades = {rule: float(answer is true) for rule, answer in found.items()}
+    grades |= {f"{rule} yes": float(answer is True) for rule, answer in found.items()}
+    first = next(iter(found.values()))
+    return Verdict(first is true, "" if first is true else "neither yes nor no" if first is None else "", grades)
 
 
 def judge_yes_no(item: Item, text: str) -> Verdict:
-    """Right only for a clear yes or no; what was said is a part of the verdict."""
-    said, true = replies.yes_no(text), item.reference["answer"] == "yes"
-    parts = {"yes": float(said is True), "clear": float(said is not None)}
-    return Verdict(said is true, "" if said is true else "neither yes nor no" if said is None else "", parts)
+    """Right for a clear yes or no, by the library's own reading."""
+    return read_yes_no({"ours": replies.yes_no}, item, text)
 
 
-def yes_no_scores(stamp: str, outcomes: Sequence[Outcome]) -> dict[str, Score]:
+def yes_no_scores(stamps: Mapping[str, str], outcomes: Sequence[Outcome]) -> dict[str, Score]:
     """Accuracy, precision, recall and F1 of "yes", and the share of replies that say yes; each of all and by category.
+    ``stamps`` maps a rule to the beginning of its scores' names.
 
     A reply that is neither counts as wrong: as a "no" for recall, and never as a "yes"."""
     scores = {}
     groups = {"": list(outcomes)}
-    if len(found := by_category(outcomes)) > 1:
-        groups |= found
-    for category, of in groups.items():
+    if len(categories := by_category(outcomes)) > 1:
+        groups |= categories
+    for (rule, stamp), (category, some) in ((r, g) for r in stamps.items() for g in groups.items()):
         at = f"{stamp}/{category}/" if category else f"{stamp}/"
-        where = [o.item.cluster for o in of]
-        yes = [o.verdict.parts.get("yes", 0.0) for o in of]
-        true = [float(o.item.reference["answer"] == "yes") for o in of]
+        clusters = [o.item.cluster for o in some]
+        yes = [o.verdict.parts.get(f"{rule} yes", 0.0) for o in some]
+        true = [float(o.item.reference["answer"] == "yes") for o in some]
         hit = [y * t for y, t in zip(yes, true, strict=True)]
-        scores[f"{at}accuracy"] = macro({"": ([float(o.verdict.ok) for o in of], where)})
-        scores[f"{at}f1"] = ratio([2 * h for h in hit], [y + t for y, t in zip(yes, true, strict=True)], where)
-        scores[f"{at}precision"], scores[f"{at}recall"] = ratio(hit, yes, where), ratio(hit, true, where)
-        scores[f"{at}yes-ratio"] = macro({"": (yes, where)})
+        scores[f"{at}accuracy"] = macro({"": ([o.verdict.parts.get(rule, 0.0) for o in some], clusters)})
+        scores[f"{at}f1"] = ratio([2 * h for h in hit], [y + t for y, t in zip(yes, true, strict=True)], clusters)
+        scores[f"{at}precision"], scores[f"{at}recall"] = ratio(hit, yes, clusters), ratio(hit, true, clusters)
+        scores[f"{at}yes-ratio"] = macro({"": (yes, clusters)})
     return scores
 
 
-def _mme_scores(stamp: str, outcomes: Sequence[Outcome]) -> dict[str, Score]:
+def _mme_scores(stamps: Mapping[str, str], outcomes: Sequence[Outcome]) -> dict[str, Score]:
     """Each subtask: accuracy + accuracy+ (both questions of a picture right), of 200; sums of ten and of four."""
-    units: dict[str, tuple[list[float], list[str]]] = {}
-    for category, of in by_category(outcomes).items():
-        pictures: dict[str, list[bool]] = {}
-        for o in of:
-            pictures.setdefault(o.item.cluster, []).append(o.verdict.ok)
-        if wrong := [k for k, v in pictures.items() if len(v) != 2]:
-            raise ValueError(f"MME asks two questions of a picture; {category} has {len(wrong)} with another number")
-        units[category] = ([(sum(v) / 2 + all(v)) / 2 for v in pictures.values()], list(pictures))
+    scores: dict[str, Score] = {}
+    for rule, stamp in stamps.items():
+        units: dict[str, tuple[list[float], list[str]]] = {}
+        for category, some in by_category(outcomes).items():
+            pictures: dict[str, list[bool]] = {}
+            for o in some:
+                pictures.setdefault(o.item.cluster, []).append(o.verdict.parts.get(rule, 0.0) == 1)
+            if wrong := [k for k, v in pictures.items() if len(v) != 2]:
+                raise ValueError(
+                    f"MME asks two questions of a picture; {category} has {len(wrong)} with another number"
+                )
+            units[category] = ([(sum(v) / 2 + all(v)) / 2 for v in pictures.values()], list(pictures))
+        sums = {"perception": aggregate.PERCEPTION, "cognition": aggregate.COGNITION}
+        sums |= {"sum": (*aggregate.PERCEPTION, *aggregate.COGNITION)}
+        for name, tasks in sums.items():
+            if set(tasks) <= set(units):
+                total = macro({k: units[k] for k in tasks}, graded=True).times(200 * len(tasks))
+                scores[f"{stamp}/{name}"] = total
+        scores |= {f"{stamp}/{k}": macro({k: unit}, graded=True).times(200) for k, unit in units.items()}
+    return scores
+
+
+def _hallusion_scores(stamps: Mapping[str, str], outcomes: Sequence[Outcome]) -> dict[str, Score]:
+    """HallusionBench (arXiv 2310.14566): aAcc over questions, fAcc over figures whose questions are all right, qAcc
+    over questions that are right with every figure. Questions without a figure have no part in fAcc."""
+
+    def name(*fields: str) -> Callable[[Outcome], str]:
+        return lambda o: "_".join([o.item.category] + [str(o.item.reference[f]) for f in fields])
+
     scores = {}
-    for name, tasks in (("perception", aggregate.PERCEPTION), ("cognition", aggregate.COGNITION)):
-        if set(tasks) <= set(units):
-            scores[f"{stamp}/{name}"] = macro({k: units[k] for k in tasks}, graded=True).times(200 * len(tasks))
-    if len(scores) == 2:
-        every = {k: units[k] for k in (*aggregate.PERCEPTION, *aggregate.COGNITION)}
-        scores = {f"{stamp}/sum": macro(every, graded=True).times(200 * len(every))} | scores
-    return scores | {f"{stamp}/{k}": macro({k: unit}, graded=True).times(200) for k, unit in units.items()}
+    figures = [o for o in outcomes if not (o.item.category == "VS" and o.item.reference["figure_id"] == "0")]
+    for rule, stamp in stamps.items():
+        scores[f"{stamp}/aAcc"] = mean_grade(outcomes, rule)
+        if figures:
+            scores[f"{stamp}/fAcc"] = all_right(figures, rule, name("subcategory", "set_id", "figure_id"))
+        scores[f"{stamp}/qAcc"] = all_right(outcomes, rule, name("subcategory", "set_id", "question"))
+    return scores
+
+
+def _hallusion_truth(row: Question) -> dict:
+    """HallusionBench's answer and where the question belongs. Raises ``ValueError`` for a row that does not say."""
+    reference = _true_or_false(row)
+    if missing := [k for k in ("subcategory", "set_id", "figure_id") if k not in row.fields]:
+        raise ValueError(f"row {row.id} has no {', '.join(missing)}; HallusionBench's JSON has them")
+    return reference | {"question": row.id.rpartition("_")[2]}
 
 
 # --- short answers ----------------------------------------------------------------------------------------------------
 
 
-def _contains(reply: str, item: Item) -> float:
-    return replies.contains(reply, item.reference["answers"], "HME100k" not in item.category)
+def _is_formula(item: Item) -> bool:
+    return official.FORMULA in item.category or "HME100k" in (item.category, item.reference.get("dataset", ""))
 
 
-_SHORT: dict[str, tuple[str, Callable[[str, Item], float]]] = {
-    "vqa": ("vqa-accuracy", lambda reply, item: replies.vqa_accuracy(reply, item.reference["answers"])),
-    "anls": ("anls", lambda reply, item: replies.anls(reply, item.reference["answers"])),
-    "relaxed": ("relaxed", lambda reply, item: replies.relaxed(reply, item.reference["answers"])),
-    "contains": ("contains", _contains),
+def _contains(contains: Callable[[str, Sequence[str], bool], float]) -> Grade:
+    return lambda reply, item: contains(reply, item.reference["answers"], _is_formula(item))
+
+
+SHORT: dict[str, dict[str, Grade]] = {
+    "vqa": {"ours": _answers(short_answers.vqa_accuracy), "official": _answers(official.vqa_accuracy)},
+    "vqav2": {"official": _answers(partial(official.vqa_accuracy, normal=official.vqav2))},
+    "anls": {"ours": _answers(short_answers.anls), "official": _answers(official.anls)},
+    "relaxed": {"ours": _answers(short_answers.relaxed), "official": _answers(official.relaxed)},
+    "contains": {"ours": _contains(short_answers.contains), "official": _contains(official.ocrbench)},
 }
 
 
-def _judge_short(grade: Callable[[str, Item], float], item: Item, text: str) -> Verdict:
-    value = grade(text, item)
-    right = value >= 0.5
-    return Verdict(right, "" if right else f"it is {item.reference['answer']}", {}, value)
-
-
-def _short_scores(stamp: str, outcomes: Sequence[Outcome]) -> dict[str, Score]:
-    groups = {k: of for k, of in by_category(outcomes).items() if k != "all"}
-    return {f"{stamp}/overall": grades(outcomes)} | {f"{stamp}/{k}": grades(of) for k, of in groups.items()}
-
-
-def _truths(row: Row) -> dict:
-    return {"answer": row.answers[0], "answers": list(row.answers)}
+def _short_truth(row: Question) -> dict:
+    dataset = row.fields.get("dataset_name") or row.fields.get("dataset")
+    return _truths(row) | ({"dataset": dataset} if dataset else {})
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
 def benchmark(kind: str, file: Path | None, tools: Tools) -> Benchmark:
-    """The benchmark of a user's file; its score names begin with the file's."""
+    """The benchmark of a user's file; its name and score names begin with the file's."""
     assert file is not None
-    rows, stem = read_rows(file), file.stem
-    if kind in ("mcq", "mcq-circular"):
-        circular = kind == "mcq-circular"
-        protocol = "circular" if circular else "vanilla"
-        name, stamp = f"{stem}-{protocol}", f"{stem}@{protocol}"
-        items = _choices(name, rows, circular)
+    rows = read_questions(file)
+    kind = {"mcq": "vanilla", "mcq-circular": "circular"}.get(kind, kind)
+    name = f"{file.stem}-{kind}"
+    scores: Callable[..., Any]
+    if kind in CHOICES:
+        rules, items = CHOICES[kind], _option_items(name, rows, kind == "circular")
+        items = _paired(items) if kind == "mmvp" else items
+        scores = {"circular": _circular_scores, "mmvp": _mmvp_scores, "cvbench": _cvbench_scores}.get(kind, rule_scores)
+        whole = kind in ("circular", "mmvp")
         return Benchmark(
-            name, "answer", lambda seed, size: items, each(judge_choice), partial(_choice_scores, stamp, circular),
-            whole=circular,
+            name, "answer", lambda seed, size: items, judged(rules), partial(scores, name, list(rules)), whole=whole
+        )
+    if kind in YES_NO:
+        readings = YES_NO[kind]
+        items = _question_items(name, rows, "yesno", _hallusion_truth if kind == "hallusion" else _true_or_false)
+        scores = {"mme": _mme_scores, "hallusion": _hallusion_scores}.get(kind, yes_no_scores)
+        stamps = {rule: f"{name}@{rule}" for rule in readings}
+        judge = each(partial(read_yes_no, readings))
+        return Benchmark(
+            name, "answer", lambda seed, size: items, judge, partial(scores, stamps), whole=kind in ("mme", "hallusion")
+        )
+    if kind == "captions":
+        items = _question_items(name, captions.of_pictures(rows), "caption", _truths)
+        return Benchmark(
+            name, "answer", lambda seed, size: items, each(captions.judge), partial(captions.scores, name),
+            max_new_tokens=64,
         )  # fmt: skip
-    if kind in ("yesno", "mme"):
-        name, stamp = f"{stem}-{kind}", f"{stem}@lone-word"
-        items = _questions(name, rows, "yesno", _true_or_false)
-        scores = partial(yes_no_scores if kind == "yesno" else _mme_scores, stamp)
-        return Benchmark(name, "answer", lambda seed, size: items, each(judge_yes_no), scores, whole=kind == "mme")
-    protocol, grade = _SHORT[kind]
-    name = f"{stem}-{kind}"
-    items = _questions(name, rows, "short", _truths)
-    return Benchmark(
-        name, "answer", lambda seed, size: items, each(partial(_judge_short, grade)),
-        partial(_short_scores, f"{stem}@{protocol}"),
-    )  # fmt: skip
+    items = _question_items(name, rows, "short", _short_truth)
+    rules = SHORT[kind]
+    return Benchmark(name, "answer", lambda seed, size: items, judged(rules), partial(rule_scores, name, list(rules)))

@@ -86,14 +86,21 @@ TABLE: dict[str, Entry] = {
     "fid": Entry("distances", "required", "FID, KID, precision, recall; FOLDER of reference pictures, prompts.jsonl"),
     "gedit": Entry("judged_editing", "required", "GEdit-Bench with a judge; FILE.jsonl of its rows"),
     "imgedit": Entry("judged_editing", "required", "ImgEdit-Bench, basic suite, with a judge; FILE is its JSON"),
-    "mcq": Entry("questions", "required", "multiple choice, each question once; VLMEvalKit's TSV or jsonl"),
+    "mcq": Entry("questions", "required", "multiple choice, each question once; VLMEvalKit's TSV, jsonl, parquet …"),
     "mcq-circular": Entry("questions", "required", "multiple choice, right only in every rotation of the options"),
     "yesno": Entry("questions", "required", "yes or no: accuracy, precision, recall, F1, yes-ratio; POPE's jsonl"),
+    "mmmu": Entry("questions", "required", "MMMU: multiple choice and open questions; TSV, jsonl or parquet"),
+    "seed": Entry("questions", "required", "SEED-Bench, pictures only; its JSON or TSV"),
+    "cvbench": Entry("questions", "required", "CV-Bench: half 2D, half 3D; jsonl or parquet"),
+    "mmvp": Entry("questions", "required", "MMVP: pairs of questions that are both right; Questions.csv"),
+    "hallusion": Entry("questions", "required", "HallusionBench: aAcc, fAcc, qAcc; its JSON"),
     "mme": Entry("questions", "required", "MME: accuracy and accuracy+ of its 14 subtasks; TSV or jsonl"),
     "vqa": Entry("questions", "required", "short answers: VQA accuracy over annotators; jsonl"),
+    "vqav2": Entry("questions", "required", "VQAv2: VQA accuracy by its own evaluation; its JSON or jsonl"),
     "anls": Entry("questions", "required", "short answers: normalised edit similarity (DocVQA); jsonl"),
     "relaxed": Entry("questions", "required", "charts: relaxed accuracy, 5 %; jsonl"),
-    "contains": Entry("questions", "required", "OCRBench: the reply contains an answer; jsonl"),
+    "contains": Entry("questions", "required", "OCRBench: the reply contains an answer; TSV, JSON or jsonl"),
+    "captions": Entry("questions", "required", "captions of pictures: CIDEr-D; rows of image and captions"),
 }
 GROUPS = {
     "mini": (
