@@ -27,6 +27,7 @@ class Pictures:
     drawn: bool
     encoded: bool
     masked: float
+    reference: bool
     images: Tensor | None  # (N, ...) as the segments held them; None for queries
     tokens: Int[Tensor, "N n"]
     owners: tuple[str, ...]
@@ -108,7 +109,7 @@ def pack(sequences: Iterable[Layout], routes: int = 1, pad_to: int | None = None
             raise ValueError(f"sample {sequences[d].id!r}: a {s.kind} segment takes route {s.route} of {routes}")
         if len(mine):
             shape = None if s.image is None else (tuple(s.image.shape), s.image.dtype)
-            key = (s.kind, s.grid or (1, len(mine)), s.drawn, s.encoded, s.masked, shape)
+            key = (s.kind, s.grid or (1, len(mine)), s.drawn, s.encoded, s.masked, s.reference, shape)
             groups.setdefault(key, []).append((s.image, mine, sequences[d].id, s.ordinal))
     return Batch(
         ids,
@@ -126,12 +127,13 @@ def pack(sequences: Iterable[Layout], routes: int = 1, pad_to: int | None = None
                 drawn,
                 encoded,
                 masked,
+                reference,
                 None if shape is None else torch.stack([m[0] for m in members]),
                 torch.stack([m[1] for m in members]),
                 tuple(m[2] for m in members),
                 tuple(m[3] for m in members),
             )
-            for (kind, grid, drawn, encoded, masked, shape), members in groups.items()
+            for (kind, grid, drawn, encoded, masked, reference, shape), members in groups.items()
         ),
         tuple(s.id for s in sequences),
         tuple(len(s) for s in sequences),

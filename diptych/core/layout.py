@@ -38,6 +38,7 @@ class Segment:
     ``drawn``     the picture is what is to be generated: it carries the picture loss
     ``encoded``   ``image`` is not what an encoder is to be shown but what it made of that (``Image.through``)
     ``masked``    the share of the picture's tokens that the network blanks, at random (IOMM's self-conditioning)
+    ``reference`` a later picture is drawn from the picture's latents, so not from what the reader makes of it
     ``ordinal``   its number among its sample's segments of this kind, which addresses its random draws; ``NONE`` until
                   it stands in a ``Layout``
     """
@@ -55,6 +56,7 @@ class Segment:
     drawn: bool = False
     encoded: bool = False
     masked: float = 0.0
+    reference: bool = False
     ordinal: int = NONE
 
     def __post_init__(self) -> None:

@@ -242,9 +242,7 @@ class Scheduler:
 
     def _branch(self, job: Sketch, drop: Drop) -> Layout:
         """What a branch of guidance reads."""
-        if job.request.negative_prompt and "text" in drop:
-            return self.model.lay_out(_worded(job.opened, job.request.negative_prompt), drop - {"text"})
-        return self.model.lay_out(job.opened, drop)
+        return self.model.lay_out_away(job.opened, drop, job.request.negative_prompt)
 
     # ---- words --------------------------------------------------------------------------------------------------
 
@@ -264,7 +262,8 @@ class Scheduler:
     def _word(self, talk: Talk) -> None:
         self.at, r = [talk], talk.request
         word = next_word(talk.context.logits, r.temperature, r.top_p, talk.generator)
-        if word == self.model.picture_word and len(talk.images) < r.pictures and len(talk.ids) + 1 < r.max_new_tokens:
+        room = len(talk.images) < r.pictures and len(talk.ids) + 1 < r.max_new_tokens
+        if word == self.model.picture_word and room and not (talk.ids and self.model.opens_with_picture):
             self._pause(talk, word)
             return
         reason = "stop" if word in self.model.stop_ids else None
@@ -297,7 +296,7 @@ class Scheduler:
         self._tell_text(talk, talk.text)
         seed, later = talk.request.seed + len(talk.images), len(talk.request.sample.messages) > 1
         talk.ids.append(word)
-        talk.parts += (Text(talk.text, loss=True),) if talk.text else ()
+        talk.parts += (Text(talk.text, loss=True),) if talk.text or self.model.opens_with_picture else ()
         [talk.context] = self.model.extend([talk.context], [self.model.reply([word])])
         turn = assistant(*talk.parts, Image(None, "target"))
         opened = replace(talk.opened, messages=(*talk.opened.messages[:-1], turn))
@@ -377,15 +376,6 @@ def _opened(sample: Sample, turn: Message) -> Sample:
 def _shows(laid: Layout) -> bool:
     """Whether a sequence holds pictures."""
     return any(s.image is not None for s in laid.segments)
-
-
-def _worded(opened: Sample, words: str) -> Sample:
-    """The request with other words."""
-    at = opened.request_at
-    assert at is not None
-    pictures = [p for p in opened.messages[at].parts if isinstance(p, Image)]
-    changed = replace(opened.messages[at], parts=(*pictures, Text(words)))
-    return replace(opened, messages=(*opened.messages[:at], changed, *opened.messages[at + 1 :]))
 
 
 def _settled(text: str, stops: Sequence[str]) -> str:

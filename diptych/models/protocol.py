@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,10 +20,10 @@ from diptych.core.batch import Batch, Pictures
 from diptych.core.layout import Kind, Layout, Segment
 from diptych.core.losses import Losses
 from diptych.core.noise import Noise
-from diptych.core.sample import Image, Message, Sample
+from diptych.core.sample import Image, Message, Sample, Text
 from diptych.core.tensors import Float, Tensor
 from diptych.parts.autoencoder import sampled
-from diptych.parts.images import SizeRule, latents_to_tokens
+from diptych.parts.images import latents_to_tokens
 from diptych.parts.routed import spare_parameters
 from diptych.parts.tokenizer import Tokenizer
 
@@ -185,6 +185,7 @@ class Trainable(nn.Module, ABC):
 class UnifiedModel(Trainable):
     """A family that reads pictures and draws them. Generation takes lists: one request is a list of one."""
 
+    opens_with_picture: ClassVar[bool] = False  # ``picture_word`` begins a picture only as the first word of an answer
     settings: Any  # the family's own frozen dataclass; these suit the weights
     edits: Any = None  # those that suit requests which show sources; None: the same
 
@@ -209,6 +210,13 @@ class UnifiedModel(Trainable):
     def reply(self, ids: Sequence[int], drop: Drop = NOTHING) -> Layout:
         """Words of an answer, as a sequence to read on; with ``drop``, as a branch of guidance reads them."""
         return Layout("reply", (Segment(Kind.TEXT, tuple(ids)),))
+
+    def lay_out_away(self, sample: Sample, drop: Drop, words: str = "") -> Layout:
+        """What a branch of guidance reads of a request: the request without what ``drop`` names, and with ``words`` (a
+        negative prompt) in place of its own where those are dropped."""
+        if not words or "text" not in drop:
+            return self.lay_out(sample, drop)
+        return self.lay_out(worded(sample, words), drop - {"text"})
 
     def rewind(self, context: Context, length: int, position: int) -> Context:
         """The context as it was after its first ``length`` tokens, where position ids stood at ``position``; read on
@@ -313,6 +321,16 @@ def dropped(sample: Sample, drop: Drop) -> Sample:
     return replace(sample, messages=tuple(messages)) if drop else sample
 
 
+def worded(sample: Sample, words: str) -> Sample:
+    """The sample with other words in its request."""
+    at = sample.request_at
+    if at is None:
+        raise ValueError(f"sample {sample.id!r} has no request whose words could be replaced")
+    pictures = [p for p in sample.messages[at].parts if isinstance(p, Image)]
+    changed = replace(sample.messages[at], parts=(*pictures, Text(words)))
+    return replace(sample, messages=(*sample.messages[:at], changed, *sample.messages[at + 1 :]))
+
+
 def shown(sample: Sample) -> list[Image]:
     """The pictures of a request's conversation, in order."""
     return [p for p in sample.images() if not p.blank]
@@ -336,7 +354,11 @@ def sources(sample: Sample) -> list[Image]:
 
 
 def fitted(
-    sample: Sample, size: tuple[int, int], stride: int, rule: SizeRule | None = None, most: int | None = None
+    sample: Sample,
+    size: tuple[int, int],
+    stride: int,
+    rule: Callable[[int, int], tuple[int, int]] | None = None,
+    most: int | None = None,
 ) -> tuple[int, int]:
     """The (height, width) to draw for a request: the size it asks for, else what ``rule`` makes of the last picture of
     its conversation, else ``size``; these are (width, height). Raises ``ValueError`` for sides that are no multiples of

@@ -19,6 +19,7 @@ FAMILIES = {
     "iomm": "diptych.models.iomm:Iomm",
     "cheers": "diptych.models.cheers:Cheers",
     "synergen": "diptych.models.synergen:SynerGen",
+    "omnigen2": "diptych.models.omnigen2:OmniGen2",
 }
 PUBLISHED = {
     "bagel": "diptych.models.published.bagel",
@@ -51,6 +52,9 @@ SIZES: dict[str, Size] = {
     "synergen/tiny": Size("synergen", "tiny", "ships with diptych", "synergen-tiny"),
     "synergen/2b": Size("synergen", "b2", "no weights were published"),
     "synergen/qwen2-0.5b": Size("synergen", "qwen2", "no weights were published"),
+    "omnigen2/tiny": Size("omnigen2", "tiny", "train it: diptych train omnigen2/tiny"),
+    "omnigen2/3b-4b": Size("omnigen2", "b3_4", "OmniGen2/OmniGen2"),
+    "omnigen2/3b-4b-sgt": Size("omnigen2", "b3_4", "Two-hot/SGT-Gen2", base="omnigen2/3b-4b"),
     "autoencoder/vq-tiny": Size("autoencoder", "vq_tiny", "ships with diptych", "vq-tiny"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 import PIL.Image
@@ -44,6 +45,43 @@ class SizeRule:
 
     def _round(self, side: int) -> int:
         return max(self.stride, round(side / self.stride) * self.stride)
+
+
+@dataclass(frozen=True)
+class ShrinkRule:
+    """How a picture is shrunk to multiples of ``stride``: to at most ``pixels`` and a long side of at most ``longest``.
+    Sides are rounded down, to one stride at least, and a picture is never enlarged (OmniGen2's image processor)."""
+
+    pixels: int
+    longest: int
+    stride: int
+
+    def __call__(self, width: int, height: int) -> tuple[int, int]:
+        """The (width, height) to resize a picture of this size to."""
+        scale = min((self.pixels / (width * height)) ** 0.5, self.longest / max(width, height), 1.0)
+        w, h = (max(self.stride, int(side * scale) // self.stride * self.stride) for side in (width, height))
+        return w, h
+
+
+@dataclass(frozen=True)
+class AreaRule:
+    """How a picture is brought to multiples of ``stride`` with ``least`` to ``most`` pixels: the rule of transformers'
+    Qwen2-VL image processor (``smart_resize``), which also enlarges."""
+
+    least: int
+    most: int
+    stride: int
+
+    def __call__(self, width: int, height: int) -> tuple[int, int]:
+        """The (width, height) to resize a picture of this size to."""
+        w, h = (max(self.stride, round(side / self.stride) * self.stride) for side in (width, height))
+        if w * h > self.most:
+            scale = (width * height / self.most) ** 0.5
+            w, h = (max(self.stride, int(side / scale / self.stride) * self.stride) for side in (width, height))
+        elif w * h < self.least:
+            scale = (self.least / (width * height)) ** 0.5
+            w, h = (ceil(side * scale / self.stride) * self.stride for side in (width, height))
+        return w, h
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from diptych.core.sample import Speaker
 from diptych.core.tensors import NONE, Float, Int, Tensor, to_float
 from diptych.parts.attention import Attend, Cache
 from diptych.parts.batch_invariant import linear
-from diptych.parts.images import SizeRule
+from diptych.parts.images import AreaRule, SizeRule
 from diptych.parts.pretrained import pretrained, reading
 
 KIND = "a vision-language model"
@@ -51,7 +51,7 @@ class MllmConfig:
 
     model: dict[str, Any]
     template: Template = Template()
-    see: SizeRule = SizeRule(longest=1008, shortest=56, stride=28)
+    see: SizeRule | AreaRule = SizeRule(longest=1008, shortest=56, stride=28)
 
     def __post_init__(self) -> None:
         if self.model.get("model_type") not in TOWERS:
@@ -66,7 +66,7 @@ class MllmConfig:
         return int((self.model.get("text_config") or self.model)["hidden_size"])
 
     @staticmethod
-    def of(source: str | Path, see: SizeRule | None = None) -> MllmConfig:
+    def of(source: str | Path, see: SizeRule | AreaRule | None = None) -> MllmConfig:
         """The config of a folder of transformers, or of an ``org/name`` of the hub. Raises ``ValueError``."""
         auto = _transformers()
         with reading(source, KIND):
@@ -199,7 +199,7 @@ class Tower:
     image: tuple[str, str]
     statistics: tuple[tuple[float, float, float], tuple[float, float, float]]  # mean and deviation of the pixels
 
-    def __init__(self, config: Any, see: SizeRule) -> None:
+    def __init__(self, config: Any, see: SizeRule | AreaRule) -> None:
         raise NotImplementedError
 
     def size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -224,7 +224,7 @@ class InternVL(Tower):
     image = ("<img>", "</img>")
     statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's
 
-    def __init__(self, config: Any, see: SizeRule) -> None:
+    def __init__(self, config: Any, see: SizeRule | AreaRule) -> None:
         (height, width), (rows, columns) = config.vision_config.image_size, config.vision_config.patch_size
         if height // rows != width // columns:
             raise ValueError(f"InternVL takes square grids of patches, not {height // rows} x {width // columns}")
@@ -253,7 +253,7 @@ class Qwen25VL(Tower):
     image = ("<|vision_start|>", "<|vision_end|>")
     statistics = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # CLIP's
 
-    def __init__(self, config: Any, see: SizeRule) -> None:
+    def __init__(self, config: Any, see: SizeRule | AreaRule) -> None:
         vision = config.vision_config
         self.patch, self.merge, self.frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
         self.see = see

@@ -194,7 +194,7 @@ class ReferenceDit(nn.Module):
         self.modulation = nn.Linear(c.time_width, d)
         self.leave = nn.Linear(d, features)
 
-    def forward(self, pictures: Sequence[Drawn]) -> list[Float[Tensor, "n f"]]:
+    def forward(self, pictures: Sequence[Drawn]) -> list[Float[Tensor, "_ f"]]:
         """The velocity from noise to data, a value per token of every picture.
 
         Raises ``ValueError`` for more references than the network has index vectors."""
@@ -249,7 +249,7 @@ class ReferenceDit(nn.Module):
         self,
         layers: nn.ModuleList,
         x: Float[Tensor, "T d"],
-        places: Sequence[Sequence[Int[Tensor, "n 3"]]],
+        places: Sequence[Sequence[Int[Tensor, "_ 3"]]],
         time: Float[Tensor, "N w"] | None = None,
     ) -> Float[Tensor, "T d"]:
         """``x`` through blocks that attend inside every document of every sample; ``places`` are the position ids of
@@ -296,7 +296,7 @@ class ReferenceDit(nn.Module):
 
 def coordinates(
     words: int, references: Sequence[tuple[int, int]], grid: tuple[int, int], device: torch.device | str = "cpu"
-) -> list[Int[Tensor, "n 3"]]:
+) -> list[Int[Tensor, "_ 3"]]:
     """Position ids of the condition, of every reference and of the picture to draw. Word i stands at (i, i, i); a
     picture at (offset, row, column), where the offset grows from the number of words by the longer side of every
     reference before it."""

@@ -34,9 +34,13 @@ class Tokenizer:
 
     def encode_markup(self, text: str) -> list[int]:
         """The ids of a template's text, in which special tokens are tokens."""
+        return [i for ids, rest in self.pieces(text) for i in (ids or self.encode(rest))]
+
+    def pieces(self, text: str) -> list[tuple[list[int], str]]:
+        """A template's text cut at its special tokens: ([id], "") for each of them, ([], text) for what is between."""
         special = self.special
-        pieces = re.split("(" + "|".join(map(re.escape, special)) + ")", text) if special else [text]
-        return [i for p in pieces if p for i in ([self.id(p)] if p in special else self.encode(p))]
+        found = re.split("(" + "|".join(map(re.escape, special)) + ")", text) if special else [text]
+        return [([self.id(p)], "") if p in special else ([], p) for p in found if p]
 
     @property
     def special(self) -> list[str]:

@@ -233,7 +233,7 @@ def test_every_branch_drops_what_it_says(model):
     settings = replace(model.settings, guidance_scale=2.0, image_guidance_scale=1.5)
     edit = replace(tiny.edit(), messages=(tiny.edit().messages[0], assistant(Image(None, "target"))))
     assert model.branches(to_draw(), settings) == {frozenset(): 1.0, frozenset({"text"}): 2.0}
-    assert model.branches(edit, settings)[frozenset({"image"})] == 1.5
+    assert [g for drop, g in model.branches(edit, settings).items() if "image" in drop] == [1.5]
     for request in (to_draw(), edit):
         first, *rest = model.branches(request, settings)
         assert first == frozenset() and rest and all(b <= set(model.conditions) for b in rest)

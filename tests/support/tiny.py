@@ -17,6 +17,7 @@ from diptych.models import bagel as bagel_family
 from diptych.models import cheers as cheers_family
 from diptych.models import configs, store
 from diptych.models import iomm as iomm_family
+from diptych.models import omnigen2 as omnigen2_family
 from diptych.models import synergen as synergen_family
 from diptych.models.protocol import UnifiedModel
 from diptych.parts.autoencoder import AutoencoderConfig
@@ -108,11 +109,33 @@ def cheers() -> cheers_family.Config:
     )
 
 
+def omnigen2() -> omnigen2_family.Config:
+    """OmniGen2 with two layers of width 32; 64 pixels are 16 tokens."""
+    c = omnigen2_family.Config.tiny()
+    model = deepcopy(c.mllm.model)
+    model |= {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+    model["rope_scaling"] |= {"mrope_section": [2, 1, 1]}
+    model["vision_config"] |= {
+        "hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 32,
+        "fullatt_block_indexes": [0],
+    }  # fmt: skip
+    return replace(
+        c,
+        mllm=replace(c.mllm, model=model),
+        dit=replace(c.dit, hidden_size=32, layers=2, refiners=1, heads=2, kv_heads=1, axes=(4, 6, 6), text_width=32),
+        autoencoder=bagel().autoencoder,
+        size=(32, 32),
+        settings=replace(c.settings, num_inference_steps=4),
+        edits=None,
+    )
+
+
 FAMILIES = {
     "bagel": bagel,
     "iomm": iomm,
     "cheers": cheers,
     "synergen": synergen,
+    "omnigen2": omnigen2,
 }
 
 
