@@ -34,6 +34,11 @@ def alone() -> Iterator[None]:
         _ALONE.reset(token)
 
 
+def decoding() -> bool:
+    """Whether this runs inside ``alone``."""
+    return _ALONE.get()
+
+
 def linear(x: Float[Tensor, "*n i"], weight: Float[Tensor, "o i"], bias: Tensor | None = None) -> Float[Tensor, "*n o"]:
     """x weight^T + bias, row by row independent of the number of rows (no gradient, CPU; elsewhere ``F.linear``)."""
     rows = x.numel() // x.shape[-1]

@@ -10,6 +10,7 @@ import diptych
 from diptych import cli
 from diptych.core.sample import Image, Sample, user
 from diptych.models import store
+from diptych.parts.batch_invariant import alone
 from diptych.parts.quantize import Int8Linear, quantized, rounded, to_int8
 from tests.support import published
 from tests.support.tiny import picture
@@ -51,6 +52,19 @@ def test_the_product_is_that_of_the_rounded_weight(bias, dtype):
     again = Int8Linear(nn.Linear(40, 24, bias=bias, dtype=dtype))
     again.load_state_dict(linear.state_dict(), strict=False)  # a floating weight is rounded on its way in
     assert torch.equal(again(x), layer(x))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("shape", [(64, 16), (192, 384), (40, 24)])  # the last is no shape of torch's kernel
+def test_decoding_multiplies_by_the_integers_and_no_row_depends_on_another(shape):
+    torch.manual_seed(0)
+    layer = Int8Linear(nn.Linear(*shape, dtype=torch.bfloat16))
+    x = torch.randn(9, shape[0], dtype=torch.bfloat16)
+    with alone():
+        decoded = layer(x)
+        assert all(torch.equal(layer(x[i : i + 1]), decoded[i : i + 1]) for i in range(9))
+        assert torch.equal(layer(x.reshape(3, 3, -1)), decoded.reshape(3, 3, -1))
+    assert (decoded - layer(x)).float().norm() < 0.01 * decoded.float().norm()
 
 
 @pytest.mark.parametrize("dtype, width", [("fp32", 4), ("bf16", 2)])
