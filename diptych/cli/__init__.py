@@ -1082,11 +1082,13 @@ def _data_stats(a: argparse.Namespace) -> None:
 
 
 def _data_bench(a: argparse.Namespace) -> None:
-    from diptych.data.loader import Loader
+    from dataclasses import replace
+
     from diptych.data.shards import speed
     from diptych.models import configs, store
     from diptych.recipes.run import configured, stage_sources
     from diptych.training.log import consumption
+    from diptych.training.rows import stage_loader
 
     recipe = configured(
         a.recipe, catalog=a.catalog, encoded=a.encoded, override=_pairs(a.override, "--set", "PATH=VALUE")
@@ -1099,11 +1101,7 @@ def _data_bench(a: argparse.Namespace) -> None:
     rows = []
     for stage in recipe.stages:
         for workers in a.workers:
-            loader = Loader(
-                stage_sources(recipe, stage), stage.data, model.lay_out, routes=model.routes,
-                tokens=stage.limits.tokens, pictures=stage.limits.pictures, seed=recipe.seed, workers=workers,
-                streams=recipe.streams, dropout=stage.dropout, conditions=model.conditions,
-            )  # fmt: skip
+            loader = stage_loader(replace(recipe, workers=workers), stage, model, stage_sources)
             told = speed(loader, a.rows)
             row = {"stage": stage.name, "workers": workers, **told.to_json()}
             rows.append(row | ({"times_consumed": told.tokens_per_second / consumed} if consumed else {}))

@@ -113,6 +113,11 @@ class Layout:
         """How many pictures the sequence carries."""
         return sum(s.image is not None for s in self.segments)
 
+    @property
+    def has_target(self) -> bool:
+        """Whether anything in it is to be predicted or drawn; what has nothing carries no loss."""
+        return any(s.supervised or s.drawn for s in self.segments)
+
     def positions(self, start: int = 0) -> list[int]:
         """The position id of every token, counting from ``start``."""
         out: list[int] = []

@@ -21,13 +21,13 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from diptych.core.sample import Image, Sample, sample_to_json
 from diptych.core.tensors import Tensor
-from diptych.data.loader import as_worker
 from diptych.data.mixture import Source
 from diptych.data.sources import Tar, webdataset
+from diptych.data.workers import read_ahead
 from diptych.machine.disk import atomic, write_text
 
 INDEX = "encoded.json"
@@ -207,14 +207,8 @@ def precompute(
         if (folder / shard_name(k)).is_file():
             progress(len(rows))
             continue
-        with written(folder / shard_name(k)) as tar:
-            seen = iter(
-                DataLoader(
-                    _Watch(source, model.lay_out), sampler=rows, batch_size=None, num_workers=workers,
-                    collate_fn=lambda x: x, worker_init_fn=as_worker, generator=torch.Generator(),
-                    multiprocessing_context="fork" if workers else None,
-                )
-            )  # fmt: skip
+        watched = _Watch(source, model.lay_out)
+        with written(folder / shard_name(k)) as tar, read_ahead(watched, workers, sampler=rows) as seen:
             for at in range(rows.start, rows.stop, WINDOW):
                 window, good = range(at, min(at + WINDOW, rows.stop)), {}
                 for number in window:

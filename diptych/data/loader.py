@@ -14,25 +14,26 @@ that a worker has prefetched.
 from __future__ import annotations
 
 import logging
-import os
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from diptych.core.batch import Batch, pack
 from diptych.core.layout import Layout
 from diptych.core.sample import Sample
 from diptych.core.tensors import NONE
 from diptych.data.mixture import Draw, Mixture, Source, uniform
+from diptych.data.workers import read_ahead
 
 LayOut = Callable[..., Layout]  # lay_out(sample, drop=frozenset of conditions): a family's, or any function
 NAMED = 5  # how many bad rows an error lists
+REASONS = 100  # bad samples whose reason is kept
+LEAST = 10  # bad samples that a share always allows
+IN_VAIN = 1000  # bad samples in a row that end a stream, where the limit is a share
 
 log = logging.getLogger("diptych.data")
 
@@ -48,6 +49,7 @@ class Stats:
     samples: Mapping[str, int]  # data set -> how many of its samples are in the row
     dropped: Mapping[str, int]  # condition -> how many samples lost it
     skipped: Mapping[str, str]  # bad sample -> why; in the order met
+    untargeted: int = 0  # samples without anything to predict or to draw
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,15 +63,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides the rows; the same for every rank and every worker, and checked on resume."""
+    """All that decides the rows; the same for every rank and every worker, and checked on resume.
+
+    ``weights``   data set -> weight, of samples
+    ``tokens``    the budget of a row, as ``pictures``
+    ``streams``   independent streams of rows, a multiple of world x workers
+    ``ahead``     how many samples of a stream wait for a row that they fit in
+    ``dropout``   condition -> how often ``lay_out`` leaves it out, where a sample has a picture to draw
+    """
 
     weights: Mapping[str, float]
-    seed: int
     tokens: int
     pictures: int
-    streams: int
-    ahead: int
-    dropout: Mapping[str, float]
+    seed: int = 0
+    streams: int = 16
+    ahead: int = 24
+    dropout: Mapping[str, float] = field(default_factory=dict)
 
 
 class Bad(NamedTuple):
@@ -95,17 +104,17 @@ class Stream:
 
     def __init__(
         self,
-        number: int,
+        mixture: Mixture,
         plan: Plan,
         sources: Mapping[str, Source],
         lay_out: LayOut,
         routes: int,
         pad_to: int | None,
-        skip_limit: int,
+        skip_limit: int | float,
     ) -> None:
-        self.mixture = Mixture(sources, plan.weights, plan.seed, number, plan.streams)
-        self.number, self.plan, self.sources, self.lay_out = number, plan, sources, lay_out
-        self.routes, self.pad_to, self.skip_limit = routes, pad_to, skip_limit
+        self.mixture, self.plan, self.sources, self.lay_out = mixture, plan, sources, lay_out
+        self.routes, self.pad_to = routes, pad_to
+        self.most = IN_VAIN if isinstance(skip_limit, float) else skip_limit  # bad samples for one row
         self.pending: list[Pending] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -147,6 +156,7 @@ class Stream:
             samples=dict(Counter(p.draw.source for p in chosen)),
             dropped=dict(Counter(c for p in chosen for c in p.dropped)),
             skipped=skipped,
+            untargeted=sum(not p.sequence.has_target for p in chosen),
         )
 
     def _refill(self, skipped: dict[str, str]) -> None:
@@ -159,9 +169,9 @@ class Stream:
                 continue
             skipped[made.name] = made.reason
             run += 1
-            # the consumer counts over all streams; this ends a stream that would never bring forth a row
-            if run > self.skip_limit or len(skipped) > self.skip_limit:
-                raise ValueError(_too_many(skipped, self.skip_limit, run))
+            # the consumer counts over all streams; this ends a stream that would never yield a row
+            if run > self.most or len(skipped) > self.most:
+                raise ValueError(_too_many(skipped, self.most, len(skipped), run if run > len(skipped) else 0))
 
     def _lay_out(self, draw: Draw) -> Pending | Bad:
         name = f"{draw.source}/{draw.index}"
@@ -183,7 +193,7 @@ class Stream:
     def _drop(self, sample: Sample, draw: Draw) -> frozenset[str]:
         if not any(image.role == "target" for image in sample.images()):
             return frozenset()
-        address = (self.plan.seed, "dropout", self.number, draw.number)
+        address = (self.plan.seed, "dropout", self.mixture.stream, draw.number)
         return frozenset(name for name, p in self.plan.dropout.items() if uniform(*address, name) < p)
 
 
@@ -209,99 +219,118 @@ class Rows(IterableDataset):
             row += workers
 
 
+class Skips:
+    """The bad samples of a process: how many, and the reasons of the first ``REASONS``.
+
+    A ``limit`` below 1 is a share of the samples drawn, where every skip counts; any other is a number of different
+    samples."""
+
+    def __init__(self, limit: int | float) -> None:
+        self.limit, self.share = limit, isinstance(limit, float)
+        if self.share and not 0 < limit < 1:
+            raise ValueError(f"skip_limit is a count or a share between 0 and 1, not {limit}")
+        self.reasons: dict[str, str] = {}
+        self.events = self.draws = 0
+
+    def add(self, stats: Stats) -> dict[str, str]:
+        """Counts the samples of a row; returns the newly met bad ones with their reasons. Raises ``ValueError`` above
+        the limit."""
+        self.events += len(stats.skipped)
+        self.draws += sum(stats.samples.values()) + len(stats.skipped)
+        room = REASONS if self.share else max(REASONS, int(self.limit) + 1)
+        fresh = {name: why for name, why in stats.skipped.items() if name not in self.reasons}
+        self.reasons |= dict(list(fresh.items())[: max(0, room - len(self.reasons))])
+        count, most = len(self.reasons), self.limit
+        if self.share:
+            count, most = self.events, max(LEAST, self.limit * self.draws)
+        if count > most:
+            raise ValueError(_too_many(self.reasons, self.limit, count, self.draws if self.share else 0))
+        return fresh
+
+
 class Loader:
     """Endless packed rows of a weighted mixture. Iterating continues after the last row handed out."""
 
     def __init__(
         self,
         sources: Mapping[str, Source],
-        weights: Mapping[str, float],
+        plan: Plan,
         lay_out: LayOut,
         *,
-        tokens: int,
-        pictures: int,
         routes: int = 1,
-        seed: int = 0,
-        workers: int = 0,
-        streams: int = 16,
-        dropout: Mapping[str, float] | None = None,
         conditions: Iterable[str] = ("text", "image"),
+        pad_to: int | None = None,
+        workers: int = 0,
         rank: int = 0,
         world: int = 1,
-        skip_limit: int = 100,
-        ahead: int = 24,
-        pad_to: int | None = None,
+        skip_limit: int | float = 100,
     ) -> None:
-        """``tokens`` and ``pictures`` are the budgets of one row; ``weights`` are of samples.
+        """Rows of ``plan`` over ``sources``, for rank ``rank`` of ``world``.
 
         ``routes``      how many experts the family has
-        ``workers``     processes that lay out (forked, so ``lay_out`` may be a network's method); 0 works in this one
-        ``streams``     independent streams of rows, a multiple of world x workers; decides the rows, so fixed for a run
-        ``dropout``     condition -> how often ``lay_out`` is told to leave it out, where a target picture is
         ``conditions``  what the family can leave out
-        ``skip_limit``  how many different bad samples this process may skip before it stops
-        ``ahead``       how many samples of a stream wait for a row that they fit in
         ``pad_to``      pads the row to a multiple of this
+        ``workers``     processes that lay out (forked, so ``lay_out`` may be a network's method); 0 works in this one
+        ``skip_limit``  bad samples this process may skip before it stops: how many, or (below 1) which share
 
         Raises ``ValueError`` for settings that contradict each other, naming the value and the choices.
         """
-        dropout = dict(dropout or {})
-        lowest = {"tokens": 1, "pictures": 0, "routes": 1, "streams": 1, "ahead": 1, "world": 1, "skip_limit": 0}
-        given = {
-            "tokens": tokens, "pictures": pictures, "routes": routes, "streams": streams, "ahead": ahead,
-            "world": world, "skip_limit": skip_limit, "workers": workers,
-        }  # fmt: skip
+        lowest = {"tokens": 1, "pictures": 0, "routes": 1, "streams": 1, "ahead": 1, "world": 1}
+        given = {name: getattr(plan, name) for name in ("tokens", "pictures", "streams", "ahead")}
+        given |= {"routes": routes, "world": world, "skip_limit": skip_limit, "workers": workers}
         for name, value in given.items():
             if value < lowest.get(name, 0):
                 raise ValueError(f"{name} must be at least {lowest.get(name, 0)}, not {value}")
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} is outside 0..{world - 1}")
-        if streams % (world * max(workers, 1)):
+        if plan.streams % (shares := world * max(workers, 1)):
             raise ValueError(
-                f"streams must be a multiple of world x workers = {world} x {max(workers, 1)}, not {streams}; "
-                f"the next that fits is {-(-streams // (world * max(workers, 1))) * world * max(workers, 1)}"
+                f"streams must be a multiple of world x workers = {world} x {max(workers, 1)}, not {plan.streams}; "
+                f"the next that fits is {-(-plan.streams // shares) * shares}"
             )
-        for name, p in dropout.items():
+        for name, p in plan.dropout.items():
             if name not in (known := tuple(conditions)):
                 raise ValueError(f"unknown condition {name!r} in dropout; choose from {', '.join(known)}")
             if not 0 <= p <= 1:
                 raise ValueError(f"the dropout of {name!r} is {p}; it must lie in [0, 1]")
-        self.plan = Plan(dict(weights), seed, tokens, pictures, streams, ahead, dropout)
-        self.sources = {name: sources[name] for name in weights if name in sources}
-        self.lengths = Mixture(sources, weights, seed).lengths
-        self.lay_out, self.routes, self.pad_to = lay_out, routes, pad_to
-        self.workers, self.rank, self.world, self.skip_limit = workers, rank, world, skip_limit
+        self.plan, self.lay_out, self.routes, self.pad_to = plan, lay_out, routes, pad_to
+        self.sources = {name: sources[name] for name in plan.weights if name in sources}
+        self.lengths = Mixture(sources, plan.weights, plan.seed).lengths
+        self.workers, self.rank, self.world = workers, rank, world
         self._rows = 0  # handed out by this rank
         self._states: dict[str, Any] = {}
-        self._skipped: dict[str, str] = {}
+        self._skips = Skips(skip_limit)
+        self._generations: dict[str, int] = {}  # how often a data set has grown since the run began
 
     @property
     def skipped(self) -> Mapping[str, str]:
         """The bad samples met so far, and why each was skipped."""
-        return dict(self._skipped)
+        return dict(self._skips.reasons)
 
     def __iter__(self) -> Iterator[Row]:
-        """Rows without end. Raises ``ValueError`` when more than ``skip_limit`` different samples were bad."""
+        """Rows without end, see ``running``."""
+        with self.running() as rows:
+            yield from rows
+
+    @contextmanager
+    def running(self) -> Iterator[Iterator[Row]]:
+        """Yields rows without end; the workers end with the block.
+
+        Rows raise ``ValueError`` where more than ``skip_limit`` samples were bad, and whatever a source or ``lay_out``
+        raises otherwise; a worker that dies raises ``ChildProcessError`` at once."""
         numbers = tuple(range(self.rank, self.plan.streams, self.world))
-        rows = DataLoader(
-            Rows(self._stream, numbers, dict(self._states), self._rows),
-            batch_size=None,
-            num_workers=self.workers,
-            collate_fn=_same,
-            worker_init_fn=as_worker,
-            generator=torch.Generator(),  # DataLoader draws a seed nobody uses; not from the global state
-            multiprocessing_context="fork" if self.workers else None,
-        )
-        for number, batch, stats, state in rows:
+        made = Rows(self._stream, numbers, dict(self._states), self._rows)
+        with read_ahead(made, self.workers) as items:
+            yield self._counted(items)
+
+    def _counted(self, items: Iterator[tuple[int, Batch, Stats, dict[str, Any]]]) -> Iterator[Row]:
+        """The rows of ``items``; moves the counters and states of this loader with every row handed out."""
+        for number, batch, stats, state in items:
             row = Row(batch, self._rows * self.world + self.rank, stats)
             self._rows += 1
             self._states[str(number)] = state
-            for name, reason in stats.skipped.items():
-                if name not in self._skipped:
-                    self._skipped[name] = reason
-                    log.warning("skipped %s: %s", name, reason)
-            if len(self._skipped) > self.skip_limit:
-                raise ValueError(_too_many(self._skipped, self.skip_limit))
+            for name, reason in self._skips.add(stats).items():
+                log.warning("skipped %s: %s", name, reason)
             yield row
 
     def state_dict(self) -> dict[str, Any]:
@@ -310,32 +339,58 @@ class Loader:
             "rows": self._rows * self.world,
             "plan": _plain(self.plan, self.lengths),
             "streams": dict(self._states),
-            "skipped": dict(self._skipped),
+            "skipped": dict(self._skips.reasons),
+            "skips": {"events": self._skips.events, "draws": self._skips.draws},
+            "generations": dict(self._generations),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], grown: bool = False) -> None:
         """Continues after the row that ``state`` was taken behind, with any number of workers and ranks.
+
+        With ``grown`` data sets may be longer than they were: each then begins an epoch of all its rows.
 
         Raises ``ValueError`` when the rows would not be those of the saved run: other data, budgets, seed or streams; a
         number of rows that the ranks cannot share; or streams of another rank missing (see ``merge_states``).
         """
-        now = _plain(self.plan, self.lengths)
+        now, saved = _plain(self.plan, self.lengths), state["plan"]
+        longer = [n for n, length in self.lengths.items() if length > saved["lengths"].get(n, length)]
         for name in now:
-            if state["plan"].get(name) != now[name]:
-                saved = state["plan"].get(name)
-                raise ValueError(f"cannot resume: {name} was {saved} when the state was saved and is {now[name]} now")
+            if name == "lengths" and longer and now[name] == saved[name] | {n: self.lengths[n] for n in longer}:
+                if grown:
+                    continue
+                raise ValueError(
+                    f"cannot resume: data set {longer[0]!r} had {saved[name][longer[0]]} rows when the state was saved "
+                    f"and has {self.lengths[longer[0]]} now; to go on with grown data say so (--grown-data)"
+                )
+            if saved.get(name) != now[name]:
+                raise ValueError(
+                    f"cannot resume: {name} was {saved.get(name)} when the state was saved and is {now[name]} now"
+                )
         rows, rest = divmod(state["rows"], self.world)
         if rest:
             raise ValueError(f"cannot resume: {state['rows']} rows do not divide among {self.world} ranks")
-        mine = range(self.rank, min(self.plan.streams, state["rows"]), self.world)
-        if missing := [s for s in mine if str(s) not in state["streams"]]:
+        numbers = range(self.rank, min(self.plan.streams, state["rows"]), self.world)
+        if missing := [s for s in numbers if str(s) not in state["streams"]]:
             raise ValueError(f"cannot resume: the state lacks streams {missing}; merge the states of all ranks first")
         self._rows = rows
-        self._states = {str(s): state["streams"][str(s)] for s in mine}
-        self._skipped = dict(state["skipped"])
+        self._generations = dict(state.get("generations", {}))
+        self._generations |= {name: self._generations.get(name, 0) + 1 for name in longer}
+        self._states = {str(s): _regrown(state["streams"][str(s)], longer) for s in numbers}
+        self._skips.reasons = dict(state["skipped"])
+        if self.rank == 0:  # the state counts for all ranks, and their counts are added when they are saved
+            counts = state.get("skips", {"events": 0, "draws": 0})
+            self._skips.events, self._skips.draws = counts["events"], counts["draws"]
 
     def _stream(self, number: int) -> Stream:
-        return Stream(number, self.plan, self.sources, self.lay_out, self.routes, self.pad_to, self.skip_limit)
+        mixture = Mixture(self.sources, self.plan.weights, self.plan.seed, number, self.plan.streams, self._generations)
+        return Stream(mixture, self.plan, self.sources, self.lay_out, self.routes, self.pad_to, self._skips.limit)
+
+
+def _regrown(stream: Mapping[str, Any], grown: Iterable[str]) -> dict[str, Any]:
+    """The state of a stream whose data sets have ``grown``: the draws from them so far belong to the rows of before."""
+    mixture = stream["mixture"]
+    starts = mixture.get("starts", {}) | {name: mixture["counts"][name] for name in grown}
+    return {**stream, "mixture": mixture | ({"starts": starts} if starts else {})}
 
 
 def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -343,22 +398,24 @@ def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     states = list(states)
     if not states:
         raise ValueError("there are no states to merge")
-    for name in ("rows", "plan"):
+    for name in ("rows", "plan", "generations"):
         if any(s[name] != states[0][name] for s in states):
             raise ValueError(f"the ranks' states differ in {name!r}: {[s[name] for s in states]}")
     merged = {key: {k: v for s in states for k, v in s[key].items()} for key in ("streams", "skipped")}
-    return {"rows": states[0]["rows"], "plan": states[0]["plan"]} | merged
+    skips = {what: sum(s["skips"][what] for s in states) for what in ("events", "draws")}
+    return {**{name: states[0][name] for name in ("rows", "plan", "generations")}, **merged, "skips": skips}
 
 
 def _plain(plan: Plan, lengths: Mapping[str, int]) -> dict[str, Any]:
     return asdict(plan) | {"lengths": dict(lengths)}
 
 
-def _too_many(skipped: Mapping[str, str], limit: int, draws: int = 0) -> str:
-    first = "\n".join(f"  {name}: {reason}" for name, reason in list(skipped.items())[:NAMED])
-    more = f"\n  and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""
-    within = f" in {draws} draws" if draws > len(skipped) else ""
-    return f"{len(skipped)} bad samples{within}, and the limit is {limit}:\n{first}{more}"
+def _too_many(reasons: Mapping[str, str], limit: int | float, count: int, draws: int = 0) -> str:
+    first = "\n".join(f"  {name}: {reason}" for name, reason in list(reasons.items())[:NAMED])
+    more = f"\n  and {count - NAMED} more" if count > NAMED else ""
+    within = f" in {draws} draws" if draws else ""
+    allowed = f"{limit:.3%} of them" if isinstance(limit, float) else limit
+    return f"{count} bad samples{within}, and the limit is {allowed}:\n{first}{more}"
 
 
 @contextmanager
@@ -369,19 +426,3 @@ def _naming(note: str) -> Iterator[None]:
     except BaseException as error:
         error.add_note(note)
         raise
-
-
-def _same(row: Any) -> Any:
-    return row
-
-
-def as_worker(worker: int) -> None:
-    """A worker keeps to one thread and gives way: one of the trainer's threads interrupted makes all of them wait.
-
-    Signals are the trainer's: sent to the whole job (Ctrl-C, ``scancel``), they must not end the worker whose position
-    the trainer is about to save. Workers end when the trainer tells them to or is gone.
-    """
-    torch.set_num_threads(1)
-    os.nice(5)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

@@ -102,8 +102,11 @@ class Mixture:
         seed: int,
         stream: int = 0,
         streams: int = 1,
+        generations: Mapping[str, int] | None = None,
     ) -> None:
-        """``weights`` are of samples and need not add up to one; they choose among ``sources``.
+        """``weights`` are of samples and need not add up to one; they choose among ``sources``. ``generations`` says
+        how often a data set has grown since the run began: then its rows are shuffled anew, from where ``starts`` of
+        the state says.
 
         Raises ``ValueError`` for an unknown name, a weight that is not positive and finite, an empty data set, and a
         stream outside ``range(streams)``.
@@ -126,19 +129,24 @@ class Mixture:
         self._edges = list(accumulate(weights[name] / total for name in self.names))[:-1]
         self._number = 0
         self._counts = dict.fromkeys(self.names, 0)
+        self._generations = dict(generations or {})
+        self._starts = dict.fromkeys(self._generations, 0)  # draws from a data set before it last grew
 
     def draw(self) -> Draw:
         """The next draw; moves the counters."""
         name = self.names[bisect_right(self._edges, uniform(self.seed, "choice", self.stream, self._number))]
-        epoch, place = divmod(self._counts[name] * self.streams + self.stream, self.lengths[name])
-        drawn = Draw(name, permuted(place, self.lengths[name], self.seed, "order", name, epoch), self._number)
+        since = self._counts[name] - self._starts.get(name, 0)
+        epoch, place = divmod(since * self.streams + self.stream, self.lengths[name])
+        shuffle = f"{self._generations[name]}.{epoch}" if self._generations.get(name) else epoch
+        drawn = Draw(name, permuted(place, self.lengths[name], self.seed, "order", name, shuffle), self._number)
         self._number += 1
         self._counts[name] += 1
         return drawn
 
     def state_dict(self) -> dict[str, Any]:
         """How many draws were made, in all and from each data set; JSON-able."""
-        return {"number": self._number, "counts": dict(self._counts)}
+        state = {"number": self._number, "counts": dict(self._counts)}
+        return state | ({"starts": dict(self._starts)} if self._starts else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues where ``state`` was taken. Raises ``ValueError`` when it was taken from other data sets."""
@@ -146,3 +154,4 @@ class Mixture:
             raise ValueError(f"the saved state mixes {sorted(state['counts'])}, this mixture {list(self.names)}")
         self._number = int(state["number"])
         self._counts = {name: int(state["counts"][name]) for name in self.names}
+        self._starts |= {name: int(start) for name, start in state.get("starts", {}).items()}

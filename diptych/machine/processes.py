@@ -1,20 +1,25 @@
-"""The processes of one run: how many, which one this is, and sums over all of them."""
+"""The processes of one run: how many there are, which one this is, and collectives over all of them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+T = TypeVar("T")
+
 
 @contextmanager
-def processes(device: str | None = None) -> Iterator[tuple[int, int]]:
-    """(rank, world) as torchrun says it, with a process group where there is more than one process; on GPUs (the
-    default where there are some) every process takes its own."""
+def processes(device: str | None = None, minutes: float = 30.0) -> Iterator[tuple[int, int]]:
+    """Yields (rank, world) as torchrun sets them, with a process group where there is more than one process; on GPUs
+    (the default where there are some) every process takes its own.
+
+    A collective that waits for another process for more than ``minutes`` raises."""
     gpus = device.startswith("cuda") if device else torch.cuda.is_available()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
@@ -22,7 +27,7 @@ def processes(device: str | None = None) -> Iterator[tuple[int, int]]:
         return
     if gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(minutes=minutes))
     try:
         yield rank, world
     finally:
@@ -54,9 +59,30 @@ def any_of(flag: bool) -> bool:
 
 
 def gather(value: Any) -> list[Any]:
-    """Everybody's value, by rank."""
+    """The values of all processes, by rank."""
     if not dist.is_initialized():
         return [value]
     out = [None] * dist.get_world_size()
     dist.all_gather_object(out, value)
     return out
+
+
+def together(work: Callable[[], T]) -> T:
+    """The result of ``work``, which every process calls; when it raises in one of them, all raise: that one its own
+    error, the others an ``OSError`` that names it."""
+    if not dist.is_initialized():
+        return work()
+    error: Exception | None = None
+    try:
+        result = work()
+    except Exception as caught:
+        error = caught
+    if any_of(error is not None):
+        failed = [(rank, text) for rank, text in enumerate(gather(_short(error))) if text]
+        raise error or ConnectionAbortedError("process {} failed: {}".format(*failed[0]))
+    return result
+
+
+def _short(error: Exception | None) -> str:
+    """Type and first line of an error; empty for none."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}" if error is not None else ""

@@ -86,7 +86,8 @@ class AutoencoderTraining(Trainable):
             w, h = (max(stride, side // stride * stride) for side in image.pixels.size)
             grid = (h // stride, w // stride)
             ids = (NONE,) * (grid[0] * grid[1])
-            segments.append(Segment(Kind.CLEAN, ids, image=to_tensor(image.pixels, (w, h)), grid=grid, full=True))
+            picture = to_tensor(image.pixels, (w, h))
+            segments.append(Segment(Kind.CLEAN, ids, image=picture, grid=grid, full=True, drawn=True))
         if not segments:
             raise ValueError(f"sample {sample.id!r} has no picture to train an autoencoder on")
         return Layout(sample.id, tuple(segments))

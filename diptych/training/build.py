@@ -111,7 +111,7 @@ def _module(model: Trainable, path: str, name: str) -> nn.Module:
         raise ValueError(f"init: {name} has no module {path!r}; it has {known}, and what is inside them") from error
 
 
-def _copy(model: Trainable, weights: dict[str, torch.Tensor], precision: str) -> Trainable:
+def copy(model: Trainable, weights: dict[str, torch.Tensor], precision: str) -> Trainable:
     """A model of its own with these weights; what is trained in bf16 is used in bf16."""
     made = store.create(model.family, model.config, model.tokenizer, "meta")
     if precision == "bf16":

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,44 +22,49 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from diptych.machine import disk
+from diptych.machine.processes import together
 
 
 class Saver:
     """Writes the checkpoints of a run into ``folder``, one at a time, and keeps the last ``keep``.
 
-    With ``behind`` the tensors are copied to the host and written by a thread while training goes on."""
+    With ``behind`` the tensors are copied to the host and written by a thread while training goes on. ``minutes`` is
+    how long a process waits for the others."""
 
-    def __init__(self, folder: Path, keep: int, behind: bool) -> None:
+    def __init__(self, folder: Path, keep: int, behind: bool, minutes: float = 30.0) -> None:
         self.folder, self.keep, self.behind = folder, keep, behind
         self.alone = not dist.is_initialized()
         self.first = self.alone or dist.get_rank() == 0
-        self.group = None if self.alone else dist.new_group(backend="gloo")  # the training's own is in use meanwhile
+        # a group of its own, because the training uses the other one meanwhile
+        self.group = None if self.alone else dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
         self.pool = ThreadPoolExecutor(1)
         self.stager = DefaultStager(StagingOptions(False, False, False, False)) if behind else None
         self.pending: Future | None = None
 
     def save(self, step: int, tensors: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
-        """Begins the checkpoint of ``step``; every process must call it. Raises what the one before ended with."""
-        self.wait()
+        """Begins the checkpoint of ``step``; every process must call it. Raises the error of the one before."""
+        together(self.wait)
         path = self.folder / f"step-{step:08d}"
         tmp = self.folder / f".{path.name}.tmp"
-        if self.first:
-            for stale in self.folder.glob(".step-*.tmp"):  # of a run that was killed
-                shutil.rmtree(stale)
-            tmp.mkdir()
-        if not self.alone:
-            dist.barrier()
+        together(lambda: self._clean(tmp) if self.first else None)
         state = self.stager.stage(dict(tensors)) if self.stager else dict(tensors)
         assert isinstance(state, dict)
         self.pending = self.pool.submit(self._write, path, tmp, state, dict(meta))
         if not self.behind:
-            self.wait()
+            together(self.wait)
         return path
 
+    @property
+    def failed(self) -> bool:
+        """Whether the checkpoint that was being written ended with an error; ``wait`` raises it."""
+        return self.pending is not None and self.pending.done() and self.pending.exception() is not None
+
     def wait(self) -> None:
-        """Returns when nothing is being written any more."""
+        """Returns when nothing is being written any more. Raises ``OSError`` where writing failed."""
         if self.pending:
             pending, self.pending = self.pending, None
             pending.result()
@@ -70,19 +78,51 @@ class Saver:
             if self.stager:
                 self.stager.close()
 
+    def _clean(self, tmp: Path) -> None:
+        """Makes the temporary folder, after removing those of runs that were killed."""
+        for stale in self.folder.glob(".step-*.tmp"):
+            shutil.rmtree(stale)
+        tmp.mkdir()
+
     def _write(self, path: Path, tmp: Path, state: dict[str, Any], meta: dict[str, Any]) -> None:
-        _quietly(dcp.save, state, checkpoint_id=tmp / "state", process_group=self.group, no_dist=self.alone)
-        if not self.first:
-            return
+        """Writes this process's shards; process 0 then adds the checksums, renames the folder and removes old ones.
+        Where that fails, process 0 removes what is temporary."""
+        try:
+            with _errors_of(f"checkpoint {path} cannot be written"):
+                _quietly(dcp.save, state, checkpoint_id=tmp / "state", process_group=self.group, no_dist=self.alone)
+            if self.first:
+                self._finish(path, tmp, meta)
+        finally:
+            if self.first:
+                shutil.rmtree(tmp, ignore_errors=True)
+
+    def _finish(self, path: Path, tmp: Path, meta: dict[str, Any]) -> None:
         sums = _checksums(tmp) | {"meta.json": _checksum(meta)}
         (tmp / "meta.json").write_text(json.dumps(meta | {"checksums": sums}))
+        disk.flush_all(tmp)
         if path.exists():  # a resumed run comes by the same step again
             shutil.rmtree(path)
         tmp.rename(path)
-        there = available(self.folder)
-        at = there.index(path) + 1  # behind it only damaged ones, which the run went on before
-        for old in [*there[: max(0, at - self.keep)], *there[at:]]:
+        disk.flush(self.folder)
+        complete = available(self.folder)
+        at = complete.index(path) + 1  # those after it are damaged: the run resumed before them
+        for old in [*complete[: max(0, at - self.keep)], *complete[at:]]:
             shutil.rmtree(old)
+
+
+@contextmanager
+def _errors_of(what: str) -> Iterator[None]:
+    """Turns torch's ``CheckpointException``, a ``BaseException``, into an ``OSError`` (or ``ValueError``) that names the
+    cause."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        number = cause.errno if isinstance(cause, OSError) else None
+        if isinstance(cause, ValueError):
+            raise ValueError(f"{what}: {cause}") from error
+        text = f"{what}: {type(cause).__name__} in process {rank}: {cause}"
+        raise (OSError(number, text) if number else OSError(text)) from error
 
 
 def _checksums(folder: Path) -> dict[str, str]:
@@ -139,10 +179,75 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Fills ``tensors`` in place from a checkpoint, every process its shards, and returns the mapping."""
+    """Fills ``tensors`` in place from a checkpoint, every process its shards, and returns the mapping.
+
+    Raises ``ValueError`` where the checkpoint holds anything but tensors, and ``OSError`` where it cannot be read."""
     state = dict(tensors)
-    _quietly(dcp.load, state, checkpoint_id=folder / "state", no_dist=not dist.is_initialized())
+    with _errors_of(f"checkpoint {folder} cannot be read"):
+        _quietly(dcp.load, state, storage_reader=Reader(folder / "state"), no_dist=not dist.is_initialized())
     return state
+
+
+# What the metadata of a checkpoint of tensors consists of. Reading it runs these constructors and nothing else.
+METADATA_TYPES = {
+    ("torch.distributed.checkpoint.metadata", name)
+    for name in (
+        "Metadata",
+        "TensorStorageMetadata",
+        "TensorProperties",
+        "ChunkStorageMetadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    )
+} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Refuses whatever is not in ``METADATA_TYPES`` or a dtype of torch, so that a pickle cannot call anything."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in METADATA_TYPES:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(kind := getattr(torch, name, None), torch.dtype):
+            return kind
+        raise ValueError(f"it names {module}.{name}, which no checkpoint of tensors does")
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads checkpoints without running code from them: torch's own reader unpickles ``.metadata`` as it is, and
+    unpickles every value that ``.metadata`` calls bytes. Here ``.metadata`` may name tensors in the folder alone."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        file = Path(self.path) / ".metadata"
+        try:
+            with file.open("rb") as stream:
+                metadata = _MetadataUnpickler(stream).load()
+            _check_metadata(metadata)
+        except (pickle.UnpicklingError, ValueError, TypeError, AttributeError, EOFError, IndexError, KeyError) as error:
+            raise ValueError(f"{file} is refused: {error}") from error
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def _check_metadata(metadata: Any) -> None:
+    """Raises ``ValueError`` unless every entry is a tensor in a file of the folder itself."""
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+        raise ValueError("it holds no metadata")
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ValueError(f"{name!r} is no tensor")
+    for info in (metadata.storage_data or {}).values():
+        if Path(info.relative_path).name != str(info.relative_path) or info.transform_descriptors:
+            raise ValueError(f"it points to {str(info.relative_path)!r}, outside the checkpoint or transformed")
 
 
 def optimizer_state(optimizers: list[torch.optim.Optimizer], names: Mapping[int, str]) -> dict[str, Tensor]:
@@ -160,7 +265,7 @@ def restore_optimizer(
     optimizers: list[torch.optim.Optimizer], names: Mapping[int, str], folder: Path, prefix: str
 ) -> None:
     """Gives every optimizer the state that ``optimizer_state`` wrote under ``prefix``, sharded as its parameters."""
-    stored = dcp.FileSystemReader(folder / "state").read_metadata().state_dict_metadata
+    stored = Reader(folder / "state").read_metadata().state_dict_metadata
     live = {
         f"{prefix}{type(o).__name__}.{names[id(p)]}": (o, p)
         for o in optimizers

@@ -3,16 +3,19 @@ TensorBoard where it is installed."""
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import logging
+import os
 import resource
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,7 +27,7 @@ from diptych.core.losses import Losses
 from diptych.data.loader import Row
 from diptych.machine import disk
 from diptych.machine.devices import matmul_rate
-from diptych.machine.processes import total
+from diptych.machine.processes import place, total
 
 
 def memory(device: torch.device | str = "cpu") -> float:
@@ -95,8 +98,8 @@ class Log:
         self.tracker = tracker(track, run)
         self.path, self.total, self.show = run / METRICS, total, show
         keep_until(self.path, step)
-        self.file: TextIO = self.path.open("a")
-        self.recent: deque[tuple[float, int]] = deque(maxlen=50)
+        self.file = self.path.open("ab", buffering=0)  # a line is written at once, and nothing is left for ``close``
+        self.recent: deque[tuple[float, float]] = deque(maxlen=50)
         self.last_line = 0.0
         self.board = None
         if importlib.util.find_spec("tensorboard"):
@@ -111,10 +114,12 @@ class Log:
             self.task = self.bar.add_task("", total=total, completed=step, stage="", text="")
             self.bar.start()
 
-    def step(self, row: Mapping[str, Any]) -> None:
-        """Records one step; ``row`` has at least step, stage and loss."""
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+    def step(self, row: Mapping[str, Any], position: float) -> None:
+        """Records one step; ``row`` has at least step, stage and loss. ``position`` says how far the run is, in steps
+        of its schedule. Raises ``OSError`` where the line cannot be written."""
+        line = json.dumps(row).encode() + b"\n"
+        if self.file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         if self.board:
             for name, value in row.items():
                 if isinstance(value, (int, float)) and name != "step":
@@ -122,14 +127,19 @@ class Log:
         if self.tracker:
             self.tracker.log({k: v for k, v in row.items() if k not in ("step", "stage")}, step=int(row["step"]))
         now = time.perf_counter()
-        self.recent.append((now, int(row["step"])))
+        self.recent.append((now, position))
         if not self.show:
             return
         if self.bar:
-            self.bar.update(self.task, completed=row["step"], stage=row["stage"], text=self._text(row))
-        elif now - self.last_line > 15 or row["step"] == self.total:
+            self.bar.update(self.task, completed=position, stage=row["stage"], text=self._text(row))
+        elif now - self.last_line > 15 or position == self.total:
             self.last_line = now
-            self.console.print(f"{row['stage']} {row['step']}/{self.total}  {self._text(row)}", highlight=False)
+            where = (
+                f"{row['step']}/{self.total}"
+                if position == row["step"]
+                else f"{row['step']}, {position / self.total:.0%}"
+            )
+            self.console.print(f"{row['stage']} {where}  {self._text(row)}", highlight=False)
 
     def _text(self, row: Mapping) -> str:
         terms = "  ".join(f"{k[5:]} {v:.3f}" for k, v in row.items() if k.startswith("loss/"))
@@ -148,16 +158,22 @@ class Log:
             self.console.print(text, highlight=False, soft_wrap=True)  # paths stay whole
 
     def close(self) -> None:
-        if self.bar:
-            self.bar.stop()
-        if self.board:
-            self.board.close()
-        if self.tracker:
-            self.tracker.finish()
-        self.file.close()
+        """Ends the bar, the board, the tracker and the file, each of them whatever the others raise."""
+        with ExitStack() as stack:
+            stack.callback(self.file.close)
+            if self.tracker:
+                stack.callback(self.tracker.finish)
+            if self.board:
+                stack.callback(self.board.close)
+            if self.bar:
+                stack.callback(self.bar.stop)
 
 
 METRICS = "metrics.jsonl"
+PATIENCE = 10  # steps after which a stage that has learned nothing ends
+HINT = "A target is an assistant's text or a picture with the role target; diptych data check names the rows"
+
+warnings = logging.getLogger("diptych.training")
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
@@ -204,12 +220,12 @@ def keep_until(path: Path, step: int) -> None:
         disk.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-class _Tally:
+class Tally:
     """Sums of a step: loss terms, loss terms by data set (of families that tell), samples by data set."""
 
     def __init__(self, counts: Mapping[str, float], data: Mapping[str, float]) -> None:
         self.counts = counts
-        self.sums = {f"loss/{n}": 0.0 for n in counts} | {f"samples/{name}": 0.0 for name in data}
+        self.sums = {"untargeted": 0.0} | {f"loss/{n}": 0.0 for n in counts} | {f"samples/{name}": 0.0 for name in data}
         self.by_data = {f"{name}/{n}/{what}": 0.0 for name in data for n in counts for what in ("sum", "count")}
         self.data = sorted(data, key=len, reverse=True)  # a name may begin with another
 
@@ -223,6 +239,8 @@ class _Tally:
                     self.by_data[f"{owner}/{n}/count"] += count
 
     def hold(self, row: Row) -> None:
+        """Adds what the loader says about a row."""
+        self.sums["untargeted"] += row.stats.untargeted
         for name, n in row.stats.samples.items():
             self.sums[f"samples/{name}"] += n
 
@@ -236,10 +254,35 @@ class _Tally:
             **{f"loss/{n}": v for n, v in terms.items()},
             **{f"data/{d}/{n}": value / count for (d, n), (value, count) in pairs.items() if count},
             **{name: v for name, v in sums.items() if name.startswith("samples/")},
+            "untargeted": sums["untargeted"],
         }
 
 
-def _norm(parameters: Iterable[nn.Parameter]) -> float:
+class Targets:
+    """Watches that a stage learns: warns of samples without a target, and ends a stage in which nothing has one."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage, self.steps, self.samples, self.untargeted, self.learned = stage, 0, 0, 0, False
+
+    def add(self, row: Mapping[str, float], last: bool) -> None:
+        """Takes the logged row of a step; ``last`` says that the stage ends with it.
+
+        Raises ``ValueError`` where nothing was learned in the first ``PATIENCE`` steps, or in the whole of a shorter
+        stage."""
+        self.steps += 1
+        self.samples += int(sum(value for name, value in row.items() if name.startswith("samples/")))
+        before, self.untargeted = self.untargeted, self.untargeted + int(row["untargeted"])
+        counted = sum(value for name, value in row.items() if name.startswith("count/"))
+        self.learned = self.learned or (counted > 0 and row["gradient_norm"] > 0)
+        told = f"stage {self.stage!r}: {self.untargeted} of {self.samples} samples have no target"
+        if not self.learned and (last or self.steps >= PATIENCE):
+            why = "the losses reach nothing that the stage trains" if counted else f"no row carries a loss; {told}"
+            raise ValueError(f"stage {self.stage!r} learns nothing in {self.steps} steps: {why}. {HINT}")
+        if self.untargeted and (not before or last) and place()[0] == 0:
+            warnings.warning("%s. %s", told, HINT)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
     """The norm of all gradients together."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

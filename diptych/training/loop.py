@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,21 +20,22 @@ from torch import nn
 from diptych.core.batch import Batch
 from diptych.core.losses import add_counts, check_weights, combine
 from diptych.core.noise import Noise
-from diptych.data.encoded import encoders_of, refuse_stale
 from diptych.data.loader import Loader, Row, merge_states
+from diptych.machine import disk
 from diptych.machine.doctor import environment
-from diptych.machine.processes import any_of, gather, processes, total
+from diptych.machine.processes import any_of, gather, processes, together, total
 from diptych.models import store
 from diptych.models.protocol import Trainable
 from diptych.models.release import MARK
 from diptych.parts.quantize import widened
 from diptych.training import checkpoint, lora, optim, plan
-from diptych.training.build import _copy, build
-from diptych.training.log import Log, Work, _norm, _Tally, memory, profiler
+from diptych.training.build import build, copy
+from diptych.training.clock import Clock
+from diptych.training.log import Log, Tally, Targets, Work, gradient_norm, memory, profiler
 from diptych.training.parallel import add_gradients, local, settle, sharded, whole
 from diptych.training.parameters import Average, freeze, release_state, select
-from diptych.training.plan import Sources
 from diptych.training.recipe import Recipe, Stage
+from diptych.training.rows import Sources, stage_loader
 
 Hook = Callable[[Trainable, int, Path], None]  # called with the model, the step and the run after every checkpoint
 
@@ -63,7 +63,7 @@ class State:
 
 def train(
     recipe: Recipe,
-    run: str | Path,
+    run: str | Path | None,
     sources: Sources,
     device: str = "cpu",
     resume: bool = False,
@@ -72,19 +72,27 @@ def train(
     stop: threading.Event | None = None,
     profile: int = 0,
     track: str | None = None,
+    grown: bool = False,
 ) -> Path:
     """Runs the recipe into the folder ``run`` and returns the folder of the released model (``run/release``).
 
     ``run`` receives recipe.json (itself runnable), environment.json, metrics.jsonl (one object a step), checkpoints/,
-    samples/ (whatever ``hook`` draws) and release/; crash.json when something raised; trace.json when ``profile`` says
-    how many steps to trace. ``track`` names a tracker (trackio, wandb). A folder that already holds a run is refused
-    unless ``resume``, which goes on from the newest checkpoint whose checksums hold, on any number of processes that
-    share the rows of a step. Raises ``Interrupted`` after SIGINT, SIGTERM or ``stop``, with everything saved."""
-    run = Path(run)
-    with processes(device) as (rank, world), _asked_to_stop(stop) as asked:
-        _together(lambda: _prepare(run, recipe, resume) if rank == 0 else None)
+    samples/ (whatever ``hook`` draws) and release/; crash.json when something raised (crash-N.json in process N);
+    trace.json when ``profile`` says how many steps to trace. By default it is a folder under ``runs``, named by the
+    recipe and the time. ``track`` names a tracker (trackio, wandb).
+
+    A folder that already holds a run is refused unless ``resume``, which continues from the newest checkpoint whose
+    checksums hold, on any number of processes that share the rows of a step; ``grown`` allows data sets to be longer
+    than they were.
+
+    Raises ``Interrupted`` after SIGINT, SIGTERM or ``stop``, with everything saved; ``ValueError`` for settings that
+    contradict each other and for a stage without anything to learn; ``OSError`` for a full disk and a dead worker."""
+    with processes(device, recipe.engine.timeout) as (rank, world), _asked_to_stop(stop) as asked:
+        began = time.monotonic()
+        run = Path(gather(str(run or _default_folder(recipe)))[0])
+        together(lambda: _prepare(run, recipe, resume) if rank == 0 else None)
         find = resume and rank == 0
-        found = _together(lambda: checkpoint.newest(run / "checkpoints") if find else (None, []))
+        found = together(lambda: checkpoint.newest(run / "checkpoints") if find else (None, []))
         saved, damaged = gather(found)[0]
         model = build(recipe, device, resuming=saved is not None)
         _check(recipe, model)
@@ -97,8 +105,10 @@ def train(
         if log:
             for line in damaged:
                 log.say(f"{line}; going on from {saved}")
-        saver = checkpoint.Saver(run / "checkpoints", recipe.keep, recipe.engine.async_save)
-        job = _Job(recipe, run, sources, state, log, asked, hook, rank, world, meta["world"] if meta else world, saver)
+        saver = checkpoint.Saver(run / "checkpoints", recipe.keep, recipe.engine.async_save, recipe.engine.timeout)
+        first_world = meta["world"] if meta else world
+        job = _Job(recipe, run, sources, state, log, asked, hook, rank, world, first_world, saver, grown)
+        job.clock = Clock(recipe, (meta.get("elapsed", 0.0) if meta else 0.0) + time.monotonic() - began)
         try:
             with profiler(run / "trace.json" if rank == 0 else None, profile) as job.turn:
                 for index in range(state.stage, len(recipe.stages)):
@@ -106,17 +116,23 @@ def train(
                         state.stage, state.done, state.loader = index, 0, None
                     job.run_stage(recipe.stages[index], saved if meta else None)
                     meta = None
-            saver.wait()
+            together(saver.wait)
             job.release()
         except Exception as error:
             if not isinstance(error, Interrupted):
                 job.report(error)
             raise
         finally:
-            saver.close()
-            if log:
-                log.close()
+            try:
+                saver.close()
+            finally:
+                if log:
+                    log.close()
     return run / "release"
+
+
+def _default_folder(recipe: Recipe) -> Path:
+    return Path("runs") / f"{recipe.name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 @dataclass
@@ -134,9 +150,14 @@ class _Job:
     world: int
     first_world: int  # processes that the run began with: they decide how many rows a step has
     saver: checkpoint.Saver
+    grown: bool = False
+    clock: Clock = field(init=False)
     work: Work = field(init=False)
     turn: Callable[[], None] = field(init=False)  # called after every step
     row: list[Row] = field(default_factory=list)  # rows of the step that is being computed
+
+    def __post_init__(self) -> None:
+        self.clock = Clock(self.recipe)
 
     def rows(self, stage: Stage) -> int:
         """How many rows this process adds up for a step. Raises ``ValueError`` where they do not divide."""
@@ -163,59 +184,44 @@ class _Job:
             checkpoint.restore_optimizer(state.optimizers, names, saved, "optimizer.")
             if state.average:
                 state.average.steps = checkpoint.read_meta(saved)["average"]
-        sources = self.sources(recipe, stage)
-        self._check_encoded(sources)
         static = recipe.engine.compile or model.device.type == "cuda"  # rows of one length: nothing is compiled twice
-        loader = Loader(
-            sources,
-            stage.data,
-            model.lay_out,
-            routes=model.routes,
+        loader = stage_loader(
+            recipe,
+            stage,
+            model,
+            self.sources,
             pad_to=stage.limits.tokens if static else None,
-            tokens=stage.limits.tokens,
-            pictures=stage.limits.pictures,
-            seed=recipe.seed + 7919 * state.stage,
-            workers=recipe.workers,
-            streams=recipe.streams,
-            dropout=stage.dropout,
-            conditions=model.conditions,
             rank=self.rank,
             world=self.world,
-            skip_limit=recipe.skip_limit,
         )
         if state.loader:
-            loader.load_state_dict(state.loader)
-        rows, accumulate = iter(loader), self.rows(stage)
+            loader.load_state_dict(state.loader, self.grown)
         self.work = Work(str(model.device), recipe.precision, lambda batch: plan.flops(recipe, stage, batch))
-        while state.done < stage.steps:
-            logged = self.step(stage, rows, accumulate, parts)
-            state.done += 1
-            state.step += 1
-            if self.log:
-                self.log.step({"step": state.step, "stage": stage.name, **logged})
-            self.turn()
-            stopping = any_of(self.asked.is_set())
-            last = state.done == stage.steps
-            if stopping or last or state.step % recipe.checkpoint_every == 0:
-                path = self.save(loader, names)
-                self.draw()
-                if stopping and not (last and state.stage == len(recipe.stages) - 1):
-                    self.saver.wait()
-                    self.release()
-                    raise Interrupted(path, state.step)
+        targets = Targets(stage.name)
+        self.clock.start()
+        with loader.running() as rows:
+            while not self.clock.over(state.stage, state.done):
+                row = self.step(stage, rows, self.rows(stage), parts)
+                state.done += 1
+                state.step += 1
+                self.clock.tick()
+                if self.log:
+                    along = sum(s.steps for s in recipe.stages[: state.stage])
+                    position = along + self.clock.position(state.stage, state.done)
+                    self.log.step({"step": state.step, "stage": stage.name, **row}, position)
+                last = self.clock.over(state.stage, state.done)
+                targets.add(row, last)
+                self.turn()
+                stopping = any_of(self.asked.is_set() or self.saver.failed)
+                if stopping or last or state.step % recipe.checkpoint_every == 0:
+                    path = self.save(loader, names)
+                    self.draw()
+                    if stopping and not (last and state.stage == len(recipe.stages) - 1):
+                        together(self.saver.wait)
+                        self.release()
+                        raise Interrupted(path, state.step)
         if state.average and state.stage < len(recipe.stages) - 1:
             state.average.hand_on()
-
-    def _check_encoded(self, sources: Mapping[str, Any]) -> None:
-        """Refuses data sets that another encoder made than the model's, or one that this stage would change."""
-        model = self.state.model
-        for encoder in encoders_of(sources) & model.encoders.keys():
-            modules = [model.get_submodule(m) for m in model.encoders[encoder].modules]
-            if any(p.requires_grad for m in modules for p in m.parameters()):
-                raise ValueError(
-                    f"this stage trains {encoder!r}, and its data sets hold what that made of pictures before"
-                )
-        refuse_stale(sources, lambda name: model.digest(name) if name in model.encoders else f"{model.family} has none")
 
     def save(self, loader: Loader, names: Mapping[int, str]) -> Path:
         """Begins the checkpoint of this step; every process must call it."""
@@ -227,6 +233,7 @@ class _Job:
             "loader": merge_states(gather(loader.state_dict())),
             "average": state.average.steps if state.average else 0,
             "world": self.first_world,
+            "elapsed": self.clock.elapsed(),
         }
         slots = checkpoint.optimizer_state(state.optimizers, names)
         return self.saver.save(state.step, _tensors(state) | {f"optimizer.{k}": v for k, v in slots.items()}, meta)
@@ -240,7 +247,7 @@ class _Job:
         if sharded(recipe.engine):
             weights = whole(model.state_dict())
             if self.rank == 0:
-                model = _copy(model, lora.merged(weights), recipe.precision)
+                model = copy(model, lora.merged(weights), recipe.precision)
         if self.rank == 0:
             # drawings have other shapes, and few: they are not worth compiling for
             with torch.compiler.set_stance("force_eager") if recipe.engine.compile else nullcontext():
@@ -275,8 +282,11 @@ class _Job:
             "traceback": traceback.format_exc(),
         }
         file = self.folder / ("crash.json" if self.rank == 0 else f"crash-{self.rank}.json")
-        with suppress(OSError):  # the disk may be what failed
-            file.write_text(json.dumps(row, indent=1))
+        try:
+            disk.write_text(file, json.dumps(row, indent=1))
+        except OSError as unwritten:  # the disk may be what failed
+            error.add_note(f"{file} cannot be written: {unwritten}; last good checkpoint: {row['last_checkpoint']}")
+        else:
             error.add_note(f"see {file}; last good checkpoint: {row['last_checkpoint']}")
 
     def step(
@@ -284,13 +294,14 @@ class _Job:
     ) -> dict[str, float]:
         """One optimizer step over ``accumulate`` rows; returns what to log."""
         state, model, start = self.state, self.state.model, time.perf_counter()
-        self.row = micro = _together(lambda: [next(rows) for _ in range(accumulate)])
+        self.row = micro = together(lambda: [next(rows) for _ in range(accumulate)])
         waited = time.perf_counter() - start
         batches = [r.batch.to(model.device) for r in micro]
         counts = total(add_counts([model.counts(b) for b in batches]))
         noise = Noise(self.recipe.seed, state.step)
-        optim.set_rates(state.optimizers, rate := optim.factor(stage.schedule, state.done, stage.steps))
-        tally = _Tally(counts, stage.data)
+        position = self.clock.position(state.stage, state.done)
+        optim.set_rates(state.optimizers, rate := optim.factor(stage.schedule, position, stage.steps))
+        tally = Tally(counts, stage.data)
         tokens = sum(sum(b.lengths) for b in batches)
         for batch in batches:
             with self.autocast():
@@ -303,7 +314,7 @@ class _Job:
             tally.add(losses, batch)
         trained = [p for part in parts.values() for p in part.values()]
         add_gradients(trained)
-        norms = {part: _norm(p.values()) for part, p in parts.items()}
+        norms = {part: gradient_norm(p.values()) for part, p in parts.items()}
         norm = math.hypot(*norms.values())
         self.stop_unless_finite("gradient's norm", norm, batches)
         if (shrink := stage.optimizer.clip / (norm + 1e-6)) < 1:
@@ -334,8 +345,8 @@ class _Job:
         }
 
     def stop_unless_finite(self, what: str, value: float, batches: list[Batch]) -> None:
-        """Raises ``FloatingPointError`` in every process where any process met a number that is none, and names the
-        samples of its rows."""
+        """Raises ``FloatingPointError`` in every process where one of them met NaN or infinity; names the samples of its
+        rows."""
         names = [] if math.isfinite(value) else [name for batch in batches for name in batch.samples]
         if not any_of(bool(names)):
             return
@@ -345,18 +356,6 @@ class _Job:
         raise FloatingPointError(
             f"step {self.state.step + 1}: the {what} is {rows[0][0]}; nothing was updated. Samples of the row: {told}"
         )
-
-
-def _together(work: Callable[[], Any]) -> Any:
-    """The result of ``work``; when it raises in one process, every process raises."""
-    error, result = None, None
-    try:
-        result = work()
-    except (ValueError, OSError, ArithmeticError) as caught:
-        error = caught
-    if any_of(error is not None):
-        raise error or ValueError("another process stopped with an error")
-    return result
 
 
 def _tensors(state: State) -> dict[str, torch.Tensor]:
@@ -378,8 +377,8 @@ def _prepare(run: Path, recipe: Recipe, resume: bool) -> None:
         raise ValueError(f"{run} already holds a run; go on with it (diptych resume {run}) or name another folder")
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     (run / "samples").mkdir(exist_ok=True)
-    (run / "recipe.json").write_text(recipe.to_json())
-    (run / "environment.json").write_text(json.dumps(environment(), indent=1))
+    disk.write_text(run / "recipe.json", recipe.to_json())
+    disk.write_text(run / "environment.json", json.dumps(environment(), indent=1))
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from diptych.training.parallel import each_whole
 from diptych.training.recipe import Optimizer, Schedule
 
 
-def factor(schedule: Schedule, step: int, steps: int) -> float:
-    """The factor on the learning rate at ``step`` of ``steps`` (both from 0)."""
+def factor(schedule: Schedule, step: float, steps: int) -> float:
+    """The factor on the learning rate at ``step`` (from 0; between two steps where a run follows the clock) of
+    ``steps``."""
     rate = min(1.0, (step + 1) / (schedule.warmup + 1))
     if schedule.shape == "cosine":
         along = max(0, step - schedule.warmup) / max(1, steps - schedule.warmup)

@@ -12,7 +12,7 @@ import resource
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -27,7 +27,6 @@ from torch.utils.flop_counter import flop_registry
 from diptych.core.batch import Batch
 from diptych.core.losses import combine
 from diptych.core.noise import Noise
-from diptych.data.loader import Loader
 from diptych.models import configs, store
 from diptych.models.protocol import Trainable
 from diptych.parts.quantize import to_int8
@@ -35,9 +34,9 @@ from diptych.training import lora
 from diptych.training.parallel import spread
 from diptych.training.parameters import always_frozen, ever_trained, freeze
 from diptych.training.recipe import Recipe, Stage
+from diptych.training.rows import Sources, stage_loader
 
 GIB = 2**30
-Sources = Callable[[Recipe, Stage], Mapping[str, Any]]  # the data sets of a stage, by name
 GPUS = {  # dense bf16 TFLOP/s and GiB, from the data sheets
     "3090": (71, 24), "4090": (165, 24), "5090": (210, 32), "a10": (125, 24), "l4": (121, 24), "l40s": (362, 48),
     "a100-40": (312, 40), "a100": (312, 80), "h100": (989, 80), "h200": (989, 141), "b200": (2250, 180),
@@ -193,10 +192,7 @@ def _prepared(recipe: Recipe, stage: Stage) -> Trainable:
 
 def _row(recipe: Recipe, stage: Stage, sources: Sources, model: Trainable) -> Any:
     """The fullest of a few rows of the stage's own data."""
-    loader = Loader(
-        sources(recipe, stage), stage.data, model.lay_out, routes=model.routes, tokens=stage.limits.tokens,
-        pictures=stage.limits.pictures, seed=recipe.seed, streams=1, dropout=stage.dropout, conditions=model.conditions,
-    )  # fmt: skip
+    loader = stage_loader(replace(recipe, streams=1, workers=0), stage, model, sources)
     return max((row for _, row in zip(range(4), loader)), key=lambda row: row.stats.tokens)
 
 

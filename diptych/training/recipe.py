@@ -84,6 +84,7 @@ class Engine:
                    layers, the rest in bf16; not sharded); both compute in bf16 too
     ``offload``    shards live in the memory of the host
     ``async_save`` checkpoints are written while training goes on, from a copy in the memory of the host
+    ``timeout``    minutes that a process waits for the others before it ends with an error
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -93,6 +94,11 @@ class Engine:
     frozen: Literal["fp32", "bf16", "int8"] = "fp32"
     offload: bool = False
     async_save: bool = True
+    timeout: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not self.timeout > 0:
+            raise ValueError(f"engine.timeout must be positive (minutes), not {self.timeout}")
 
 
 @dataclass(frozen=True)
@@ -165,11 +171,16 @@ class Recipe:
     lora: dict[str, int] = field(default_factory=dict)  # part -> rank: its linear layers are adapted, not trained
     checkpoint_every: int = 500
     keep: int = 2  # checkpoints that stay
-    skip_limit: int = 100  # unreadable rows before the run stops
+    skip_limit: int | float = 100  # bad samples before the run stops: a count, or (below 1) a share of those drawn
+    minutes: float | None = None  # of wall clock for the whole run; each stage gets its share by ``steps``
 
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError(f"recipe {self.name!r} has no stages")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes must be positive, not {self.minutes}")
+        if self.checkpoint_every < 1 or self.keep < 1:
+            raise ValueError(f"checkpoint_every and keep must be at least 1: {self.checkpoint_every}, {self.keep}")
         if self.engine.frozen != "fp32" and self.precision != "bf16":
             raise ValueError(f"engine.frozen {self.engine.frozen} needs precision bf16: a product has one dtype")
         if self.engine.frozen == "int8" and self.engine.shard != "none":

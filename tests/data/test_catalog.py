@@ -23,10 +23,10 @@ from diptych.core.sample import Image, Sample, Text, sample_from_json
 from diptych.core.tensors import NONE
 from diptych.data.catalog import load_catalog, read_catalog, sources
 from diptych.data.check import check
-from diptych.data.loader import Loader
 from diptych.data.sheet import show
 from diptych.data.sources import images, jsonl, parquet, webdataset
 from diptych.data.worlds import embedded
+from tests.support.loading import make_loader
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -245,10 +245,10 @@ def test_check_finds_ids_that_come_twice_and_sets_that_do_not_open(folder):
 def test_the_loader_skips_and_names_what_check_names(broken):
     found = sources(["cats"], broken)
     reasons = {p.reason for p in check(broken).problems}
-    loader = Loader(found, {"cats": 1}, lay_out, tokens=256, pictures=8, streams=1)
+    loader = make_loader(found, {"cats": 1}, lay_out, tokens=256, pictures=8, streams=1)
     list(islice(loader, 1 + len(WRONG_ROWS)))
     assert set(loader.skipped.values()) == reasons
-    strict = Loader(found, {"cats": 1}, lay_out, tokens=256, pictures=8, streams=1, skip_limit=3)
+    strict = make_loader(found, {"cats": 1}, lay_out, tokens=256, pictures=8, streams=1, skip_limit=3)
     with pytest.raises(ValueError, match=r"4 bad samples.*, and the limit is 3:\n  cats/\d+: .*cats.jsonl:\d+: "):
         list(islice(strict, 50))
 

@@ -14,10 +14,10 @@ from diptych.core.batch import pack
 from diptych.core.layout import Kind
 from diptych.data import encoded
 from diptych.data.catalog import sources
-from diptych.data.loader import Loader
 from diptych.recipes.run import precompute
 from diptych.training.parameters import by_part, freeze
 from tests.support import tiny
+from tests.support.loading import make_loader
 from tests.training.test_loop import losses, train
 
 SETS = {"shapes/draw#24": 0.5, "shapes/ask#12": 0.3, "shapes/edit#12": 0.2}
@@ -105,7 +105,7 @@ def test_a_killed_encoding_goes_on_and_bad_members_are_skipped(tmp_path):
         file.seek(at)
         file.write(b"\xff" * 64)
     held = sources(["shapes/draw#8"], size=32, encoded=tmp_path)
-    rows = Loader(
+    rows = make_loader(
         held, {"shapes/draw#8": 1.0}, tiny.model("bagel").lay_out, tokens=192, pictures=8, routes=2, streams=1
     )
     for _ in zip(range(4), rows):  # noqa: B905

@@ -12,11 +12,11 @@ from diptych.core.layout import Kind, Layout, Segment
 from diptych.core.sample import Image, Text, sample_from_json
 from diptych.data.catalog import load_catalog, sources
 from diptych.data.convert import FORMATS, convert
-from diptych.data.loader import Loader
 from diptych.data.shards import shard, speed, stats
 from diptych.data.sources import webdataset
 from tests.data.test_catalog import encoded, write_parquet
 from tests.support import tiny
+from tests.support.loading import make_loader
 
 
 def jsonl(path, *rows):
@@ -197,7 +197,7 @@ def test_damaged_shards_are_skipped_counted_and_listed(tmp_path, capsys):
     assert all(why in found["skipped"][row] for row, why in bad.items())
     told = shard(sources(["in"], catalog)["in"], tmp_path / "out")
     assert told["rows"] == 5 and told["skipped"] == found["skipped"]
-    rows = Loader(
+    rows = make_loader(
         sources(["in"], catalog), {"in": 1.0}, tiny.model("bagel").lay_out, tokens=96, pictures=8, routes=2, streams=1
     )
     next(iter(rows))
@@ -246,7 +246,7 @@ def test_rows_are_full_on_a_realistic_mix_of_lengths():
     def lay_out(sample, drop=frozenset()):
         return Layout(sample.id, (Segment(Kind.TEXT, (0,) * int(sample.id.rpartition("/")[2])),))
 
-    told = speed(Loader({"mix": Lengths()}, {"mix": 1.0}, lay_out, tokens=16384, pictures=64, streams=1), rows=40)
+    told = speed(make_loader({"mix": Lengths()}, {"mix": 1.0}, lay_out, tokens=16384, pictures=64, streams=1), rows=40)
     assert told.fill >= 0.97 and told.skipped == 0
 
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from diptych import cli
-from diptych.data.loader import Loader
 from diptych.recipes.run import stage_sources
 from diptych.training import checkpoint, loop
 from tests.support import tiny
+from tests.support.loading import make_loader
 from tests.training.test_loop import losses, metrics, train
 
 LONG = 24  # steps of the runs that are killed
@@ -288,7 +288,7 @@ def test_loading_in_a_worker_never_touches_the_global_random_state():
     torch.manual_seed(3)
     state = torch.get_rng_state()
     stage = recipe.stages[0]
-    rows = Loader(
+    rows = make_loader(
         stage_sources(recipe, stage), stage.data, tiny.model("bagel").lay_out, tokens=128, pictures=8, routes=2
     )
     torch.manual_seed(3)

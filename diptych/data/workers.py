@@ -1,0 +1,107 @@
+"""Worker processes that read ahead: how they start, and that they end with the work they were started for."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from ctypes import c_byte
+from functools import partial
+from multiprocessing.process import BaseProcess
+from multiprocessing.sharedctypes import RawValue
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+GRACE = 3.0  # seconds that a worker gets to end before it is killed
+
+
+@contextmanager
+def read_ahead(dataset: Dataset, workers: int, **options: Any) -> Iterator[Iterator[Any]]:
+    """Yields an iterator over a ``DataLoader`` of ``dataset``, its items as they are; 0 workers read in this process.
+
+    Workers are forked and ignore SIGINT and SIGTERM, which belong to the trainer: sent to the whole job (Ctrl-C,
+    ``scancel``), they must not end a worker whose position the trainer is about to save. They end when the block ends,
+    at the latest when the interpreter exits, and are killed where they do not react within ``GRACE`` seconds.
+
+    Raises ``ChildProcessError``, which is an ``OSError``, where a worker died during the block."""
+    ending = RawValue(c_byte, 0)
+    before = set(multiprocessing.active_children())
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=partial(_start, ending),
+        generator=torch.Generator(),  # DataLoader draws a seed that nothing uses; not from the global state
+        multiprocessing_context="fork" if workers else None,
+        **options,
+    )
+    items = iter(loader)
+    started = set(multiprocessing.active_children()) - before
+
+    def end() -> None:
+        ending.value = 1
+        _end(started)
+
+    atexit.register(end)  # runs before multiprocessing's own handler, which waits for daemons without a limit
+    try:
+        yield items
+    except (RuntimeError, OSError, EOFError) as error:  # DataLoader's handler of SIGCHLD raises anywhere in the block
+        if dead := [w for w in started if w.exitcode]:
+            raise ChildProcessError(_cause_of_death(dead[0])) from error
+        raise
+    finally:
+        atexit.unregister(end)
+        end()
+
+
+def _start(ending: c_byte, worker: int) -> None:
+    """Runs first in a worker: one thread and a low priority, because the trainer's threads wait for the slowest of
+    them; signals of the job are ignored until the trainer has said that it is ending."""
+    torch.set_num_threads(1)
+    os.nice(5)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.value else None)
+
+
+def _end(workers: set[BaseProcess]) -> None:
+    """Ends and reaps worker processes. DataLoader's SIGCHLD handler takes a killed worker for a failure, so it is off
+    meanwhile."""
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main and workers else None
+    try:
+        for worker in workers:
+            worker.terminate()
+        end = time.monotonic() + GRACE
+        for worker in workers:
+            worker.join(max(0.0, end - time.monotonic()))
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+                worker.join(GRACE)
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGCHLD, handler)
+
+
+def _cause_of_death(worker: BaseProcess) -> str:
+    """What to tell about a worker that died."""
+    code = worker.exitcode or 0
+    how = f"ended with exit code {code}"
+    if code < 0:
+        how = f"was killed by signal {-code}"
+        with suppress(ValueError):
+            how = f"was killed by {signal.Signals(-code).name}"
+    memory = "; the machine may be out of memory: use fewer workers (--set workers=0)" if code == -9 else ""
+    return f"a loader worker (process {worker.pid}) {how}{memory}"
+
+
+def _as_it_is(item: Any) -> Any:
+    return item

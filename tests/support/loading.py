@@ -1,0 +1,14 @@
+"""Loaders for tests, their plan given by name."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from diptych.data.loader import Loader, Plan
+
+
+def make_loader(sources, weights, lay_out, **how) -> Loader:
+    """A loader of ``sources``; ``how`` are fields of ``Plan`` and options of ``Loader``."""
+    names = {f.name for f in fields(Plan)}
+    plan = Plan(weights, **{name: value for name, value in how.items() if name in names})
+    return Loader(sources, plan, lay_out, **{name: value for name, value in how.items() if name not in names})
