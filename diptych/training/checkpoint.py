@@ -112,7 +112,7 @@ class Saver:
 
 @contextmanager
 def _errors_of(what: str) -> Iterator[None]:
-    """Turns torch's ``CheckpointException``, a ``BaseException``, into an ``OSError`` (or ``ValueError``) that names the
+    """Turns torch's ``CheckpointException``, a ``BaseException``, into an ``OSError`` or ``ValueError`` that names the
     cause."""
     try:
         yield

@@ -345,8 +345,7 @@ class _Job:
         }
 
     def stop_unless_finite(self, what: str, value: float, batches: list[Batch]) -> None:
-        """Raises ``FloatingPointError`` in every process where one of them met NaN or infinity; names the samples of its
-        rows."""
+        """Raises ``FloatingPointError`` in every process where one of them met NaN or infinity; names the samples."""
         names = [] if math.isfinite(value) else [name for batch in batches for name in batch.samples]
         if not any_of(bool(names)):
             return
