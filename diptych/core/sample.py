@@ -18,6 +18,7 @@ A request is a sample whose last message is an *open turn* of the assistant: ``a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,12 +32,30 @@ Speaker = Literal["system", "user", "assistant"]
 ImageRole = Literal["understand", "condition", "target"]
 
 
+def check_text(text: str, name: str = "text", nul: bool = False) -> str:
+    """The text, if every encoder can write it. Raises ``ValueError`` that names the text (``name``), the character and
+    its place: a lone surrogate (U+D800 to U+DFFF), or NUL (U+0000) unless ``nul`` allows it."""
+    if bad := (_SURROGATE if nul else _UNWRITABLE).search(text):
+        kind = "NUL" if bad.group() == "\0" else "a lone surrogate"
+        raise ValueError(
+            f"{name} holds {kind} (U+{ord(bad.group()):04X}) at character {bad.start()}, which cannot be encoded"
+        )
+    return text
+
+
+_SURROGATE, _UNWRITABLE = re.compile("[\ud800-\udfff]"), re.compile("[\0\ud800-\udfff]")
+
+
 @dataclass(frozen=True)
 class Text:
-    """A run of text; ``loss`` says whether the model is trained to say it."""
+    """A run of text; ``loss`` says whether the model is trained on it. Raises ``ValueError`` for a lone surrogate. (A
+    model may generate NUL; what users give is checked for it where it comes in.)"""
 
     text: str
     loss: bool = False
+
+    def __post_init__(self) -> None:
+        check_text(self.text, nul=True)
 
 
 @dataclass(frozen=True)
@@ -118,6 +137,12 @@ class Sample:
         return (part for message in self.messages for part in message.parts if isinstance(part, Image))
 
     @property
+    def has_target(self) -> bool:
+        """Whether a training learns anything from the sample: it has a text with loss or a picture to draw."""
+        parts = (part for message in self.messages for part in message.parts)
+        return any(part.role == "target" if isinstance(part, Image) else part.loss and part.text for part in parts)
+
+    @property
     def is_open(self) -> bool:
         """Whether the sample is a request: it ends with an open turn."""
         last = self.messages[-1] if self.messages else None
@@ -170,13 +195,13 @@ def _to_draw(part: Part) -> bool:
 
 
 def user(*parts: str | Part) -> Message:
-    """A user's message; plain strings become texts without loss."""
-    return Message("user", tuple(Text(p) if isinstance(p, str) else p for p in parts))
+    """A user's message; plain strings become texts without loss. Raises ``ValueError`` as ``check_text`` does."""
+    return Message("user", tuple(Text(check_text(p)) if isinstance(p, str) else p for p in parts))
 
 
 def assistant(*parts: str | Part) -> Message:
-    """An assistant's message; plain strings become texts that carry loss."""
-    return Message("assistant", tuple(Text(p, loss=True) if isinstance(p, str) else p for p in parts))
+    """An assistant's message; plain strings become texts with loss. Raises ``ValueError`` as ``check_text`` does."""
+    return Message("assistant", tuple(Text(check_text(p), loss=True) if isinstance(p, str) else p for p in parts))
 
 
 def sample_from_json(row: Any, default_id: str = "") -> Sample:
@@ -188,7 +213,7 @@ def sample_from_json(row: Any, default_id: str = "") -> Sample:
     info = row.get("info", {})
     if not isinstance(info, dict):
         raise ValueError(f"'info' must be an object, not {info!r}")
-    return Sample(str(row.get("id", default_id)), messages, info)
+    return Sample(check_text(str(row.get("id", default_id)), "'id'", nul=True), messages, info)
 
 
 def sample_to_json(sample: Sample) -> dict:
@@ -227,7 +252,7 @@ def _part(row: Any, speaker: Speaker, where: str) -> Part:
         loss = row.get("loss", speaker == "assistant")
         if not isinstance(loss, bool):
             raise ValueError(f"{where}.loss must be true or false, not {loss!r}")
-        return Text(row["text"], loss)
+        return Text(check_text(row["text"], f"{where}.text"), loss)
     _keys(row, where, required={"type", "image"}, optional={"role", "size", "nearest", "masked"})
     if not isinstance(row["image"], (str, Path)) or not str(row["image"]):
         raise ValueError(f"{where}.image must be a path, not {row['image']!r}")

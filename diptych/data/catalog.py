@@ -14,6 +14,7 @@ Paths are relative to the catalog file. docs/data.md says what each format holds
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,9 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from diptych.data import sources as readers
-from diptych.data.decoding import MAX_PIXELS
+from diptych.data.decoding import MAX_PIXELS, picture_suffixes
 from diptych.data.mixture import First, Source
+from diptych.data.parquet import Parquet, parquet
 from diptych.data.self_condition import PICTURES, Pictures
 from diptych.data.tasks import annotations as annotated
 from diptych.data.tasks import ladder
@@ -95,6 +97,7 @@ class Packed(BaseModel):
     max_pixels: Pixels = MAX_PIXELS
 
 
+Opened = readers.JsonLines | readers.ImageFolder | Parquet | readers.Tar | annotated.Proxies
 Settings = Jsonl | Images | Annotation | Packed
 FORMATS: dict[str, type[Jsonl] | type[Images] | type[Annotation] | type[Packed]] = {
     "jsonl": Jsonl,
@@ -116,7 +119,7 @@ class Entry:
     folder: Path
     where: str
 
-    def open(self) -> readers.JsonLines | readers.ImageFolder | readers.Parquet | readers.Tar | annotated.Proxies:
+    def open(self) -> Opened:
         """The source. Raises ``ValueError`` that begins with the catalog's file and line."""
         s = self.settings
         path = self.folder / s.path
@@ -129,8 +132,10 @@ class Entry:
                 return readers.images(self.name, path, s.max_pixels)
             if isinstance(s, Images | Annotation):
                 task = ladder.TASKS[str(s.read).removeprefix(SGT)]
-                return annotated.Proxies(self.name, task, self._rows(s, task), s.longest, s.seed)
-            make = readers.parquet if s.format == "parquet" else readers.webdataset
+                folder = isinstance(s, Images)
+                left_out = readers.images("", path).left_out if folder else readers.unread_files(path, (".json",))
+                return annotated.Proxies(self.name, task, self._rows(s, task), s.longest, s.seed, left_out)
+            make = parquet if s.format == "parquet" else readers.webdataset
             return make(self.name, path, s.read, s.max_pixels)
         except (ValueError, OSError) as error:
             raise ValueError(f"{self.where}: data set {self.name!r}: {error}") from error
@@ -222,9 +227,9 @@ def sources(
             found[wanted] = precomputed.encoded(kept, Path(encoded or "") / kept, origin(name, entries, size, folders))
             cut = cut if kept == name else ""
         elif whole in folders:
-            found[wanted] = readers.images(whole, Path(folders[whole]))
+            found[wanted] = _warned(readers.images(whole, Path(folders[whole])))
         elif whole in entries:
-            found[wanted] = entries[whole].open()
+            found[wanted] = _warned(entries[whole].open())
         elif whole in embedded.names():
             found[wanted] = embedded.source(whole, split, size)
         else:
@@ -237,6 +242,25 @@ def sources(
                 raise ValueError(f"data set {wanted!r}: after # stands a number of samples")
             found[wanted] = First(found[wanted], int(n))
     return found
+
+
+def files_left_out(source: Source) -> Mapping[str, int]:
+    """How many files of a data set's folder are not read, by suffix; empty for what is not read from files."""
+    while isinstance(source, First | Pictures):
+        source = source.source
+    return source.left_out if isinstance(source, Opened) else {}
+
+
+def _warned(source: Opened) -> Opened:
+    """The source; a warning names the pictures that its folder holds and that it does not read, by suffix."""
+    pictures = {suffix: n for suffix, n in source.left_out.items() if suffix in picture_suffixes()}
+    if pictures:
+        warnings.warn(
+            f"data set {source.name!r} leaves out {readers.describe_left_out(pictures)}: these formats are not read; "
+            "convert the files to PNG or JPEG",
+            stacklevel=3,
+        )
+    return source
 
 
 def origin(name: str, entries: Mapping[str, Entry], size: int, folders: Mapping[str, str] | None = None) -> dict:

@@ -1,4 +1,4 @@
-"""Looking at data before training on them: ``check`` reads every row of a catalog, ``show`` draws a contact sheet."""
+"""Reading every row of a catalog before a training does: what cannot be used, and what would teach nothing."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 
 from diptych.core.sample import Sample, Text
 from diptych.data.catalog import Entry, read_catalog
-from diptych.data.sources import decode
-
-# ---- check ----------------------------------------------------------------------------------------------------------
+from diptych.data.sources import decode, describe_left_out
 
 
 class Problem(NamedTuple):
@@ -34,6 +32,8 @@ class Tally:
     characters: int = 0
     smallest: tuple[int, int] | None = None
     largest: tuple[int, int] | None = None
+    no_target: int = 0  # good rows that a training learns nothing from
+    left_out: dict[str, int] = field(default_factory=dict)  # files of the folder that are not read, by suffix
 
 
 @dataclass(frozen=True)
@@ -57,25 +57,43 @@ class Report:
         }
 
     def __str__(self) -> str:
-        head = ("data set", "rows", "of", "bad", "pictures", "targets", "characters", "smallest", "largest")
+        head = (
+            "data set",
+            "rows",
+            "of",
+            "bad",
+            "no target",
+            "pictures",
+            "targets",
+            "characters",
+            "smallest",
+            "largest",
+        )
         lines: list[tuple[str, ...]] = [head]
         for name, t in self.tallies.items():
             sizes = ("x".join(map(str, s)) if s else "-" for s in (t.smallest, t.largest))
-            lines.append((name, *map(str, (t.rows, t.of, t.bad, t.pictures, t.targets, t.characters)), *sizes))
+            lines.append(
+                (name, *map(str, (t.rows, t.of, t.bad, t.no_target, t.pictures, t.targets, t.characters)), *sizes)
+            )
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         table = [
             "  ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
             for line in lines
         ]
-        told = [f"{p.data_set}: {p.reason}" for p in self.problems]
-        return "\n".join([*table, "", *told, f"problems: {len(told)}" if told else "every row can be used"])
+        reasons = [f"{p.data_set}: {p.reason}" for p in self.problems]
+        left_out = [
+            f"{name}: leaves out {describe_left_out(t.left_out)}" for name, t in self.tallies.items() if t.left_out
+        ]
+        verdict = f"problems: {len(reasons)}" if reasons else "every row can be used"
+        return "\n".join([*table, "", *left_out, *reasons, verdict])
 
 
 def check(catalog_path: str | Path, limit: int | None = None) -> Report:
     """Reads every row of every data set of a catalog (the first ``limit`` of each) and decodes every picture.
 
-    Rows and pictures that cannot be read, ids that come twice, and data sets that cannot be opened are problems in the
-    report; a catalog that cannot be read raises ``ValueError``.
+    Rows and pictures that cannot be read, rows without a target (no text with loss, no picture to draw), ids that come
+    twice, and data sets that cannot be opened are problems in the report; a catalog that cannot be read raises
+    ``ValueError``. Files that a data set leaves out are counted by suffix; they are no problem by themselves.
     """
     problems: list[Problem] = []
     tallies: dict[str, Tally] = {}
@@ -91,7 +109,7 @@ def _problems(entry: Entry, tally: Tally, limit: int | None) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
         return
-    tally.of = len(source)
+    tally.of, tally.left_out = len(source), dict(source.left_out)
     seen: dict[str, int] = {}
     for index in range(tally.of if limit is None else min(limit, tally.of)):
         tally.rows += 1
@@ -103,6 +121,9 @@ def _problems(entry: Entry, tally: Tally, limit: int | None) -> Iterator[str]:
             tally.bad += 1
             yield str(error)
             continue
+        if not sample.has_target:
+            tally.no_target += 1
+            yield f"{where}: the row has no target: no text with loss and no picture to draw"
         if (first := seen.setdefault(row.id, index)) != index:
             tally.bad += 1
             yield f"{where}: id {row.id!r} comes twice; first in {source.where(first)}"

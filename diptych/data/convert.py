@@ -14,12 +14,31 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diptych.core.sample import Image, Message, Part, Sample, Text, assistant, sample_from_json, sample_to_json, user
+from diptych.core.sample import (
+    Image,
+    Message,
+    Part,
+    Sample,
+    Speaker,
+    Text,
+    assistant,
+    check_text,
+    sample_from_json,
+    sample_to_json,
+    user,
+)
 from diptych.data.mixture import bits
-from diptych.data.sources import find_files, pyarrow
-from diptych.machine.disk import atomic
+from diptych.data.parquet import pyarrow
+from diptych.data.sources import find_files
+from diptych.machine.disk import atomic, write_bytes
 
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+SPEAKERS: dict[str, Speaker] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 class Row(NamedTuple):
@@ -52,33 +71,54 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
                     yield f"{file}:{number}", ValueError(f"not JSON: {error}")
 
 
-def _turns(row: Any, slot: str, role: Callable[[str, str], Any]) -> tuple[Message, ...]:
-    """The messages of ``conversations``, with the row's pictures in its slots, in order. ``role(marker, speaker)`` says
-    what a picture is for."""
+def _turns(row: Any, marker: str, role: Callable[[str, str], Any]) -> tuple[Message, ...]:
+    """The messages of ``conversations``, with the row's pictures at its markers (a regular expression), in order.
+
+    ``role(marker, speaker)`` is what a picture is for. An answer is kept to the byte. Where the user's turns already
+    place every picture, a marker in an answer is text. Around a marker one line break belongs to it, and a user's text
+    has no white space at its ends, as in LLaVA's preprocessing. Raises ``ValueError`` for a row that cannot be used.
+    """
     if not isinstance(row, dict) or not isinstance(row.get("conversations"), list) or not row["conversations"]:
         raise ValueError("it has no 'conversations'")
     if row.get("video"):
         raise ValueError("it shows a video")
-    shown = row.get("image") or []
-    images = [shown] if isinstance(shown, str) else list(shown)
-    left, messages = iter(images), []
-    for turn in row["conversations"]:
-        said, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if said not in SPEAKERS or not isinstance(text, str):
-            raise ValueError(f"a turn is from {said!r}; known: {', '.join(SPEAKERS)}")
-        speaker, parts = SPEAKERS[said], list[Part]()
-        for piece in re.split(f"({slot})", text):
-            if re.fullmatch(slot, piece):
-                if (image := next(left, None)) is None:
-                    raise ValueError(f"it has {len(images)} pictures and more places for them")
-                parts.append(Image(image, role(piece, speaker)))
+    given = row.get("image") or []
+    pictures = [given] if isinstance(given, str) else list(given)
+    turns = [_turn(turn, number) for number, turn in enumerate(row["conversations"])]
+    placed = sum(len(re.findall(marker, text)) for speaker, text in turns if speaker != "assistant")
+    left, messages = iter(pictures), []
+    for speaker, text in turns:
+        literal = speaker == "assistant" and placed == len(pictures)
+        parts: list[Part] = []
+        for piece in [text] if literal else re.split(f"(\n?(?:{marker})\n?)", text):
+            if not literal and (place := re.fullmatch(f"\n?({marker})\n?", piece)):
+                if (picture := next(left, None)) is None:
+                    raise ValueError(f"it has {len(pictures)} pictures and more places for them")
+                if not isinstance(picture, str):
+                    raise ValueError(f"a picture is {picture!r}, not a path")
+                parts.append(Image(picture, role(place.group(1), speaker)))
+            elif speaker == "assistant" and piece:
+                parts.append(Text(check_text(piece), loss=True))
             elif piece.strip():
-                parts.append(Text(piece.strip(), loss=speaker == "assistant"))
-        if parts:
-            messages.append(Message(speaker, tuple(parts)))  # type: ignore[arg-type]
+                parts.append(Text(check_text(piece.strip())))
+        if not parts:
+            raise ValueError(f"a turn of the {speaker} is empty")
+        messages.append(Message(speaker, tuple(parts)))
     if unused := len(list(left)):
-        raise ValueError(f"{unused} of its {len(images)} pictures have no place in the conversation")
+        raise ValueError(f"{unused} of its {len(pictures)} pictures have no place in the conversation")
     return tuple(messages)
+
+
+def _turn(turn: Any, number: int) -> tuple[Speaker, str]:
+    """(speaker, text) of a turn of ``conversations``. Raises ``ValueError``."""
+    if not isinstance(turn, dict):
+        raise ValueError(f"turn {number} is {turn!r}, not an object")
+    speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    if speaker not in SPEAKERS:
+        raise ValueError(f"turn {number} is from {speaker!r}; known: {', '.join(SPEAKERS)}")
+    if not isinstance(text, str):
+        raise ValueError(f"the text of turn {number} is {text!r}")
+    return SPEAKERS[speaker], text
 
 
 def llava(file: Path) -> Iterator[Made]:
@@ -205,38 +245,47 @@ class Converted:
     skipped: list[str] = field(default_factory=list)
 
 
-def convert(format: str, source: Path, out: Path, images: Path | None = None) -> Converted:
+def convert(format: str, source: Path, out: Path, images: Path | None = None, force: bool = False) -> Converted:
     """Writes the rows of a file, a folder or a pattern as jsonl into ``out`` and returns what was done; rows that
     cannot be used are listed with file, line and reason. An id that comes again gets a number (LLaVA's do).
 
     Pictures held as bytes are written into the folder ``OUT-images`` (without .jsonl); paths are made relative to
-    ``images``, the folder that the catalog will name. Raises ``ValueError`` for unknown formats and unreadable
-    files."""
+    ``images``, the folder that the catalog will name. A file that is there is overwritten only with ``force``; no other
+    file is touched. Raises ``ValueError`` for unknown formats, unreadable files, and files in the way."""
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; choose from {', '.join(FORMATS)}")
     read, suffixes = FORMATS[format]
-    told, folder, met = Converted(), out.with_name(f"{out.stem}-images"), Counter[str]()
+    if out.exists() and not force:
+        raise ValueError(f"{out} is there; --force overwrites it")
+    done, folder, seen = Converted(), out.with_name(f"{out.stem}-images"), Counter[str]()
     with atomic(out) as part, part.open("w", encoding="utf-8") as file:
         for found in find_files(source, suffixes):
-            for made in read(found):
-                if isinstance(made, str):
-                    told.skipped.append(made)
+            for row in read(found):
+                if isinstance(row, str):
+                    done.skipped.append(row)
                     continue
                 try:
-                    sample = made.sample.map_images(lambda i: _relative(i, images)) if images else made.sample
-                    met[name := sample.id] += 1
-                    row = sample_to_json(replace(sample, id=name if met[name] == 1 else f"{name}#{met[name]}"))
-                    sample_from_json(row)  # raises where a catalog would refuse it
+                    sample = row.sample.map_images(lambda i: _relative(i, images)) if images else row.sample
+                    seen[name := sample.id] += 1
+                    cells = sample_to_json(replace(sample, id=name if seen[name] == 1 else f"{name}#{seen[name]}"))
+                    sample_from_json(cells)  # raises where a catalog would refuse it
+                    line = json.dumps(cells, ensure_ascii=False).encode()
                 except ValueError as error:
-                    told.skipped.append(f"{found}: {made.sample.id}: {error}")
+                    done.skipped.append(f"{found}: {row.sample.id}: {error}")
                     continue
-                for name, data in made.pictures.items():
-                    folder.mkdir(exist_ok=True)
-                    (folder / name).write_bytes(data)
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                told.rows += 1
-                told.pictures += sum(1 for _ in sample.images())
-    return told
+                for name, data in row.pictures.items():
+                    _write_picture(folder / name, data, force)
+                file.write(line.decode() + "\n")
+                done.rows += 1
+                done.pictures += sum(1 for _ in sample.images())
+    return done
+
+
+def _write_picture(path: Path, data: bytes, force: bool) -> None:
+    """Writes a picture of a row. Raises ``ValueError`` where another file of that name is there."""
+    if path.exists() and not force and path.read_bytes() != data:
+        raise ValueError(f"{path} is there with other content; --force overwrites it")
+    write_bytes(path, data)
 
 
 def _relative(image: Image, root: Path) -> Image:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from collections import Counter
@@ -16,9 +15,12 @@ import numpy as np
 
 from diptych.core.layout import Layout
 from diptych.core.sample import Image, Sample, sample_to_json
+from diptych.data.catalog import files_left_out
 from diptych.data.encoded import add_member, shard_name, written
 from diptych.data.loader import Loader
 from diptych.data.mixture import Source, permuted
+from diptych.machine.disk import write_text
+from diptych.parts.images import png_bytes
 
 
 def shard(
@@ -30,7 +32,9 @@ def shard(
     progress: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, Any]:
     """Writes a data set as webdataset shards of so many rows, in an order drawn from ``seed`` (None: as it comes), and
-    returns rows, pictures, shards and what was skipped (by row). Shards that are there are kept.
+    returns rows, pictures, shards and what was skipped (by row). Shards that an earlier call with the same settings
+    wrote are kept (``.shards.json`` names them); no other file is touched. Raises ``ValueError`` where the folder holds
+    shards of other settings, or files of those names that this function did not write.
 
     Pictures keep the bytes they have (those that cannot be decoded are skipped with their row); what is made on the fly
     becomes PNG. A catalog reads the folder with
@@ -38,6 +42,7 @@ def shard(
     total = len(source)
     told: dict[str, Any] = {"rows": 0, "pictures": 0, "shards": -(-total // rows), "skipped": {}}
     folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, {"data_set": source.name, "length": total, "rows": rows, "seed": seed}, told["shards"])
     for k in range(told["shards"]):
         places = range(k * rows, min((k + 1) * rows, total))
         progress(len(places))
@@ -52,12 +57,30 @@ def shard(
                     told["skipped"][f"{source.name}/{index}"] = str(error)
                     continue
                 key = f"{index:09d}"
-                add_member(tar, f"{key}.json", json.dumps(row, ensure_ascii=False).encode())
+                add_member(tar, f"{key}.json", json.dumps(row).encode())
                 for extension, data in pictures.items():
                     add_member(tar, f"{key}.{extension}", data)
                 told["rows"] += 1
                 told["pictures"] += len(pictures)
     return told
+
+
+def _claim(folder: Path, settings: dict[str, Any], shards: int) -> None:
+    """Writes what the folder's shards are made from. Raises ``ValueError`` where they are made from something else."""
+    index = folder / ".shards.json"
+    try:
+        there = json.loads(index.read_text("utf-8"))
+    except FileNotFoundError:
+        there = None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{index} is damaged: {error}") from error
+    if there is not None and there != settings:
+        raise ValueError(f"{folder} holds shards of {there}, not of {settings}; name another folder")
+    taken = [] if there else [name for name in map(shard_name, range(shards)) if (folder / name).exists()]
+    if taken:
+        raise ValueError(f"{folder / taken[0]} was not written by `diptych data shard`; name another folder")
+    if there is None:
+        write_text(index, json.dumps(settings))
 
 
 def _row(source: Any, index: int) -> tuple[dict, dict[str, bytes]]:
@@ -73,9 +96,7 @@ def _row(source: Any, index: int) -> tuple[dict, dict[str, bytes]]:
             data = source.data(index, str(image.image))
             suffix = str(image.image).rpartition(".")[2].lower() or "png"
         else:
-            file, suffix = io.BytesIO(), "png"
-            image.pixels.save(file, "PNG")
-            data = file.getvalue()
+            data, suffix = png_bytes(image.pixels), "png"
         pictures[f"{number}.{suffix}"] = data
         return replace(image, image=f"{number}.{suffix}")
 
@@ -94,6 +115,8 @@ class Lengths:
     tokens: list[int] = field(default_factory=list)
     kinds: Counter = field(default_factory=Counter)  # tokens by kind of segment
     supervised: int = 0
+    no_target: int = 0  # rows that a training learns nothing from
+    left_out: Mapping[str, int] = field(default_factory=dict)  # files that are not read, by suffix
     shapes: Counter = field(default_factory=Counter)  # pictures by what the model is shown of them
 
     def to_json(self) -> dict[str, Any]:
@@ -103,6 +126,7 @@ class Lengths:
             "rows": self.rows, "bad": len(self.skipped), "skipped": self.skipped,
             "tokens": sum(self.tokens), "longest": max(self.tokens, default=0), **q,
             "kinds": {str(k): n for k, n in self.kinds.most_common()}, "supervised": self.supervised,
+            "no_target": self.no_target, "left_out": dict(self.left_out),
             "shapes": {shape: n for shape, n in self.shapes.most_common()},
         }  # fmt: skip
 
@@ -111,21 +135,23 @@ def stats(sources: Mapping[str, Source], lay_out: Callable[[Sample], Layout], li
     """Lengths, kinds of tokens and shapes of pictures of the first ``limit`` rows of every data set."""
     out = {}
     for name, source in sources.items():
-        found = out[name] = Lengths()
+        lengths = out[name] = Lengths(left_out=files_left_out(source))
         for index in range(min(limit, len(source))):
             try:
-                laid = lay_out(source[index])
+                sample = source[index]
+                layout = lay_out(sample)
             except (ValueError, OSError) as error:
-                found.skipped[f"{name}/{index}"] = str(error)
+                lengths.skipped[f"{name}/{index}"] = str(error)
                 continue
-            found.rows += 1
-            found.tokens.append(len(laid))
-            for s in laid.segments:
-                found.kinds[s.kind] += len(s)
-                found.supervised += s.supervised + (s.open if s.drawn else 0)
+            lengths.rows += 1
+            lengths.no_target += not sample.has_target
+            lengths.tokens.append(len(layout))
+            for s in layout.segments:
+                lengths.kinds[s.kind] += len(s)
+                lengths.supervised += s.supervised + (s.open if s.drawn else 0)
                 if s.image is not None:
                     shape = s.image.shape
-                    found.shapes[f"{shape[-1]}x{shape[-2]} {'encoded' if s.encoded else s.kind}"] += 1
+                    lengths.shapes[f"{shape[-1]}x{shape[-2]} {'encoded' if s.encoded else s.kind}"] += 1
     return out
 
 

@@ -1,8 +1,10 @@
-"""The user's own files as sources: jsonl with an image folder, a plain image folder, parquet, webdataset tar.
+"""The user's own files as sources: jsonl with an image folder, a plain image folder, webdataset tar (data/parquet.py
+has the fourth).
 
 Every source here gives three things for a row: ``where(index)`` names it (file and line), ``row(index)`` is the sample
 with pictures by reference, and ``source[index]`` is the sample with its pictures decoded. Each is a function of the
-index alone, opens what it needs and closes it again, so sources can be forked and pickled.
+index alone, opens what it needs and closes it again, so sources can be forked and pickled. ``left_out`` counts, by
+suffix, the files of the given folder that are not read.
 
 Rows that cannot be read raise ``ValueError`` that begins with ``where``.
 """
@@ -12,20 +14,21 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import PIL.Image
 
-from diptych.core.sample import Image, Message, Sample, assistant, sample_from_json, user
-from diptych.data.decoding import MAX_PIXELS, open_picture, read_bytes, suffixes
+from diptych.core.sample import Image, Message, Sample, assistant, check_text, sample_from_json, user
+from diptych.data.decoding import MAX_PIXELS, open_picture, picture_suffixes, read_bytes, suffixes
 
 Read = Literal["rows", "draw", "caption", "pictures"]
-HELD = 4  # row groups of parquet files kept decoded, per process
+NO_SUFFIX = "(no suffix)"
 
 
 # ---- jsonl ----------------------------------------------------------------------------------------------------------
@@ -40,12 +43,13 @@ class JsonLines:
     images: Path
     max_pixels: int
     places: np.ndarray = field(repr=False)  # (rows, 3): file, byte offset, line number
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, index: int) -> Sample:
-        return _decoded(self, index)
+        return open_row(self, index)
 
     def where(self, index: int) -> str:
         """``file:line``."""
@@ -59,7 +63,7 @@ class JsonLines:
             stream.seek(offset)
             text = stream.readline()
         default = str(line) if len(self.files) == 1 else f"{self.files[file].stem}/{line}"
-        return _parse(text, self.where(index), default)
+        return parse_row(text, self.where(index), default)
 
     def picture(self, index: int, reference: str) -> PIL.Image.Image:
         """A picture of the row."""
@@ -90,7 +94,8 @@ def jsonl(name: str, path: Path, images: Path | None = None, max_pixels: int = M
                 offset += len(text)
     if not places:
         raise ValueError(f"{path} holds no rows")
-    return JsonLines(name, files, root, max_pixels, np.array(places, np.int64))
+    left_out = {s: n for s, n in unread_files(path, (".jsonl",)).items() if s not in picture_suffixes()}
+    return JsonLines(name, files, root, max_pixels, np.array(places, np.int64), left_out)
 
 
 # ---- plain image folder ---------------------------------------------------------------------------------------------
@@ -104,12 +109,13 @@ class ImageFolder:
     folder: Path
     paths: tuple[str, ...] = field(repr=False)
     max_pixels: int = MAX_PIXELS
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Sample:
-        return _decoded(self, index)
+        return open_row(self, index)
 
     def where(self, index: int) -> str:
         """The picture's path."""
@@ -117,7 +123,7 @@ class ImageFolder:
 
     def row(self, index: int) -> Sample:
         """The sample, its picture by path."""
-        return Sample(self.paths[index], _messages("pictures", self.paths[index], ""))
+        return Sample(self.paths[index], caption_messages("pictures", self.paths[index]))
 
     def picture(self, index: int, reference: str) -> PIL.Image.Image:
         """The picture."""
@@ -135,150 +141,19 @@ def images(name: str, path: Path, max_pixels: int = MAX_PIXELS) -> ImageFolder:
     """
     if not path.is_dir():
         raise ValueError(f"image folder {str(path)!r} does not exist")
-    known = suffixes()
-    found = (p.relative_to(path) for p in path.rglob("*") if p.suffix.lower() in known)
-    paths = sorted(p.as_posix() for p in found if not any(part.startswith(".") for part in p.parts))
+    known, paths, left_out = suffixes(), list[str](), Counter[str]()
+    for file in path.rglob("*"):
+        inner = file.relative_to(path)
+        if any(part.startswith(".") for part in inner.parts) or file.is_dir():
+            continue
+        if file.suffix.lower() in known:
+            paths.append(inner.as_posix())
+        else:
+            left_out[file.suffix.lower() or NO_SUFFIX] += 1
     if not paths:
-        raise ValueError(f"image folder {str(path)!r} holds no {', '.join(known)} file")
-    return ImageFolder(name, path, tuple(paths), max_pixels)
-
-
-# ---- parquet --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Parquet:
-    """Rows of parquet files with the pictures inside; a row's group is read whole, the last few are kept."""
-
-    name: str
-    files: tuple[Path, ...]
-    read: Read
-    max_pixels: int
-    groups: tuple[tuple[int, int, int], ...] = field(repr=False)  # (file, group in file, its first row in file)
-    ends: np.ndarray = field(repr=False)  # rows up to the end of each group
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, index: int) -> Sample:
-        return _decoded(self, index)
-
-    def _place(self, index: int) -> tuple[int, int, int]:
-        """(file, group in file, row in group)."""
-        group = int(np.searchsorted(self.ends, index, side="right"))
-        file, number, _ = self.groups[group]
-        return file, number, index - (int(self.ends[group - 1]) if group else 0)
-
-    def _number(self, index: int) -> int:
-        """The row's number in its file, from 1."""
-        group = int(np.searchsorted(self.ends, index, side="right"))
-        return self.groups[group][2] + self._place(index)[2] + 1
-
-    def where(self, index: int) -> str:
-        """``file:row N``, counted from 1."""
-        return f"{self.files[self._place(index)[0]]}:row {self._number(index)}"
-
-    def _cells(self, index: int) -> dict[str, Any]:
-        file, group, row = self._place(index)
-        table = _row_group(self.files[file], group, COLUMNS[self.read])
-        return {name: table.column(name)[row].as_py() for name in table.column_names}
-
-    def row(self, index: int) -> Sample:
-        """The sample, its pictures by name."""
-        cells, where = self._cells(index), self.where(index)
-        number = self._number(index)
-        default = str(number) if len(self.files) == 1 else f"{self.files[self._place(index)[0]].stem}/{number}"
-        if self.read == "rows":
-            return _parse(cells["messages"], where, default, cells.get("id"))
-        text = cells.get("caption", "")
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: column 'caption' must be a string, not {text!r}")
-        return Sample(default if cells.get("id") is None else str(cells["id"]), _messages(self.read, "image", text))
-
-    def picture(self, index: int, reference: str) -> PIL.Image.Image:
-        """A picture of the row."""
-        return open_picture(self.data(index, reference), reference, self.max_pixels)
-
-    def data(self, index: int, reference: str) -> bytes:
-        """The bytes in ``image``, or those of that path in ``images``."""
-        cells = self._cells(index)
-        held = {"image": cells["image"]} if self.read != "rows" else _by_path(cells.get("images"))
-        if reference not in held:
-            raise ValueError(f"picture {reference!r} is not in the row's 'images'; it has {', '.join(held) or 'none'}")
-        data = held[reference]
-        data = data.get("bytes") if isinstance(data, dict) else data
-        if not isinstance(data, bytes):
-            raise ValueError(f"picture {reference!r} holds no bytes")
-        return data
-
-
-COLUMNS: dict[Read, tuple[tuple[str, ...], tuple[str, ...]]] = {  # (required, optional)
-    "rows": (("messages",), ("id", "images")),
-    "draw": (("image", "caption"), ("id",)),
-    "caption": (("image", "caption"), ("id",)),
-    "pictures": (("image",), ("id",)),
-}
-
-
-def parquet(name: str, path: Path, read: Read = "rows", max_pixels: int = MAX_PIXELS) -> Parquet:
-    """The rows of a parquet file, or of all ``*.parquet`` in a folder or a pattern.
-
-    ``read`` says what a row is: ``rows``: column ``messages`` (JSON text of the schema's messages) and, when it shows
-    pictures, ``images`` (a list of {path, bytes}); else ``image`` (bytes, or {bytes, path}) and ``caption``: ``draw``
-    asks for the picture with the caption, ``caption`` asks for the caption of the picture, ``pictures`` has no words.
-    Column ``id`` is optional. Small row groups (about 100 rows) make random access fast.
-
-    Raises ``ValueError`` for files that are not parquet or lack a column.
-    """
-    pq, errors = pyarrow()
-    files, groups, ends = find_files(path, (".parquet",)), [], []
-    total = 0
-    for number, file in enumerate(files):
-        try:
-            with pq.ParquetFile(file) as opened:
-                columns, metadata = opened.schema_arrow.names, opened.metadata
-                sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
-        except errors as error:
-            raise ValueError(f"{file} is not a readable parquet file: {error}") from error
-        if missing := [c for c in COLUMNS[read][0] if c not in columns]:
-            raise ValueError(f"{file} lacks columns {missing} to be read as {read!r}; it has {', '.join(columns)}")
-        first = 0
-        for group, size in enumerate(sizes):
-            groups.append((number, group, first))
-            first, total = first + size, total + size
-            ends.append(total)
-    if not total:
-        raise ValueError(f"{path} holds no rows")
-    return Parquet(name, files, read, max_pixels, tuple(groups), np.array(ends))
-
-
-def pyarrow() -> tuple[Any, tuple[type[Exception], ...]]:
-    """pyarrow.parquet, and what it raises for files that it cannot read."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError("reading parquet needs pyarrow; install it with: pip install diptych[data]") from error
-    return pyarrow.parquet, (pyarrow.ArrowException, OSError)
-
-
-@lru_cache(maxsize=HELD)
-def _row_group(file: Path, group: int, columns: tuple[tuple[str, ...], tuple[str, ...]]) -> Any:
-    pq, errors = pyarrow()
-    try:
-        with pq.ParquetFile(file) as opened:
-            wanted = [c for c in columns[0] + columns[1] if c in opened.schema_arrow.names]
-            return opened.read_row_group(group, wanted, use_threads=False)
-    except errors as error:
-        raise ValueError(f"{file}: row group {group} cannot be read: {error}") from error
-
-
-def _by_path(held: Any) -> dict[str, Any]:
-    if held is None:
-        return {}
-    if not (isinstance(held, list) and all(isinstance(h, dict) and h.get("path") for h in held)):
-        raise ValueError("column 'images' must be a list of {path, bytes}")
-    return {h["path"]: h for h in held}
+        others = f"; it holds {describe_left_out(left_out)}" if left_out else ""
+        raise ValueError(f"image folder {str(path)!r} holds no {', '.join(known)} file{others}")
+    return ImageFolder(name, path, tuple(sorted(paths)), max_pixels, dict(left_out))
 
 
 # ---- webdataset -----------------------------------------------------------------------------------------------------
@@ -294,12 +169,13 @@ class Tar:
     max_pixels: int
     members: tuple[tuple[int, str, dict[str, tuple[int, int]]], ...] = field(repr=False)  # (file, key, {ext: place})
     damaged: Mapping[int, str] = field(default_factory=dict, repr=False)  # index in place of what a shard lost -> why
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.members)
 
     def __getitem__(self, index: int) -> Sample:
-        return _decoded(self, index)
+        return open_row(self, index)
 
     def where(self, index: int) -> str:
         """``shard:key``."""
@@ -328,16 +204,18 @@ class Tar:
         if self.read == "rows":
             if "json" not in places:
                 raise ValueError(f"{where}: has no .json member; it has {', '.join(places)}")
-            return _parse(self.member(index, "json"), where, default)
+            return parse_row(self.member(index, "json"), where, default)
         known = suffixes()
         shown = [e for e in places if f".{e.rsplit('.', 1)[-1]}" in known]
         if len(shown) != 1:
             raise ValueError(f"{where}: needs one picture to be read as {self.read!r}; it has {shown or 'none'}")
         if self.read == "pictures":
-            return Sample(default, _messages(self.read, shown[0], ""))
+            return Sample(default, caption_messages(self.read, shown[0]))
         if "txt" not in places:
             raise ValueError(f"{where}: has no .txt member; it has {', '.join(places)}")
-        return Sample(default, _messages(self.read, shown[0], _utf8(self.member(index, "txt"), where).strip()))
+        text = _utf8(self.member(index, "txt"), where)
+        text = text.removesuffix("\n").removesuffix("\r")  # the end of the file's last line
+        return Sample(default, caption_messages(self.read, shown[0], text, where))
 
     def picture(self, index: int, reference: str) -> PIL.Image.Image:
         """The picture in the member of that extension."""
@@ -364,6 +242,7 @@ def webdataset(name: str, path: Path, read: Read = "rows", max_pixels: int = MAX
     files = find_files(path, (".tar",))
     damaged: dict[int, str] = {}
     members: list[tuple[int, str, dict[str, tuple[int, int]]]] = []
+    left_out = Counter(unread_files(path, (".tar",)))
     for number, file in enumerate(files):
         groups: dict[str, dict[str, tuple[int, int]]] = {}
         found, wrong = _tar_members(file)
@@ -371,6 +250,7 @@ def webdataset(name: str, path: Path, read: Read = "rows", max_pixels: int = MAX
             folder, slash, base = member.rpartition("/")
             stem, dot, extension = base.partition(".")
             if not (stem and dot):  # hidden files, and members without an extension
+                left_out[NO_SUFFIX] += bool(stem)
                 continue
             group = groups.setdefault(folder + slash + stem, {})
             if extension.lower() in group:
@@ -382,7 +262,7 @@ def webdataset(name: str, path: Path, read: Read = "rows", max_pixels: int = MAX
             members.append((number, "damaged", {}))
     if len(members) == len(damaged):
         raise ValueError("; ".join(damaged.values()) or f"{path} holds no samples")
-    return Tar(name, files, read, max_pixels, tuple(members), damaged)
+    return Tar(name, files, read, max_pixels, tuple(members), damaged, dict(left_out))
 
 
 def _tar_members(file: Path) -> tuple[list[tuple[str, int, int]], str]:
@@ -414,7 +294,7 @@ def find_files(path: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
     if path.is_file():
         return (path,)
     if path.is_dir():
-        found = [p for p in path.iterdir() if p.suffix in suffixes]
+        found = [p for p in path.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith(".")]
     elif "*" in path.name:
         found = list(path.parent.glob(path.name))
     else:
@@ -422,6 +302,18 @@ def find_files(path: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
     if not found:
         raise ValueError(f"{str(path)!r} holds no {' or '.join(suffixes)} file")
     return tuple(sorted(found))
+
+
+def unread_files(path: Path, suffixes: tuple[str, ...]) -> dict[str, int]:
+    """How many files of a folder ``find_files`` leaves out, by suffix; hidden ones do not count. Empty for a path that
+    is no folder."""
+    others = (p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")) if path.is_dir() else ()
+    return dict(Counter(p.suffix.lower() or NO_SUFFIX for p in others if p.suffix.lower() not in suffixes))
+
+
+def describe_left_out(left_out: Mapping[str, int]) -> str:
+    """``2 .heic, 1 .svg``: the most frequent first."""
+    return ", ".join(f"{n} {suffix}" for suffix, n in sorted(left_out.items(), key=lambda item: (-item[1], item[0])))
 
 
 def inside(root: Path, reference: str) -> Path:
@@ -435,7 +327,22 @@ def inside(root: Path, reference: str) -> Path:
     return found
 
 
-def _decoded(source: JsonLines | ImageFolder | Parquet | Tar, index: int) -> Sample:
+class Rows(Protocol):
+    """What every source of this room offers."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def left_out(self) -> Mapping[str, int]: ...
+    def __len__(self) -> int: ...
+    def where(self, index: int) -> str: ...
+    def row(self, index: int) -> Sample: ...
+    def picture(self, index: int, reference: str) -> PIL.Image.Image: ...
+    def data(self, index: int, reference: str) -> bytes: ...
+
+
+def open_row(source: Rows, index: int) -> Sample:
+    """The sample of a row with its pictures decoded. Raises ``ValueError`` that begins with ``where``."""
     if not 0 <= index < len(source):
         raise IndexError(f"{source.name} has no row {index}; it has {len(source)}")
     return decode(source.row(index), source.where(index), partial(source.picture, index))
@@ -453,10 +360,12 @@ def decode(sample: Sample, where: str, picture: Callable[[str], PIL.Image.Image]
     return sample.map_images(opened)
 
 
-def _messages(read: Read, picture: str, text: str) -> tuple[Message, ...]:
+def caption_messages(read: Read, picture: str, text: str = "", where: str = "") -> tuple[Message, ...]:
+    """The messages of a picture and its caption. Raises ``ValueError`` for a caption that cannot be encoded."""
     target = assistant(Image(picture, "target"))
     if read == "pictures":
         return (target,)
+    check_text(text, f"{where}: the caption")
     return (user(text), target) if read == "draw" else (user(Image(picture)), assistant(text))
 
 
@@ -467,7 +376,7 @@ def _utf8(data: bytes, where: str) -> str:
         raise ValueError(f"{where}: not UTF-8 at byte {error.start}") from error
 
 
-def _parse(text: bytes | str | None, where: str, default_id: str, given: Any = None) -> Sample:
+def parse_row(text: bytes | str | None, where: str, default_id: str, given: Any = None) -> Sample:
     """The sample of JSON text: a row, or (for a parquet column) the list of its messages."""
     if text is None:
         raise ValueError(f"{where}: 'messages' is empty")

@@ -21,7 +21,8 @@ from diptych.core.tensors import NONE, to_float, to_uint8
 
 # ---- samples ----------------------------------------------------------------------------------------------------
 
-texts = st.builds(Text, st.text(max_size=8), st.booleans())
+writable = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)  # the others are refused
+texts = st.builds(Text, writable, st.booleans())
 images = st.builds(
     Image,
     st.text("abc/.", min_size=1, max_size=6),
@@ -33,6 +34,28 @@ messages = st.builds(
     st.sampled_from(["system", "user", "assistant"]),
     st.lists(texts | images, min_size=1, max_size=3).map(tuple),
 )
+
+
+@pytest.mark.parametrize(("text", "reason"), [("a\ud800", "lone surrogate .U.D800. at character 1"), ("\0", "NUL")])
+def test_texts_that_no_encoder_can_write_are_refused(text, reason):
+    row = {"messages": [{"role": "user", "content": text}]}
+    for door in (lambda: user(text), lambda: assistant(text), lambda: sample_from_json(row)):
+        with pytest.raises(ValueError, match=reason):
+            door()
+    with pytest.raises(ValueError, match=r"messages\[0\].content\[0\].text holds"):
+        sample_from_json(row)
+    if text != "\0":  # a model may generate NUL
+        with pytest.raises(ValueError, match=reason):
+            Text(text)
+
+
+def test_a_sample_without_a_target_says_so():
+    seen = Image("a.png")
+    assert not Sample("a", (user("q"),)).has_target
+    assert not Sample("a", (user(seen), assistant(Text("read, not learned")))).has_target
+    assert not Sample("a", (user("q"), assistant(""))).has_target
+    assert Sample("a", (user("q"), assistant("x"))).has_target
+    assert Sample("a", (assistant(Image("a.png", "target")),)).has_target
 
 
 @given(st.builds(Sample, st.text(max_size=5), st.lists(messages, min_size=1, max_size=3).map(tuple)))

@@ -19,12 +19,14 @@ import torch
 import yaml
 
 from diptych.core.layout import Kind, Layout, Segment
-from diptych.core.sample import Image, Sample, Text, sample_from_json
+from diptych.core.sample import Image, Sample, Text, assistant, sample_from_json, user
 from diptych.core.tensors import NONE
 from diptych.data.catalog import load_catalog, read_catalog, sources
 from diptych.data.check import check
+from diptych.data.parquet import parquet
+from diptych.data.shards import stats
 from diptych.data.sheet import show
-from diptych.data.sources import images, jsonl, parquet, webdataset
+from diptych.data.sources import images, jsonl, webdataset
 from diptych.data.worlds import embedded
 from tests.support.loading import make_loader
 
@@ -458,3 +460,103 @@ def test_the_first_samples_of_a_data_set():
     for name, why in (("shapes/ask#x", "number of samples"), ("shapes/ask#0", "the data set has"), ("#3", "unknown")):
         with pytest.raises(ValueError, match=why):
             sources([name])
+
+
+# ---- parquet as the ecosystem writes it -----------------------------------------------------------------------------
+
+
+def as_parquet(path, **columns):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns), path)
+    return parquet("p", path)
+
+
+PAIR = [{"role": "user", "content": "how many?"}, {"role": "assistant", "content": "one"}]
+
+
+def test_parquet_of_nested_messages(tmp_path):
+    """Lists of structs, with contents as text or as parts; keys that a struct has and a row has not."""
+    data = as_parquet(tmp_path / "a.parquet", messages=[PAIR, PAIR], id=[7, 8])
+    assert data[1] == Sample("8", (user("how many?"), assistant("one")))
+    shown = [{"type": "image", "text": None, "index": 1}, {"type": "text", "text": "which?", "index": None}]
+    parts = [{"role": "user", "content": shown}, {"role": "assistant", "content": [{"type": "text", "text": "b"}]}]
+    held = [{"bytes": encoded("red"), "path": None}, {"bytes": encoded("blue"), "path": None}]
+    both = [*shown, {"type": "image", "text": None, "index": 0}]
+    data = as_parquet(tmp_path / "b.parquet", messages=[[{"role": "user", "content": both}, parts[1]]], images=[held])
+    blue, red = (image.pixels.getpixel((0, 0)) for image in data[0].images())
+    assert (blue, red) == ((0, 0, 255), (255, 0, 0))
+
+
+@pytest.mark.parametrize("path", [None, "p/a.png"])
+@pytest.mark.parametrize("bare", [False, True])
+def test_parquet_pictures_without_paths_are_read_by_position(tmp_path, path, bare):
+    messages = json.dumps([{"role": "user", "content": [{"type": "image", "image": "p/a.png"}]}, PAIR[1]])
+    held = [encoded("red")] if bare else [{"bytes": encoded("red"), "path": path}]
+    data = as_parquet(tmp_path / "a.parquet", messages=[messages], images=[held])
+    assert next(data[0].images()).pixels.getpixel((0, 0)) == (255, 0, 0)
+    two = as_parquet(tmp_path / "b.parquet", messages=[messages], images=[[encoded("red"), encoded("blue")]])
+    with pytest.raises(ValueError, match="b.parquet:row 1: 'images' holds 2 pictures without paths; the row shows 1"):
+        two[0]
+
+
+def test_parquet_types_are_read_or_named(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    text = [json.dumps(PAIR)]
+    for kind in (pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())):
+        assert as_parquet(tmp_path / "a.parquet", messages=pa.array(text, kind))[0].id == "1"
+    for column, values, kind in (
+        ("messages", [1], "int64"),
+        ("messages", [[1]], "list<element: int64>"),
+        ("images", ["a.png"], "string"),
+        ("id", [1.5], "double"),
+        ("id", [[1]], "list<element: int64>"),
+    ):
+        columns = {"messages": text} | {column: values}
+        with pytest.raises(ValueError, match=re.escape(f"a.parquet: column {column!r} has the type {kind}; it must")):
+            as_parquet(tmp_path / "a.parquet", **columns)
+    for wrong in ([None], [[{"role": "user", "content": None}]], ["[1]"], ["{"]):
+        with pytest.raises(ValueError, match="a.parquet:row 1: "):
+            as_parquet(tmp_path / "a.parquet", messages=wrong)[0]
+
+
+# ---- what would be lost without a word ------------------------------------------------------------------------------
+
+
+def test_rows_without_a_target_are_named(tmp_path):
+    rows = [{"messages": PAIR[:1]}, {"messages": PAIR}, {"messages": [PAIR[0], {"role": "assistant", "content": ""}]}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "c.yaml").write_text("a: {format: jsonl, path: a.jsonl}\n")
+    report = check(tmp_path / "c.yaml")
+    assert not report.ok and report.tallies["a"].no_target == 2
+    named = [p.reason.partition(": the row has no target")[0].rpartition(":")[2] for p in report.problems]
+    assert named == ["1", "3"]
+
+
+def test_files_that_a_folder_leaves_out_are_counted_by_suffix(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a.JPG", "b.jpe", "c.jfif"):
+        PIL.Image.new("RGB", (8, 8)).save(folder / name, "JPEG")
+    PIL.Image.new("RGB", (8, 8)).save(folder / "d.tif")
+    for name in ("e.svg", "f.svg", "notes.txt", "README", ".hidden.svg"):
+        (folder / name).write_text("x")
+    (tmp_path / "c.yaml").write_text("a: {format: images, path: folder}\n")
+    report = check(tmp_path / "c.yaml")
+    assert report.ok and report.tallies["a"].rows == 4
+    assert report.tallies["a"].left_out == {".svg": 2, ".txt": 1, "(no suffix)": 1}
+    assert "a: leaves out 2 .svg, 1 (no suffix), 1 .txt" in str(report)
+    with pytest.warns(UserWarning, match="data set 'a' leaves out 2 .svg: these formats are not read"):
+        found = sources(["a"], tmp_path / "c.yaml")
+    lay_out = lambda sample: Layout(sample.id, ())  # noqa: E731
+    assert stats(found, lay_out)["a"].to_json()["left_out"] == report.tallies["a"].left_out
+    for name in ("a.JPG", "b.jpe", "c.jfif", "d.tif"):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match="it holds 2 .svg, 1 .no suffix., 1 .txt"):
+        images("a", folder)
+
+
+def test_a_caption_is_kept_but_for_the_end_of_its_line(tmp_path):
+    write_tar(tmp_path / "a.tar", {"1.png": encoded(), "1.txt": b"  two  spaces \n\n"})
+    assert webdataset("a", tmp_path / "a.tar", "caption").row(0).messages[1].parts[0].text == "  two  spaces \n"

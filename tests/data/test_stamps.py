@@ -118,3 +118,10 @@ def test_stamps_are_pictures_of_sgt_tasks(root, task):
         assert 0 < drawn.mean() < 1 and sample.info["phrase"] in sample.messages[0].parts[-1].text
     with pytest.raises(ValueError, match="unknown source 'stamps/sgt/depth'"):
         embedded.source("stamps/sgt/depth", root=root)
+
+
+def test_a_folder_of_others_is_not_written_to(tmp_path):
+    (tmp_path / "index.json").write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match="holds index.json, which is not of a folder of stamps"):
+        stamps.prepare(tmp_path, tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["index.json"]

@@ -13,6 +13,7 @@ from diptych.core.sample import Image, Text, sample_from_json
 from diptych.data.catalog import load_catalog, sources
 from diptych.data.convert import FORMATS, convert
 from diptych.data.shards import shard, speed, stats
+from diptych.data.sheet import show
 from diptych.data.sources import webdataset
 from tests.data.test_catalog import encoded, write_parquet
 from tests.support import tiny
@@ -32,7 +33,7 @@ LLAVA = {"id": "7", "image": "a.png", "conversations": talk(("human", "<image>\n
 
 
 def converted(format, source, tmp_path, **how):
-    told = convert(format, source, tmp_path / "out.jsonl", **how)
+    told = convert(format, source, tmp_path / "out.jsonl", force=True, **how)
     with (tmp_path / "out.jsonl").open(newline="\n") as lines:
         return told, [sample_from_json(json.loads(line)) for line in lines]
 
@@ -71,6 +72,77 @@ def test_llava(tmp_path):
     assert all(r in line for r, line in zip(reasons, told.skipped, strict=True))
     (tmp_path / "in.json").write_text(json.dumps([LLAVA]))
     assert converted("llava", tmp_path / "in.json", tmp_path)[0].rows == 1
+
+
+def test_an_answer_is_kept_to_the_byte(tmp_path):
+    """White space around an answer, an empty line alone, and a marker that is no place for a picture."""
+    marker = "Insert it so: ![fig3](<image>) then go on"
+    rows = [
+        {"conversations": talk(("human", "Indent this\n"), ("gpt", "    return x\n\n"))},
+        {"image": "a.png", "conversations": talk(("human", "<image>\nConvert."), ("gpt", marker))},
+        {"conversations": talk(("human", "what is a placeholder?"), ("gpt", "<image>\n"))},
+        {"conversations": talk(("human", "line?"), ("gpt", "\n"))},
+        {"image": "a.png", "conversations": talk(("human", "show"), ("gpt", "Here:\n\n<image>\n  so."))},
+    ]
+    told, made = converted("llava", jsonl(tmp_path / "in.jsonl", *rows), tmp_path)
+    assert not told.skipped
+    answers = [[p.text if isinstance(p, Text) else p.image for p in sample.messages[1].parts] for sample in made]
+    assert answers == [["    return x\n\n"], [marker], ["<image>\n"], ["\n"], ["Here:\n", "a.png", "  so."]]
+    assert made[0].messages[0].parts[0].text == "Indent this"
+
+
+def test_turns_that_cannot_be_kept_are_named(tmp_path):
+    rows = [
+        {"conversations": talk(("human", "q"), ("gpt", ""))},
+        {"conversations": talk(("human", "q"), ("gpt", "a\ud800"))},
+        {"conversations": talk(("human", "q"), ("gpt", "\0"))},
+        {"conversations": talk(("human", "q"), ("gpt", None))},
+        {"image": "a\ud800.png", "conversations": talk(("human", "<image>"), ("gpt", "a"))},
+    ]
+    told, _ = converted("llava", jsonl(tmp_path / "in.jsonl", *rows), tmp_path)
+    reasons = ["turn of the assistant is empty", "lone surrogate", "NUL", "text of turn 1 is None", "surrogates"]
+    assert all(r in line for r, line in zip(reasons, told.skipped, strict=True)), told.skipped
+
+
+def test_files_of_others_are_kept(tmp_path):
+    """A foreign file at each place that a verb writes to: refused by name, and there afterwards."""
+    source, model = sources(["shapes/ask#2"], size=32)["shapes/ask#2"], tiny.model("bagel")
+    rows = jsonl(tmp_path / "in.jsonl", LLAVA)
+    (tmp_path / "shards").mkdir()
+    foreign = {name: tmp_path / name for name in ("mine.jsonl", "sheet.png", "shards/000000.tar", "shards/notes.txt")}
+    for path in foreign.values():
+        path.write_text("mine")
+
+    def write(**settings):
+        shard(source, tmp_path / "shards", **settings)
+
+    with pytest.raises(ValueError, match="mine.jsonl is there; --force"):
+        convert("llava", rows, foreign["mine.jsonl"])
+    with pytest.raises(ValueError, match="sheet.png is there and was not written by"):
+        show({"a": source}, model.lay_out, None, 1, foreign["sheet.png"])
+    with pytest.raises(ValueError, match="000000.tar was not written by"):
+        write()
+    assert {path.read_text() for path in foreign.values()} == {"mine"}
+    foreign["shards/000000.tar"].unlink()
+    write()
+    write()
+    with pytest.raises(ValueError, match="holds shards of .*'seed': 0.*not of .*'seed': 1"):
+        write(seed=1)
+    assert foreign["shards/notes.txt"].read_text() == "mine"
+    for _ in range(2):  # a sheet of ours is drawn anew
+        show({"a": source}, model.lay_out, None, 1, tmp_path / "new.png")
+    with pytest.raises(ValueError, match="a sheet is written as .png"):
+        show({"a": source}, model.lay_out, None, 1, tmp_path / "new.gif")
+
+
+def test_pictures_of_others_are_kept(tmp_path):
+    write_parquet(tmp_path / "t2i.parquet", [{"image": encoded(), "captions": json.dumps(["a cat"])}])
+    (tmp_path / "out-images").mkdir()
+    (tmp_path / "out-images" / "t2i.parquet-1.png").write_text("mine")
+    with pytest.raises(ValueError, match="t2i.parquet-1.png is there with other content"):
+        convert("bagel-t2i", tmp_path / "t2i.parquet", tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+    assert convert("bagel-t2i", tmp_path / "t2i.parquet", tmp_path / "out.jsonl", force=True).pictures == 1
 
 
 def test_rows_as_they_come(tmp_path):

@@ -133,6 +133,7 @@ class Proxies:
     rows: tuple[Row, ...] = field(repr=False)
     longest: int = LONGEST
     seed: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.rows:

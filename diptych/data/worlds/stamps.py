@@ -28,6 +28,7 @@ import PIL.Image
 from diptych.core.sample import Image, assistant, user
 from diptych.data.canvas import Generated, Made, pick
 from diptych.data.tasks import ladder
+from diptych.machine.disk import write_into
 
 PACKAGES = ("tuxpaint-stamps-default", "tuxpaint-data")
 LICENCE = (
@@ -62,11 +63,13 @@ def prepare(destination: Path | None = None, source: Path | None = None) -> dict
     """Writes cut-outs, backgrounds and ``index.json`` into a folder; returns how many of each, and of what was skipped.
 
     ``source`` is a folder that holds the unpacked packages; without it both are fetched with apt-get. Raises
-    ``ValueError`` where that is impossible, or where the folder holds no stamps or no templates.
+    ``ValueError`` where that is impossible, where the folder holds no stamps or no templates, and where
+    ``destination`` holds files but is no folder of stamps (nothing is written then).
     """
     destination = default_root() if destination is None else Path(destination)
+    _check_destination(destination)
     if source is not None:
-        return _convert(Path(source), destination)
+        return _write(Path(source), destination)
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise ValueError(
@@ -78,7 +81,27 @@ def prepare(destination: Path | None = None, source: Path | None = None) -> dict
             raise ValueError(f"apt-get download {' '.join(PACKAGES)} failed: {result.stderr.strip()[-300:]}")
         for package in sorted(Path(temporary).glob("*.deb")):
             subprocess.run(["dpkg-deb", "-x", package, temporary], check=True)
-        return _convert(Path(temporary), destination)
+        return _write(Path(temporary), destination)
+
+
+def _check_destination(folder: Path) -> None:
+    """Raises ``ValueError`` for a folder that holds files and that ``prepare`` did not write."""
+    if not folder.exists():
+        return
+    files = [f for f in folder.iterdir() if not f.name.startswith(".diptych.")] if folder.is_dir() else [folder]
+    try:
+        licence = json.loads((folder / "index.json").read_text("utf-8")).get("licence")
+    except (OSError, ValueError, AttributeError):
+        licence = None
+    if files and licence != LICENCE:
+        raise ValueError(f"{folder} holds {files[0].name}, which is not of a folder of stamps; name another folder")
+
+
+def _write(source: Path, destination: Path) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    destination.mkdir(parents=True, exist_ok=True)
+    write_into(destination, lambda part: counts.update(_convert(source, part)))
+    return counts
 
 
 def noun_of(caption: str) -> str | None:
@@ -98,6 +121,7 @@ def noun_of(caption: str) -> str | None:
 
 
 def _convert(source: Path, destination: Path) -> dict[str, int]:
+    """Writes cut-outs, backgrounds and index of the unpacked packages; returns numbers by what they count."""
     folders = {}
     for name in ("stamps", "templates"):
         found = sorted((p for p in source.rglob(name) if p.is_dir()), key=lambda p: len(p.parts))
