@@ -26,7 +26,7 @@ def start(recipe: Path, run: Path, processes: int, verb: str) -> list[subprocess
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    what = ["train", recipe, "--run", run] if verb == "train" else ["resume", run]
+    what = ["train", recipe, "--out", run] if verb == "train" else ["resume", run]
     command = [sys.executable, "-m", "diptych", *map(str, what), "--device", "cpu"]
     env = os.environ | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     env |= {"LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import contextlib
 import io
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from diptych import cli
 
@@ -53,7 +54,9 @@ def test_ruff():
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("train", "--help"), ("--version",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("train", "--help"), ("evaluate", "run", "--help"), ("--version",), ()], ids=" ".join
+)
 def test_help_is_fast_and_light(arguments):
     code = (
         "import sys, diptych.cli\n"
@@ -64,11 +67,12 @@ def test_help_is_fast_and_light(arguments):
     )
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = run(sys.executable, "-c", code)
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0, done.stderr
-    assert min(seconds) < 0.5
+    assert min(seconds) < 0.3  # of the processor: what the test must not depend on is how busy the machine is
 
 
 def test_importing_the_package_costs_nothing_and_its_names_exist():
@@ -82,46 +86,55 @@ def test_importing_the_package_costs_nothing_and_its_names_exist():
         diptych.nothing  # noqa: B018
 
 
-def verbs(parser: argparse.ArgumentParser, at=()) -> dict[tuple, argparse.ArgumentParser]:
+def verbs(command=None, at=()) -> dict[tuple, Any]:
+    """Every verb and group of the command line by its words."""
     found = {}
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for word, inner in action.choices.items():
-                found[(*at, word)] = inner
-                found |= verbs(inner, (*at, word))
+    for word, inner in getattr(command or cli.command(), "commands", {}).items():
+        found[(*at, word)] = inner
+        found |= verbs(inner, (*at, word))
     return found
 
 
-@pytest.mark.parametrize("words", verbs(cli.parser()), ids=" ".join)
+def help_of(words) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert cli.main([*words, "--help"]) == 0
+    return out.getvalue()
+
+
+def parse(words) -> None:
+    """Parses a command without running it; fails as the command line does."""
+    context = cli.command().make_context("diptych", list(words))
+    while hasattr(command := context.command, "commands"):
+        rest = [*context._protected_args, *context.args]
+        name, inner, rest = command.resolve_command(context, rest)
+        context = inner.make_context(name, rest, parent=context)
+
+
+@pytest.mark.parametrize("words", verbs(), ids=" ".join)
 def test_every_verb_shows_an_example_that_parses(words):
-    shown = verbs(cli.parser())[words].format_help()
-    examples = [line.strip() for line in shown.partition("examples:")[2].splitlines() if line.strip()]
+    shown = help_of(words)
+    examples = [line.strip() for line in shown.partition("examples:")[2].split("\n\n")[0].splitlines() if line.strip()]
     assert examples, f"diptych {' '.join(words)} --help shows no example"
     for example in examples:
         _, _, arguments = example.partition("diptych ")
-        with contextlib.redirect_stderr(io.StringIO()) as told:
-            try:
-                cli.parser().parse_args(shlex.split(arguments))
-            except SystemExit:
-                pytest.fail(f"{example}: {told.getvalue()}")
+        parse(shlex.split(arguments))
 
 
-def test_every_option_is_explained_or_plain():
-    known = {
-        "--seed",
-        "--json",
-        "--max-new-tokens",
-        "--temperature",
-        "--steps",
-        "--guidance",
-        "--help",
-        "--dtype",
-        "--out",
-    }
-    for words, parser in verbs(cli.parser()).items():
-        for action in parser._actions:
-            if action.option_strings and not action.help:
-                assert known & set(action.option_strings), f"{' '.join(words)} {action.option_strings}"
+def test_every_option_is_explained():
+    for words, verb in verbs().items():
+        for parameter in verb.params:
+            assert parameter.help, f"{' '.join(words)} {parameter.opts}"
+
+
+def test_no_option_is_swallowed_by_torchrun():
+    """torchrun refuses a line in which an option of ours is the beginning of several of its own (--run was)."""
+    from torch.distributed.run import get_args_parser
+
+    own = {option for action in get_args_parser()._actions for option in action.option_strings}
+    for words, verb in verbs().items():
+        for option in (o for parameter in verb.params for o in parameter.opts if o.startswith("--")):
+            longer = {o for o in own if o.startswith(option) and o != option}
+            assert len(longer) < 2, f"{' '.join(words)} {option}: {longer}"
 
 
 def _strings(path: Path):
@@ -169,7 +182,7 @@ def test_no_broad_except_and_no_bare_assertion_of_types(path):
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_only_the_edges_touch_the_global_random_state_or_the_environment(path):
     allowed_seed = {"diptych/training/build.py"}  # inside fork_rng
-    allowed_environment = {"diptych/cli/__init__.py", "diptych/machine/processes.py", "diptych/data/worlds/stamps.py"}
+    allowed_environment = {"diptych/cli/evaluation.py", "diptych/machine/processes.py", "diptych/data/worlds/stamps.py"}
     text = path.read_text()
     if name(path) not in allowed_seed:
         assert not re.search(r"(torch|random)\.(manual_seed|seed)\(", text.replace("Generator().manual_seed", "")), (
@@ -237,16 +250,15 @@ def test_documents_run(path, tmp_path, monkeypatch):
 def test_commands_in_documents_parse(path):
     for line in path.read_text().splitlines():
         match = re.match(r"^\s*\$? ?(?:torchrun .* -m )?diptych (.*)$", line)
-        if not match or "<!--" in line or "`" in line or " is " in line:
+        if not match or (match[1].split(" ")[0],) not in verbs() or "<!--" in line or "`" in line or " is " in line:
             continue
         words = shlex.split(re.split(r" # | {3,}", match[1])[0], comments=True)
-        if not words or "|" in words or words[0].startswith("-") or words[0] not in {w[0] for w in verbs(cli.parser())}:
+        if not words or "|" in words:
             continue
-        with contextlib.redirect_stderr(io.StringIO()) as told, contextlib.redirect_stdout(io.StringIO()):
-            try:
-                cli.parser().parse_args(words)
-            except SystemExit as stop:
-                assert stop.code == 0, f"{name(path)}: {line.strip()}: {told.getvalue()}"
+        try:
+            parse(words)
+        except typer.TyperException as error:
+            pytest.fail(f"{name(path)}: {line.strip()}: {error.format_message()}")
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)

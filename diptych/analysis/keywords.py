@@ -43,6 +43,14 @@ def shapes_words() -> dict[str, frozenset[str]]:
     }
 
 
+def parse_words(items: Sequence[str]) -> dict[str, frozenset[str]]:
+    """The classes of words written as ``CLASS=WORD,WORD``. Raises ``ValueError`` for an item of another form."""
+    parts = [item.partition("=") for item in items]
+    if wrong := [item for item, (name, _, words) in zip(items, parts, strict=True) if not (name and words)]:
+        raise ValueError(f"--words takes CLASS=WORD,WORD, not {', '.join(map(repr, wrong))}")
+    return {name: frozenset(words.lower().split(",")) for name, _, words in parts}
+
+
 def shapes_prompts(n: int, seed: int = 0) -> list[str]:
     """``n`` prompts of the shapes world that name two coloured shapes and how they stand."""
     from diptych.data.worlds import shapes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import torch
@@ -22,8 +23,6 @@ def matmul_rate(dtype: torch.dtype, device: str = "cpu", n: int = 768, seconds: 
 
 def pick_device(device: str) -> str:
     """The device to use: ``auto`` is a GPU when there is one. Raises ``ValueError`` for one that is not there."""
-    import torch
-
     there = [
         "cpu",
         *(["cuda"] if torch.cuda.is_available() else []),
@@ -37,3 +36,8 @@ def pick_device(device: str) -> str:
     if kind not in there:
         raise ValueError(f"device {device!r} is not there; this machine has {', '.join(there)}")
     return device
+
+
+def host_memory() -> int:
+    """Bytes of this machine's main memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from diptych.machine.devices import pick_device
+
 T = TypeVar("T")
 
 
@@ -21,7 +23,7 @@ def processes(device: str | None = None, minutes: float = 30.0) -> Iterator[tupl
 
     A collective that waits for another process for more than ``minutes`` raises."""
     gpus = device.startswith("cuda") if device else torch.cuda.is_available()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = launched()
     if world == 1:
         yield 0, 1
         return
@@ -32,6 +34,18 @@ def processes(device: str | None = None, minutes: float = 30.0) -> Iterator[tupl
         yield rank, world
     finally:
         dist.destroy_process_group()
+
+
+def launched() -> tuple[int, int]:
+    """(rank, world) as torchrun sets them in the environment; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def device_of_process(device: str) -> str:
+    """``pick_device``, and among several processes that torchrun started the GPU of this one."""
+    picked = pick_device(device)
+    several = launched()[1] > 1
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if picked == "cuda" and several else picked
 
 
 def place() -> tuple[int, int]:

@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from diptych.core.errors import nearest
 from diptych.machine.disk import recover
 from diptych.models.configs import config_from_json, config_to_json
 from diptych.models.protocol import Trainable
 from diptych.models.table import FAMILIES, SHIPPED, SIZES, family, published_layout
+from diptych.models.table import config as named_config
 from diptych.parts.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -31,6 +33,29 @@ def create(name: str, config: Any, tokenizer: Tokenizer | None = None, device: s
 
     with torch.device(device):
         return family(name)(config, tokenizer or Tokenizer.tiny())
+
+
+def skeleton(name: str) -> Trainable:
+    """A model of a named size without weights (on the meta device, with the tiny tokenizer): it can lay out samples.
+    Raises ``ValueError`` for an unknown name."""
+    if name not in SIZES:
+        raise ValueError(f"unknown model {name!r}; choose from {', '.join(SIZES)}{nearest(name, SIZES)}")
+    return create(SIZES[name].family, named_config(name), Tokenizer.tiny(), "meta")
+
+
+def list_models() -> list[dict[str, Any]]:
+    """Every named model with its parameter counts (taken on the meta device; None where a package is missing)."""
+    rows = []
+    for name, size in SIZES.items():
+        try:
+            model = skeleton(name)
+            counts = sum(p.numel() for p in model.parameters()), model.activated_parameters()
+        except ValueError:  # an extra that is not installed; whoever loads the model is told
+            counts = None, None
+        row = {"name": name, "family": size.family, "parameters": counts[0], "activated_parameters": counts[1]}
+        shipped = bool(size.folder and (SHIPPED / size.folder / "config.json").is_file())
+        rows.append(row | {"shipped": shipped, "source": size.source})
+    return rows
 
 
 def save(
@@ -118,6 +143,7 @@ def resolve(name_or_path: str | Path) -> Path:
         return path
     shipped = [n for n, s in SIZES.items() if s.folder and (SHIPPED / s.folder / "config.json").is_file()]
     told = f"no model {str(name_or_path)!r}: not a folder, and these ship: {', '.join(shipped) or 'none'}"
+    told += nearest(name_or_path, SIZES)
     hub = size.source if size else str(name_or_path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub):
         raise ValueError(told)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
+from diptych.core.errors import nearest
 from diptych.training.recipe import Recipe
 
 RECIPES = {
@@ -46,4 +47,5 @@ def find(name_or_file: str | Path) -> Recipe:
     path = Path(name_or_file)
     if path.is_file():
         return Recipe.load(path)
-    raise ValueError(f"no recipe {str(name_or_file)!r}: not a file, and the names are {', '.join(RECIPES)}")
+    choices = f"{', '.join(RECIPES)}{nearest(name_or_file, RECIPES)}"
+    raise ValueError(f"no recipe {str(name_or_file)!r}: not a file, and the names are {choices}")

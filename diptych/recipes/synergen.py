@@ -63,7 +63,7 @@ def stage1() -> Recipe:
     before. The base is transformers:internlm/internlm2-1_8b, with a tokenizer.json beside it.
     667 M samples of each task; 64 GPUs, 18 rows each a step.
 
-    diptych train synergen/stage1 --catalog my_data.yaml --run runs/synergen-stage1
+    diptych train synergen/stage1 --catalog my_data.yaml --out runs/synergen-stage1
     """
     return _published("stage1", 1, VISUAL, 95_000, 1e-4, "constant", 0.05, Limits(4096, 24, 18), {})
 
@@ -72,7 +72,7 @@ def stage2() -> Recipe:
     """SynerGen-VL's second stage (table 8): alignment, from clean data at up to 6 tiles; attention is trained too. Goes
     on from runs/synergen-stage1.
 
-    diptych train synergen/stage2 --catalog my_data.yaml --run runs/synergen-stage2
+    diptych train synergen/stage2 --catalog my_data.yaml --out runs/synergen-stage2
     """
     init = {"model": "runs/synergen-stage1"}
     return _published("stage2", 6, ALIGNED, 35_000, 5e-5, "cosine", 0.05, Limits(8192, 48, 18), init)
@@ -81,7 +81,7 @@ def stage2() -> Recipe:
 def tune() -> Recipe:
     """SynerGen-VL's instruction tuning (table 8): everything, at up to 12 tiles. Goes on from runs/synergen-stage2.
 
-    diptych train synergen/tune --catalog my_data.yaml --run runs/synergen-tune
+    diptych train synergen/tune --catalog my_data.yaml --out runs/synergen-tune
     """
     init = {"model": "runs/synergen-stage2"}
     return _published("tune", 12, EVERYTHING, 12_000, 5e-5, "cosine", 0.01, Limits(16_384, 96, 10), init)

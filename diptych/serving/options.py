@@ -55,3 +55,20 @@ class Options:
                 raise ValueError(f"{name} must be more than 0, not {value}")
         if not self.grace >= 0:
             raise ValueError(f"grace must be at least 0, not {self.grace}")
+
+
+def public_name(name: str) -> str:
+    """What clients call a model: of a folder only its own name, not where it lies."""
+    if not Path(name).is_dir():
+        return name
+    folder = Path(name).resolve()
+    return folder.parent.name if folder.name == "release" else folder.name
+
+
+def read_keys(file: Path) -> tuple[str, ...]:
+    """The keys of a file with one a line; ``#`` begins a comment line. Raises ``ValueError`` for a file without any."""
+    lines = [line.strip() for line in file.read_text("utf-8").split("\n")]
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise ValueError(f"{file} holds no key; write one a line")
+    return keys

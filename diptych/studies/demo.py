@@ -135,5 +135,5 @@ def next_commands(run: Path) -> list[str]:
     return [
         "diptych generate bagel/tiny 'two blue stars and a red circle' -n 4 --seed 1",
         f"diptych chat {run}",
-        f"diptych train {run / 'recipe.json'} --steps 3000 --run runs/longer",
+        f"diptych train {run / 'recipe.json'} --steps 3000 --out runs/longer",
     ]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from diptych.core.errors import nearest
 from diptych.generation.engine import load
 from diptych.models import store
 from diptych.studies.page import _page
@@ -34,7 +35,7 @@ def study(
     Raises ``ValueError`` for an unknown study, for a model where a study makes its own, and for a folder that was begun
     with other settings."""
     if name not in STUDIES:
-        raise ValueError(f"unknown study {name!r}; choose from {', '.join(STUDIES)}")
+        raise ValueError(f"unknown study {name!r}; choose from {', '.join(STUDIES)}{nearest(name, STUDIES)}")
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"a study needs different seeds, at least one, not {list(seeds)}")
     this, console = STUDIES[name], Console()

@@ -25,8 +25,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from diptych.core.batch import Batch
+from diptych.core.errors import nearest
 from diptych.core.losses import combine
 from diptych.core.noise import Noise
+from diptych.machine.devices import host_memory, matmul_rate
 from diptych.models import configs, store
 from diptych.models.protocol import Trainable
 from diptych.parts.quantize import to_int8
@@ -41,6 +43,17 @@ GPUS = {  # dense bf16 TFLOP/s and GiB, from the data sheets
     "3090": (71, 24), "4090": (165, 24), "5090": (210, 32), "a10": (125, 24), "l4": (121, 24), "l40s": (362, 48),
     "a100-40": (312, 40), "a100": (312, 80), "h100": (989, 80), "h200": (989, 141), "b200": (2250, 180),
 }  # fmt: skip
+
+
+def limits_of(gpu: str, device: str = "cuda", memory: float | None = None) -> tuple[float, float]:
+    """(peak rate in FLOP/s, memory in GiB) of a GPU by name, or with ``device`` "cpu" of this machine, whose rate is
+    measured. ``memory`` replaces the memory. Raises ``ValueError`` for an unknown GPU, listing the known ones."""
+    if gpu not in GPUS:
+        raise ValueError(f"unknown GPU {gpu!r}; choose from {', '.join(GPUS)}{nearest(gpu, GPUS)}")
+    if device == "cpu":
+        return matmul_rate(torch.float32) * 1e9, memory or host_memory() / GIB
+    rate, size = GPUS[gpu]
+    return rate * 1e12, float(memory or size)
 
 
 class Hollow(TorchDispatchMode):

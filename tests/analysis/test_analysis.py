@@ -380,8 +380,8 @@ def test_keywords_refuse(drawer):
 def call(capsys, tmp_path, monkeypatch, tiny_model):
     monkeypatch.chdir(tmp_path)
 
-    def go(*words):
-        code = cli.main(["analyze", str(tiny_model), *map(str, words)])
+    def go(probe, *words):
+        code = cli.main(["analyze", probe, str(tiny_model), *map(str, words)])
         said = capsys.readouterr()
         return code, said.out, said.err
 
@@ -400,9 +400,12 @@ def base(tmp_path_factory):
 @pytest.mark.parametrize(
     "words, figures",
     [
-        (("separability", "--data", "shapes/colours", "-n", 32, "--at", "vision", "layer.1"), ("separability", "tsne")),
+        (("separability", "--data", "shapes/colours", "-n", 32, "--at", "vision,layer.1"), ("separability", "tsne")),
         (("attention", "-n", 3, "--size", 32, "--published"), ("attention",)),
-        (("keywords", "--prompt", "a red cat", "--words", "object=cat", "colour=red", "--steps", 2), ("keywords",)),
+        (
+            ("keywords", "--prompt", "a red cat", "--words", "object=cat", "--words", "colour=red", "--steps", 2),
+            ("keywords",),
+        ),
     ],
     ids=lambda w: w[0],
 )
@@ -434,10 +437,10 @@ def test_analyze_reads_a_folder_of_classes(call, tmp_path):
 @pytest.mark.parametrize(
     "words, told",
     [
-        (("separability", "--rows", "answer"), "separability has no option --rows; it has --at, --data, --size"),
+        (("separability", "--rows", "answer"), "No such option: --rows"),
         (("separability", "--data", "emoji/unicorns"), "unknown set 'emoji/unicorns'; choose from emoji/fruit"),
         (("separability", "--at", "retina"), "has no point 'retina'"),
-        (("keywords", "--words", "object"), "--words takes CLASS=WORD,WORD ..., not 'object'"),
+        (("keywords", "--words", "object"), "--words takes CLASS=WORD,WORD, not 'object'"),
         (("keywords", "--steps", 0), "steps must be at least 1, not 0"),
         (("attention", "--data", "nothing"), "unknown data set 'nothing'"),
     ],

@@ -62,8 +62,8 @@ def test_the_command(model, tmp_path, capsys):
     store.save(model, tmp_path / "m")
     words = [
         "analyze",
-        str(tmp_path / "m"),
         "gates",
+        str(tmp_path / "m"),
         "--prompt",
         "a star",
         "--steps",

@@ -137,7 +137,7 @@ def test_from_the_command_line(tmp_path, capsys):
     run = [
         "train",
         str(tmp_path / "recipe.json"),
-        "--run",
+        "--out",
         str(tmp_path / "run"),
         "--encoded",
         str(out),

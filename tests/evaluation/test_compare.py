@@ -83,15 +83,15 @@ def test_the_command_line(tmp_path, tiny_model, capsys, monkeypatch):
     page, tables = (tmp_path / "r.html").read_text(), (tmp_path / "r.md").read_text()
     assert "vqa-mini: every verdict" in page and "| vqa-mini@exact/overall |" in tables and "Sampling card" in tables
     for wrong, told in (
-        (("compare", "a"), "takes the folders of two"),
-        (("score",), "needs the folder"),
+        (("compare", "a"), "Missing argument 'RUN_B'"),
+        (("score",), "Missing argument 'RUN'"),
         (("read", "results.jsonl"), "KIND=FILE"),
         (("read", "geneval=gone.jsonl"), "there is no file"),
         (("http://127.0.0.1:9/v1", "vqa-mini"), "--remote-model"),
         (("folder:gone", "geneval-mini"), "there is no folder"),
         ((tiny_model, "wise", "--device", "cpu"), "wise needs your file"),
         ((tiny_model, "vqa-mini", "--judge-url", "http://x/v1", "--device", "cpu"), "--judge NAME"),
-        (("distance", "a"), "takes two folders"),
+        (("distance", "a"), "Missing argument 'REAL'"),
     ):
         code, out, err = call(*wrong)
         assert code == 2 and told in err and not out, (wrong, err)

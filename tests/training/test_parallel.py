@@ -67,7 +67,7 @@ def run_with(n, made, folder, verb="train", **how):
     folder.parent.mkdir(exist_ok=True)
     file = folder.with_suffix(".json")
     file.write_text(made.to_json())
-    what = [verb, file, "--run", folder] if verb == "train" else [verb, folder]
+    what = [verb, file, "--out", folder] if verb == "train" else [verb, folder]
     return processes(n, [sys.executable, "-m", "diptych", *map(str, what), "--device", "cpu"], **how)
 
 

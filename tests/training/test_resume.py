@@ -218,7 +218,7 @@ def start(tmp_path, recipe):
         "diptych",
         "train",
         tmp_path / "recipe.json",
-        "--run",
+        "--out",
         tmp_path / "run",
         "--device",
         "cpu",

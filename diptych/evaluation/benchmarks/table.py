@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
+from diptych.core.errors import nearest
 from diptych.evaluation.judges.judge import Judge
 from diptych.evaluation.scores import Benchmark
 
@@ -126,7 +127,7 @@ def resolve(names: Sequence[str | Benchmark], tools: Tools) -> tuple[list[Benchm
             continue
         name, sign, file = one.partition("=")
         if name not in choices:
-            raise ValueError(f"unknown benchmark {name!r}; choose from {', '.join(choices)}")
+            raise ValueError(f"unknown benchmark {name!r}; choose from {', '.join(choices)}{nearest(name, choices)}")
         for member in GROUPS.get(name, (name,)):
             entry = TABLE[member]
             if sign and (entry.file == "none" or name in GROUPS):

@@ -1,0 +1,342 @@
+"""``diptych data``: check, show and prepare data sets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from diptych.cli.options import (
+    BAD,
+    OK,
+    CatalogOption,
+    DataSetsArgument,
+    DeviceOption,
+    Dtype,
+    EncodedOption,
+    JsonOption,
+    LayoutOption,
+    RecipeArgument,
+    SetOption,
+    SideOption,
+    Verbs,
+    at_least_one,
+    changes,
+    complete_models,
+    listed,
+    numbers,
+    picture_file,
+    show_skipped,
+    show_table,
+)
+
+LimitOption = Annotated[int | None, typer.Option("--limit", metavar="N", help="rows per data set (default: all)")]
+
+
+def add(app: Verbs) -> None:
+    """Adds the verbs of this file to the command line."""
+    verbs = Verbs(
+        help="Check, show and prepare data sets.",
+        subcommand_metavar="VERB ...",
+        epilog="\b\nexamples:\n  diptych data check my_data.yaml\n  diptych data show shapes/draw --out sheet.png",
+    )
+    app.add_typer(verbs, name="data")
+    verbs.verb("check", "diptych data check my_data.yaml")(check)
+    verbs.verb(
+        "show",
+        "diptych data show shapes/draw emoji/scenes --out sheet.png",
+        "diptych data show my_set --catalog my_data.yaml",
+    )(show)
+    verbs.verb("prepare", "diptych data prepare stamps", "diptych data prepare stamps --source ~/tuxpaint/stamps")(
+        prepare
+    )
+    verbs.verb(
+        "convert",
+        "diptych data convert llava instruct.json mine.jsonl --images coco",
+        "diptych data convert bagel-edit 'edits/*.parquet' edits.jsonl",
+    )(convert)
+    verbs.verb(
+        "shard",
+        "diptych data shard cats dogs --catalog my_data.yaml --out shards",
+        "diptych data shard shapes/draw --limit 5000 --out shards",
+    )(shard)
+    verbs.verb(
+        "stats",
+        "diptych data stats shapes/draw shapes/ask",
+        "diptych data stats cats --catalog my_data.yaml --layout bagel/7b-mot",
+    )(stats)
+    verbs.verb(
+        "bench",
+        "diptych data bench bagel/tiny --workers 0,1,2",
+        "diptych data bench bagel/tiny --against runs/mine",
+    )(bench)
+    verbs.verb(
+        "precompute",
+        "diptych data precompute bagel/tiny --limit 2000 --out encoded",
+        "diptych data precompute mine.yaml --catalog data.yaml --data photos --dtype bf16",
+        "torchrun --nproc-per-node 8 -m diptych data precompute mine.yaml --out encoded",
+    )(precompute)
+
+
+def check(
+    catalog: Annotated[Path, typer.Argument(metavar="CATALOG", help="YAML file that names the data sets")],
+    limit: LimitOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Validate every row of a catalog."""
+    from diptych.data.check import check
+
+    report = check(catalog, limit)
+    print(json.dumps(report.to_json()) if as_json else report)
+    return OK if report.ok else BAD
+
+
+def show(
+    names: DataSetsArgument,
+    catalog: CatalogOption = None,
+    layout: LayoutOption = "bagel/tiny",
+    n: Annotated[int, typer.Option("-n", metavar="N", help="samples per data set")] = 4,
+    size: SideOption = 64,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="the picture to write")] = Path("sheet.png"),
+) -> None:
+    """Draw a contact sheet of samples with the segments that a model lays them out as."""
+    from diptych.data.catalog import sources
+    from diptych.data.sheet import show
+    from diptych.models.store import skeleton
+
+    at_least_one(n=n, size=size)
+    picture_file(out)
+    model = skeleton(layout)
+    data_sets = sources(names, catalog=catalog, size=size)
+    show(data_sets, model.lay_out, model.tokenizer.decode, n * len(names), out)
+    print(out)
+
+
+def prepare(
+    name: Annotated[Literal["stamps"], typer.Argument(help="the data set")],
+    source: Annotated[
+        Path | None,
+        typer.Option("--source", metavar="DIR", help="an unpacked folder of stamps (default: the Debian package)"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="folder to write (default: where the data set is read)")
+    ] = None,
+) -> None:
+    """Fetch and build a data set that does not ship."""
+    from diptych.data.worlds import stamps
+
+    counts = stamps.prepare(out, source)
+    print("\n".join(f"{number:6d}  {label}" for label, number in counts.items()))
+
+
+def convert(
+    format: Annotated[
+        str, typer.Argument(metavar="FORMAT", help="llava, bagel-t2i, bagel-edit, bagel-sft, omnigen2 or cheers")
+    ],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="a file, a folder or a pattern")],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="the jsonl file to write; pictures held as bytes go to OUT-images/"),
+    ],
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            "--images", metavar="DIR", help="the catalog's picture folder: absolute paths become relative to it"
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Write another project's training data as rows of ours."""
+    from diptych.data.convert import convert
+
+    result = convert(format, source, out, images)
+    if as_json:
+        print(json.dumps(vars(result)))
+    else:
+        for line in result.skipped:
+            print(f"skipped {line}")
+        print(f"{out}: {result.rows} rows, {result.pictures} pictures, {len(result.skipped)} skipped")
+    return OK if result.rows else BAD
+
+
+def shard(
+    names: DataSetsArgument,
+    catalog: CatalogOption = None,
+    limit: LimitOption = None,
+    size: SideOption = 64,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder to write, one folder a data set")] = Path(
+        "shards"
+    ),
+    rows: Annotated[int, typer.Option("--rows", metavar="N", help="rows of a shard")] = 1000,
+    seed: Annotated[int, typer.Option("--seed", help="of the order; -1 keeps the order")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Write data sets as shuffled webdataset shards."""
+    from diptych.data.catalog import sources
+    from diptych.data.mixture import First
+    from diptych.data.shards import shard
+
+    at_least_one(limit=limit, size=size, rows=rows)
+    results = {}
+    for name, source in sources(names, catalog=catalog, size=size).items():
+        source = First(source, min(limit, len(source))) if limit else source
+        results[name] = shard(source, out / name, rows=rows, seed=None if seed < 0 else seed)
+    if as_json:
+        print(json.dumps(results))
+        return
+    show_table(
+        str(out),
+        ["data set", "rows", "pictures", "shards", "skipped"],
+        [[n, r["rows"], r["pictures"], r["shards"], len(r["skipped"])] for n, r in results.items()],
+    )
+    for result in results.values():
+        show_skipped(result["skipped"])
+
+
+def stats(
+    names: DataSetsArgument,
+    catalog: CatalogOption = None,
+    limit: Annotated[int, typer.Option("--limit", metavar="N", help="rows per data set")] = 1000,
+    size: SideOption = 64,
+    layout: LayoutOption = "bagel/tiny",
+    as_json: JsonOption = False,
+) -> None:
+    """Count lengths, kinds of tokens and shapes of pictures, as a model lays them out."""
+    from diptych.data.catalog import sources
+    from diptych.data.shards import stats
+    from diptych.models.store import skeleton
+
+    at_least_one(limit=limit, size=size)
+    counts = stats(sources(names, catalog, size), skeleton(layout).lay_out, limit)
+    table = {name: lengths.to_json() for name, lengths in counts.items()}
+    if as_json:
+        print(json.dumps(table))
+        return
+    columns = ("rows", "bad", "tokens", "p5", "p50", "p95", "longest", "supervised")
+    rows = [[name, *(f"{row.get(column, 0):g}" for column in columns)] for name, row in table.items()]
+    show_table(layout, ["data set", *columns], rows)
+    for name, row in table.items():
+        show_skipped(row["skipped"])
+        for histogram in ("kinds", "shapes"):
+            largest = max(row[histogram].values(), default=1)
+            for label, number in list(row[histogram].items())[:12]:
+                print(f"{name}  {label:<18} {number:>9}  {'█' * round(40 * number / largest)}")
+
+
+def bench(
+    recipe: RecipeArgument,
+    rows: Annotated[int, typer.Option("--rows", metavar="N", help="rows to wait for")] = 50,
+    workers: Annotated[
+        list[str] | None,
+        typer.Option("--workers", metavar="N,N", help="numbers of worker processes to try (default: 0,1)"),
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="RUN", help="compare with what this run's trainer consumed")
+    ] = None,
+    catalog: CatalogOption = None,
+    encoded: EncodedOption = None,
+    override: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how fast the loader of a recipe delivers, and how full its rows are."""
+    from diptych.recipes.bench import loader_speed
+    from diptych.recipes.run import configured
+
+    at_least_one(rows=rows)
+    measured = configured(recipe, catalog=catalog, encoded=encoded, override=changes(override))
+    counts = numbers(workers, "--workers") if workers else [0, 1]
+    speeds = loader_speed(measured, counts, rows, against)
+    if not as_json:
+        cells = [[f"{v:.4g}" if isinstance(v, float) else v for v in row.values()] for row in speeds]
+        show_table(measured.name, list(speeds[0]), cells)
+    print(json.dumps({"benchmark": "data", "recipe": measured.name, "rows": speeds}))
+
+
+def precompute(
+    recipe: RecipeArgument,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="the model whose encoders are used, in place of the recipe's own",
+            autocompletion=complete_models,
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="NAME,NAME", help="which data sets (default: all of the recipe's)"),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", help="rows per data set (embedded ones are endless)")
+    ] = None,
+    encoders: Annotated[
+        list[str] | None,
+        typer.Option("--encoders", metavar="NAME,NAME", help="which of the family's encoders (default: all)"),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder to write")] = Path("encoded"),
+    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="of the stored tensors (default: as computed)")] = None,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", help="pictures of one shape encoded together")] = 16,
+    shard: Annotated[int, typer.Option("--shard", metavar="N", help="rows of a shard")] = 1000,
+    workers: Annotated[int, typer.Option("--workers", metavar="N", help="processes that read and resize")] = 0,
+    catalog: CatalogOption = None,
+    override: SetOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Encode the pictures of a recipe's data sets once, with its frozen encoders."""
+    from diptych.machine.processes import device_of_process, launched
+    from diptych.recipes.run import precompute
+
+    at_least_one(limit=limit, batch=batch, shard=shard)
+    rank, world = launched()
+    with progress_bars(shown=not as_json and rank == 0) as progress:
+        results = precompute(
+            recipe,
+            out,
+            data=listed(data) or None,
+            limit=limit,
+            model=model,
+            catalog=catalog,
+            override=changes(override),
+            device=device_of_process(device),
+            progress=progress,
+            encoders=listed(encoders) or None,
+            dtype=dtype,
+            batch=batch,
+            shard=shard,
+            workers=workers,
+            rank=rank,
+            world=world,
+        )
+    if as_json:
+        print(json.dumps(results))
+        return
+    show_table(
+        str(out),
+        ["data set", "rows", "pictures", "MiB", "skipped"],
+        [[n, r["rows"], r["pictures"], f"{r['bytes'] / 2**20:.1f}", len(r["skipped"])] for n, r in results.items()],
+    )
+    for result in results.values():
+        show_skipped(result["skipped"])
+
+
+@contextmanager
+def progress_bars(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A function of (name, done, total) that moves the bar of that name on stderr."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=not shown, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total)
+            bars.update(tasks[name], completed=done)
+
+        yield progress

@@ -1,0 +1,301 @@
+"""Verbs that use a model: generate, edit, ask, chat, serve, export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from diptych.cli.options import (
+    Answering,
+    BaseOption,
+    DeviceOption,
+    Drawing,
+    Dtype,
+    DtypeOption,
+    EditSampling,
+    JsonOption,
+    Loading,
+    ModelArgument,
+    QuantizeOption,
+    Sampling,
+    Verbs,
+    complete_models,
+)
+
+ImageArgument = Annotated[Path, typer.Argument(metavar="IMAGE", help="a picture file")]
+
+
+def add(app: Verbs) -> None:
+    """Adds the verbs of this file to the command line."""
+    app.verb(
+        "generate",
+        "diptych generate bagel/tiny 'two blue stars' -n 4 --seed 7",
+        "diptych generate bagel/tiny 'a cat' --size 64x64 --out cat.png",
+    )(generate)
+    app.verb("edit", "diptych edit bagel/tiny scene.png 'make the star blue'")(edit)
+    app.verb("ask", "diptych ask bagel/tiny scene.png 'how many stars are there?'")(ask)
+    app.verb("chat", "diptych chat bagel/tiny")(chat)
+    app.verb(
+        "serve",
+        "diptych serve bagel/tiny",
+        "diptych serve bagel/tiny runs/mine --port 8080 --runs runs",
+        "diptych serve bagel/tiny --host 0.0.0.0 --api-key-file keys.txt --rate 60",
+    )(serve)
+    app.verb(
+        "export",
+        "diptych export runs/mine model --dtype bf16",
+        "diptych export runs/mine model --format published",
+        "diptych export bagel/tiny parts --format hf",
+    )(export)
+
+
+def generate(
+    loading: Loading,
+    prompt: Annotated[str, typer.Argument(help="what to draw")],
+    drawing: Drawing,
+    sampling: Sampling,
+) -> None:
+    """Draw pictures of a prompt."""
+    size = drawing.check()
+    engine = loading.load()
+    save_pictures(drawing, engine.generate(prompt, drawing.n, size, drawing.seed, **sampling.given(engine)))
+
+
+def edit(
+    loading: Loading,
+    image: ImageArgument,
+    instruction: Annotated[str, typer.Argument(help="what to change")],
+    drawing: Drawing,
+    sampling: EditSampling,
+) -> None:
+    """Change a picture by instruction."""
+    size = drawing.check()
+    engine = loading.load()
+    save_pictures(drawing, engine.edit(image, instruction, drawing.n, size, drawing.seed, **sampling.given(engine)))
+
+
+def save_pictures(drawing: Drawing, pictures: Any) -> None:
+    """Writes the pictures of a result and prints their files."""
+    files = []
+    drawing.out.parent.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(pictures.images):
+        file = drawing.out if len(pictures.images) == 1 else drawing.out.with_stem(f"{drawing.out.stem}-{i}")
+        image.save(file)
+        files.append(str(file))
+    if drawing.as_json:
+        print(json.dumps({"files": files, "seed": pictures.seed, "parameters": dict(pictures.parameters)}))
+    else:
+        print("\n".join(files))
+
+
+def ask(
+    loading: Loading,
+    image: ImageArgument,
+    question: Annotated[str, typer.Argument(help="a question about the picture")],
+    answering: Answering,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a question about a picture."""
+    answer = loading.load().ask(image, question, answering.max_new_tokens, answering.temperature, answering.seed)
+    show_answer(answer, as_json)
+
+
+def show_answer(answer: Any, as_json: bool) -> None:
+    """Prints an answer, as JSON with why it ended and the settings that counted."""
+    told = {"text": answer.text, "finish_reason": answer.finish_reason, "parameters": dict(answer.parameters)}
+    print(json.dumps(told) if as_json else answer.text)
+
+
+def chat(
+    loading: Loading,
+    answering: Answering,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="where pictures are saved")] = Path("pictures"),
+) -> None:
+    """Talk in the terminal. /image PATH shows a picture, /draw PROMPT draws one, /new starts anew, /quit ends."""
+    engine = loading.load()
+    print(f"{engine.name}: type a message; /image PATH shows a picture, /draw PROMPT draws one, /new, /quit")
+    Chat(engine, answering, out).run()
+
+
+class Chat:
+    """A conversation in the terminal."""
+
+    def __init__(self, engine: Any, answering: Answering, folder: Path) -> None:
+        self.engine, self.answering, self.folder = engine, answering, folder
+        self.messages: list[Any] = []
+        self.shown: list[Any] = []  # pictures that wait for the next message
+        self.saved = 0
+
+    def run(self) -> None:
+        while True:
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                return
+            command, _, rest = line.partition(" ")
+            if command == "/quit":
+                return
+            if command == "/new":
+                self.messages, self.shown = [], []
+            elif command == "/image":
+                self.show(rest)
+            elif command == "/draw":
+                seed = self.answering.seed + self.saved
+                print(self.save(self.engine.generate(rest, seed=seed).images[0]))
+            elif command.startswith("/"):
+                print(f"unknown command {command}; there are /image, /draw, /new, /quit")
+            elif line:
+                self.say(line)
+
+    def show(self, path: str) -> None:
+        """Keeps a picture for the next message."""
+        from diptych.core.sample import Image
+        from diptych.data.decoding import open_picture
+
+        try:
+            self.shown.append(Image(open_picture(Path(path), path)))
+            print(f"(showing {path}; now ask)")
+        except (ValueError, OSError) as error:
+            print(f"error: {error}")
+
+    def say(self, line: str) -> None:
+        """Sends a message, prints the answer as it comes and remembers both."""
+        from diptych.core.sample import Image, Message, Text
+        from diptych.generation.events import ImageDone, TextDelta
+
+        self.messages.append(Message("user", (*self.shown, Text(line))))
+        self.shown, answer, text = [], [], ""
+        sampled = self.answering
+        for event in self.engine.stream(self.messages, sampled.max_new_tokens, sampled.temperature, seed=sampled.seed):
+            if isinstance(event, TextDelta):
+                text += event.text
+                print(event.text, end="", flush=True)
+            if isinstance(event, ImageDone):
+                answer, text = [*answer, Text(text), Image(event.image, "target")], ""
+                print(f"\n{self.save(event.image)}")
+        print()
+        self.messages.append(Message("assistant", (*answer, Text(text))))
+
+    def save(self, image: Any) -> Path:
+        """Writes the next picture and returns its file."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"picture-{self.saved:03d}.png"
+        image.save(file)
+        self.saved += 1
+        return file
+
+
+def serve(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL",
+            help="names, model, run or published folders, or org/name",
+            autocompletion=complete_models,
+        ),
+    ],
+    base: BaseOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
+    host: Annotated[str, typer.Option("--host", help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="0 takes a free one")] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--api-key-file", metavar="FILE", help="keys that may use the server, one a line (default: none is needed)"
+        ),
+    ] = None,
+    slots: Annotated[int, typer.Option("--slots", metavar="N", help="requests that run together")] = 16,
+    queue: Annotated[int, typer.Option("--queue", metavar="N", help="requests that may wait")] = 64,
+    timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="for one request")] = 120.0,
+    grace: Annotated[
+        float, typer.Option("--grace", metavar="SECONDS", help="to finish running requests at the end")
+    ] = 30.0,
+    rate: Annotated[
+        float | None,
+        typer.Option("--rate", metavar="N", help="requests a minute for each key or address (default: no limit)"),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host",
+            metavar="HOST",
+            help="fetch pictures by URL from this public host; * for any (default: none); may be repeated",
+        ),
+    ] = None,
+    host_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--host-name",
+            metavar="NAME",
+            help="a name that reaches this server, besides localhost and its address; may be repeated",
+        ),
+    ] = None,
+    runs: Annotated[
+        Path | None, typer.Option("--runs", metavar="DIR", help="show the training runs in this folder")
+    ] = None,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="write prompts to the log")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no line for every request")] = False,
+) -> None:
+    """Serve models: OpenAI's endpoints and a web page."""
+    try:
+        from diptych.serving.options import Options, public_name, read_keys
+        from diptych.serving.server import serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f"serving needs the package {error.name}: pip install 'diptych[serve]'") from error
+    from diptych.generation.engine import load
+
+    options = Options(
+        keys=read_keys(api_key_file) if api_key_file else (),
+        slots=slots,
+        queue=queue,
+        timeout=timeout,
+        grace=grace,
+        rate=rate,
+        hosts=frozenset(allow_host or ()),
+        runs=runs,
+        log_prompts=log_prompts,
+        quiet=quiet,
+        host_names=tuple(host_name or ()),
+    )
+    names: list[str] = []
+
+    def load_all() -> list[Any]:
+        engines = [load(name, device, dtype, base, quantize) for name in models]
+        for engine in engines:
+            engine.name = public_name(engine.name)
+        names.extend(engine.name for engine in engines)
+        return engines
+
+    def announce(url: str) -> None:
+        print(f"{', '.join(names)} at {url}  (Ctrl-C ends)", flush=True)
+
+    serve(load_all, options, host, port, announce)
+
+
+def export(
+    model: ModelArgument,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="the folder to write")],
+    base: BaseOption = None,
+    format: Annotated[
+        Literal["diptych", "published", "hf"],
+        typer.Option("--format", help="published: as the authors do; hf: language and vision parts for transformers"),
+    ] = "diptych",
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", help="of the weights (default: bf16; other formats: as stored)")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="overwrite files of the same names, keep all others")] = False,
+) -> None:
+    """Write a model: safetensors, config.json and tokenizer.json, or as its family publishes it."""
+    from diptych.models.store import export
+
+    written = export(model, folder, format, dtype, base, force)
+    if format == "hf":
+        print("\n".join(str(file) for file in sorted(written.iterdir())))
+    else:
+        size = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
+        print(f"{folder}: {size / 2**20:.1f} MiB")
