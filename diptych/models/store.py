@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -30,8 +31,18 @@ Format = Literal["diptych", "published", "hf"]
 def create(name: str, config: Any, tokenizer: Tokenizer | None = None, device: str = "cpu") -> Trainable:
     """An uninitialised model of a family on ``device`` (``meta`` allocates nothing)."""
     import torch
+    from torch.overrides import TorchFunctionMode
 
-    with torch.device(device):
+    class WithoutInitialisation(TorchFunctionMode):
+        """Skips ``torch.nn.init``. Its functions write nothing on the meta device, but import torch._dynamo there."""
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if getattr(func, "__module__", None) == "torch.nn.init":
+                return args[0] if args else (kwargs or {})["tensor"]
+            return func(*args, **(kwargs or {}))
+
+    meta = torch.device(device).type == "meta"
+    with torch.device(device), WithoutInitialisation() if meta else nullcontext():
         return family(name)(config, tokenizer or Tokenizer.tiny())
 
 
