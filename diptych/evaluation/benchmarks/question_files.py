@@ -23,7 +23,7 @@ from diptych.evaluation import files
 
 LETTERS = "ABCDEFGHI"
 NAMES = {
-    "question": ("question", "text", "prompt", "query", "caption_prompt", "Question"),
+    "question": ("question", "text", "prompt", "query", "Question"),
     "answer": ("answer", "label", "answers", "gt_answer", "captions", "caption", "Correct Answer"),
     "image": ("image", "image_path", "filename", "imgname", "file_name", "imageId", "data_id", "image_id"),
     "id": ("index", "id", "question_id", "questionId", "key", "idx", "Index"),
@@ -48,12 +48,14 @@ class Question:
     fields: Mapping[str, str] = field(default_factory=dict)  # what a benchmark's own score needs, of ``FIELDS``
 
 
-def read_questions(file: Path) -> list[Question]:
-    """The questions of a file. Raises ``ValueError`` naming the row and what is wrong with it."""
+def read_questions(file: Path, ask: str | None = None) -> list[Question]:
+    """The questions of a file; ``ask`` is the question of rows that have none (captions). Raises ``ValueError`` naming
+    the row and what is wrong with it."""
     rows = [r for r in _rows(file) if str(r.get("data_type", "image")) == "image"]  # SEED-Bench asks about videos too
     if not rows:
         raise ValueError(f"{file} has no rows")
     reader = _Reader(file, rows)
+    rows = [{"question": ask, **r} for r in rows] if ask else rows
     return [reader.question(row, f"{file} row {n}", n) for n, row in enumerate(rows, 1)]
 
 

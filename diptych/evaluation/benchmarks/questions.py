@@ -378,7 +378,7 @@ def _short_truth(row: Question) -> dict:
 def benchmark(kind: str, file: Path | None, tools: Tools) -> Benchmark:
     """The benchmark of a user's file; its name and score names begin with the file's."""
     assert file is not None
-    rows = read_questions(file)
+    rows = read_questions(file, ASK["caption"] if kind == "captions" else None)
     kind = {"mcq": "vanilla", "mcq-circular": "circular"}.get(kind, kind)
     name = f"{file.stem}-{kind}"
     scores: Callable[..., Any]
