@@ -9,11 +9,18 @@ import PIL.Image
 import pytest
 
 from diptych.evaluation import harness
-from diptych.evaluation.benchmarks.judged_drawing import Proposition, dependent, probability, read_back, read_dpg
+from diptych.evaluation.benchmarks import dpg
+from diptych.evaluation.benchmarks.dpg import Proposition, dependent, read_dpg
+from diptych.evaluation.benchmarks.gedit import read_gedit
+from diptych.evaluation.benchmarks.geneval2 import probability
+from diptych.evaluation.benchmarks.imgedit import read_imgedit
+from diptych.evaluation.benchmarks.printed_text import read_back
 from diptych.evaluation.benchmarks.table import Tools, resolve
+from diptych.evaluation.benchmarks.wise import read_wise
 from diptych.evaluation.harness import evaluate
 from diptych.evaluation.judges.judge import Judge
 from diptych.evaluation.remote import Pictures, cut, tiled
+from diptych.evaluation.scores import Outcome
 from tests.support.fake_server import serving
 
 
@@ -146,6 +153,21 @@ def test_wise(tmp_path, pictures):
     assert read_back.value == pytest.approx(result.scores[f"{stamp}/overall"].value)
 
 
+def test_published_wise_folders(tmp_path):
+    """The legacy folder holds rewritten prompts of the same ids, the verified one all prompts twice."""
+    rows = [{"prompt_id": i, "Prompt": f"p{i}", "Explanation": "e"} for i in (1, 500)]
+    for name, some in (("cultural", rows[:1]), ("spatio", rows[1:]), ("cultural_rewrite", rows[:1])):
+        again = [{**r, "Prompt": "rewritten"} if "rewrite" in name else r for r in some]
+        (tmp_path / f"{name}.json").write_text(json.dumps(again))
+    assert [r["prompt"] for r in read_wise(tmp_path)] == ["p1", "p500"]
+    (tmp_path / "merge.json").write_text(json.dumps(rows))
+    assert [r["id"] for r in read_wise(tmp_path)] == [1, 500]
+    (tmp_path / "merge.json").write_text(json.dumps([*rows, {**rows[0], "Prompt": "another"}]))
+    with pytest.raises(ValueError, match="merge.json row 3: another prompt of the id 1"):
+        read_wise(tmp_path)
+    assert read_wise(tmp_path / "cultural_rewrite.json")[0]["prompt"] == "rewritten"  # by name it is read
+
+
 def test_wise_verified_is_another_protocol(tmp_path, pictures):
     names = ["", "time", "space", "Biology", "physics", "Chemistry"]
     rows = [{"prompt_id": 100 + 150 * k, "Prompt": f"p{k}", "Explanation": "e", "Subcategory": n} for k, n in enumerate(names)]  # fmt: skip  # noqa: E501
@@ -200,7 +222,8 @@ def test_dpg_with_its_grids(tmp_path, pictures):
         scores = {k.partition("]/")[2]: s.value for k, s in result.scores.items()}
         # p0: in the red picture the cat is missing, so are its colour and place; p1 has nothing
         assert scores["overall"] == pytest.approx(100 * ((1 / 4 + 3) / 4 + 0) / 2)
-        assert scores["entity"] == pytest.approx(100 * 7 / 12) and scores["attribute"] == pytest.approx(75)
+        # categories are of the last picture, before a no is inherited: p0 has all, p1 no dog
+        assert scores["entity"] == pytest.approx(100 * 2 / 3) and scores["attribute"] == pytest.approx(100)
         [out] = harness.write_layout(tmp_path / "out", result, resolve([f"dpg={tmp_path / 'dpg.csv'}"], tools)[0])
     with PIL.Image.open(out / "p0.png") as grid:
         assert grid.size == (32, 32) and grid.getpixel((31, 31)) == (255, 255, 255)
@@ -216,6 +239,70 @@ def test_dpg_with_its_grids(tmp_path, pictures):
     (tmp_path / "dpg.csv").write_text(DPG.replace(",2,1,", ",2,1;4,"))
     with pytest.raises(ValueError, match="dpg.csv line .: dependency is '1;4'"):
         read_dpg(tmp_path / "dpg.csv")
+
+
+def test_dpg_scores_follow_the_published_script(tmp_path, pictures):
+    """Random answers of 60 prompts x 4 pictures against its procedure written out: overall after a no is inherited,
+    both levels of categories before it, of the last picture."""
+    rng = np.random.default_rng(5)
+    kinds = ("entity - whole", "entity - part", "attribute - color", "relation - spatial", "other - count")
+    prompts = {
+        f"p{k}": [
+            Proposition(
+                i, f"q{i}?", tuple(int(p) for p in range(1, i) if rng.random() < 0.4), kind.split(" - ")[0], kind
+            )
+            for i, kind in enumerate(rng.choice(kinds, rng.integers(1, 7)).tolist(), 1)
+        ]
+        for k in range(60)
+    }
+    items = dpg.dpg_items({k: (f"prompt {k}", asked) for k, asked in prompts.items()}, 4, 0, 0)
+    answers = {item.id: {p.id: bool(rng.random() < 0.7) for p in prompts[item.cluster]} for item in items}
+
+    class Fixed:
+        """A judge that answers from the table."""
+
+        def read(self, parse, text, images):
+            return parse("yes" if answers[self.item.id][int(text[1 : text.index("?")])] else "no")
+
+    outcomes, fixed = [], Fixed()
+    for item in items:
+        fixed.item = item
+        outcomes.append(Outcome(item, dpg.judge_dpg(fixed, dpg.ASK, item, None)))
+    overall, pooled = [], {}
+    for key, asked in prompts.items():
+        grades = []
+        for item in (i for i in items if i.cluster == key):
+            counted = dict(answers[item.id])
+            for p in asked:
+                if any(not counted[parent] for parent in p.parents):
+                    counted[p.id] = False
+            grades.append(sum(counted.values()) / len(counted))
+            before = answers[item.id]
+        overall.append(sum(grades) / len(grades))
+        for p in asked:
+            for name in (p.category, p.detail):
+                pooled.setdefault(name, []).append(before[p.id])
+    scores = {k.partition("/")[2]: s.value for k, s in dpg.dpg_scores("dpg@ours[x]", outcomes).items()}
+    assert scores == pytest.approx(
+        {"overall": 100 * np.mean(overall)} | {k: 100 * np.mean(v) for k, v in pooled.items()}
+    )
+
+
+def test_dpg_categories_of_both_levels_and_unreadable_replies(tmp_path, pictures):
+    head = "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,"
+    head += "question_natural_language"
+    (tmp_path / "dpg.csv").write_text(
+        f"{head}\np0,a red cat,k,1,0,entity,whole,entity - whole (cat),Is there a cat?\n"
+        'p0,a red cat,k,2,1,attribute,color,"attribute - color (cat, red)",Is the cat red?\n'
+        "p0,a red cat,k,3,0,global,,global - (photo),Is it a photo?\n"
+    )
+    folder = pictures("p0.png", flat("red"))
+    with serving(reply=lambda text, _: "hm" if "photo" in text else "yes") as server:
+        result = score(folder, f"dpg={tmp_path / 'dpg.csv'}", Tools(judge=judge(server, tmp_path), pictures=1))
+    scores = {k.partition("]/")[2]: s.value for k, s in result.scores.items()}
+    assert scores["overall"] == pytest.approx(200 / 3) and result.failures == 0  # one question, not the picture
+    assert "cannot be read: Is it a photo?" in result.outcomes[0].verdict.reason
+    assert scores["attribute - color"] == scores["attribute"] == 100 and scores["global"] == 0
 
 
 # --- GenEval 2, text --------------------------------------------------------------------------------------------------
@@ -239,6 +326,12 @@ def test_soft_scores_are_probabilities(tmp_path, pictures):
         scores = score(folder, f"geneval2={tmp_path / 'g.jsonl'}", tools).scores
     assert scores["geneval2@soft-tifa-am[wise-owl, our rubric]/overall"].value == pytest.approx(65)
     assert scores["geneval2@soft-tifa-gm[wise-owl, our rubric]/overall"].value == pytest.approx(60)
+    rows[0] |= {"skills": ["count", "object"], "atom_count": 2}
+    (tmp_path / "g.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    with serving(reply=lambda *_: "three", tokens=tokens) as server:
+        scores = score(folder, f"geneval2={tmp_path / 'g.jsonl'}", Tools(judge=judge(server, tmp_path))).scores
+    got = {k.partition("]/")[2]: s.value for k, s in scores.items() if "-am" in k}
+    assert got == pytest.approx({"overall": 65, "skill/count": 90, "skill/object": 40, "atoms/2": 65})
     with serving(reply=lambda *_: "three") as server, pytest.raises(ValueError, match="no log-probabilities"):
         score(folder, f"geneval2={tmp_path / 'g.jsonl'}", Tools(judge=Judge("deaf", server.url)))
     (tmp_path / "g.jsonl").write_text('{"prompt": "x", "vqa_list": ["How many?"]}\n')
@@ -321,6 +414,24 @@ def test_imgedit(tmp_path, pictures):
     overall = result.scores["imgedit@basic[wise-owl, our rubric]/overall"]
     assert overall.value == pytest.approx(sum(each) / 9) and 1 <= overall.low < overall.high <= 5
     assert result.failures == 1 and result.scores["imgedit@basic[wise-owl, our rubric]/action"].value == 1
+
+
+def test_edits_of_older_revisions_and_pictures_outside(tmp_path):
+    flat("white").save(tmp_path / "s.png")
+    (tmp_path / "quiz").mkdir()
+    flat("white").save(tmp_path / "quiz/s.png")
+    entry = {"id": "s.png", "prompt": "make it red", "edit_type": "alter"}
+    (tmp_path / "quiz/i.json").write_text(json.dumps({"1": entry}))
+    assert [r["type"] for r in read_imgedit(tmp_path / "quiz/i.json")] == ["adjust"]
+    for outside in ("../s.png", str(tmp_path / "s.png"), "http://127.0.0.1/x.png"):
+        (tmp_path / "quiz/i.json").write_text(json.dumps({"1": {**entry, "id": outside}}))
+        with pytest.raises(ValueError, match="entry '1': picture .* lies outside"):
+            read_imgedit(tmp_path / "quiz/i.json")
+        row = {"key": "a", "task_type": "color_alter", "instruction": "x", "instruction_language": "en",
+               "input_image": outside, "Intersection_exist": True}  # fmt: skip
+        (tmp_path / "quiz/g.jsonl").write_text(json.dumps(row))
+        with pytest.raises(ValueError, match="row 1: picture .* lies outside"):
+            read_gedit(tmp_path / "quiz/g.jsonl")
 
 
 def test_the_users_rubrics_take_our_place(tmp_path, pictures):

@@ -29,7 +29,7 @@ from diptych.core.sample import Sample, user
 from diptych.data.canvas import rgb
 from diptych.data.decoding import open_picture, suffixes
 from diptych.evaluation import files
-from diptych.evaluation.benchmarks.judged_drawing import write_flat
+from diptych.evaluation.benchmarks.drawing import write_flat
 from diptych.evaluation.benchmarks.shapes import seed_of
 from diptych.evaluation.benchmarks.table import Tools
 from diptych.evaluation.scores import Benchmark, Item, Outcome, Score, Verdict, each
