@@ -45,7 +45,6 @@ _SUFFIXES = {  # by Pillow's name of the format
 }
 # pictures that are read nowhere here
 UNREADABLE = tuple(".svg .pdf .psd .ico .tga .eps .ppm .pgm .exr .hdr .dng .cr2 .cr3 .nef .arw .raw".split())
-WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what a server opens: fewer decoders meet strangers' files
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 65_535  # pixels, JPEG's own limit
 MAX_RATIO = 200.0  # of the longer side to the shorter, as Qwen2-VL's smart_resize
@@ -94,7 +93,6 @@ def open_picture(
     *,
     max_side: int = MAX_SIDE,
     max_ratio: float = MAX_RATIO,
-    known: tuple[str, ...] | None = None,
     fetch: Callable[[str], bytes] | None = None,
 ) -> PIL.Image.Image:
     """The picture as RGB without metadata: upright, in sRGB, transparency laid on white, the first frame.
@@ -107,10 +105,9 @@ def open_picture(
     - a numpy array H x W, H x W x 1, 3 or 4, or a torch tensor H x W, C x H x W with 1, 3 or 4 channels:
       uint8, bool, or floats in [0, 1].
 
-    ``name`` is what errors call the picture (default: the path, or what ``source`` is). ``known`` limits the formats
-    of files (Pillow's names; default: ``formats()``), as a server does that opens strangers' files. Size
-    and aspect ratio are checked before anything is decoded. Damaged metadata (EXIF, colour profile, text) is
-    ignored, as viewers do. 16-bit greys keep their upper eight bits.
+    ``name`` is what errors call the picture (default: the path, or what ``source`` is). Size and aspect ratio
+    are checked before anything is decoded. Damaged metadata (EXIF, colour profile, text) is ignored, as viewers do.
+    16-bit greys keep their upper eight bits.
 
     Raises ``ValueError`` naming the picture and the reason: missing, of a format that is not read here, truncated or
     corrupt, more than ``max_pixels``, a side over ``max_side``, sides further apart than ``max_ratio``, or an array
@@ -128,7 +125,7 @@ def open_picture(
             return source
         return _decode(source, name)
     data = _read(source, name, fetch)
-    with _open(data, name, *limits, known=known) as image:
+    with _open(data, name, *limits) as image:
         return _decode(image, name)
 
 
@@ -145,16 +142,19 @@ def open_labels(source: str | Path | bytes, name: str = "", max_pixels: int = MA
         return np.array(image) if image.mode != "1" else np.array(image).astype(np.uint8)
 
 
-def open_alpha(source: str | Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
-    """The transparency of a picture as greys: 0 transparent, 255 opaque; upright. Raises ``ValueError`` as
-    ``open_picture`` does, and for a picture without transparency."""
+def open_mask(source: str | Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
+    """Where a picture may be edited: 255 there, else 0; upright. That is where a mask with transparency is transparent
+    (OpenAI's convention), and where a grey mask without is lighter than half (that of inpainting). Raises
+    ``ValueError`` as ``open_picture`` does, and for colours without transparency."""
     name = name or _name(source)
     with _open(_read(source, name), name, max_pixels) as image:
         _load(image, name)
         upright = _upright(image)
-        if not _transparent(upright):
-            raise ValueError(f"picture {name!r} has no transparency (mode {upright.mode})")
-        return upright.convert("RGBA").getchannel("A")
+        if _transparent(upright):
+            return upright.convert("RGBA").getchannel("A").point(lambda alpha: 255 if alpha == 0 else 0)
+        if upright.mode not in ("1", "L"):
+            raise ValueError(f"picture {name!r} has no transparency (mode {upright.mode}), and is not grey either")
+        return upright.convert("L").point(lambda grey: 255 if grey > 127 else 0)
 
 
 def image_size(source: str | Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -274,12 +274,11 @@ def _open(
     max_pixels: int = MAX_PIXELS,
     max_side: int = MAX_SIDE,
     max_ratio: float = MAX_RATIO,
-    known: tuple[str, ...] | None = None,
 ) -> PIL.Image.Image:
     """The file's picture, not decoded yet, its size within the limits. Raises ``ValueError`` naming it."""
     if PIL.ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on: cut-off pictures would be read as grey")
-    known, profile = known or formats(), None
+    known, profile = formats(), None
     if not data:
         raise ValueError(f"picture {name!r} is not a readable {', '.join(known)} file: it is empty")
     if data.startswith(_PNG):
@@ -388,11 +387,55 @@ def _decode(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
 def _load(image: PIL.Image.Image, name: str) -> None:
     """Decodes the pixels. Raises ``ValueError`` naming the picture."""
     try:
+        file = _file(image) if image.format == "PNG" else b""
         image.load()
+        if file and _ends_blank(image) and not _holds_all_rows(file):
+            raise EOFError("its pixels end early")
     except BROKEN as error:
         raise ValueError(f"picture {name!r} is corrupt or truncated: {_reason(error)}") from error
     except AttributeError as error:  # Pillow, for an image whose file the caller has closed
         raise ValueError(f"picture {name!r} cannot be read: its file is closed") from error
+
+
+def _file(image: PIL.Image.Image) -> bytes:
+    """The file of an image that has not been decoded yet; empty afterwards."""
+    stream = getattr(image, "fp", None)
+    if stream is None or not getattr(image, "tile", None):
+        return b""
+    at = stream.tell()
+    stream.seek(0)
+    data = stream.read()
+    stream.seek(at)
+    return data
+
+
+def _ends_blank(image: PIL.Image.Image) -> bool:
+    """Whether the last row is zero, as Pillow leaves rows for which a PNG file has no data, or rows come interlaced."""
+    last = image.crop((0, image.height - 1, image.width, image.height))
+    return bool(image.info.get("interlace")) or not any(last.tobytes())
+
+
+def _holds_all_rows(data: bytes) -> bool:
+    """Whether a PNG file holds as much pixel data as its size takes (PNG specification, 7.2 and 8.2: a filter byte and
+    the pixels for each row, of each of seven passes where it is interlaced). Pillow does not ask."""
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    grids = [(0, 0, 1, 1)]  # first column and row, and the steps to the next ones
+    if interlaced:
+        grids = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    needed = 0
+    for left, top, across, down in grids:
+        columns, rows = -(-(width - left) // across), -(-(height - top) // down)
+        needed += rows * (1 + -(-columns * bits // 8)) if columns > 0 and rows > 0 else 0
+    unpack, at = zlib.decompressobj(), len(_PNG)
+    while at + 8 <= len(data) and needed > 0:
+        size, kind = struct.unpack(">I4s", data[at : at + 8])
+        packed = data[at + 8 : at + 8 + size] if kind == b"IDAT" else b""
+        while packed and needed > 0 and not unpack.eof:
+            needed -= len(unpack.decompress(packed, 2**20))
+            packed = unpack.unconsumed_tail
+        at += 12 + size
+    return needed <= 0
 
 
 def _upright(image: PIL.Image.Image) -> PIL.Image.Image:

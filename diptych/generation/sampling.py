@@ -16,10 +16,15 @@ def check_sampling(temperature: float, top_p: float) -> None:
 def next_word(
     logits: Float[Tensor, " V"], temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None
 ) -> int:
-    """The likeliest word at temperature 0; else a draw from the smallest set that holds ``top_p`` of the mass."""
+    """The likeliest token at temperature 0, or at one so low that dividing by it overflows; else a draw from the
+    smallest set that holds ``top_p`` of the mass."""
     check_sampling(temperature, top_p)
     if temperature == 0:
         return int(logits.argmax())
-    probabilities, order = (logits.float().cpu() / temperature).softmax(-1).sort(descending=True)
+    scores = logits.float().cpu()
+    divided = scores / temperature
+    if scores.max().isfinite() and not divided.max().isfinite():
+        return int(scores.argmax())
+    probabilities, order = divided.softmax(-1).sort(descending=True)
     probabilities = probabilities * (probabilities.cumsum(-1) - probabilities < top_p)
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from diptych.core.sample import Image, ImageRole, Message, Sample, Text, assistant
 from diptych.generation.events import Event, ImageDone, ImagePreview, Stop, TextDelta, Usage, Word
 from diptych.generation.scheduler import Draw, Say
-from diptych.serving.pictures import data_uri
+from diptych.parts.images import data_uri
 from diptych.serving.schemas import ChatMessage, ChatRequest, TextPart, ignored_header
 from diptych.serving.service import Service, parse_size, seed_of
 from diptych.serving.sse import EventStream, server_sent

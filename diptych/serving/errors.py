@@ -130,7 +130,7 @@ def _no_route(api: FastAPI, request: Request) -> str:
 
 def _named_param(message: str) -> str | None:
     """The parameter that an error's message begins with, if it does."""
-    word = message.split(" ")[0].rstrip(":,")
+    word = message.removeprefix("picture ").split(" ")[0].strip("':,")
     known = {*ChatRequest.model_fields, *EditsRequest.model_fields, "image", "mask", "file", "purpose"}
     return word if re.split(r"[.\[]", word)[0] in known else None
 

@@ -18,7 +18,8 @@ _EMBEDDED = ((_NAT64, 0), (_6TO4, 80), (_MAPPED, 0))
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")  # what IANA has allocated; RFC 4291, section 2.4
 # inside of it, and not for the public: Teredo (RFC 4380), documentation (RFC 9637), 6bone (RFC 3701)
 _SPECIAL = [ipaddress.IPv6Network(n) for n in ("2001::/23", "3fff::/20", "3ffe::/16")]
-_6TO4_RELAYS = ipaddress.IPv4Network("192.88.99.0/24")  # RFC 7526
+# IPv4 networks that older Pythons call global: protocol assignments (RFC 6890), relays of 6to4 (RFC 7526)
+_SPECIAL_IPV4 = [ipaddress.IPv4Network(n) for n in ("192.0.0.0/24", "192.88.99.0/24")]
 _ISATAP = (0x00005EFE, 0x02005EFE)  # first half of an interface identifier whose second half is an IPv4 address
 
 
@@ -38,7 +39,7 @@ def is_public(address: str) -> bool:
     IPv4-mapped, ISATAP) are as public as that one; other addresses outside of global unicast, and Teredo's, are not."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv4Address):
-        return ip.is_global and not ip.is_multicast and ip not in _6TO4_RELAYS
+        return ip.is_global and not ip.is_multicast and not any(ip in network for network in _SPECIAL_IPV4)
     for network, shift in _EMBEDDED:
         if ip in network:
             return is_public(str(ipaddress.IPv4Address(int(ip) >> shift & 0xFFFFFFFF)))

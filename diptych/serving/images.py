@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import FormData, UploadFile
 
 from diptych.core.sample import Image, Sample, user
-from diptych.data.decoding import open_alpha
+from diptych.data.decoding import open_mask
 from diptych.generation.events import ImageDone, ImagePreview, Stop
 from diptych.generation.scheduler import Draw
 from diptych.serving.forms import FILE_SCHEMA, check_form, form_body
@@ -178,7 +178,7 @@ async def _read_form(
                     raise ValueError(f"image: at most {service.limits.pictures} pictures")
                 sources.append(await decode(data, f"image[{len(sources)}]", service.limits))
             elif name == "mask" and mask is None:
-                mask = await asyncio.to_thread(_read_mask, data, service.limits.pixels)
+                mask = await asyncio.to_thread(open_mask, data, "mask", service.limits.pixels)
             else:
                 raise ValueError(f"unknown or repeated file {name[:60]!r}; files are image (several) and mask")
         elif name in ("image", "image[]", "mask"):
@@ -199,8 +199,3 @@ async def _read_form(
     if mask is not None and mask.size != first.size:
         raise ValueError(f"mask is {mask.width}x{mask.height} and the first image {first.width}x{first.height}")
     return body, sources, mask
-
-
-def _read_mask(data: bytes, max_pixels: int) -> PIL.Image.Image:
-    """White where the mask is transparent: where the picture may change."""
-    return PIL.Image.eval(open_alpha(data, "mask", max_pixels), lambda alpha: 255 if alpha == 0 else 0)

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import io
-import re
+from collections.abc import Callable
 
 import PIL.Image
 
-from diptych.data.decoding import WEB_FORMATS, open_picture
+from diptych.data.decoding import open_picture
+from diptych.parts.images import png_bytes
 from diptych.serving.options import Limits
 
-_DATA = re.compile(r"data:image/(?:png|jpeg|webp|gif|bmp);base64,")
 
-
-async def decode(data: bytes, name: str, limits: Limits) -> PIL.Image.Image:
-    """The picture upright in RGB. Raises ``ValueError`` naming it and the reason, before decoding where it can."""
-    return await asyncio.to_thread(open_picture, data, name, limits.pixels, known=WEB_FORMATS)
+async def decode(
+    source: bytes | str, name: str, limits: Limits, fetch: Callable[[str], bytes] | None = None
+) -> PIL.Image.Image:
+    """The picture of a file's bytes, a data URI, or a URL that ``fetch`` reads: upright, in sRGB. Raises ``ValueError``
+    naming it and the reason, before decoding where it can."""
+    return await asyncio.to_thread(open_picture, source, name, limits.pixels, fetch=fetch)
 
 
 def encode(image: PIL.Image.Image, kind: str = "png", quality: int | None = None) -> bytes:
-    """The file of a picture: its pixels without metadata."""
+    """The file of a picture: its pixels without metadata. ``kind`` is png, jpeg or webp."""
+    if kind == "png":
+        return png_bytes(image)
     out = io.BytesIO()
     bare = PIL.Image.frombytes("RGB", image.size, image.convert("RGB").tobytes())
     bare.save(out, kind.upper(), **({} if quality is None else {"quality": quality}))
@@ -32,19 +35,3 @@ def encode(image: PIL.Image.Image, kind: str = "png", quality: int | None = None
 def base64_text(data: bytes) -> str:
     """The bytes as base64."""
     return base64.b64encode(data).decode()
-
-
-def data_uri(image: PIL.Image.Image) -> str:
-    """The picture as a data URI."""
-    return f"data:image/png;base64,{base64_text(encode(image))}"
-
-
-def from_data_uri(uri: str, name: str) -> bytes:
-    """The bytes of a data URI. Raises ``ValueError``."""
-    head = _DATA.match(uri)
-    if not head:
-        raise ValueError(f"{name} must be data:image/(png|jpeg|webp|gif|bmp);base64,..., not {uri[:40]!r}")
-    try:
-        return base64.b64decode(uri[head.end() :], validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"{name} is not valid base64: {error}") from error

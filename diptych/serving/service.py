@@ -22,7 +22,7 @@ from diptych.serving.errors import NotFound, Refused, plain_message
 from diptych.serving.fetch import fetch
 from diptych.serving.metrics import Metrics, log
 from diptych.serving.options import Options
-from diptych.serving.pictures import decode, from_data_uri
+from diptych.serving.pictures import decode
 from diptych.serving.run_folders import Runs
 from diptych.serving.schemas import ToDraw
 from diptych.serving.store import FileStore
@@ -126,12 +126,14 @@ class Service:
 
     async def picture(self, url: str, name: str) -> PIL.Image.Image:
         """The picture of a message: a data URI, an upload, or a URL of an allowed host. Raises ``ValueError``."""
-        if url.startswith("data:"):
-            return await decode(await asyncio.to_thread(from_data_uri, url, name), name, self.limits)
-        if url.startswith(("http:", "https:")):
-            if not self.options.hosts:
+        scheme = url.partition(":")[0].lower() if ":" in url else ""
+        if scheme == "data":
+            return await decode(url, name, self.limits)
+        if scheme in ("http", "https"):
+            hosts = self.options.hosts
+            if not hosts:
                 raise ValueError(f"{name}: pictures by URL are not fetched here; send a data URI or an upload")
-            return await decode(await asyncio.to_thread(fetch, url, self.options.hosts), name, self.limits)
+            return await decode(url, name, self.limits, lambda address: fetch(address, hosts))
         file = self.store.get(url)
         if file is None:
             raise ValueError(f"{name}: {url[:60]!r} is neither a data URI nor an upload that is still here")

@@ -372,3 +372,21 @@ def test_png_bytes_holds_pixels_alone():
     assert png_bytes(image) == png_bytes(picture())
     with PIL.Image.open(io.BytesIO(png_bytes(image))) as opened:
         assert not opened.info
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1", "I;16"])
+@pytest.mark.parametrize("size", [(16, 16), (7, 13), (1, 1)])
+def test_black_pictures_are_whole_pictures(mode, size):
+    """The last row of a PNG that ends early is blank; so may that of a sound one be."""
+    out = io.BytesIO()
+    PIL.Image.new(mode, size).save(out, "PNG")
+    assert open_picture(out.getvalue()).size == size
+    head, rest = out.getvalue()[:33], out.getvalue()[33:]
+    at = rest.index(b"IDAT") - 4
+    packed = zlib.compress(zlib.decompress(rest[at + 8 : at + 8 + int.from_bytes(rest[at : at + 4], "big")])[:-1])
+    chunk = len(packed).to_bytes(4, "big") + b"IDAT" + packed + zlib.crc32(b"IDAT" + packed).to_bytes(4, "big")
+    short = head + rest[:at] + chunk + rest[rest.index(b"IEND") - 4 :]
+    with pytest.raises(ValueError, match="corrupt or truncated"):
+        open_picture(short)
+    with pytest.raises(ValueError, match="corrupt or truncated"), PIL.Image.open(io.BytesIO(short)) as image:
+        open_picture(image)

@@ -267,6 +267,21 @@ def test_an_edit_with_several_pictures_and_a_mask(client, engine):
     assert [e.type for e in events] == ["image_edit.partial_image", "image_edit.completed"]
 
 
+def test_a_grey_mask_is_white_where_the_picture_may_change(client):
+    mask = PIL.Image.new("L", (32, 32), 0)
+    mask.paste(255, (0, 0, 16, 32))
+    alpha = PIL.Image.new("RGBA", (32, 32), (0, 0, 0, 255))
+    alpha.paste((0, 0, 0, 0), (0, 0, 16, 32))
+    drawn = []
+    for image in (mask, mask.convert("1"), alpha):
+        image.save(out := io.BytesIO(), "PNG")
+        files = {"image": ("a.png", png(1)), "mask": ("m.png", out.getvalue())}
+        drawn.append(client.images.edit(model="tiny", prompt="red", extra_body={"steps": 2, "seed": 5}, **files))
+    assert drawn[0].data[0].b64_json == drawn[1].data[0].b64_json == drawn[2].data[0].b64_json
+    pixels, before = np.asarray(opened(drawn[0].data[0].b64_json)), np.asarray(tiny.picture(1))
+    assert (pixels[:, 16:] == before[:, 16:]).all() and (pixels[:, :16] != before[:, :16]).any()
+
+
 def test_every_other_parameter_of_an_edit(client, engine, server):
     how = {
         "num_inference_steps": 2, "seed": 5, "guidance_scale": 2.0, "image_guidance_scale": 1.5,
@@ -488,6 +503,13 @@ def test_max_tokens_beyond_the_limit_are_bounded_and_told(engine):
             told = server.http.post("/v1/chat/completions", json=body).json()
             assert told["parameters"]["max_tokens"] == 3 and told["usage"]["completion_tokens"] == 3
             assert told["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-40, 5e-324])
+def test_an_extremely_low_temperature_takes_the_likeliest_tokens(server, temperature):
+    likeliest = server.http.post("/v1/chat/completions", json=hello(max_tokens=9, temperature=0)).json()["choices"]
+    told = server.http.post("/v1/chat/completions", json=hello(max_tokens=9, temperature=temperature))
+    assert told.status_code == 200 and told.json()["choices"] == likeliest
 
 
 def test_an_assistant_may_have_said_nothing(server):

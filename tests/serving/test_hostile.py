@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import pickle
@@ -101,16 +102,65 @@ def test_pixels_are_counted_before_they_are_decoded(server, size):
 
 
 def test_only_formats_of_the_list_are_opened(server):
+    """Those of every door; a data URI's type is not believed, in whatever way it is written."""
     image = tiny.picture(0)
-    for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP"):
+    for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"):
         assert show(server, uri(file(image, kind), kind.lower())).status_code == 200, kind
-    for kind in ("TIFF", "PPM", "ICO"):
+        upload = server.http.post("/v1/files", files={"file": ("a", file(image, kind))})
+        assert upload.status_code == 200, kind
+    for kind in ("PPM", "ICO", "TGA"):
         wrong(show(server, uri(file(image, kind))), "is not a readable PNG, JPEG, WEBP, GIF, BMP")
-    wrong(show(server, "data:image/svg+xml;base64,PHN2Zy8+"), "must be data:image/(png|")
+    wrong(show(server, "data:image/svg+xml;base64,PHN2Zy8+"), "is not a readable PNG")
+    wrong(show(server, "data:text/html;base64,PHN2Zy8+"), "must be a data URI of an image")
+    wrong(show(server, "data:image/png;base64"), "must be a data URI of an image")
     wrong(show(server, uri(b"")), "readable")
     wrong(show(server, uri(file(image)[:60])), "corrupt or truncated")
     wrong(show(server, "data:image/png;base64,%%%%"), "not valid base64")
     wrong(show(server, uri(pickle.dumps({"a": 1}))), "is not a readable")
+
+
+def test_data_uris_are_taken_as_they_are_written(server):
+    data = file(tiny.picture(1), "JPEG")
+    plain = base64.b64encode(data).decode()
+    lines = "\r\n".join(plain[i : i + 76] for i in range(0, len(plain), 76))
+    written = [
+        f"data:image/jpeg;base64,{plain}", f"data:image/jpg;base64,{plain}", f"DATA:image/JPEG;BASE64,{plain}",
+        f"data:image/pjpeg;base64,{plain}", f"data:image/jpeg;base64,{lines}",
+        f"data:image/jpeg;base64,{plain.rstrip('=')}",
+        f"data:image/jpeg;charset=utf-8;base64,{plain}", f"data:image/png;base64,{plain}",
+    ]  # fmt: skip
+    answers = [show(server, one, temperature=1.0, seed=1) for one in written]
+    assert {a.status_code for a in answers} == {200}, [a.text for a in answers]
+    assert len({a.json()["choices"][0]["message"]["content"] for a in answers}) == 1
+
+
+def test_pictures_whose_pixels_end_early_are_refused(server):
+    """Data that stops, checksums and the end of the file in order."""
+    rows = np.random.default_rng(0).integers(0, 255, (200, 3 * 200 + 1), np.uint8)
+    rows[:, 0] = 0
+
+    def png(count: int) -> bytes:
+        whole = bomb(200, 200)
+        packed = zlib.compress(rows[:count].tobytes())
+        at = whole.index(b"IDAT") - 4
+        chunk = struct.pack(">I", len(packed)) + b"IDAT" + packed + struct.pack(">I", zlib.crc32(b"IDAT" + packed))
+        return whole[:at] + chunk + whole[whole.index(b"IEND") - 4 :]
+
+    assert show(server, uri(png(200))).status_code == 200
+    for count in (0, 20, 199):
+        for answer in (
+            show(server, uri(png(count))),
+            server.http.post("/v1/files", files={"file": ("a.png", png(count))}),
+            server.http.post("/v1/images/edits", data={"prompt": "x"}, files={"image": ("a.png", png(count))}),
+        ):
+            wrong(answer, "corrupt or truncated")
+    error = show(server, uri(png(20))).json()["error"]
+    assert error["param"] == "messages[0].content[0]"
+
+
+def test_pictures_that_no_model_can_use_are_refused(server):
+    for size in ((2000, 5), (5, 2000)):
+        wrong(show(server, uri(file(PIL.Image.new("RGB", size)))), "too narrow")
 
 
 def test_pictures_are_turned_upright_and_lose_their_metadata(server):
@@ -143,6 +193,7 @@ def test_stored_pictures_are_bounded_and_forgotten(monkeypatch):
 
 
 def test_remote_pictures_are_not_fetched_unless_allowed(server, monkeypatch):
+    server.http.get("/health")  # the client's own connection is open
     monkeypatch.setattr(fetch_.socket, "getaddrinfo", lambda *_, **__: pytest.fail("looked up"))
     for url in ("http://example.org/a.png", "https://127.0.0.1/a.png"):
         wrong(show(server, url), "pictures by URL are not fetched here")
@@ -150,11 +201,25 @@ def test_remote_pictures_are_not_fetched_unless_allowed(server, monkeypatch):
         wrong(show(server, url), "neither a data URI nor an upload")
 
 
-@pytest.mark.parametrize(
-    "address",
-    ["127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "::1", "fe80::1%eth0",
-     "fc00::1", "::ffff:127.0.0.1", "224.0.0.1", "2002:7f00:1::"],
-)  # fmt: skip
+PRIVATE = """
+127.0.0.1 127.1.2.3 10.1.2.3 172.16.0.1 192.168.0.1 169.254.169.254 100.64.0.1 0.0.0.0 0.1.2.3 224.0.0.1 240.0.0.1
+255.255.255.255 192.0.0.8 192.0.2.1 198.18.0.1 198.51.100.1 203.0.113.1 192.88.99.1
+::1 :: fe80::1%eth0 fe80::1 fc00::1 fd00:ec2::254 fec0::1 ff02::1 2001:db8::1 3fff::1 100::1 5f00::1 3ffe::1
+::ffff:127.0.0.1 ::ffff:169.254.169.254 ::127.0.0.1 ::8.8.8.8 ::ffff:0:127.0.0.1 ::ffff:0:8.8.8.8
+64:ff9b::7f00:1 64:ff9b::10.0.0.1 64:ff9b::169.254.169.254 64:ff9b:1::7f00:1 64:ff9b:1::8.8.8.8 64:ff9b:1:a::1
+2002:7f00:1:: 2002:a9fe:a9fe::1 2001::1 2001:0:4136:e378:8000:63bf:3fff:fdd2 2001:10::1 2001:20::1
+2606:4700::5efe:127.0.0.1 2606:4700::200:5efe:10.0.0.1
+""".split()
+PUBLIC = """
+8.8.8.8 1.1.1.1 2606:4700:4700::1111 2a00:1450::1 2001:4860:4860::8888 64:ff9b::8.8.8.8 2002:808:808::1 ::ffff:8.8.8.8
+""".split()
+
+
+def test_which_addresses_are_public():
+    assert [a for a in PRIVATE if fetch_.is_public(a)] == [] and [a for a in PUBLIC if not fetch_.is_public(a)] == []
+
+
+@pytest.mark.parametrize("address", PRIVATE)
 def test_private_addresses_are_never_asked(monkeypatch, address):
     monkeypatch.setattr(fetch_.socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("1.1.1.1", 80)), (0, 0, 0, "", (address, 80))])  # fmt: skip  # noqa: E501
     monkeypatch.setattr(fetch_.socket, "create_connection", lambda *_: pytest.fail("connected"))
@@ -194,6 +259,31 @@ def remote(monkeypatch):
         thread.join()
 
 
+def test_the_whole_of_a_fetch_is_timed(monkeypatch):
+    """A server that sends a byte now and then, in its header and in its body."""
+    monkeypatch.setattr(fetch_, "public_address", lambda host, port: "127.0.0.1")
+    monkeypatch.setattr(fetch_, "FETCH_SECONDS", 0.5)
+    for head in (b"", b"HTTP/1.1 200 OK\r\n\r\n"):
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            done = threading.Event()
+
+            def drip(head=head, listening=listening, done=done):
+                connection, _ = listening.accept()
+                with connection, contextlib.suppress(OSError):
+                    connection.sendall(head)
+                    while not done.wait(0.1):
+                        connection.sendall(b"x")
+
+            thread = threading.Thread(target=drip)
+            thread.start()
+            start = time.monotonic()
+            with contextlib.suppress(ValueError):  # cut off, or what came until then
+                fetch_.fetch(f"http://slow.example:{listening.getsockname()[1]}/", frozenset({"*"}))
+            assert time.monotonic() - start < 5
+            done.set()
+            thread.join()
+
+
 def test_an_allowed_host_is_asked_once_at_the_address_that_was_checked(remote, monkeypatch):
     base, asked = remote
     hosts = frozenset({"pictures.example"})
@@ -204,7 +294,14 @@ def test_an_allowed_host_is_asked_once_at_the_address_that_was_checked(remote, m
         fetch_.fetch(f"{base}/moved", hosts)
     with pytest.raises(ValueError, match="host 'other.example' is not allowed"):
         fetch_.fetch("http://other.example/a.png", hosts)
-    for url in ("ftp://pictures.example/a", "http://me:secret@pictures.example/a", "http:///a"):
+    urls = [
+        "ftp://pictures.example/a",
+        "http://me:secret@pictures.example/a",
+        "http:///a",
+        "http://[::1",
+        "http://a:b/",
+    ]
+    for url in urls:
         with pytest.raises(ValueError, match="not a plain http or https URL"):
             fetch_.fetch(url, hosts)
     monkeypatch.setattr(fetch_, "FETCH_BYTES", 2**20)
