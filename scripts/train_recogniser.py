@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from diptych.data.worlds import emoji
+from diptych.data.worlds import emoji, emoji_scenes
 from diptych.evaluation.judges import recogniser
 from diptych.evaluation.judges.recogniser import CLASSES, SIDE, STRIDE, Recogniser
 
@@ -58,8 +58,8 @@ def accuracy(net: Recogniser, n: int, seed: int = 1) -> dict[str, float]:
     rng = np.random.default_rng(seed)
     right = {"clean": 0, "noisy": 0}
     for _ in range(n):
-        prompt = emoji.prompts(emoji.TAGS[int(rng.integers(4))], 8, int(rng.integers(1 << 30)))[0]
-        image = emoji.render_scene(emoji.scene_for(rng, prompt), SIDE)
+        prompt = emoji_scenes.prompts(emoji_scenes.TAGS[int(rng.integers(4))], 8, int(rng.integers(1 << 30)))[0]
+        image = emoji_scenes.render_scene(emoji_scenes.scene_for(rng, prompt), SIDE)
         noisy = np.clip(np.asarray(image) + rng.normal(0, 12, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
         for how, picture in (("clean", image), ("noisy", PIL.Image.fromarray(noisy))):
             right[how] += sorted(f.shape for f in net.find([picture])[0]) == sorted(prompt.ids)

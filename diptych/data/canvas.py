@@ -55,8 +55,8 @@ def canvas(
     size: int, colour: tuple[int, ...] = (255, 255, 255, 255), height: int | None = None
 ) -> tuple[np.ndarray, skia.Canvas]:
     """A (height or size, size, 4) RGBA array (premultiplied) and the skia canvas that draws into it."""
-    pixels = np.full((height or size, size), int.from_bytes(colour, sys.byteorder), np.uint32)
-    pixels = pixels.view(np.uint8).reshape(*pixels.shape, 4)
+    words = np.full((height or size, size), int.from_bytes(colour, sys.byteorder), np.uint32)
+    pixels = words.view(np.uint8).reshape(*words.shape, 4)
     return pixels, skia.Surface(pixels, skia.kRGBA_8888_ColorType, skia.kPremul_AlphaType).getCanvas()
 
 

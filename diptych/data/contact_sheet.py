@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import PIL.ImageOps
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 
 RIGHT, WRONG, PLAIN = (30, 142, 80), (206, 58, 58), (205, 208, 214)
 

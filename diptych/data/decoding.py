@@ -241,14 +241,12 @@ def _read(source: object, name: str, fetch: Callable[[str], bytes] | None = None
 
 def _from_array(source: np.ndarray | torch.Tensor, name: str) -> PIL.Image.Image:
     """The image of an array H x W x C or a tensor C x H x W. Raises ``ValueError`` for other shapes, types, values."""
-    tensor = isinstance(source, torch.Tensor)
     if isinstance(source, torch.Tensor):
-        values = source.detach().cpu()
-        values = (values.float() if values.is_floating_point() else values).numpy()
+        layout, detached = "C x H x W", source.detach().cpu()
+        values = (detached.float() if detached.is_floating_point() else detached).numpy()
         values = values.transpose(1, 2, 0) if values.ndim == 3 else values
     else:
-        values = source
-    layout = "C x H x W" if tensor else "H x W x C"
+        layout, values = "H x W x C", source
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[:, :, 0]
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)) or 0 in values.shape:
@@ -492,7 +490,8 @@ def _in_srgb(image: PIL.Image.Image, profile: bytes) -> PIL.Image.Image:
     if image.mode in ("1", "P", "RGBX"):
         image = image.convert("RGB" if image.mode != "1" else "L")
     transform = _to_srgb(profile, image.mode)
-    return image if transform is None else PIL.ImageCms.applyTransform(image, transform)
+    converted = None if transform is None else PIL.ImageCms.applyTransform(image, transform)
+    return image if converted is None else converted
 
 
 @lru_cache(maxsize=32)

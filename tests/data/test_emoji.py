@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from diptych.data.worlds import embedded, emoji
+from diptych.data.worlds import embedded, emoji, emoji_scenes
 
 NAMES = [name for name in embedded.names() if name.startswith("emoji")]
 
@@ -104,11 +104,11 @@ def test_scene_masks_are_the_ink():
     source = embedded.source("emoji/scenes")
     for i in range(30):
         sample = source[i]
-        scene = emoji.scene_from_json(json.loads(json.dumps(sample.info))["scene"])
+        scene = emoji_scenes.scene_from_json(json.loads(json.dumps(sample.info))["scene"])
         (target,) = sample.images()
-        masks = emoji.scene_masks(scene, 64)
+        masks = emoji_scenes.scene_masks(scene, 64)
         assert len(masks) == len(scene) and masks.sum(0).max() == 1 and masks.any((1, 2)).all()
-        assert (np.asarray(emoji.render_scene(scene, 64)) == np.asarray(target.pixels)).all()
+        assert (np.asarray(emoji_scenes.render_scene(scene, 64)) == np.asarray(target.pixels)).all()
         ink = (np.asarray(target.pixels) < 250).any(-1)
         assert (ink & ~masks.any(0)).sum() < 0.5 * ink.sum() and (ink & masks.any(0)).sum() > 0.5 * masks.sum()
 
@@ -117,7 +117,7 @@ def test_scene_answers_agree_with_the_scene():
     source, answers = embedded.source("emoji/scenes-ask", size=16), {}
     for i in range(500):
         sample = source[i]
-        scene = emoji.scene_from_json(sample.info["scene"])
+        scene = emoji_scenes.scene_from_json(sample.info["scene"])
         question, said = sample.messages[0].parts[1].text.removesuffix("?"), sample.messages[1].parts[0].text
         answers.setdefault(sample.info["type"], Counter())[said] += 1
         nouns = [emoji.NOUNS[t.emoji] for t in scene]
@@ -125,7 +125,7 @@ def test_scene_answers_agree_with_the_scene():
         if sample.info["type"] == "count":
             stem = question.split()[2]
             n = sum(stem.startswith(noun[:-1]) and len(stem) - len(noun) in (1, 2) for noun in nouns)
-            assert said == emoji.NUMBERS[n], (question, nouns)
+            assert said == emoji_scenes.NUMBERS[n], (question, nouns)
         elif sample.info["type"] == "exists":
             assert said == ("yes" if last in nouns else "no")
         else:

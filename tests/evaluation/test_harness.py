@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diptych.data.contact_sheet import enlarge, grid
-from diptych.data.worlds import embedded, emoji, shapes, shapes_sources
+from diptych.data.worlds import embedded, emoji_scenes, shapes, shapes_sources
 from diptych.evaluation.benchmarks import shapes as mini
 from diptych.evaluation.benchmarks.shapes import BENCHMARKS
 from diptych.evaluation.benchmarks.table import Tools, resolve
@@ -83,7 +83,8 @@ class Fake:
             name, size, seed, i = reference["source"]
             return list(embedded.source(name, "test", size, seed)[i].images())[-1].pixels
         if "ids" in reference:
-            return emoji.render_scene(emoji.scene_for(rng, emoji.Prompt.from_json(reference)), self.size)
+            prompt = emoji_scenes.Prompt.from_json(reference)
+            return emoji_scenes.render_scene(emoji_scenes.scene_for(rng, prompt), self.size)
         if "after" in reference:
             return shapes.render(shapes_sources.Edit.from_json(reference).after, self.size)
         return shapes.render(shapes.scene_for(rng, shapes.Prompt.from_json(reference)), self.size)

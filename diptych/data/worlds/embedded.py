@@ -8,10 +8,9 @@ from itertools import accumulate
 from pathlib import Path
 
 from diptych.core.sample import Sample
-from diptych.data.canvas import Generated
 from diptych.data.mixture import Source, uniform
 from diptych.data.self_condition import bare
-from diptych.data.worlds import emoji, glyphs, shapes_sources, stamps
+from diptych.data.worlds import emoji_sources, glyphs, shapes_sources, stamps
 
 POOL = {"shapes/draw": 0.6, "emoji64/draw": 0.2, "emoji/scenes": 0.2}  # what ``images`` shows, and how often
 
@@ -20,7 +19,7 @@ POOL = {"shapes/draw": 0.6, "emoji64/draw": 0.2, "emoji/scenes": 0.2}  # what ``
 class Pool:
     """``images``: unlabelled pictures of both worlds. Each is a function of its index alone."""
 
-    sources: tuple[Generated, ...]
+    sources: tuple[Source, ...]
     name: str = "images"
 
     def __len__(self) -> int:
@@ -34,7 +33,7 @@ class Pool:
 
 def names() -> tuple[str, ...]:
     """The names that ``source`` knows; those of stamps need ``diptych data prepare stamps`` once."""
-    return (*shapes_sources.SOURCES, *emoji.SOURCES, *glyphs.SOURCES, "images", *stamps.SOURCES)
+    return (*shapes_sources.SOURCES, *emoji_sources.SOURCES, *glyphs.SOURCES, "images", *stamps.SOURCES)
 
 
 def source(name: str, split: str = "train", size: int = 64, seed: int = 0, root: str | Path | None = None) -> Source:
@@ -47,7 +46,7 @@ def source(name: str, split: str = "train", size: int = 64, seed: int = 0, root:
         return Pool(tuple(source(n, split, size, seed) for n in POOL))
     if name in stamps.SOURCES:
         return stamps.source(name, split, size, seed, root)
-    for world in (shapes_sources, emoji, glyphs):
+    for world in (shapes_sources, emoji_sources, glyphs):
         if name in world.SOURCES:
             return world.source(name, split, size, seed)
     raise ValueError(f"unknown source {name!r}; embedded: {', '.join(names())}")

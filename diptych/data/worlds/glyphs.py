@@ -91,7 +91,8 @@ PLACES = tuple((r, c) for r in range(0, 7, 2) for c in range(0, 11, 2))
 
 def _digit(rng: np.random.Generator, size: int, noisy: bool) -> tuple[PIL.Image.Image, str, dict]:
     digit, ground = int(rng.integers(10)), pick(rng, tuple(GROUNDS))
-    pixels = render(digit, ground, *pick(rng, PLACES), size)
+    row, column = pick(rng, PLACES)
+    pixels = render(digit, ground, row, column, size)
     told = (digit, ground)
     if noisy:
         damaged = rng.random((size, size)) < NOISE

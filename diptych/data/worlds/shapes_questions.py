@@ -185,34 +185,38 @@ def make_read(rng: np.random.Generator, split: str, size: int) -> Made:
     """Words alone: a description, a question about it, and the answer; info: type, answer, prompt."""
     tag = pick(rng, ("description", "position", "color_attr", "counting"), (3, 3, 2, 1))
     prompt = random_prompt(rng, tag)
-    type_, question, answer = pick(rng, _told(rng, prompt))
+    type_, question, answer = pick(rng, _questions_about(rng, prompt))
     messages = user(f"{prompt.text}. {question}"), assistant(answer)
     return messages, {"type": type_, "answer": answer, "prompt": prompt.to_json()}
 
 
-def _told(rng: np.random.Generator, prompt: Prompt) -> list[tuple[str, str, str]]:
+def _questions_about(rng: np.random.Generator, prompt: Prompt) -> list[tuple[str, str, str]]:
     """What can be asked about a prompt whose needs all have a shape: (type, question, answer)."""
-    needs, found = prompt.needs, []
-    shapes, colours = Counter(n.shape for n in needs), Counter(n.colour for n in needs)
-    for need in needs:
-        noun, verb = (need.shape, "is") if need.count == 1 else (plural(need.shape), "are")
-        if need.colour and shapes[need.shape] == 1:
-            found.append(("colour", f"what colour {verb} the {noun}?", need.colour))
+    needs = [(need, need.shape) for need in prompt.needs if need.shape is not None]
+    assert len(needs) == len(prompt.needs)
+    questions: list[tuple[str, str, str]] = []
+    shapes, colours = Counter(shape for _, shape in needs), Counter(need.colour for need, _ in needs)
+    for need, shape in needs:
+        noun, verb = (shape, "is") if need.count == 1 else (plural(shape), "are")
+        if need.colour and shapes[shape] == 1:
+            questions.append(("colour", f"what colour {verb} the {noun}?", need.colour))
         if need.colour and colours[need.colour] == 1:
-            found.append(("shape", f"what shape {verb} the {need.colour} object{'s' * (need.count > 1)}?", need.shape))
-        number = sum(n.count for n in needs if n.shape == need.shape)
-        found.append(("count", f"how many {plural(need.shape)} are there?", NUMBERS[number]))
-    if all(n.colour for n in needs):
-        held = {(n.colour, n.shape) for n in needs}
+            questions.append(("shape", f"what shape {verb} the {need.colour} object{'s' * (need.count > 1)}?", shape))
+        number = sum(other.count for other, same in needs if same == shape)
+        questions.append(("count", f"how many {plural(shape)} are there?", NUMBERS[number]))
+    if all(need.colour for need, _ in needs):
+        pairs = {(need.colour, shape) for need, shape in needs}
         one, other = pick(rng, needs), pick(rng, needs)
-        kind = one.colour, other.shape  # there as one, or only in parts
-        found.append(("exists", f"is there a {kind[0]} {kind[1]}?", "yes" if kind in held else "no"))
-    if prompt.relation and shapes[needs[0].shape] == 1:
-        (a, b), relation = [n.shape for n in needs], prompt.relation
-        found += [("which", f"what is {relation} the {b}?", a), ("which", f"what is {_opposite(relation)} the {a}?", b)]
-        asked = pick(rng, (relation, _opposite(relation)))
-        found.append(("position", f"is the {a} {asked} the {b}?", "yes" if asked == relation else "no"))
-    return found
+        asked = one[0].colour, other[1]  # there as one object, or only in parts
+        questions.append(("exists", f"is there a {asked[0]} {asked[1]}?", "yes" if asked in pairs else "no"))
+    if prompt.relation and shapes[needs[0][1]] == 1:
+        (_, a), (_, b) = needs
+        relation, opposite = prompt.relation, _opposite(prompt.relation)
+        questions += [("which", f"what is {relation} the {b}?", a), ("which", f"what is {opposite} the {a}?", b)]
+        asked_relation = pick(rng, (relation, opposite))
+        answer = "yes" if asked_relation == relation else "no"
+        questions.append(("position", f"is the {a} {asked_relation} the {b}?", answer))
+    return questions
 
 
 def _opposite(relation: str) -> str:

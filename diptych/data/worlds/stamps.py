@@ -398,7 +398,7 @@ def make_task(rng: np.random.Generator, split: str, size: int, task: str, root: 
     stamps = load(root)
     scene = random_scene(rng, stamps, split)
     messages, info = ladder.make(ladder.find(task), annotated(scene, stamps, size), rng)
-    return messages, info | {"scene": scene.to_json()}
+    return messages, {**info, "scene": scene.to_json()}
 
 
 _KNOWN = {"masks", "labels", "things", "boxes", "phrases"}  # of a composed photograph; its depth is not

@@ -23,7 +23,7 @@ import PIL.ImageFont
 
 from diptych.core.sample import Image, Sample, user
 from diptych.data.canvas import pick
-from diptych.data.worlds import embedded, emoji, shapes
+from diptych.data.worlds import embedded, emoji, emoji_scenes, shapes
 from diptych.evaluation.benchmarks.aggregate import cv_bench
 from diptych.evaluation.benchmarks.questions import judge_choice, judge_yes_no, yes_no_scores
 from diptych.evaluation.benchmarks.shapes import PICTURES, PROMPTS, SIDE, seed_of, unsquare
@@ -50,9 +50,9 @@ from diptych.evaluation.scores import (
 
 def _emoji_items(seed: int, size: int) -> list[Item]:
     items = []
-    for tag in emoji.TAGS:
+    for tag in emoji_scenes.TAGS:
         for picture in range(PICTURES):  # every prompt once before any twice, as in geneval-mini
-            for i, p in enumerate(emoji.prompts(tag, PROMPTS, seed)):
+            for i, p in enumerate(emoji_scenes.prompts(tag, PROMPTS, seed)):
                 key = f"geneval-emoji/{tag}/{i}/{picture}"
                 sample = Sample(key, (user(p.text),))
                 reference = {"tag": p.tag, "text": p.text, "ids": list(p.ids), "relation": p.relation}
@@ -62,10 +62,11 @@ def _emoji_items(seed: int, size: int) -> list[Item]:
 
 def _judge_emoji(items: Sequence[Item], images: Sequence[PIL.Image.Image]) -> list[Verdict]:
     found = recogniser().find(images)
-    return [unsquare(m) or _matches(emoji.Prompt.from_json(i.reference), f) for i, m, f in zip(items, images, found)]
+    prompts = [emoji_scenes.Prompt.from_json(item.reference) for item in items]
+    return [unsquare(image) or _matches(p, f) for p, image, f in zip(prompts, images, found)]
 
 
-def _matches(prompt: emoji.Prompt, found: Sequence[shapes.Found]) -> Verdict:
+def _matches(prompt: emoji_scenes.Prompt, found: Sequence[shapes.Found]) -> Verdict:
     seen, wanted = Counter(f.shape for f in found), Counter(prompt.ids)
     if seen != wanted:
         told = ", ".join(f"{n} {emoji.NOUNS.get(id, id)}" for id, n in seen.items()) or "nothing"
@@ -92,8 +93,8 @@ def _emoji_baselines(items: Sequence[Item], size: int) -> Baselines:
     rows: Baselines = {}
     for tag, of in by_category(items).items():
         rng = np.random.default_rng(0)
-        asked = list({i.prompt: emoji.Prompt.from_json(i.reference) for i in of}.values())
-        found = recogniser().find([emoji.render_scene(emoji.scene_for(rng, p), size) for p in asked])
+        asked = list({i.prompt: emoji_scenes.Prompt.from_json(i.reference) for i in of}.values())
+        found = recogniser().find([emoji_scenes.render_scene(emoji_scenes.scene_for(rng, p), size) for p in asked])
         right = np.mean([_matches(p, f).ok for p, f in zip(asked, found, strict=True)])
         rows[f"geneval-emoji@recognised/{tag}"] = {"recogniser": float(right)}
         if len(asked) > 1:
