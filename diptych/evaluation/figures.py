@@ -16,10 +16,10 @@ from diptych.training.log import read_metrics
 def curves(metrics: str | Path | Iterable[Mapping[str, Any]]) -> bytes:
     """PNG bytes: every loss term over steps, raw and smoothed; below, ``tokens_per_second`` where it was logged.
 
-    ``metrics`` is a jsonl file or its rows; a row has "step" and numbers, nested or not. A key with "loss" in it is a
-    loss term. Raises ``ValueError`` when no row has a loss.
+    ``metrics`` is a run's folder, its metrics file, or rows with "step" and numbers, nested or not. A key with "loss"
+    in it is a loss term. Raises ``ValueError`` where no row has a loss.
     """
-    import matplotlib.pyplot as plt  # heavy
+    import matplotlib.pyplot as plt  # slow to import
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -53,9 +53,7 @@ def curves(metrics: str | Path | Iterable[Mapping[str, Any]]) -> bytes:
             ax.grid(alpha=0.25, linewidth=0.6)
             ax.margins(x=0.01)
         figure.align_ylabels()
-        out = io.BytesIO()
-        figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
+        return _png(figure)
 
 
 def intervals(scores: Mapping[str, Mapping[str, Score]]) -> bytes:
@@ -74,9 +72,7 @@ def intervals(scores: Mapping[str, Mapping[str, Score]]) -> bytes:
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(arms)), arms)
     axes[0].invert_yaxis()
-    out = io.BytesIO()
-    figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
+    return _png(figure)
 
 
 def bars(categories: Sequence[str], scores: Mapping[str, Mapping[str, Score]]) -> bytes:
@@ -100,6 +96,10 @@ def bars(categories: Sequence[str], scores: Mapping[str, Mapping[str, Score]]) -
     ax.spines[["top", "right"]].set_visible(False)
     if n > 1:
         ax.legend(frameon=False, fontsize=8, loc="lower right")
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()

@@ -1,5 +1,7 @@
-"""Does a model copy a picture that it is asked to draw again? The identity shortcut that masking is against (IOMM,
-arXiv 2603.16139, 3.4; specs: IOMM 7.3, E10)."""
+"""Whether a model copies a picture that it is asked to draw again.
+
+Masking of the picture's tokens is meant to prevent this shortcut (IOMM, arXiv 2603.16139, section 3.4).
+"""
 
 from __future__ import annotations
 
@@ -17,40 +19,45 @@ from diptych.generation.engine import Engine
 
 
 def copying(engine: Engine, n: int = 24, seeds: Sequence[int] = (0, 1, 2), data: str = "images") -> dict[str, float]:
-    """How ``n`` test pictures come back when nothing of them is masked, over several seeds.
+    """How alike ``n`` test pictures come back where none of their tokens is masked, means over several seeds.
 
-    ``psnr`` (dB) of pixels and ``cosine`` of the reader's features (where the family has an encoder ``vision``) say how
-    much is copied; ``diversity`` is the root mean square difference of two seeds' pictures, of 255 levels."""
+    ``psnr``       of the pixels against the original, in dB
+    ``cosine``     of the reader's features against the original's, where the family has an encoder ``vision``
+    ``diversity``  root mean square difference of the pictures of two seeds, in levels of 255; NaN for one seed
+    """
     size = engine.model.config.size
-    pictures = [i.pixels.resize(size) for k in range(n) for i in source(data, "test", size[0])[k].images()]
-    drawn = [
-        [d.image for d in engine.draw([_again(k, p) for k, p in enumerate(pictures)], [seed] * n, size)]
-        for seed in seeds
-    ]
-    errors = [_error(a, b) for one in drawn for a, b in zip(one, pictures, strict=True)]
-    apart = [_error(a, b) for x, y in combinations(drawn, 2) for a, b in zip(x, y, strict=True)]
-    told = {
-        "psnr": float(np.mean([20 * np.log10(255 / max(e, 0.5)) for e in errors])),
+    test = source(data, "test", size[0])
+    originals = [image.pixels.resize(size) for k in range(n) for image in test[k].images()]
+    requests = [_again(k, picture) for k, picture in enumerate(originals)]
+    drawn = [[d.image for d in engine.draw(requests, [seed] * n, size)] for seed in seeds]
+    errors = [_rms(a, b) for pictures in drawn for a, b in zip(pictures, originals, strict=True)]
+    apart = [_rms(a, b) for one, other in combinations(drawn, 2) for a, b in zip(one, other, strict=True)]
+    measures = {
+        "psnr": float(np.mean([20 * np.log10(255 / max(error, 0.5)) for error in errors])),
         "diversity": float(np.mean(apart)) if apart else float("nan"),
     }
     if "vision" in engine.model.encoders:
-        features = _features(engine, pictures)
-        same = [torch.cosine_similarity(_features(engine, one).flatten(1), features.flatten(1)) for one in drawn]
-        told["cosine"] = float(torch.cat(same).mean())
-    return told
+        target = _features(engine, originals).flatten(1)
+        alike = [torch.cosine_similarity(_features(engine, pictures).flatten(1), target) for pictures in drawn]
+        measures["cosine"] = float(torch.cat(alike).mean())
+    return measures
 
 
 def _again(number: int, picture: PIL.Image.Image) -> Sample:
+    """The request to draw a picture that is shown."""
     return Sample(f"copy/{number}", (user(Image(picture)),))
 
 
 def _features(engine: Engine, pictures: Sequence[PIL.Image.Image]) -> torch.Tensor:
-    """What the reader makes of pictures, as its layout shows them to it."""
-    laid = [engine.model.lay_out(_again(0, picture)) for picture in pictures]
-    shown = [next(s.image for s in x.segments if s.kind == Kind.VISION) for x in laid]
+    """(N, …) the reader's features of pictures, as its layout shows them to it."""
+    layouts = [engine.model.lay_out(_again(0, picture)) for picture in pictures]
+    shown = [
+        next(s.image for s in layout.segments if s.kind == Kind.VISION and s.image is not None) for layout in layouts
+    ]
     return engine.model.encode("vision", torch.stack(shown).to(engine.model.device))
 
 
-def _error(a: PIL.Image.Image, b: PIL.Image.Image) -> float:
+def _rms(a: PIL.Image.Image, b: PIL.Image.Image) -> float:
+    """Root mean square difference of two pictures, in levels of 255."""
     difference = np.asarray(a, np.float32) - np.asarray(b, np.float32)
     return float(np.sqrt((difference**2).mean()))

@@ -1,4 +1,4 @@
-"""What a study is: its arms, stages and benchmarks."""
+"""What a study is, and how its arms are trained and scored."""
 
 from __future__ import annotations
 
@@ -10,38 +10,46 @@ from pathlib import Path
 
 import torch
 
+from diptych.evaluation import files
 from diptych.evaluation.harness import evaluate
 from diptych.generation.engine import Engine, load
+from diptych.machine import disk
 from diptych.models import store
 from diptych.recipes.run import resume, train
 from diptych.training.log import read_metrics
 from diptych.training.parameters import ever_trained
 from diptych.training.recipe import Recipe
 
-BENCHMARKS = ("vqa-mini", "geneval-mini")
+Arm = Callable[[int], Recipe]  # the recipe of an arm for a number of steps
+Items = dict[tuple[str, str, str], tuple[float, str]]  # (benchmark, category, id) -> (right, cluster)
 
 
 @dataclass(frozen=True)
 class Study:
-    """Arms by name, each a recipe for a number of steps, and the arm that differences are taken from.
+    """A table of a paper in miniature.
 
-    ``takes``    modules that every arm takes from the model given and leaves as they are; the rest begins anew. None:
-                 arms go on from the whole model
-    ``measure``  more to know of every arm's model: numbers by name
-    ``model``    where arms start, or what makes it in a folder; None where every arm is a model of its own
-    ``fill``     how an arm starts from the model, where it is in neither of these ways
-    ``benchmarks``  what arms are scored on (default: questions and drawings)
+    ``title``      heading of the page: the question, with the paper's table or figure
+    ``arms``       what is compared, by name
+    ``base``       the arm that differences are taken from
+    ``takes``      modules that every arm takes from ``model`` and keeps frozen; all others are initialised anew. None:
+                   arms start from the whole model
+    ``measure``    further numbers about each arm's model, by name
+    ``model``      the model that arms start from, or a function that trains it in a folder; None: arms start from
+                   random weights
+    ``fill``       how an arm's recipe starts from ``model`` where neither of these ways applies
+    ``steps``      training steps of an arm
+    ``benchmarks`` what arms are scored on
     """
 
     title: str
-    arms: Mapping[str, Callable[[int], Recipe]]
+    arms: Mapping[str, Arm]
     base: str
     takes: tuple[str, ...] | None = None
     measure: Callable[[Engine], dict[str, float]] | None = None
     model: str | Callable[[Path], str] | None = "bagel/tiny"
     fill: Callable[[Recipe, str], Recipe] | None = None
     steps: int = 600
-    benchmarks: tuple[str, ...] = ()
+    benchmarks: tuple[str, ...] = ("vqa-mini", "geneval-mini")
 
     def on(self, recipe: Recipe, model: str) -> Recipe:
         """An arm's recipe, started from ``model``."""
@@ -50,50 +58,71 @@ class Study:
         return recipe.on(model) if self.takes is None else replace(recipe, init=dict.fromkeys(self.takes, model))
 
 
-def _agree(folder: Path, settings: Mapping) -> None:
-    """Writes what a study was begun with, or refuses to go on with something else."""
+@dataclass(frozen=True)
+class Results:
+    """What a study measured, and the settings that it ran with.
+
+    ``scores`` has the items of every arm (and of the ``start``, where there is one) for each seed; ``measures`` the
+    further numbers. ``model`` is None where arms start from random weights or from a model that the study trains."""
+
+    name: str
+    study: Study
+    model: str | None
+    seeds: tuple[int, ...]
+    steps: int
+    limit: int | None
+    scores: dict[str, list[Items]]
+    measures: dict[str, list[dict[str, float]]]
+
+
+def claim(folder: Path, settings: Mapping[str, object]) -> None:
+    """Writes the settings of a study into its folder. Raises ``ValueError`` where the folder has other settings, or
+    holds files but no settings."""
     file = folder / "study.json"
     if file.exists():
-        begun = json.loads(file.read_text())
-        if changed := [k for k, v in settings.items() if begun.get(k) != v]:
+        begun = files.load(file)
+        if changed := [k for k, v in settings.items() if not isinstance(begun, dict) or begun.get(k) != v]:
             raise ValueError(f"{folder} was begun with another {', '.join(changed)}; name another folder")
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(dict(settings), indent=1))
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds files, but no study.json: it is no folder of a study; name another folder")
+    disk.write_text(file, json.dumps(dict(settings), indent=1))
 
 
-def _stages(recipe: Recipe, run: Path, shared: Path) -> Path:
-    """The release of a recipe. Of several stages the first has a run of its own under ``shared``, for all that agree in
-    it; the rest goes on from there."""
+def train_stages(recipe: Recipe, run: Path, shared: Path) -> Path:
+    """The released model of a recipe. Arms whose first stage is the same share one run of it, in a folder under
+    ``shared``, and continue from there in ``run``."""
     if len(recipe.stages) > 1:
         first = replace(recipe, stages=recipe.stages[:1])
         place = shared / hashlib.sha256(first.to_json().encode()).hexdigest()[:12]
-        recipe = replace(recipe, stages=recipe.stages[1:], init={"model": str(_trained(first, place))})
-    return _trained(recipe, run)
+        recipe = replace(recipe, stages=recipe.stages[1:], init={"model": str(train_or_resume(first, place))})
+    return train_or_resume(recipe, run)
 
 
-def _untouched(recipe: Recipe, model: str, release: Path) -> None:
-    """Raises ``ValueError`` where a weight that was taken from the model, and that no stage trains, is another now."""
+def train_or_resume(recipe: Recipe, run: Path) -> Path:
+    """The released model of a run, which is started, continued, or finished already."""
+    if not (run / "recipe.json").exists():
+        return train(recipe, run)
+    release = run / "release"
+    finished = release.exists() and [row["step"] for row in read_metrics(run)[-1:]] == [recipe.steps]
+    return release if finished else resume(run)
+
+
+def check_frozen(recipe: Recipe, model: str, release: Path) -> None:
+    """Raises ``ValueError`` where a weight that the recipe takes from ``model`` and never trains has changed."""
     taken = {module for module, start in recipe.init.items() if start == model}
     if not taken:
         return
     before, after = store.load(model).state_dict(), store.load(release)
-    learned = ever_trained(after, recipe.stages)
-    kept = {n: p for n, p in after.named_parameters() if p not in learned and {"model", n.partition(".")[0]} & taken}
-    if changed := sorted(n for n, p in kept.items() if not torch.equal(before[n], p)):
+    trained = ever_trained(after, recipe.stages)
+    frozen = {n: p for n, p in after.named_parameters() if p not in trained and {"model", n.partition(".")[0]} & taken}
+    if changed := sorted(n for n, p in frozen.items() if not torch.equal(before[n], p)):
         raise ValueError(f"{release} changed {', '.join(changed[:4])}")
 
 
-def _trained(recipe: Recipe, run: Path) -> Path:
-    if not (run / "recipe.json").exists():
-        return train(recipe, run)
-    done = [row["step"] for row in read_metrics(run)[-1:]]
-    return run / "release" if done == [recipe.steps] and (run / "release").exists() else resume(run)
-
-
-def _rights(this: Study, model: str, folder: Path, limit: int | None) -> dict[tuple[str, str, str], tuple[float, str]]:
-    """Of every item (benchmark, category, id): whether it was right, and its cluster."""
-    result = evaluate(load(model), this.benchmarks or BENCHMARKS, seed=0, limit=limit, folder=folder)
+def score(study: Study, model: str, folder: Path, limit: int | None) -> Items:
+    """Whether a model is right, and the cluster, for every item of the study's benchmarks."""
+    result = evaluate(load(model), study.benchmarks, seed=0, limit=limit, folder=folder)
     return {
         (o.item.benchmark, o.item.category, o.item.id): (float(o.verdict.ok), o.item.cluster) for o in result.outcomes
     }

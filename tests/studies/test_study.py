@@ -9,29 +9,26 @@ from diptych.evaluation.benchmarks.table import TABLE
 from diptych.evaluation.figures import intervals
 from diptych.generation.engine import Engine
 from diptych.models import store
-from diptych.studies import run as study
-from diptych.studies import study as study_
-from diptych.studies import table
+from diptych.studies import page, study, table
 from diptych.studies.copying import copying
+from diptych.studies.run import study as run_study
 from tests.support import tiny
 
 
 @pytest.fixture
 def small(monkeypatch):
     arms = {arm: make for arm, make in list(table.STUDIES["sgt-proxies"].arms.items())[:2]}
-    monkeypatch.setitem(
-        table.STUDIES, "small", study_.Study("A small table", arms, "none", measure=lambda _: {"loss": 0.5})
-    )
-    monkeypatch.setattr(study, "BENCHMARKS", ("vqa-mini",))
+    small = study.Study("A small table", arms, "none", measure=lambda _: {"loss": 0.5}, benchmarks=("vqa-mini",))
+    monkeypatch.setitem(table.STUDIES, "small", small)
     plots = []
-    monkeypatch.setattr(study, "intervals", lambda found: plots.append(found) or intervals(found))
+    monkeypatch.setattr(page, "intervals", lambda panels: plots.append(panels) or intervals(panels))
     return plots
 
 
 def test_a_study_writes_its_page_and_goes_on(small, tmp_path, monkeypatch):
     settings = {"steps": 2, "limit": 2, "seeds": (0, 1)}
-    page = study.study("small", tmp_path / "runs", tmp_path / "out", **settings)
-    text = page.read_text()
+    written = run_study("small", tmp_path / "runs", tmp_path / "out", **settings)
+    text = written.read_text()
     for row in ("| start |", "| none |", "| edges |", "vqa-mini", "| edges | 0.5 |", "small.png"):
         assert row in text
     assert (tmp_path / "out" / "small.png").stat().st_size > 1000
@@ -39,16 +36,16 @@ def test_a_study_writes_its_page_and_goes_on(small, tmp_path, monkeypatch):
     assert list(small[0]["loss"]) == list(small[0]["vqa-mini"])  # the start has a place, and no loss
     monkeypatch.setattr(study, "train", None)
     monkeypatch.setattr(study, "resume", None)
-    assert study.study("small", tmp_path / "runs", tmp_path / "out", **settings).read_text() == text
+    assert run_study("small", tmp_path / "runs", tmp_path / "out", **settings).read_text() == text
     with pytest.raises(ValueError, match="begun with another steps"):
-        study.study("small", tmp_path / "runs", tmp_path / "out", steps=3, limit=2, seeds=(0, 1))
+        run_study("small", tmp_path / "runs", tmp_path / "out", steps=3, limit=2, seeds=(0, 1))
 
 
 def test_bad_studies_are_refused(tmp_path):
     with pytest.raises(ValueError, match="unknown study 'x'; choose from sgt-proxies"):
-        study.study("x", tmp_path, tmp_path)
+        run_study("x", tmp_path, tmp_path)
     with pytest.raises(ValueError, match="different seeds"):
-        study.study("sgt-ratio", tmp_path, tmp_path, seeds=(0, 0))
+        run_study("sgt-ratio", tmp_path, tmp_path, seeds=(0, 0))
 
 
 @pytest.mark.parametrize("name", table.STUDIES)
@@ -65,10 +62,10 @@ def test_every_arm_is_a_recipe_and_the_base_is_one_of_them(name):
 
 def test_arms_that_agree_in_the_first_stage_share_its_run(tmp_path, monkeypatch):
     ran = []
-    monkeypatch.setattr(study, "_trained", lambda recipe, run: ran.append((run, recipe)) or run / "release")
+    monkeypatch.setattr(study, "train_or_resume", lambda recipe, run: ran.append((run, recipe)) or run / "release")
     six = table.STUDIES["iomm-recipes"]
     for arm, make in six.arms.items():
-        study_._stages(six.on(make(20), "reader"), tmp_path / arm, tmp_path / "stage-1")
+        study.train_stages(six.on(make(20), "reader"), tmp_path / arm, tmp_path / "stage-1")
     firsts, rests = ran[::2], ran[1::2]
     assert len({run for run, _ in firsts}) == 2 and len({run for run, _ in rests}) == 6
     assert all(r.init == dict.fromkeys(("mllm", "autoencoder"), "reader") and len(r.stages) == 1 for _, r in firsts)
@@ -90,9 +87,9 @@ def test_a_study_fails_where_a_frozen_weight_has_moved(tmp_path):
         table.STUDIES["iomm-recipes"].on(six["pair to mix"](20), start),
         table.STUDIES["iomm-tuning"].on(tuned["mix"](20), start),
     ):
-        study_._untouched(recipe, start, tmp_path / "b")
+        study.check_frozen(recipe, start, tmp_path / "b")
         with pytest.raises(ValueError, match="changed mllm"):
-            study_._untouched(recipe, start, tmp_path / "c")
+            study.check_frozen(recipe, start, tmp_path / "c")
 
 
 def test_copying_tells_a_copy_from_another_picture(monkeypatch):
