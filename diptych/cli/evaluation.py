@@ -375,6 +375,9 @@ def report(
     per_category: Annotated[
         int, typer.Option("--per-category", metavar="N", help="pictures or questions of each category")
     ] = 6,
+    force: Annotated[
+        bool, typer.Option("--force", help="overwrite files of these names that diptych did not write")
+    ] = False,
 ) -> None:
     """Write evaluations as one page and as Markdown tables."""
     from diptych.evaluation.harness import load_result
@@ -388,5 +391,5 @@ def report(
     results = {name: load_result(run) for name, run in zip(names, runs)}
     parts = sections(results, per_category=per_category)
     title = f"Evaluation of {', '.join(dict.fromkeys(str(r.card['model']) for r in results.values()))}"
-    print(write_report(out, parts, title, " · ".join(results)))
-    print(write_markdown(out.with_suffix(".md"), parts, title))
+    print(write_report(out, parts, title, " · ".join(results), force=force))
+    print(write_markdown(out.with_suffix(".md"), parts, title, force=force))

@@ -69,7 +69,7 @@ def add(app: Verbs) -> None:
 
 
 def demo(
-    minutes: Annotated[float, typer.Option("--minutes", help="time to train for")] = 5.0,
+    minutes: Annotated[float, typer.Option("--minutes", help="wall-clock time of the whole demonstration")] = 5.0,
     steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="train N steps instead")] = None,
     page: Annotated[Path, typer.Option("--page", metavar="FILE", help="the HTML page to write")] = Path("report.html"),
     out: Annotated[

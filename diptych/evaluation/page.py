@@ -1,6 +1,6 @@
 """The sections of a report, and the HTML and Markdown files that are made of them.
 
-The HTML comes from ``templates/report.html``, where every text is escaped. Only files that this module wrote are
+The HTML comes from ``templates/report.html.jinja``, where every text is escaped. Only files that this module wrote are
 overwritten; any other file at that path needs ``force``.
 """
 
@@ -136,7 +136,7 @@ def write_report(
         if not isinstance(section, get_args(Section)):
             names = ", ".join(kind.__name__ for kind in get_args(Section))
             raise ValueError(f"{section!r} is no section; choose from {names}")
-    page = _templates().get_template("report.html").render(title=title, summary=summary, sections=sections)
+    page = _templates().get_template("report.html.jinja").render(title=title, summary=summary, sections=sections)
     return _write(path, page, MARK, force)
 
 

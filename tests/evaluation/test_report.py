@@ -13,7 +13,19 @@ from diptych.data.worlds import shapes
 from diptych.evaluation.benchmarks.shapes import BENCHMARKS
 from diptych.evaluation.figures import curves
 from diptych.evaluation.harness import Result
-from diptych.evaluation.page import Asked, Figure, Gallery, Questions, Shown, Table, Text, write_report
+from diptych.evaluation.page import (
+    Asked,
+    Figure,
+    Gallery,
+    Questions,
+    Shown,
+    Table,
+    Text,
+    Verdicts,
+    escaped,
+    write_markdown,
+    write_report,
+)
 from diptych.evaluation.report import sections
 from diptych.evaluation.scores import Outcome, Score, Verdict
 
@@ -123,3 +135,52 @@ def test_the_usual_page_shows_everything(tmp_path):
                  "guidance_scale", "failed: too long", "found a green cross instead", "counted as wrong"):  # fmt: skip
         assert text in page.text, text
     assert curves(rows) in [base64.b64decode(link[22:]) for link in page.links if link.startswith("data:")]
+
+
+MARKUP = (
+    "<script>alert(1)</script>", "a | b", "`code`", "[text](https://evil.example)", "![x](x.png)", "**bold** _it_",
+    "https://evil.example/x", "www.evil.example", "me@evil.example", "# head", "- item", "1. item", "a\n\n# b",
+    "&lt;b&gt;", "\\|", "~~gone~~", "$x$", "<https://evil.example>", "[ref]: https://evil.example", "> quote", "---",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_markdown_shows_every_text_as_it_is_written(text, tmp_path):
+    """Names, notes, replies and titles: nothing in them becomes markup, ends a cell or opens a tag."""
+    every = [
+        Table(text, (text, "b"), ((text, Score(0.5, 0.4, 0.6, 10)), (text, text)), text),
+        Gallery(text, (Shown((picture(),), text, False, text),), text),
+        Questions(text, (Asked(None, text, text, text, False),), text),
+    ]
+    lines = write_markdown(tmp_path / "r.md", every, text).read_text().splitlines()
+    raw = "\n".join(lines[1:])  # below our own mark
+    assert not re.search(r"<[a-z!/]", raw) and not re.search(r"(?<!\\)[`\[\]*_~$]", raw)
+    assert not re.search(r"(?i)(https?|mailto):|www\.|(?<!\\)@\w+\.", raw), "an address would become a link"
+    rows = [line for line in lines if line.startswith("| ")]
+    assert len(rows) == 4 and {len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) for row in rows} == {3}
+    titles = [line for line in lines if re.match(r"#+ ", line)]
+    assert len(titles) == 2 and lines[2] == titles[0] == f"# {escaped(text)}"
+    shown = re.sub(r"\\(.)", r"\1", escaped(text))
+    assert shown.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&") == " ".join(text.split())
+    assert not [line for line in lines if re.match(r"(-|\d+\.|>|---)", line)], "a note would become a list or a rule"
+
+
+def test_hostile_verdicts_and_pictures_stay_text(tmp_path):
+    rows = ((HOSTILE, True, False, 0.0, HOSTILE), ("b", False, True, 1.0, HOSTILE))
+    shown = Gallery("g", (Shown((picture(),), HOSTILE, False, HOSTILE, HOSTILE),))
+    page = self_contained(write_report(tmp_path / "r.html", [shown, Verdicts(HOSTILE, rows)]))
+    assert page.text.count(HOSTILE) >= 6 and "2 items, 1 right" in page.text
+
+
+@pytest.mark.parametrize("write, name", [(write_report, "report.html"), (write_markdown, "report.md")])
+def test_only_our_own_reports_are_overwritten(write, name, tmp_path):
+    file = tmp_path / name
+    file.write_text("mine")
+    with pytest.raises(ValueError, match=f"{name} was not written by diptych.*--force"):
+        write(file, [Text("t", "x")])
+    assert file.read_text() == "mine" and [f.name for f in tmp_path.iterdir()] == [name]
+    write(file, [Text("an older one", "x"), Table("an older one", ("a",), (("b",),))], force=True)
+    write(file, [Text("a newer one", "x"), Table("a newer one", ("a",), (("b",),))])  # ours: no force is needed
+    assert "a newer one" in file.read_text() and "an older one" not in file.read_text()
+    with pytest.raises(ValueError, match="is a folder"):
+        write(tmp_path, [Text("t", "x")], force=True)
