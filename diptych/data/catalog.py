@@ -27,7 +27,7 @@ from diptych.data import sources as readers
 from diptych.data.decoding import MAX_PIXELS, picture_suffixes
 from diptych.data.mixture import First, Source
 from diptych.data.parquet import Parquet, parquet
-from diptych.data.self_condition import PICTURES, Pictures
+from diptych.data.self_condition import PICTURES, UnlabelledPictures
 from diptych.data.tasks import annotations as annotated
 from diptych.data.tasks import ladder
 
@@ -87,7 +87,7 @@ class Annotation(BaseModel):
     max_pixels: Pixels = MAX_PIXELS
 
 
-class Packed(BaseModel):
+class PackedEntry(BaseModel):
     """Parquet files or webdataset shards: the pictures are inside."""
 
     model_config = STRICT
@@ -98,12 +98,12 @@ class Packed(BaseModel):
 
 
 Opened = readers.JsonLines | readers.ImageFolder | Parquet | readers.Tar | annotated.Proxies
-Settings = Jsonl | Images | Annotation | Packed
-FORMATS: dict[str, type[Jsonl] | type[Images] | type[Annotation] | type[Packed]] = {
+Settings = Jsonl | Images | Annotation | PackedEntry
+FORMATS: dict[str, type[Jsonl] | type[Images] | type[Annotation] | type[PackedEntry]] = {
     "jsonl": Jsonl,
     "images": Images,
-    "parquet": Packed,
-    "webdataset": Packed,
+    "parquet": PackedEntry,
+    "webdataset": PackedEntry,
     "coco": Annotation,
     "coco-panoptic": Annotation,
     "sa1b": Annotation,
@@ -140,7 +140,7 @@ class Entry:
         except (ValueError, OSError) as error:
             raise ValueError(f"{self.where}: data set {self.name!r}: {error}") from error
 
-    def _rows(self, s: Images | Annotation, task: ladder.Task) -> tuple[annotated.Row, ...]:
+    def _rows(self, s: Images | Annotation, task: ladder.Task) -> tuple[annotated.AnnotatedRow, ...]:
         def beside(key: str) -> Path | None:
             value = getattr(s, key)
             return self.folder / value if value else None
@@ -236,7 +236,7 @@ def sources(
             theirs = f"{catalog}: {', '.join(entries)}; " if catalog is not None else "no catalog was given; "
             raise ValueError(f"unknown data set {whole!r}; {theirs}embedded: {', '.join(embedded.names())}")
         if whole != name and kept is None:
-            found[wanted] = Pictures(found[wanted])
+            found[wanted] = UnlabelledPictures(found[wanted])
         if cut:
             if not n.isdigit():
                 raise ValueError(f"data set {wanted!r}: after # stands a number of samples")
@@ -246,7 +246,7 @@ def sources(
 
 def files_left_out(source: Source) -> Mapping[str, int]:
     """How many files of a data set's folder are not read, by suffix; empty for what is not read from files."""
-    while isinstance(source, First | Pictures):
+    while isinstance(source, First | UnlabelledPictures):
         source = source.source
     return source.left_out if isinstance(source, Opened) else {}
 

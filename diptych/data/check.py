@@ -21,7 +21,7 @@ class Problem(NamedTuple):
 
 
 @dataclass
-class Tally:
+class DataSetTally:
     """What a data set holds, as far as it was read. Sizes are (width, height) in pixels."""
 
     rows: int = 0  # rows read, good and bad
@@ -41,7 +41,7 @@ class Report:
     """What ``check`` found. ``str(report)`` is the table that the command line prints."""
 
     problems: tuple[Problem, ...]
-    tallies: Mapping[str, Tally] = field(default_factory=dict)
+    tallies: Mapping[str, DataSetTally] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -96,14 +96,14 @@ def check(catalog_path: str | Path, limit: int | None = None) -> Report:
     ``ValueError``. Files that a data set leaves out are counted by suffix; they are no problem by themselves.
     """
     problems: list[Problem] = []
-    tallies: dict[str, Tally] = {}
+    tallies: dict[str, DataSetTally] = {}
     for name, entry in read_catalog(catalog_path).items():
-        tallies[name] = Tally()
+        tallies[name] = DataSetTally()
         problems += [Problem(name, reason) for reason in _problems(entry, tallies[name], limit)]
     return Report(tuple(problems), tallies)
 
 
-def _problems(entry: Entry, tally: Tally, limit: int | None) -> Iterator[str]:
+def _problems(entry: Entry, tally: DataSetTally, limit: int | None) -> Iterator[str]:
     try:
         source = entry.open()
     except ValueError as error:
@@ -130,7 +130,7 @@ def _problems(entry: Entry, tally: Tally, limit: int | None) -> Iterator[str]:
         _count(sample, tally)
 
 
-def _count(sample: Sample, tally: Tally) -> None:
+def _count(sample: Sample, tally: DataSetTally) -> None:
     for message in sample.messages:
         for part in message.parts:
             if isinstance(part, Text):

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
+Font = PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFont
 RIGHT, WRONG, PLAIN = (30, 142, 80), (206, 58, 58), (205, 208, 214)
-
-
 SIDE, GAP, FRAME, LINE = 128, 14, 3, 15  # pixels: a picture, between pictures, its frame, a line of text
-
-
 LINES = 4  # of a caption at most
 
 
@@ -32,7 +28,7 @@ def grid(
         raise ValueError(f"a grid needs a picture and a column, not {len(images)} and {columns}")
     columns = min(columns, len(images))
     font = PIL.ImageFont.load_default(12)
-    texts = [_wrap(caption, font, SIDE) for caption in captions]
+    texts = [_caption_lines(caption, font) for caption in captions]
     rows = [range(i, min(i + columns, len(images))) for i in range(0, len(images), columns)]
     heights = [SIDE + 2 * FRAME + 4 + LINE * max(len(texts[i]) for i in row) + GAP for row in rows]
     cell = SIDE + 2 * FRAME + GAP
@@ -62,23 +58,38 @@ def enlarge(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
     return image.resize(size, PIL.Image.Resampling.NEAREST if exact else PIL.Image.Resampling.BICUBIC)
 
 
-def _wrap(text: str, font: Any, width: int) -> list[str]:
+def _caption_lines(text: str, font: Font) -> list[str]:
+    lines = wrap(" ".join(text.split()), font, SIDE)
+    return lines if len(lines) <= LINES else [*lines[: LINES - 1], clip(f"{lines[LINES - 1]} …", font, SIDE)]
+
+
+def wrap(text: str, font: Font, width: int) -> list[str]:
+    """The text in lines of at most ``width`` pixels, broken at its line breaks, at spaces, and inside longer words."""
     lines: list[str] = []
-    for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-            continue
-        while len(word) > 1 and font.getlength(word) > width:
-            cut = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
-            lines.append(word[:cut])
-            word = word[cut:]
-        lines.append(word)
-    if len(lines) > LINES:
-        last = lines[LINES - 1]
-        while last and font.getlength(f"{last}…") > width:
-            last = last[:-1]
-        lines = [*lines[: LINES - 1], f"{last}…"]
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in paragraph.split(" "):
+            while font.getlength(word) > width:  # a word longer than a line
+                cut = next(i for i in range(len(word), 0, -1) if i == 1 or font.getlength(word[:i]) <= width)
+                lines += [line] if line else []
+                lines.append(word[:cut])
+                line, word = "", word[cut:]
+            longer = f"{line} {word}" if line else word
+            if font.getlength(longer) > width:
+                lines.append(line)
+                longer = word
+            line = longer
+        lines.append(line)
     return lines
+
+
+def clip(text: str, font: Font, width: int) -> str:
+    """The text cut to ``width`` pixels, with an ellipsis where something was cut."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[: -max(1, len(text) // 50)]
+    return text + "…"
 
 
 def contact_sheet(images: list[PIL.Image.Image], columns: int, scale: int = 2, gap: int = 4) -> PIL.Image.Image:

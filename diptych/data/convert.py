@@ -41,14 +41,14 @@ SPEAKERS: dict[str, Speaker] = {
 }
 
 
-class Row(NamedTuple):
+class ConvertedRow(NamedTuple):
     """A sample, and the pictures that its file holds as bytes, by the names that the sample uses."""
 
     sample: Sample
     pictures: Mapping[str, bytes]
 
 
-Made = Row | str  # or why a row cannot be used
+Made = ConvertedRow | str  # or why a row cannot be used
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -163,7 +163,9 @@ def _each(file: Path, turns: Callable[[Any], tuple[Message, ...]]) -> Iterator[M
                 raise row
             messages = turns(row)
             name = row.get("id")
-            yield Row(Sample(f"{file.stem}/{where.rpartition(':')[2] if name is None else name}", messages), {})
+            yield ConvertedRow(
+                Sample(f"{file.stem}/{where.rpartition(':')[2] if name is None else name}", messages), {}
+            )
         except (ValueError, AttributeError, TypeError) as error:
             yield f"{where}: {error}"
 
@@ -180,7 +182,7 @@ def bagel_t2i(file: Path) -> Iterator[Made]:
             said = texts[bits(name, "caption") % len(texts)]
             picture = f"{Path(name).name}.{_suffix(cells['image'])}"
             sample = Sample(Path(name).name, (user(said), assistant(Image(picture, "target"))))
-            yield Row(sample, {picture: cells["image"]})
+            yield ConvertedRow(sample, {picture: cells["image"]})
         except (ValueError, TypeError) as error:
             yield f"{where}: {error}"
 
@@ -201,7 +203,7 @@ def bagel_edit(file: Path) -> Iterator[Made]:
                 said = words[bits(name, "wording", k) % len(words)]
                 source = (Image(names[0], "condition"),) if k == 0 else ()
                 messages += [user(*source, said), assistant(Image(names[k + 1], "target"))]
-            yield Row(Sample(name, tuple(messages)), dict(zip(names, images, strict=True)))
+            yield ConvertedRow(Sample(name, tuple(messages)), dict(zip(names, images, strict=True)))
         except (ValueError, TypeError, ZeroDivisionError) as error:
             yield f"{where}: {error}"
 

@@ -19,7 +19,7 @@ def bare(sample: Sample) -> Sample:
 
 
 @dataclass(frozen=True, eq=False)
-class Pictures:
+class UnlabelledPictures:
     """The pictures that a data set draws, without words: unlabelled images."""
 
     source: Source

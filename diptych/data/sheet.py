@@ -12,15 +12,12 @@ import PIL.ImageFont
 
 from diptych.core.layout import Kind, Layout
 from diptych.core.sample import Image, Sample, Text
+from diptych.data.contact_sheet import clip, wrap
 from diptych.data.mixture import Source
 from diptych.machine.disk import atomic
 
 WIDTH, MARGIN, PAD, THUMB, TEXT = 1280, 28, 20, 144, 420  # pixels
-
-
 PAPER, CARD, EDGE, INK, SOFT = "#f1f2f6", "#ffffff", "#dfe2ea", "#1c2333", "#697086"
-
-
 KINDS = {
     Kind.TEXT: "#5b7fc7",
     Kind.VISION: "#3fa37c",
@@ -30,14 +27,8 @@ KINDS = {
     Kind.QUERY: "#8a6fd1",
     Kind.PAD: "#b9bdc9",
 }
-
-
 ROLES = {"understand": "#3fa37c", "condition": "#8dbf4f", "target": "#e0853d"}
-
-
 SPEAKERS = {"system": "#8b90a0", "user": "#41506f", "assistant": "#5b7fc7"}
-
-
 PLAIN, BOLD, MONO = "DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSansMono.ttf"
 
 
@@ -66,7 +57,7 @@ def show(
     sheet = PIL.Image.new("RGB", (WIDTH, head + sum(c.height + PAD for c in cards) + MARGIN - PAD), PAPER)
     draw = PIL.ImageDraw.Draw(sheet)
     title, bold = f"{len(cards)} samples from {', '.join(dict.fromkeys(p[0] for p in picked))}", _font(BOLD, 22)
-    draw.text((MARGIN, 22), _clip(title, bold, WIDTH - 2 * MARGIN), INK, bold)
+    draw.text((MARGIN, 22), clip(title, bold, WIDTH - 2 * MARGIN), INK, bold)
     _legend(draw, MARGIN, 62)
     y = head
     for card in cards:
@@ -113,7 +104,7 @@ def _card(name: str, sample: Sample, sequence: Layout, decode: Callable[[list[in
     width, inner = WIDTH - 2 * MARGIN, WIDTH - 2 * MARGIN - 2 * PAD
     mono, small, bold = _font(MONO, 13), _font(PLAIN, 13), _font(BOLD, 16)
     talk = _flow([_turn(message.role, message.parts, inner) for message in sample.messages], inner, 28)
-    told = [_clip(line, mono, inner) for line in sequence.describe(decode).split("\n")[1:]]
+    told = [clip(line, mono, inner) for line in sequence.describe(decode).split("\n")[1:]]
     below = 52 + talk.height + 20
     height = below + 50 + 20 * len(told) + 12
     card = PIL.Image.new("RGB", (width, height), PAPER)
@@ -125,7 +116,7 @@ def _card(name: str, sample: Sample, sequence: Layout, decode: Callable[[list[in
     draw.text((PAD, 17), name, INK, bold)
     left = PAD + draw.textlength(name, bold) + 14
     room = width - PAD - left - draw.textlength(counts, small) - 20
-    draw.text((left, 20), _clip(sample.id.removeprefix(f"{name}/"), small, round(room)), SOFT, small)
+    draw.text((left, 20), clip(sample.id.removeprefix(f"{name}/"), small, round(room)), SOFT, small)
     card.paste(talk, (PAD, 52))
     _bar(draw, sequence, PAD, below, inner)
     for i, (segment, line) in enumerate(zip(sequence.segments, told, strict=True)):
@@ -198,9 +189,9 @@ def _picture(image: Image) -> PIL.Image.Image:
 
 def _text(text: Text, font: PIL.ImageFont.FreeTypeFont, width: int, most: int = 6) -> PIL.Image.Image:
     """The text wrapped; a long one ends in an ellipsis."""
-    lines = _wrap(text.text, font, width - 16)
+    lines = wrap(text.text, font, width - 16)
     if len(lines) > most:
-        lines = [*lines[: most - 1], _clip(lines[most - 1] + " …", font, width - 16)]
+        lines = [*lines[: most - 1], clip(lines[most - 1] + " …", font, width - 16)]
     wide = max((round(font.getlength(line)) for line in lines), default=0) + 16
     box = PIL.Image.new("RGB", (wide, 22 * len(lines) + 4), CARD)
     draw = PIL.ImageDraw.Draw(box)
@@ -209,33 +200,6 @@ def _text(text: Text, font: PIL.ImageFont.FreeTypeFont, width: int, most: int = 
     for i, line in enumerate(lines):
         draw.text((8, 2 + 22 * i), line, INK, font)
     return box
-
-
-def _wrap(text: str, font: PIL.ImageFont.FreeTypeFont, width: int) -> list[str]:
-    lines: list[str] = []
-    for paragraph in text.split("\n"):
-        line = ""
-        for word in paragraph.split(" "):
-            while font.getlength(word) > width:  # a word longer than a line
-                cut = next(i for i in range(len(word), 0, -1) if i == 1 or font.getlength(word[:i]) <= width)
-                lines += [line] if line else []
-                lines.append(word[:cut])
-                line, word = "", word[cut:]
-            longer = f"{line} {word}" if line else word
-            if font.getlength(longer) > width:
-                lines.append(line)
-                longer = word
-            line = longer
-        lines.append(line)
-    return lines
-
-
-def _clip(text: str, font: PIL.ImageFont.FreeTypeFont, width: int) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[: -max(1, len(text) // 50)]
-    return text + "…"
 
 
 def _font(face: str, size: int) -> PIL.ImageFont.FreeTypeFont:

@@ -327,7 +327,7 @@ def inside(root: Path, reference: str) -> Path:
     return found
 
 
-class Rows(Protocol):
+class RowSource(Protocol):
     """What every source of this room offers."""
 
     @property
@@ -341,7 +341,7 @@ class Rows(Protocol):
     def data(self, index: int, reference: str) -> bytes: ...
 
 
-def open_row(source: Rows, index: int) -> Sample:
+def open_row(source: RowSource, index: int) -> Sample:
     """The sample of a row with its pictures decoded. Raises ``ValueError`` that begins with ``where``."""
     if not 0 <= index < len(source):
         raise IndexError(f"{source.name} has no row {index}; it has {len(source)}")

@@ -64,14 +64,14 @@ def test_masks_are_where_the_stamps_are(root):
     loaded, rng = stamps.load(root), np.random.default_rng(0)
     for _ in range(20):
         scene = stamps.random_scene(rng, loaded, "train")
-        assert stamps.Scene.from_json(json.loads(json.dumps(scene.to_json()))) == scene
+        assert stamps.StampScene.from_json(json.loads(json.dumps(scene.to_json()))) == scene
         masks = stamps.masks(scene, loaded, 64)
         assert masks.shape == (len(scene.things), 64, 64) and masks.sum(0).max() == 1
         for mask, (left, top, right, bottom) in zip(masks, stamps.boxes(scene, 64), strict=True):
             inside = np.zeros_like(mask)
             inside[top:bottom, left:right] = True
             assert mask.any() and not (mask & ~inside).any()
-        empty = stamps.Scene(scene.background, scene.crop, ())
+        empty = stamps.StampScene(scene.background, scene.crop, ())
         with_, without = (np.asarray(stamps.render(s, loaded, 64)) for s in (scene, empty))
         differs = (with_ != without).any(-1)
         assert differs[masks.any(0)].mean() > 0.95 and (differs & ~masks.any(0)).sum() < 0.5 * masks.sum()

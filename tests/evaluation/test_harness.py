@@ -83,7 +83,7 @@ class Fake:
             name, size, seed, i = reference["source"]
             return list(embedded.source(name, "test", size, seed)[i].images())[-1].pixels
         if "ids" in reference:
-            prompt = emoji_scenes.Prompt.from_json(reference)
+            prompt = emoji_scenes.EmojiPrompt.from_json(reference)
             return emoji_scenes.render_scene(emoji_scenes.scene_for(rng, prompt), self.size)
         if "after" in reference:
             return shapes.render(shapes_sources.Edit.from_json(reference).after, self.size)

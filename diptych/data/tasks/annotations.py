@@ -116,7 +116,7 @@ def segmentation(value: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Row:
+class AnnotatedRow:
     """One annotated picture: its id, where it comes from, and how it is read."""
 
     id: str
@@ -130,7 +130,7 @@ class Proxies:
 
     name: str
     task: Task
-    rows: tuple[Row, ...] = field(repr=False)
+    rows: tuple[AnnotatedRow, ...] = field(repr=False)
     longest: int = LONGEST
     seed: int = 0
     left_out: Mapping[str, int] = field(default_factory=dict)
@@ -205,7 +205,7 @@ def shrunk(a: Annotated, longest: int) -> Annotated:
 # --- COCO -------------------------------------------------------------------------------------------------------------
 
 
-def coco(path: Path, images: Path, task: Task, max_pixels: int = MAX_PIXELS) -> tuple[Row, ...]:
+def coco(path: Path, images: Path, task: Task, max_pixels: int = MAX_PIXELS) -> tuple[AnnotatedRow, ...]:
     """The pictures of a COCO instances file that have what the task needs; crowds are not countable.
 
     Raises ``ValueError`` when the file is not such a file.
@@ -218,11 +218,13 @@ def coco(path: Path, images: Path, task: Task, max_pixels: int = MAX_PIXELS) -> 
         if not task.needs or (found if task.name in ("segment", "semantic", "panoptic") else things):
             entries = found if task.needs else []
             read = partial(_read_coco, images, image["file_name"], entries, categories, max_pixels)
-            rows.append(Row(str(image["id"]), f"{path}: image {image['id']}", read))
+            rows.append(AnnotatedRow(str(image["id"]), f"{path}: image {image['id']}", read))
     return tuple(rows)
 
 
-def coco_panoptic(path: Path, images: Path, masks: Path, task: Task, max_pixels: int = MAX_PIXELS) -> tuple[Row, ...]:
+def coco_panoptic(
+    path: Path, images: Path, masks: Path, task: Task, max_pixels: int = MAX_PIXELS
+) -> tuple[AnnotatedRow, ...]:
     """The pictures of a COCO panoptic file and its folder of PNGs (a segment's id is R + 256 G + 65536 B).
 
     Categories with ``isthing`` are countable, crowds are not. Raises ``ValueError`` when the file is not such a file.
@@ -234,7 +236,7 @@ def coco_panoptic(path: Path, images: Path, masks: Path, task: Task, max_pixels:
             things = [s for s in found["segments_info"] if _thing(s, categories)]
             if things or task.name not in ("instance", "detect", "referring"):
                 read = partial(_read_panoptic, images, masks, image["file_name"], found, categories, max_pixels)
-                rows.append(Row(str(image["id"]), f"{path}: image {image['id']}", read))
+                rows.append(AnnotatedRow(str(image["id"]), f"{path}: image {image['id']}", read))
     return tuple(rows)
 
 
@@ -302,13 +304,13 @@ def _mask(entry: dict, what: str, size: tuple[int, int]) -> np.ndarray:
 # --- SA-1B ------------------------------------------------------------------------------------------------------------
 
 
-def sa1b(path: Path, images: Path | None, task: Task, max_pixels: int = MAX_PIXELS) -> tuple[Row, ...]:
+def sa1b(path: Path, images: Path | None, task: Task, max_pixels: int = MAX_PIXELS) -> tuple[AnnotatedRow, ...]:
     """One row for each json file of SA-1B (a file, a folder or a pattern); its masks have no classes.
 
     Pictures are beside the json files or in ``images``. Files are opened when a row is read.
     """
     files = find_files(path, (".json",))
-    return tuple(Row(f.stem, str(f), partial(_read_sa1b, f, images or f.parent, max_pixels)) for f in files)
+    return tuple(AnnotatedRow(f.stem, str(f), partial(_read_sa1b, f, images or f.parent, max_pixels)) for f in files)
 
 
 def _read_sa1b(path: Path, images: Path, max_pixels: int) -> Annotated:
@@ -333,7 +335,7 @@ def folder(
     depth: Path | None = None,
     view: Path | None = None,
     max_pixels: int = MAX_PIXELS,
-) -> tuple[Row, ...]:
+) -> tuple[AnnotatedRow, ...]:
     """Pictures with label pictures of the same path (and the suffix .png) in folders beside them.
 
     ``masks``    a picture whose every value (or colour) but 0 (or black) is a mask, or a folder of that name with one
@@ -359,7 +361,7 @@ def folder(
         raise ValueError(f"task {task.name!r} needs {' and '.join(missing)}; the folders give {has}")
     names = _class_names(classes) if classes else ()
     read = partial(_read_folder, path, masks, labels, names, depth, view, max_pixels)
-    return tuple(Row(name, str(path / name), partial(read, name)) for name in list_images("", path).paths)
+    return tuple(AnnotatedRow(name, str(path / name), partial(read, name)) for name in list_images("", path).paths)
 
 
 def _class_names(path: Path) -> tuple[str, ...]:

@@ -200,7 +200,7 @@ def nearest(pixels: np.ndarray, colours: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class TaskPair:
     """What is shown and what is to be drawn; ``count`` is how many ids the palette has, ``phrase`` what is meant."""
 
     input: PIL.Image.Image
@@ -210,7 +210,7 @@ class Pair:
 
 
 Known = Any  # an ``Annotated`` that has what the task needs: ``Task.pair`` made sure
-Maker = Callable[[Known, np.random.Generator], Pair]
+Maker = Callable[[Known, np.random.Generator], TaskPair]
 
 
 def paint(masks: np.ndarray, ids: list[int]) -> np.ndarray:
@@ -226,49 +226,49 @@ def _by_area(masks: np.ndarray) -> np.ndarray:
     return np.argsort(-masks.sum((1, 2)), kind="stable")
 
 
-def _drawn(a: Known, ids: np.ndarray, name: Palette, count: int = 0, phrase: str = "") -> Pair:
-    return Pair(a.image, picture(palette(name, count)[ids]), count, phrase)
+def _drawn(a: Known, ids: np.ndarray, name: Palette, count: int = 0, phrase: str = "") -> TaskPair:
+    return TaskPair(a.image, picture(palette(name, count)[ids]), count, phrase)
 
 
 def _restore(
     a: Known, rng: np.random.Generator, spoil: Callable[[np.ndarray, np.random.Generator], np.ndarray]
-) -> Pair:
-    return Pair(picture(spoil(rgb(a.image), rng)), a.image)
+) -> TaskPair:
+    return TaskPair(picture(spoil(rgb(a.image), rng)), a.image)
 
 
-def _reconstruct(a: Known, rng: np.random.Generator) -> Pair:
-    return Pair(a.image, a.image)
+def _reconstruct(a: Known, rng: np.random.Generator) -> TaskPair:
+    return TaskPair(a.image, a.image)
 
 
-def _edges(a: Known, rng: np.random.Generator) -> Pair:
+def _edges(a: Known, rng: np.random.Generator) -> TaskPair:
     return _drawn(a, degrade.edges(rgb(a.image)), "grey")
 
 
-def _depth(a: Known, rng: np.random.Generator) -> Pair:
+def _depth(a: Known, rng: np.random.Generator) -> TaskPair:
     return _drawn(a, (255 * (1 - a.depth)).round().astype(int), "inferno")
 
 
-def _view(a: Known, rng: np.random.Generator) -> Pair:
-    return Pair(a.image, a.view)
+def _view(a: Known, rng: np.random.Generator) -> TaskPair:
+    return TaskPair(a.image, a.view)
 
 
-def _segment(a: Known, rng: np.random.Generator) -> Pair:
+def _segment(a: Known, rng: np.random.Generator) -> TaskPair:
     masks = a.masks[_by_area(a.masks)]
     return _drawn(a, paint(masks, [i % 20 + 1 for i in range(len(masks))]), "tab20")
 
 
-def _semantic(a: Known, rng: np.random.Generator) -> Pair:
+def _semantic(a: Known, rng: np.random.Generator) -> TaskPair:
     order = _by_area(a.masks)
     return _drawn(a, paint(a.masks[order], [a.labels[i] + 1 for i in order]), "bits", len(a.classes) + 1)
 
 
-def _instance(a: Known, rng: np.random.Generator) -> Pair:
+def _instance(a: Known, rng: np.random.Generator) -> TaskPair:
     masks = a.masks[a.things]
     ids = list(range(1, len(masks) + 1))
     return _drawn(a, paint(masks[_by_area(masks)], ids), "bits", max(64, len(ids) + 1))
 
 
-def _panoptic(a: Known, rng: np.random.Generator) -> Pair:
+def _panoptic(a: Known, rng: np.random.Generator) -> TaskPair:
     order, base = _by_area(a.masks), len(a.classes) + 1
     ranks: Counter[int] = Counter()
     ids, things = [], set(a.things)
@@ -278,19 +278,19 @@ def _panoptic(a: Known, rng: np.random.Generator) -> Pair:
     return _drawn(a, paint(a.masks[order], ids), "bits", base * max(8, *ranks.values()))
 
 
-def _referring(a: Known, rng: np.random.Generator) -> Pair:
+def _referring(a: Known, rng: np.random.Generator) -> TaskPair:
     i = pick(rng, [i for i, phrase in enumerate(a.phrases) if phrase])
     return _drawn(a, a.masks[i].astype(int), "binary", phrase=a.phrases[i])
 
 
-def _detect(a: Known, rng: np.random.Generator) -> Pair:
+def _detect(a: Known, rng: np.random.Generator) -> TaskPair:
     canvas, colours = rgb(a.image).copy(), palette("boxes")
     for i, (x0, y0, x1, y1) in enumerate(box_list(a).tolist()):
         w = _line(a.image.size)
         ring = np.ones((y1 - y0, x1 - x0), bool)
         ring[w:-w, w:-w] = False
         canvas[y0:y1, x0:x1][ring] = colours[i % len(colours)]
-    return Pair(a.image, picture(canvas))
+    return TaskPair(a.image, picture(canvas))
 
 
 def box_list(a: Known) -> np.ndarray:
@@ -348,7 +348,7 @@ class Task:
         """Whether the target is a label picture, resized to the nearest pixel."""
         return self.palette not in (None, "grey", "boxes")
 
-    def pair(self, annotated: Annotated, rng: np.random.Generator) -> Pair:
+    def pair(self, annotated: Annotated, rng: np.random.Generator) -> TaskPair:
         """The input and the target. Raises ``ValueError`` when the picture lacks what the task needs."""
         has = annotated.has()
         if missing := [need for need in self.needs if need not in has]:

@@ -152,7 +152,7 @@ PAINTS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class ColourPart:
     """One visible shape of an emoji: its fill, the plain name of that colour, and its (size, size) bool mask."""
 
     fill: tuple[int, int, int]
@@ -160,14 +160,14 @@ class Part:
     mask: np.ndarray
 
 
-def part_masks(emoji: Emoji, size: int) -> tuple[Part, ...]:
+def part_masks(emoji: Emoji, size: int) -> tuple[ColourPart, ...]:
     """The visible shapes, back to front; a pixel is in a part that covers at least half of it.
 
     Shapes have colours but no names. Empty for the few emoji that are drawn with gradients or references.
     """
     cover = coverage(emoji.svg, size)
     shapes = [(fill, c >= 0.5) for fill, c in zip(_fills(emoji.svg), cover, strict=True)]
-    return tuple(Part(fill, colour_name(fill), mask) for fill, mask in shapes if mask.any())
+    return tuple(ColourPart(fill, colour_name(fill), mask) for fill, mask in shapes if mask.any())
 
 
 def colour_mask(emoji: Emoji, colour: str, size: int) -> np.ndarray:

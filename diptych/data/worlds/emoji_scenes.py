@@ -20,7 +20,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedEmoji:
     """An emoji in a scene: the left, top and side of its square, in fractions of the canvas."""
 
     emoji: str
@@ -29,7 +29,7 @@ class Placed:
     side: float
 
 
-def render_scene(things: tuple[Placed, ...], size: int) -> PIL.Image.Image:
+def render_scene(things: tuple[PlacedEmoji, ...], size: int) -> PIL.Image.Image:
     """The RGB picture of emoji on white paper."""
     pixels, paper = canvas(size)
     for thing in things:
@@ -37,7 +37,7 @@ def render_scene(things: tuple[Placed, ...], size: int) -> PIL.Image.Image:
     return picture(pixels)
 
 
-def scene_masks(things: tuple[Placed, ...], size: int) -> np.ndarray:
+def scene_masks(things: tuple[PlacedEmoji, ...], size: int) -> np.ndarray:
     """Instance masks: (things, size, size) bool, true where an emoji covers at least half of the pixel."""
     found = np.zeros((len(things), size, size), bool)
     for i, thing in enumerate(things):
@@ -47,13 +47,13 @@ def scene_masks(things: tuple[Placed, ...], size: int) -> np.ndarray:
     return found
 
 
-def _place(rng: np.random.Generator, ids: list[str], cells: list[int]) -> tuple[Placed, ...]:
+def _place(rng: np.random.Generator, ids: list[str], cells: list[int]) -> tuple[PlacedEmoji, ...]:
     """Emoji in the cells (0 1 over 2 3) of a jittered 2x2 lattice."""
     things = []
     for id, cell in zip(ids, cells, strict=True):
         side = rng.uniform(0.4, 0.48)
         dx, dy = rng.uniform(0, 0.5 - side, 2)
-        things.append(Placed(id, round(cell % 2 / 2 + dx, 4), round(cell // 2 / 2 + dy, 4), round(side, 4)))
+        things.append(PlacedEmoji(id, round(cell % 2 / 2 + dx, 4), round(cell // 2 / 2 + dy, 4), round(side, 4)))
     return tuple(things)
 
 
@@ -84,17 +84,17 @@ def _ids(rng: np.random.Generator, n: int) -> list[str]:
     return [list(NOUNS)[i] for i in rng.permutation(len(NOUNS))[:n]]
 
 
-def _info(things: tuple[Placed, ...]) -> dict[str, Any]:
+def _info(things: tuple[PlacedEmoji, ...]) -> dict[str, Any]:
     return {"scene": [asdict(t) for t in things]}
 
 
-def scene_from_json(rows: list[dict[str, Any]]) -> tuple[Placed, ...]:
+def scene_from_json(rows: list[dict[str, Any]]) -> tuple[PlacedEmoji, ...]:
     """The scene in a sample's info."""
-    return tuple(Placed(**row) for row in rows)
+    return tuple(PlacedEmoji(**row) for row in rows)
 
 
 def make_scene(rng: np.random.Generator, split: str, size: int) -> Made:
-    """A caption (one, several, a number or two in a relation), and the scene; info: scene, a list of ``Placed``."""
+    """A caption (one, several, a number or two in a relation), and the scene; info: scene, ``PlacedEmoji`` as JSON."""
     type_ = pick(rng, ("single", "several", "counting", "position"), (1, 3, 2, 3))
     cells = [int(c) for c in rng.permutation(4)]
     if type_ == "position":
@@ -122,7 +122,7 @@ def make_scene_ask(rng: np.random.Generator, split: str, size: int) -> Made:
     return messages, {"type": type_, "answer": answer} | _info(things)
 
 
-def _ask_count(rng: np.random.Generator) -> tuple[str, str, tuple[Placed, ...]]:
+def _ask_count(rng: np.random.Generator) -> tuple[str, str, tuple[PlacedEmoji, ...]]:
     n = int(rng.integers(0, 5))
     this, *others = _ids(rng, 4)
     ids = [this] * n + others[: int(rng.integers(n == 0, min(5 - n, 4)))]
@@ -130,7 +130,7 @@ def _ask_count(rng: np.random.Generator) -> tuple[str, str, tuple[Placed, ...]]:
     return f"how many {_plural(NOUNS[this])} are there?", NUMBERS[n], things
 
 
-def _ask_exists(rng: np.random.Generator) -> tuple[str, str, tuple[Placed, ...]]:
+def _ask_exists(rng: np.random.Generator) -> tuple[str, str, tuple[PlacedEmoji, ...]]:
     yes = rng.random() < 0.5
     n = int(rng.integers(1, 5))
     ids = _ids(rng, n + 1)
@@ -138,7 +138,7 @@ def _ask_exists(rng: np.random.Generator) -> tuple[str, str, tuple[Placed, ...]]
     return f"is there {_article(NOUNS[ids[0 if yes else n]])}?", "yes" if yes else "no", things
 
 
-def _ask_position(rng: np.random.Generator) -> tuple[str, str, tuple[Placed, ...]]:
+def _ask_position(rng: np.random.Generator) -> tuple[str, str, tuple[PlacedEmoji, ...]]:
     yes, relation, n = rng.random() < 0.5, pick(rng, RELATIONS), int(rng.integers(2, 5))
     ids = _ids(rng, n)
     while True:
@@ -149,7 +149,7 @@ def _ask_position(rng: np.random.Generator) -> tuple[str, str, tuple[Placed, ...
             return question, "yes" if yes else "no", _place(rng, ids, cells)
 
 
-def _ask_which(rng: np.random.Generator) -> tuple[str, str, tuple[Placed, ...]]:
+def _ask_which(rng: np.random.Generator) -> tuple[str, str, tuple[PlacedEmoji, ...]]:
     relation, n = pick(rng, RELATIONS), int(rng.integers(2, 4))
     ids = _ids(rng, n)
     while True:
@@ -160,7 +160,7 @@ def _ask_which(rng: np.random.Generator) -> tuple[str, str, tuple[Placed, ...]]:
             return f"what is {relation} the {NOUNS[ids[1]]}?", NOUNS[ids[0]], _place(rng, ids, cells)
 
 
-_SCENE_QUESTIONS: dict[str, Callable[[np.random.Generator], tuple[str, str, tuple[Placed, ...]]]] = {
+_SCENE_QUESTIONS: dict[str, Callable[[np.random.Generator], tuple[str, str, tuple[PlacedEmoji, ...]]]] = {
     "count": _ask_count,
     "exists": _ask_exists,
     "position": _ask_position,
@@ -174,7 +174,7 @@ TAGS = ("single_object", "two_object", "counting", "position")
 
 
 @dataclass(frozen=True)
-class Prompt:
+class EmojiPrompt:
     """What to draw, in words and exactly: an emoji id for each thing, and with a ``relation`` how the first stands to
     the second."""
 
@@ -184,17 +184,17 @@ class Prompt:
     relation: str | None = None
 
     @staticmethod
-    def from_json(row: Mapping[str, Any]) -> Prompt:
-        return Prompt(row["tag"], row["text"], tuple(row["ids"]), row["relation"])
+    def from_json(row: Mapping[str, Any]) -> EmojiPrompt:
+        return EmojiPrompt(row["tag"], row["text"], tuple(row["ids"]), row["relation"])
 
 
-def prompts(tag: str, n: int, seed: int = 0) -> list[Prompt]:
+def prompts(tag: str, n: int, seed: int = 0) -> list[EmojiPrompt]:
     """``n`` evaluation prompts of one of ``TAGS``, all of different things as far as there are as many. Raises
     ``ValueError`` for an unknown tag."""
     if tag not in TAGS:
         raise ValueError(f"tag is {tag!r}; choose from {', '.join(TAGS)}")
     rng = np.random.default_rng((seed, TAGS.index(tag)))
-    found: dict[tuple, Prompt] = {}
+    found: dict[tuple, EmojiPrompt] = {}
     while len(found) < n:
         first, second = _ids(rng, 2)
         relation = pick(rng, RELATIONS) if tag == "position" else None
@@ -202,11 +202,11 @@ def prompts(tag: str, n: int, seed: int = 0) -> list[Prompt]:
         ids = (first, second) if tag in ("two_object", "position") else (first,) * many
         text = f"{_phrase([first])} {relation} {_phrase([second])}" if relation else _phrase(list(ids))
         key = (ids, relation) if tag != "single_object" or len(found) < len(NOUNS) else (len(found),)
-        found.setdefault(key, Prompt(tag, text, ids, relation))
+        found.setdefault(key, EmojiPrompt(tag, text, ids, relation))
     return list(found.values())
 
 
-def scene_for(rng: np.random.Generator, prompt: Prompt) -> tuple[Placed, ...]:
+def scene_for(rng: np.random.Generator, prompt: EmojiPrompt) -> tuple[PlacedEmoji, ...]:
     """A scene that satisfies a prompt strictly."""
     while True:
         cells = [int(c) for c in rng.permutation(4)[: len(prompt.ids)]]
@@ -219,7 +219,7 @@ def scene_for(rng: np.random.Generator, prompt: Prompt) -> tuple[Placed, ...]:
 LARGEST, PAPER = 0.5, 0.3  # for tasks.farness: emoji are 0.4 to 0.48 of the canvas wide
 
 
-def annotated(things: tuple[Placed, ...], size: int) -> ladder.Annotated:
+def annotated(things: tuple[PlacedEmoji, ...], size: int) -> ladder.Annotated:
     """The picture of a scene and all that is known of it: classes are the nouns of ``NOUNS``.
 
     Depth takes emoji to be of one size, so that the wider is the nearer, in front of the paper; the right view moves
@@ -246,7 +246,7 @@ def annotated(things: tuple[Placed, ...], size: int) -> ladder.Annotated:
     )
 
 
-def annotated_parts(things: tuple[Placed, ...], size: int) -> ladder.Annotated:
+def annotated_parts(things: tuple[PlacedEmoji, ...], size: int) -> ladder.Annotated:
     """The picture of a scene with the visible coloured shapes of each emoji as masks, those of four pixels or more
     (where there is none, all)."""
     places = [(find(t.emoji).svg, (t.left, t.top, t.side)) for t in things]

@@ -55,7 +55,7 @@ def caption_ok(text: str, scene: Scene) -> bool:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PromptVerdict:
     """Whether a picture is right, why not, and what was seen in it."""
 
     ok: bool
@@ -156,22 +156,22 @@ def _soften(covers: np.ndarray) -> np.ndarray:
     return (wide[..., :-4] + wide[..., 4:] + 4 * (wide[..., 1:-3] + wide[..., 3:-1]) + 6 * wide[..., 2:-2]) / 256
 
 
-def check(image: PIL.Image.Image, prompt: Prompt) -> Verdict:
+def check(image: PIL.Image.Image, prompt: Prompt) -> PromptVerdict:
     """Whether a picture shows exactly what a prompt asks for and nothing else."""
     found = tuple(detect(image))
     wanted = [need for need in prompt.needs for _ in range(need.count)]
     if len(found) != len(wanted):
-        return Verdict(False, f"{len(found)} objects instead of {len(wanted)}", found)
+        return PromptVerdict(False, f"{len(found)} objects instead of {len(wanted)}", found)
     related = False
     for order in permutations(found):
         if all(_meets(need, f) for need, f in zip(wanted, order, strict=True)):
             if prompt.relation is None or prompt.relation in relations(order[0], order[1]):
-                return Verdict(True, "", found)
+                return PromptVerdict(True, "", found)
             related = True
     if related:
-        return Verdict(False, f"the objects are right, but not {prompt.relation}", found)
+        return PromptVerdict(False, f"the objects are right, but not {prompt.relation}", found)
     seen = ", ".join(f"{f.colour} {f.shape}" for f in found)
-    return Verdict(False, f"found {seen} instead of {_listing(list(prompt.needs))}", found)
+    return PromptVerdict(False, f"found {seen} instead of {_listing(list(prompt.needs))}", found)
 
 
 def _meets(need: Need, found: Found) -> bool:

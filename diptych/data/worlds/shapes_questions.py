@@ -37,7 +37,7 @@ from diptych.data.worlds.shapes import (
 
 
 @dataclass(frozen=True)
-class Question:
+class ShapesQuestion:
     """A question about a scene. ``type`` is one of ``QUESTIONS``; the answer is short and lowercase."""
 
     type: str
@@ -46,7 +46,7 @@ class Question:
     scene: Scene
 
 
-def random_question(rng: np.random.Generator, types: tuple[str, ...] = ()) -> Question:
+def random_question(rng: np.random.Generator, types: tuple[str, ...] = ()) -> ShapesQuestion:
     """A question of a random type (of ``types``, or any) about a scene made for it, so that answers are balanced."""
     return _ASKED[pick(rng, types or tuple(QUESTIONS))](rng)
 
@@ -61,23 +61,23 @@ def _unlike(rng: np.random.Generator, n: int, avoid: Callable[[Kind], bool]) -> 
     return kinds
 
 
-def _ask_colour(rng: np.random.Generator) -> Question:
+def _ask_colour(rng: np.random.Generator) -> ShapesQuestion:
     while True:
         kinds = _kinds(rng, int(rng.integers(1, MOST + 1)))
         colour, shape = kinds[0]
         if all(s != shape for _, s in kinds[1:]):
-            return Question("colour", f"what colour is the {shape}?", colour, _place(rng, kinds))
+            return ShapesQuestion("colour", f"what colour is the {shape}?", colour, _place(rng, kinds))
 
 
-def _ask_shape(rng: np.random.Generator) -> Question:
+def _ask_shape(rng: np.random.Generator) -> ShapesQuestion:
     while True:
         kinds = _kinds(rng, int(rng.integers(1, MOST + 1)))
         colour, shape = kinds[0]
         if all(c != colour for c, _ in kinds[1:]):
-            return Question("shape", f"what shape is the {colour} object?", shape, _place(rng, kinds))
+            return ShapesQuestion("shape", f"what shape is the {colour} object?", shape, _place(rng, kinds))
 
 
-def _ask_count(rng: np.random.Generator) -> Question:
+def _ask_count(rng: np.random.Generator) -> ShapesQuestion:
     what = pick(rng, ("objects", "shape", "colour"), (1, 2, 1))
     count = int(rng.integers(1 if what == "objects" else 0, MOST + 1))
     colour, shape = _kind(rng)
@@ -92,10 +92,10 @@ def _ask_count(rng: np.random.Generator) -> Question:
             kinds = [(colour, pick(rng, SHAPES)) for _ in range(count)]
             kinds, noun = kinds + _unlike(rng, others, lambda k: k[0] == colour), f"{colour} objects"
         if seen(kinds):
-            return Question("count", f"how many {noun} are there?", NUMBERS[count], _place(rng, kinds))
+            return ShapesQuestion("count", f"how many {noun} are there?", NUMBERS[count], _place(rng, kinds))
 
 
-def _ask_exists(rng: np.random.Generator) -> Question:
+def _ask_exists(rng: np.random.Generator) -> ShapesQuestion:
     """Balanced; most absent kinds share their colour with one object and their shape with another."""
     yes, hard = rng.random() < 0.5, rng.random() < 0.75
     while True:
@@ -113,7 +113,7 @@ def _ask_exists(rng: np.random.Generator) -> Question:
             kinds = _unlike(rng, n, wanted.__eq__)
         if seen(kinds):
             text = f"is there a {colour} {shape}?"
-            return Question("exists", text, "yes" if yes else "no", _place(rng, kinds))
+            return ShapesQuestion("exists", text, "yes" if yes else "no", _place(rng, kinds))
 
 
 def _distinct(rng: np.random.Generator, n: int) -> list[Kind]:
@@ -124,7 +124,7 @@ def _distinct(rng: np.random.Generator, n: int) -> list[Kind]:
             return kinds
 
 
-def _ask_position(rng: np.random.Generator) -> Question:
+def _ask_position(rng: np.random.Generator) -> ShapesQuestion:
     """Balanced; a false relation is the opposite one or one of the other axis, and never arguable."""
     yes, relation = rng.random() < 0.5, pick(rng, RELATIONS)
     n = int(rng.integers(2, MOST + 1))
@@ -137,10 +137,10 @@ def _ask_position(rng: np.random.Generator) -> Question:
         scene = _scene(kinds, cells, spots)
         if yes or relation not in relations(*scene.things[:2]):
             text = f"is the {kinds[0][1]} {relation} the {kinds[1][1]}?"
-            return Question("position", text, "yes" if yes else "no", scene)
+            return ShapesQuestion("position", text, "yes" if yes else "no", scene)
 
 
-def _ask_which(rng: np.random.Generator) -> Question:
+def _ask_which(rng: np.random.Generator) -> ShapesQuestion:
     """The one object that stands in a relation to another; no second object arguably does."""
     relation = pick(rng, RELATIONS)
     n = int(rng.integers(2, MOST + 1))
@@ -151,17 +151,17 @@ def _ask_which(rng: np.random.Generator) -> Question:
             continue
         scene = _scene(kinds, cells, spots)
         if not any(relation in relations(other, scene.things[1]) for other in scene.things[2:]):
-            return Question("which", f"what is {relation} the {kinds[1][1]}?", kinds[0][1], scene)
+            return ShapesQuestion("which", f"what is {relation} the {kinds[1][1]}?", kinds[0][1], scene)
 
 
-def _ask_where(rng: np.random.Generator) -> Question:
+def _ask_where(rng: np.random.Generator) -> ShapesQuestion:
     """The row and the column of an object: taught, because relations are hard to learn without it, and never scored."""
     n = int(rng.integers(1, MOST + 1))
     kinds, cells = _distinct(rng, n), _cells(rng, n)
-    return Question("where", f"where is the {kinds[0][1]}?", _named(cells[0]), _place(rng, kinds, cells))
+    return ShapesQuestion("where", f"where is the {kinds[0][1]}?", _named(cells[0]), _place(rng, kinds, cells))
 
 
-QUESTIONS: dict[str, Callable[[np.random.Generator], Question]] = {
+QUESTIONS: dict[str, Callable[[np.random.Generator], ShapesQuestion]] = {
     "colour": _ask_colour,
     "shape": _ask_shape,
     "count": _ask_count,

@@ -235,7 +235,7 @@ def _open(path: str) -> PIL.Image.Image:
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedStamp:
     """A stamp in a scene: its file and its box, in fractions of the canvas."""
 
     file: str
@@ -247,22 +247,22 @@ class Placed:
 
 
 @dataclass(frozen=True)
-class Scene:
+class StampScene:
     """Stamps that do not overlap, on a square crop (left, top, side in fractions of the shorter edge) or on white."""
 
     background: str | None
     crop: tuple[float, float, float]
-    things: tuple[Placed, ...]
+    things: tuple[PlacedStamp, ...]
 
     def to_json(self) -> dict:
         return asdict(self) | {"crop": list(self.crop), "things": [asdict(t) for t in self.things]}
 
     @staticmethod
-    def from_json(row: Mapping[str, Any]) -> Scene:
-        return Scene(row["background"], tuple(row["crop"]), tuple(Placed(**t) for t in row["things"]))
+    def from_json(row: Mapping[str, Any]) -> StampScene:
+        return StampScene(row["background"], tuple(row["crop"]), tuple(PlacedStamp(**t) for t in row["things"]))
 
 
-def boxes(scene: Scene, size: int) -> list[tuple[int, int, int, int]]:
+def boxes(scene: StampScene, size: int) -> list[tuple[int, int, int, int]]:
     """(left, top, right, bottom) of every stamp, in pixels."""
     found = []
     for t in scene.things:
@@ -271,7 +271,7 @@ def boxes(scene: Scene, size: int) -> list[tuple[int, int, int, int]]:
     return found
 
 
-def render(scene: Scene, stamps: Stamps, size: int) -> PIL.Image.Image:
+def render(scene: StampScene, stamps: Stamps, size: int) -> PIL.Image.Image:
     """The RGB picture of a scene, ``size`` pixels square."""
     if scene.background is None:
         picture = PIL.Image.new("RGB", (size, size), (255, 255, 255))
@@ -285,7 +285,7 @@ def render(scene: Scene, stamps: Stamps, size: int) -> PIL.Image.Image:
     return picture
 
 
-def masks(scene: Scene, stamps: Stamps, size: int) -> np.ndarray:
+def masks(scene: StampScene, stamps: Stamps, size: int) -> np.ndarray:
     """Instance masks: (stamps, size, size) bool, true where a stamp covers at least half of the pixel."""
     found = np.zeros((len(scene.things), size, size), bool)
     for i, (cutout, (left, top, right, bottom)) in enumerate(_cutouts(scene, stamps, size)):
@@ -294,7 +294,7 @@ def masks(scene: Scene, stamps: Stamps, size: int) -> np.ndarray:
     return found
 
 
-def _cutouts(scene: Scene, stamps: Stamps, size: int):
+def _cutouts(scene: StampScene, stamps: Stamps, size: int):
     for thing, box in zip(scene.things, boxes(scene, size), strict=True):
         whole = _open(f"{stamps.root}/{thing.file}").convert("RGBA")
         yield whole.resize((box[2] - box[0], box[3] - box[1]), PIL.Image.Resampling.BOX, reducing_gap=2.0), box
@@ -307,15 +307,15 @@ def _article(noun: str) -> str:
     return ("an " if noun[0] in "aeiou" and not noun.startswith(("eu", "uk ", "us")) else "a ") + noun
 
 
-def _fit(rng: np.random.Generator, stamps: Stamps, stamp: Stamp, left: float, top: float, room: float) -> Placed:
+def _fit(rng: np.random.Generator, stamps: Stamps, stamp: Stamp, left: float, top: float, room: float) -> PlacedStamp:
     """The stamp somewhere in a square of side ``room``, as large as it fits or a little smaller."""
     size = _open(f"{stamps.root}/{stamp.file}").size
     width, height = (room * rng.uniform(0.8, 0.96) / max(size) * np.array(size)).round(4).tolist()
     x, y = left + rng.uniform(0, room - width), top + rng.uniform(0, room - height)
-    return Placed(stamp.file, stamp.noun, round(float(x), 4), round(float(y), 4), width, height)
+    return PlacedStamp(stamp.file, stamp.noun, round(float(x), 4), round(float(y), 4), width, height)
 
 
-def random_scene(rng: np.random.Generator, stamps: Stamps, split: str, most: int = 4) -> Scene:
+def random_scene(rng: np.random.Generator, stamps: Stamps, split: str, most: int = 4) -> StampScene:
     """One to ``most`` stamps of different names on a photograph: one large, or more in a 2x2 lattice."""
     n, choices = int(rng.integers(1, most + 1)), stamps.of(split)
     chosen: dict[str, Stamp] = {}
@@ -335,7 +335,7 @@ def random_scene(rng: np.random.Generator, stamps: Stamps, split: str, most: int
     side = rng.uniform(0.5, 1.0)
     left, top = rng.uniform(0, 1 - side, 2)
     crop = (round(float(left), 4), round(float(top), 4), round(float(side), 4))
-    return Scene(pick(rng, stamps.backgrounds), crop, tuple(things))
+    return StampScene(pick(rng, stamps.backgrounds), crop, tuple(things))
 
 
 def make_draw(rng: np.random.Generator, split: str, size: int, root: str | None = None) -> Made:
@@ -344,7 +344,7 @@ def make_draw(rng: np.random.Generator, split: str, size: int, root: str | None 
     stamp = pick(rng, stamps.of(split))
     width, height = _open(f"{stamps.root}/{stamp.file}").size
     w, h = (0.94 * side / max(width, height) for side in (width, height))
-    scene = Scene(None, (0.0, 0.0, 1.0), (Placed(stamp.file, stamp.noun, (1 - w) / 2, (1 - h) / 2, w, h),))
+    scene = StampScene(None, (0.0, 0.0, 1.0), (PlacedStamp(stamp.file, stamp.noun, (1 - w) / 2, (1 - h) / 2, w, h),))
     messages = user(_article(stamp.noun)), assistant(Image(render(scene, stamps, size), "target"))
     return messages, {"type": "draw", "scene": scene.to_json()}
 
@@ -382,7 +382,7 @@ def make_scene(rng: np.random.Generator, split: str, size: int, root: str | None
     return messages, {"type": "scene", "scene": scene.to_json()}
 
 
-def annotated(scene: Scene, stamps: Stamps, size: int) -> ladder.Annotated:
+def annotated(scene: StampScene, stamps: Stamps, size: int) -> ladder.Annotated:
     """The picture of a scene with its masks; classes are all nouns of the prepared stamps."""
     classes = tuple(sorted({s.noun for s in stamps.stamps}))
     names = [t.noun for t in scene.things]

@@ -62,11 +62,11 @@ def _emoji_items(seed: int, size: int) -> list[Item]:
 
 def _judge_emoji(items: Sequence[Item], images: Sequence[PIL.Image.Image]) -> list[Verdict]:
     found = recogniser().find(images)
-    prompts = [emoji_scenes.Prompt.from_json(item.reference) for item in items]
+    prompts = [emoji_scenes.EmojiPrompt.from_json(item.reference) for item in items]
     return [unsquare(image) or _matches(p, f) for p, image, f in zip(prompts, images, found)]
 
 
-def _matches(prompt: emoji_scenes.Prompt, found: Sequence[shapes.Found]) -> Verdict:
+def _matches(prompt: emoji_scenes.EmojiPrompt, found: Sequence[shapes.Found]) -> Verdict:
     seen, wanted = Counter(f.shape for f in found), Counter(prompt.ids)
     if seen != wanted:
         told = ", ".join(f"{n} {emoji.NOUNS.get(id, id)}" for id, n in seen.items()) or "nothing"
@@ -93,7 +93,7 @@ def _emoji_baselines(items: Sequence[Item], size: int) -> Baselines:
     rows: Baselines = {}
     for tag, of in by_category(items).items():
         rng = np.random.default_rng(0)
-        asked = list({i.prompt: emoji_scenes.Prompt.from_json(i.reference) for i in of}.values())
+        asked = list({i.prompt: emoji_scenes.EmojiPrompt.from_json(i.reference) for i in of}.values())
         found = recogniser().find([emoji_scenes.render_scene(emoji_scenes.scene_for(rng, p), size) for p in asked])
         right = np.mean([_matches(p, f).ok for p, f in zip(asked, found, strict=True)])
         rows[f"geneval-emoji@recognised/{tag}"] = {"recogniser": float(right)}
