@@ -23,6 +23,7 @@ from diptych.cli.options import (
     Sampling,
     Verbs,
     complete_models,
+    pixels,
 )
 
 ImageArgument = Annotated[Path, typer.Argument(metavar="IMAGE", help="a picture file")]
@@ -34,6 +35,7 @@ def add(app: Verbs) -> None:
         "generate",
         "diptych generate bagel/tiny 'two blue stars' -n 4 --seed 7",
         "diptych generate bagel/tiny 'a cat' --size 64x64 --out cat.png",
+        "diptych generate bagel/tiny --prompts prompts.txt --out pictures --shard 0/4",
     )(generate)
     app.verb("edit", "diptych edit bagel/tiny scene.png 'make the star blue'")(edit)
     app.verb("ask", "diptych ask bagel/tiny scene.png 'how many stars are there?'")(ask)
@@ -54,14 +56,54 @@ def add(app: Verbs) -> None:
 
 def generate(
     loading: Loading,
-    prompt: Annotated[str, typer.Argument(help="what to draw")],
     drawing: Drawing,
     sampling: Sampling,
+    prompt: Annotated[str | None, typer.Argument(help="what to draw")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", metavar="FILE", help="draw each prompt of a .txt or .jsonl into --out DIR"),
+    ] = None,
+    shard: Annotated[
+        str, typer.Option("--shard", metavar="I/N", help="with --prompts: draw only share I (from 0) of N")
+    ] = "0/1",
 ) -> None:
-    """Draw pictures of a prompt."""
+    """Draw pictures of a prompt, or of a file of prompts."""
+    if (prompt is None) == (prompts is None):
+        raise ValueError("generate needs a prompt or --prompts FILE, not both")
+    if prompts is not None:
+        generate_prompts(loading, prompts, shard, drawing, sampling)
+        return
     size = drawing.check()
     engine = loading.load()
-    save_pictures(drawing, engine.generate(prompt, drawing.n, size, drawing.seed, **sampling.given(engine)))
+    save_pictures(drawing, engine.generate(str(prompt), drawing.n, size, drawing.seed, **sampling.given(engine)))
+
+
+def generate_prompts(loading: Loading, prompts: Path, shard: str, drawing: Drawing, sampling: Sampling) -> None:
+    """Draws this shard of a file of prompts and prints the file that lists its pictures."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from diptych.generation.offline import generate_file, parse_shard, read_prompts
+
+    size, share = pixels(drawing.size) if drawing.size else None, parse_shard(shard)
+    if drawing.out.suffix:
+        raise ValueError(f"with --prompts, --out is a folder, not {str(drawing.out)!r}")
+    read_prompts(prompts)  # a file that cannot be read is refused before a model is loaded
+    engine = loading.load()
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("drawing")
+        listed = generate_file(
+            engine,
+            prompts,
+            drawing.out,
+            drawing.n,
+            size,
+            drawing.seed,
+            share,
+            settings=sampling.given(engine),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print(json.dumps({"list": str(listed)}) if drawing.as_json else listed)
 
 
 def edit(
