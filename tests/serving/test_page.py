@@ -8,8 +8,10 @@ import re
 import shutil
 from pathlib import Path
 
+import PIL.Image
 import pytest
 
+from diptych.data import decoding
 from diptych.generation.engine import Engine
 from tests.support import tiny
 from tests.support.serving import serving
@@ -156,6 +158,71 @@ def test_drop_and_paste(page):
             [kind, event, list(upload()["buffer"])],
         )
     expect(page.locator("#shown img")).to_have_count(2)
+
+
+def drop(page, name: str, kind: str, data: bytes) -> None:
+    page.evaluate(
+        """([name, type, bytes]) => {
+            const data = new DataTransfer();
+            data.items.add(new File([new Uint8Array(bytes)], name, { type }));
+            const init = { bubbles: true, cancelable: true, dataTransfer: data };
+            document.querySelector("#say textarea").dispatchEvent(new DragEvent("drop", init));
+        }""",
+        [name, kind, list(data)],
+    )
+
+
+def test_files_that_are_no_pictures_are_named(page):
+    drop(page, "notes.pdf", "application/pdf", b"%PDF-1.7")
+    expect(page.locator("#notice")).to_have_text("notes.pdf: not a picture. Use PNG, JPEG, WebP or GIF.")
+    drop(page, "broken.png", "image/png", b"no picture")
+    expect(page.locator("#notice")).to_contain_text("broken.png is damaged, or a picture that this browser cannot read")
+    expect(page.locator("#shown img")).to_have_count(0)
+    drop(page, "scene.png", "image/png", upload()["buffer"])
+    expect(page.locator("#shown img")).to_have_count(1)
+
+
+def test_large_photographs_are_reduced_before_they_are_sent(page):
+    asked = []
+    page.on("request", lambda r: r.url.endswith("/completions") and asked.append(json.loads(r.post_data)))
+    PIL.Image.new("RGB", (5000, 4000), (200, 30, 30)).save(out := io.BytesIO(), "JPEG")  # 20 megapixels
+    files = [{"name": "phone.jpg", "mimeType": "image/jpeg", "buffer": out.getvalue()}, upload()]
+    page.set_input_files("#say input[type=file]", files)
+    expect(page.locator("#shown img")).to_have_count(2)
+    page.fill("#say textarea", "what is it?")
+    page.press("#say textarea", "Enter")
+    expect(page.locator(".turn.assistant")).not_to_have_class(re.compile("waiting|wrong"))
+    large, small = (decoding.open_picture(p["image_url"]["url"]) for p in asked[0]["messages"][0]["content"][:2])
+    assert large.size == (2048, 1638) and large.getpixel((0, 0)) == pytest.approx((200, 30, 30), abs=4)
+    assert small.tobytes() == tiny.picture(1).tobytes()  # sent as it is
+
+
+def test_what_was_asked_is_not_lost_on_an_error(browser, server):
+    page = browser.new_page()
+    page.goto(server.url)
+    expect(page.locator("#model option")).to_have_count(2)
+    page.set_input_files("#say input[type=file]", [upload(1), upload(2)])
+    expect(page.locator("#shown img")).to_have_count(2)
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    page.fill("#say textarea", "how many stars?")
+    page.press("#say textarea", "Enter")
+    expect(page.locator(".turn.wrong")).to_have_text("The server cannot be reached.")
+    expect(page.locator("#say textarea")).to_have_value("how many stars?")
+    expect(page.locator("#shown img")).to_have_count(2)
+    expect(page.locator(".turn.user")).to_have_count(0)
+    page.unroute("**/v1/chat/completions")
+    message = "picture 'messages[0].content[0]' is too large: 9x9 pixels; limit 16"
+    body = json.dumps({"error": {"message": message}})
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=400, body=body))
+    page.locator("#send").click()
+    expect(page.locator(".turn.wrong").last).to_have_text("The picture is too large: 9x9 pixels; limit 16")
+    page.unroute("**/v1/chat/completions")
+    page.locator("#send").click()
+    expect(page.locator(".turn.assistant").last).not_to_have_class(re.compile("waiting|wrong"))
+    drawn(page.locator(".turn.user img").first)
+    expect(page.locator("#say textarea")).to_have_value("")
+    expect(page.locator("#shown img")).to_have_count(0)
+    page.close()
 
 
 def test_compare_two_models_on_one_seed(page):

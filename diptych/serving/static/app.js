@@ -10,6 +10,8 @@ const keep = localStorage, session = sessionStorage;
 // ---- the server ------------------------------------------------------------------------------------------------
 function notice(text) { const n = $("#notice"); n.textContent = text; n.hidden = !text; }
 
+const plain = message => message.replace(/^picture '[^']*'/, "The picture"); // people do not know the paths of JSON
+
 async function ask(path, options = {}) {
   const headers = { ...options.headers };
   const key = session.getItem("key");
@@ -24,7 +26,7 @@ async function ask(path, options = {}) {
   if (!answer.ok) {
     const told = await answer.json().catch(() => ({}));
     const wait = answer.headers.get("retry-after");
-    throw new Error((told.error?.message ?? `The server answered ${answer.status}.`) + (wait ? ` (in ${wait} s)` : ""));
+    throw new Error(plain(told.error?.message ?? `The server answered ${answer.status}.`) + (wait ? ` (in ${wait} s)` : ""));
   }
   return answer;
 }
@@ -32,7 +34,7 @@ async function ask(path, options = {}) {
 async function* stream(path, options) {
   const answer = await ask(path, options), reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let held = ""; ;) {
-    const { done, value } = await reader.read();
+    const { done, value } = await reader.read().catch(error => { throw error.name === "AbortError" ? error : new Error("The connection to the server was lost."); });
     if (done) return;
     const events = (held + value).split("\n\n");
     held = events.pop();
@@ -40,33 +42,50 @@ async function* stream(path, options) {
       const data = event.split("\n").filter(l => l.startsWith("data: ")).map(l => l.slice(6)).join("\n");
       if (!data || data === "[DONE]") continue;
       const row = JSON.parse(data);
-      if (row.error) throw new Error(row.error.message);
+      if (row.error) throw new Error(plain(row.error.message));
       yield row;
     }
   }
 }
 
 // ---- pictures that people bring --------------------------------------------------------------------------------
-const read = file => new Promise((done, failed) => {
+const SIDE = 2048, BYTES = 4 * 2 ** 20; // larger photographs are reduced before they are sent
+const uri = (file, name) => new Promise((done, failed) => {
   const reader = new FileReader();
   reader.onload = () => done(reader.result);
-  reader.onerror = () => failed(new Error(`${file.name} cannot be read.`));
+  reader.onerror = () => failed(new Error(`${name} cannot be read.`));
   reader.readAsDataURL(file);
 });
+async function read(file) { // File -> data URI, once it is known to be a picture
+  const image = await createImageBitmap(file).catch(() => { throw new Error(`${file.name} is damaged, or a picture that this browser cannot read. Use PNG, JPEG, WebP or GIF.`); });
+  const scale = Math.min(1, SIDE / Math.max(image.width, image.height));
+  if (scale === 1 && file.size <= BYTES) { image.close(); return uri(file, file.name); }
+  const canvas = make("canvas", { width: Math.max(1, Math.round(image.width * scale)), height: Math.max(1, Math.round(image.height * scale)) });
+  const pen = canvas.getContext("2d");
+  pen.fillStyle = "#fff"; pen.fillRect(0, 0, canvas.width, canvas.height); // as the server lays transparency on white
+  pen.drawImage(image, 0, 0, canvas.width, canvas.height);
+  image.close();
+  return uri(await new Promise(done => canvas.toBlob(done, "image/jpeg", 0.92)), file.name);
+}
 function blob(uri) { // data URI -> Blob, without asking the network (the page's policy forbids it)
   const [head, body] = uri.split(","), bytes = Uint8Array.from(atob(body), c => c.charCodeAt(0));
   return new Blob([bytes], { type: head.slice(5).split(";")[0] });
 }
-const pictures = list => [...(list ?? [])].filter(f => f.type.startsWith("image/"));
+function pictures(list) { // those of the files that are pictures; the others are named
+  const files = [...(list ?? [])], others = files.filter(f => !f.type.startsWith("image/")).map(f => f.name);
+  if (others.length) notice(`${others.join(", ")}: not a picture. Use PNG, JPEG, WebP or GIF.`);
+  return files.filter(f => f.type.startsWith("image/"));
+}
 
 function bring(zone, input, take) { // choose, drop or paste
-  input.addEventListener("change", () => { take(pictures(input.files)); input.value = ""; });
+  input.addEventListener("change", () => { notice(""); take(pictures(input.files)); input.value = ""; });
   for (const kind of ["dragover", "dragenter"]) zone.addEventListener(kind, e => { e.preventDefault(); zone.classList.add("dropping"); });
   for (const kind of ["dragleave", "drop"]) zone.addEventListener(kind, () => zone.classList.remove("dropping"));
   zone.addEventListener("drop", e => { e.preventDefault(); take(pictures(e.dataTransfer.files)); });
   document.addEventListener("paste", e => {
-    const found = pictures(e.clipboardData?.files);
-    if (found.length && zone.offsetParent) { e.preventDefault(); take(found); }
+    if (!zone.offsetParent || !e.clipboardData?.files.length) return;
+    e.preventDefault();
+    take(pictures(e.clipboardData.files));
   });
 }
 
@@ -110,10 +129,28 @@ function defaults() {
   for (const input of document.querySelectorAll("form input[name]")) {
     const value = own?.parameters[input.name];
     if (value !== undefined) input.placeholder = value;
+    else if (/_steps|_scale/.test(input.name)) input.placeholder = "–";
     if (/_steps|_scale/.test(input.name) && input.form.id !== "versus") input.disabled = value === undefined; // not every model has them
     if (input.name === "num_inference_steps") input.max = own.limits.steps;
   }
+  $("#sizes").replaceChildren(...sizes(own).map(value => make("option", { value })));
+  aboutLine.textContent = describe(own);
   for (const [name, tab] of [["generate", "create"], ["edit", "edit"]]) $(`#tab-${tab}`).disabled = !own.capabilities[name];
+}
+function sizes(own) { // what the model draws, as choices; squares first
+  if (!own?.sizes) return [];
+  const { default: [w, h], stride, shortest, longest } = own.sizes, squares = [];
+  const step = stride * Math.max(1, Math.ceil((longest - shortest) / stride / 11));
+  for (let side = longest; side >= shortest; side -= step) squares.push(`${side}x${side}`);
+  const wide = Math.max(shortest, Math.round(longest * 2 / 3 / stride) * stride);
+  return [...new Set([`${w}x${h}`, ...squares, `${longest}x${wide}`, `${wide}x${longest}`])];
+}
+const aboutLine = $("#about"); // leaves the page with the first message
+function describe(own) {
+  if (!own?.sizes) return "";
+  const { shortest, longest, read } = own.sizes;
+  const side = shortest === longest ? `of ${longest} pixels a side` : `of ${shortest} to ${longest} pixels a side`;
+  return `${own.id} draws pictures ${side} and reads them at up to ${read}.`;
 }
 async function begin() {
   notice("");
@@ -183,7 +220,7 @@ function bubble(role, parts) {
 for (const field of document.querySelectorAll("textarea"))
   field.addEventListener("keydown", e => { if (e.key === "Enter" && !e.shiftKey && !e.isComposing) { e.preventDefault(); field.form.requestSubmit(); } });
 $("#fresh").addEventListener("click", () => { messages = []; shown = []; thumbs(); talk.replaceChildren(start); say.text.focus(); });
-for (const [text, modality] of [["a red circle left of a blue star", "image"], ["what is a circle?", "text"], ["two green squares", "image,text"]]) {
+for (const [text, modality] of [["a red circle left of a blue star", "image"], ["two green squares", "image"], ["a yellow triangle", "image,text"]]) {
   const idea = make("button", { type: "button", textContent: text });
   idea.addEventListener("click", () => { say.text.value = text; say.modalities.value = modality; say.requestSubmit(); });
   $(".ideas").append(idea);
@@ -194,7 +231,7 @@ busy(say, async signal => {
   const parts = [...shown.map(url => ({ type: "image_url", image_url: { url } })), ...(text ? [{ type: "text", text }] : [])];
   const modalities = say.modalities.value.split(",");
   say.text.value = ""; shown = []; thumbs();
-  bubble("user", parts);
+  const sent = parts.filter(p => p.type === "image_url").map(p => p.image_url.url), asked = bubble("user", parts);
   const turn = bubble("assistant", []), content = [];
   turn.classList.add("waiting");
   let words = null, image = null;
@@ -218,9 +255,12 @@ busy(say, async signal => {
     if (!content.length) turn.textContent = "(nothing)";
     else messages.push({ role: "user", content: parts }, { role: "assistant", content });
   } catch (error) {
+    asked.remove(); // what was asked is back in the form
+    if (!say.text.value) say.text.value = text;
+    shown = [...sent, ...shown]; thumbs();
     if (error.name === "AbortError") turn.append(" (stopped)");
     else { turn.classList.add("wrong"); turn.append(error.message); }
-  } finally { turn.classList.remove("waiting"); }
+  } finally { turn.classList.remove("waiting"); bottom(); }
 });
 
 // ---- pictures --------------------------------------------------------------------------------------------------
@@ -234,9 +274,8 @@ function card(caption) {
       image.hidden = false;
       image.src = `data:image/png;base64,${row.b64_json}`;
       const left = row.of ? 1 - row.step / row.of : 0;
-      figure.style.setProperty("--blur", `${(left * 5).toFixed(1)}px`);
       figure.style.setProperty("--done", `${100 - left * 100}%`);
-      if (row.of) return;
+      if (row.of) { $("figcaption", figure).textContent = `step ${row.step} of ${row.of}`; return; }
       figure.classList.remove("sharpening");
       image.alt = text;
     },
