@@ -169,8 +169,6 @@ def evaluate(
     if tasks:  # before anything is made
         from diptych.evaluation import lmms
 
-        if processes.place()[1] > 1:
-            raise ValueError("lmms-eval has its own way with several processes: evaluate its tasks in one")
         manager = lmms.lmms_manager(tasks, Path(folder) if folder else None, tools.lmms_tasks)
     sides = {b.name: size or b.side for b in chosen}
     items = {b.name: _cut(b, b.items(seed, sides[b.name] or 0), limit) for b in chosen}
@@ -188,8 +186,8 @@ def evaluate(
             work.join("items")
             result = _scored(work) if score else _unscored(work)
             if tasks:
-                lmms.run_lmms(engine, tasks, work.folder, manager, limit, batch_size)
-                result = _joined(work, result, tasks)
+                lmms.run_lmms(engine, tasks, work.folder, manager, limit, batch_size, answering)
+                result = result if work.rank else _joined(work, result, tasks)
         if folder is None:  # the pictures do not outlive the folder
             result = replace(result, outcomes=tuple(replace(o, picture=o.image) for o in result.outcomes))
         return result

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from PIL import ImageFile
 from diptych.core import intervals
 from diptych.core.sample import Image, Message, Sample, Text
 from diptych.evaluation import files
-from diptych.evaluation.card import identity
+from diptych.evaluation.card import DEFAULT, THINKING_TOKENS, Answering, identity
+from diptych.evaluation.judges.replies import spoken
 from diptych.evaluation.scores import Item, Outcome, Score, Verdict
-from diptych.machine import disk
+from diptych.machine import disk, processes
 
 SAMPLE = ("task", "doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash")
+MAX_NEW_TOKENS = 1024  # where a task names no length
 
 # --- lmms-eval --------------------------------------------------------------------------------------------------------
 
@@ -51,36 +54,69 @@ def messages(raw: Sequence[Mapping]) -> tuple[Message, ...]:
     return tuple(found)
 
 
-def lmms_model(engine: Any, batch_size: int = 8) -> Any:
-    """The engine as an lmms-eval chat model; its task dictionary is filled by ``simple_evaluate``. Raises
-    ``ValueError`` without the package."""
+@dataclass(frozen=True)
+class Generation:
+    """How a request of lmms-eval is answered: its ``generation_kwargs``, and what the user set in their place."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    until: tuple[str, ...]
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], answering: Answering) -> Generation:
+        """The settings of a request. ``do_sample`` false means temperature 0, true without a temperature 1. Raises
+        ``ValueError`` for beams, which are not offered."""
+        if int(settings.get("num_beams") or 1) > 1:
+            raise ValueError(f"num_beams is {settings['num_beams']}; answers are sampled or greedy, not searched for")
+        sample = settings.get("do_sample")
+        temperature = float(settings.get("temperature") or (1.0 if sample else 0.0))
+        until = settings.get("until") or ()
+        default = THINKING_TOKENS if answering.thinking else MAX_NEW_TOKENS
+        return cls(
+            answering.max_new_tokens or int(settings.get("max_new_tokens") or default),
+            answering.temperature or (0.0 if sample is False else temperature),
+            float(settings.get("top_p") or 1.0),
+            tuple(t for t in ((until,) if isinstance(until, str) else until) if t),
+        )
+
+    def cut(self, text: str) -> str:
+        """The text up to the first stop string."""
+        return text[: min((at for stop in self.until if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def lmms_model(engine: Any, batch_size: int = 8, answering: Answering = DEFAULT) -> Any:
+    """The engine as an lmms-eval chat model; its task dictionary is filled by ``simple_evaluate``. ``answering`` takes
+    the place of what tasks say of length and temperature where it is set. Raises ``ValueError`` without the package."""
     base = _lmms("lmms_eval.api.model").lmms
 
     class Diptych(base):
         """Answers through ``Engine.answers``; likelihoods are not offered."""
 
         is_simple = False
+        device = "cpu"  # where lmms-eval puts the counts that processes exchange
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
-            alike: dict[tuple[int, float], list[int]] = {}
+            alike: dict[Generation, list[int]] = {}
             for i, request in enumerate(requests):
-                settings = request.args[2]
-                key = int(settings.get("max_new_tokens", 64)), float(settings.get("temperature") or 0)
-                alike.setdefault(key, []).append(i)
+                alike.setdefault(Generation.of(request.args[2], answering), []).append(i)
             out = [""] * len(requests)
-            for (length, temperature), members in alike.items():
+            for how, members in alike.items():
+                nucleus = {} if how.top_p == 1 else {"top_p": how.top_p}
                 for some in (members[k : k + batch_size] for k in range(0, len(members), batch_size)):
                     samples = [self._sample(requests[i], i) for i in some]
-                    for i, answer in zip(
-                        some, engine.answers(samples, length, temperature, 0, batch_size), strict=True
-                    ):
-                        out[i] = answer.text
-                        self.cache_hook.add_partial("generate_until", requests[i].args[:2], answer.text)
+                    answers = engine.answers(samples, how.max_new_tokens, how.temperature, 0, batch_size, **nucleus)
+                    for i, answer in zip(some, answers, strict=True):
+                        out[i] = how.cut(spoken(answer.text) if answering.thinking else answer.text)
+                        self.cache_hook.add_partial("generate_until", requests[i].args[:2], out[i])
             return out
 
         def _sample(self, request: Any, i: int) -> Sample:
             _, to_messages, _, doc, task, split = request.args
-            return Sample(f"{task}/{doc}/{i}", messages(to_messages(self.task_dict[task][split][doc])))
+            turns = messages(to_messages(self.task_dict[task][split][doc]))
+            if answering.instruction:
+                turns = (replace(turns[0], parts=(Text(answering.instruction), *turns[0].parts)), *turns[1:])
+            return Sample(f"{task}/{doc}/{i}", turns)
 
         def loglikelihood(self, requests: Sequence[Any]) -> Any:
             raise ValueError("this model offers no likelihoods; choose tasks that generate (such as pope, not *_ppl)")
@@ -116,23 +152,36 @@ def _lmms_samples(results: Path) -> Path:
 
 
 def run_lmms(
-    engine: Any, tasks: Sequence[str], folder: Path, manager: Any, limit: int | None = None, batch_size: int = 8
+    engine: Any,
+    tasks: Sequence[str],
+    folder: Path,
+    manager: Any,
+    limit: int | None = None,
+    batch_size: int = 8,
+    answering: Answering = DEFAULT,
 ) -> None:
     """Runs lmms-eval's tasks. FOLDER/lmms-eval keeps a task's results and samples; a task that is there must be of the
-    same model and limit, and is not run."""
-    who = identity(engine) | {"limit": limit}
+    same model, limit and ``answering``, and is not run. Under torchrun lmms-eval shares a task's requests among the
+    processes, and the first writes the results."""
+    rank, world = processes.place()
+    backend = {"distributed_executor_backend": "torchrun"} if world > 1 else {}
+    who = identity(engine) | {"limit": limit, "answering": asdict(answering)}
     for task in tasks:
         file = lmms_results(folder, task)
-        if file.is_file():
+        there = file.is_file()
+        processes.gather(None)  # every process has looked before the first one writes
+        if there:
             if (made := files.load(file)["card"]) != who:
                 differs = next(k for k in who if made.get(k) != who[k])
                 raise ValueError(f"{file} was made with {differs} = {made.get(differs)!r}; use another folder")
         else:
             with _whole_pictures():
                 done = _lmms("lmms_eval.evaluator").simple_evaluate(
-                    model=lmms_model(engine, batch_size), tasks=[task], limit=limit, batch_size=1, log_samples=True,
-                    task_manager=manager, bootstrap_iters=0, verbosity="ERROR",
+                    model=lmms_model(engine, batch_size, answering), tasks=[task], limit=limit, batch_size=1,
+                    log_samples=True, task_manager=manager, bootstrap_iters=0, verbosity="ERROR", **backend,
                 )  # fmt: skip
+            if rank:
+                continue
             samples = [{"task": part} | row for part, rows in done["samples"].items() for row in rows]
             lines = "".join(json.dumps(row, default=str) + "\n" for row in samples)
             disk.write_text(_lmms_samples(file), lines)
@@ -166,14 +215,24 @@ def read_lmms(file: Path) -> dict[str, Score]:
                 or type(value) not in (int, float)
             ):
                 continue
-            error = next((e for s in ("_stderr", "_stderr_clt") if _number(e := row.get(f"{metric}{s},{kind}"))), 0.0)
-            half = intervals.Z * float(error)
+            error = next((e for s in ("_stderr", "_stderr_clt") if _number(e := row.get(f"{metric}{s},{kind}"))), None)
             at = "" if kind == "none" else f"[{kind}]"
             n = int(counts.get("effective") or row.get("samples") or 0)
-            scores[f"{task}@lmms-eval{at}/{metric}"] = Score(float(value), value - half, value + half, n)
+            scores[f"{task}@lmms-eval{at}/{metric}"] = Score(float(value), *_interval(float(value), error, n), n)
     if not scores:
         raise ValueError(f"{file} holds no results of lmms-eval")
     return scores
+
+
+def _interval(value: float, error: float | None, n: int) -> tuple[float, float]:
+    """The 95 % interval of a value with a standard error: Wilson's for one in [0, 1], of as many independent items as
+    have that error, or of ``n`` where it is 0; the value alone where no error is known."""
+    if error is None:
+        return value, value
+    if not 0 <= value <= 1:
+        return value - intervals.Z * error, value + intervals.Z * error
+    count = round(value * (1 - value) / error**2) if error else n
+    return intervals.wilson(value * max(count, 1), max(count, 1))[1:]
 
 
 def read_lmms_samples(file: Path) -> list[Outcome]:

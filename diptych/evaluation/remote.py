@@ -71,13 +71,22 @@ class Endpoint:
         return replace(self.model.settings, **changes)
 
     def answers(
-        self, samples: Sequence[Sample], max_new_tokens: int, temperature: float, seed: int, batch_size: int
+        self,
+        samples: Sequence[Sample],
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        batch_size: int,
+        top_p: float = 1.0,
     ) -> list[Answer]:
         """One answer per sample; ``batch_size`` requests are under way at once."""
 
         more: dict[str, Any] = {}
         if self.thinking is not None:
             more["extra_body"] = {"chat_template_kwargs": {"enable_thinking": self.thinking}}
+
+        if top_p != 1:
+            more["top_p"] = top_p
 
         def one(sample: Sample) -> Answer:
             messages = [{"role": m.role, "content": _content(m)} for m in sample.messages]

@@ -16,6 +16,7 @@ from diptych.evaluation import lmms as interop
 from diptych.evaluation.benchmarks.aggregate import COGNITION, PERCEPTION
 from diptych.evaluation.benchmarks.question_files import read_questions
 from diptych.evaluation.benchmarks.table import Tools, resolve
+from diptych.evaluation.card import DEFAULT, Answering
 from diptych.evaluation.compare import compare
 from diptych.evaluation.harness import evaluate
 from diptych.evaluation.remote import Endpoint, NoSettings
@@ -36,8 +37,9 @@ class Says:
         self.reply, self.name, self.seen = reply, "says", []
         self.model = SimpleModel()
 
-    def answers(self, samples, max_new_tokens, temperature, seed, batch_size):
+    def answers(self, samples, max_new_tokens, temperature, seed, batch_size, top_p=1.0):
         self.seen += samples
+        self.asked = (max_new_tokens, temperature, top_p)
         said = [self.reply(s.messages[-1].parts[-1].text, s) for s in samples]
         return [SimpleNamespace(text=t, finish_reason="stop", parameters={}) for t in said]
 
@@ -280,8 +282,13 @@ def test_results_of_others_are_read(tmp_path):
             "n-samples": {"pope": {"original": 9000, "effective": 100}}}  # fmt: skip
     (tmp_path / "l.json").write_text(json.dumps(lmms))
     read = other_results.read("lmms-eval", tmp_path / "l.json")
-    assert read["pope@lmms-eval/pope_accuracy"] == Score(0.8, pytest.approx(0.7804, abs=1e-4), pytest.approx(0.8196, abs=1e-4), 100)  # fmt: skip  # noqa: E501
-    assert read["pope@lmms-eval/pope_f1_score"].low == 0.7
+    assert read["pope@lmms-eval/pope_accuracy"] == Score(0.8, pytest.approx(0.7797, abs=1e-4), pytest.approx(0.8189, abs=1e-4), 100)  # fmt: skip  # noqa: E501
+    assert read["pope@lmms-eval/pope_f1_score"].low == 0.7  # its error is not known
+    for value, error, n in ((5 / 6, 0.1667, 6), (1.0, 0.0, 6), (0.0, 0.0, 3), (0.02, 0.02, 50)):
+        lmms["results"] = {"t": {"right,none": value, "right_stderr,none": error, "samples": n}}
+        (tmp_path / "l.json").write_text(json.dumps(lmms))
+        score = other_results.read("lmms-eval", tmp_path / "l.json")["t@lmms-eval/right"]
+        assert 0 <= score.low <= score.value <= score.high <= 1 and score.low < score.high, score
     (tmp_path / "X_acc.csv").write_text('"split","Overall","logic"\n"dev","0.61","0.5"\n"test","0.6","0.4"\n')
     assert other_results.read("vlmevalkit", tmp_path / "X_acc.csv")["X_acc@vlmevalkit/dev/Overall"].value == 0.61
     (tmp_path / "d_results.txt").write_text("Save results to: out.txt\nL1 entity: 0.91\nDPG-Bench score: 83.5\n")
@@ -350,6 +357,22 @@ def test_lmms_eval_without_the_package(tmp_path, monkeypatch):
         run("lmms-eval:pope", lambda t, s: "yes", folder=tmp_path)
 
 
+def test_generation_settings_of_lmms_eval_are_kept():
+    of = interop.Generation.of
+    assert of({}, DEFAULT) == interop.Generation(1024, 0.0, 1.0, ())
+    asked = {"max_new_tokens": 16, "temperature": 0.7, "top_p": 0.9, "do_sample": True, "until": ["\n\n", "Q:"]}
+    assert of(asked, DEFAULT) == interop.Generation(16, 0.7, 0.9, ("\n\n", "Q:"))
+    assert (
+        of({**asked, "do_sample": False}, DEFAULT).temperature == 0
+        and of({"do_sample": True}, DEFAULT).temperature == 1
+    )
+    assert of(asked, Answering(max_new_tokens=99, temperature=0.2)) == interop.Generation(99, 0.2, 0.9, ("\n\n", "Q:"))
+    assert of(asked, DEFAULT).cut("yes Q: no\n\nmore") == "yes " and of({"until": "."}, DEFAULT).cut("a.b") == "a"
+    assert of({"until": ""}, DEFAULT).cut("whole") == "whole"
+    with pytest.raises(ValueError, match="num_beams is 4"):
+        of({"num_beams": 4}, DEFAULT)
+
+
 TASK = """task: tiny_pope
 dataset_path: parquet
 dataset_kwargs: {{data_files: {{test: {file}}}}}
@@ -360,7 +383,7 @@ doc_to_target: answer
 doc_to_visual: !function tiny.visual
 doc_to_messages: !function tiny.messages
 process_results: !function tiny.results
-generation_kwargs: {{max_new_tokens: 8, temperature: 0}}
+generation_kwargs: {{max_new_tokens: 8, temperature: 0.5, do_sample: true, top_p: 0.9, until: ["#"]}}
 metric_list: [{{metric: right, aggregation: mean, higher_is_better: true}}]
 """
 TASK_CODE = """
@@ -393,9 +416,9 @@ def test_lmms_eval_itself(tmp_path):
 
     def reply(text, sample):
         calls.append(text)
-        return "yes" if next(sample.images()).pixels.getpixel((0, 0)) == (255, 0, 0) else "no"
+        return "yes#no" if next(sample.images()).pixels.getpixel((0, 0)) == (255, 0, 0) else "no"
 
-    more = {"folder": tmp_path / "run", "lmms_tasks": str(tmp_path / "tasks")}
+    more = {"folder": tmp_path / "run", "tools": Tools(lmms_tasks=str(tmp_path / "tasks"))}
     result = run("lmms-eval:tiny_pope", reply, **more)
     assert result.scores["tiny_pope@lmms-eval/right"].value == pytest.approx(2 / 3) and len(calls) == 3
     assert (tmp_path / "run/lmms-eval/tiny_pope_samples.jsonl").read_text().count("\n") == 3
