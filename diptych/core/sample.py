@@ -1,6 +1,6 @@
-"""What a data row is, before any tokenizer: messages made of texts and pictures.
+"""Samples: conversations of text and pictures, before tokenization.
 
-The same schema is the user's jsonl row, the training sample and the chat request::
+A user's jsonl row, a training sample and a chat request have the same schema::
 
     {"id": "cats/7", "messages": [
         {"role": "user", "content": [
@@ -8,12 +8,13 @@ The same schema is the user's jsonl row, the training sample and the chat reques
             {"type": "text", "text": "How many cats are there?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "two"}]}]}
 
-What a picture is *for* is its ``role``: ``understand`` (read it), ``condition`` (the source of an edit: read it and
-keep its details) or ``target`` (draw it). By default a user's picture is to understand and an assistant's picture is a
-target; a user's text carries no loss and an assistant's text does. Both can be said per part (``"role"``, ``"loss"``).
+Each picture has a ``role``: ``understand`` (the model reads it), ``condition`` (an edit source: the model reads it and
+keeps its details) or ``target`` (the model generates it). By default a user's picture is ``understand`` and an
+assistant's picture is ``target``; a user's text carries no loss and an assistant's text does. The keys ``"role"`` and
+``"loss"`` of a part override this.
 
-A request is a sample whose last message is an *open turn* of the assistant: ``assistant()`` is about to speak,
-``assistant(Image(None, "target", size))`` is about to draw. What comes before it has happened: it is read.
+A request is a sample that ends with an *open turn* of the assistant: ``assistant()`` asks for text,
+``assistant(Image(None, "target", size))`` asks for a picture. Everything before it is context.
 """
 
 from __future__ import annotations
@@ -60,14 +61,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """A picture by reference (a path, relative to its data set) or decoded (``PIL.Image``), and what it is for.
+    """A picture and its role. ``image`` is a path relative to the data set, a decoded picture, or None.
 
-    ``size`` (width, height in pixels) may be asked of a target that has no pixels yet: a picture to be drawn.
-    ``nearest`` says that colours are labels: it is resized to the nearest pixel, so that no colour is made up.
-    ``encoded`` is what frozen encoders of a family made of it beforehand (``diptych data precompute``), by the
-    encoder's name; such a picture keeps its ``size`` and may have no pixels.
-    ``masked`` is the share of its tokens, in [0, 1], that a model is to read as blanks; a picture to draw has none, and
-    of a source the details are to be kept.
+    ``size``: (width, height) in pixels of a target that is still to be generated.
+    ``nearest``: the colours are labels, so the picture is resized with nearest-neighbour interpolation.
+    ``encoded``: precomputed features by encoder name (``diptych data precompute``); such a picture keeps its ``size``
+    and may have no pixels.
+    ``masked``: the share of its tokens, in [0, 1], that the model sees as blanks; only for role ``understand``.
     """
 
     image: str | PIL.Image.Image | None
@@ -85,17 +85,17 @@ class Image:
 
     @property
     def blank(self) -> bool:
-        """Whether there is nothing to see yet: a picture that is to be drawn."""
+        """Whether the picture has neither pixels nor features: it is still to be generated."""
         return self.image is None and not self.encoded
 
     @property
     def dimensions(self) -> tuple[int, int]:
-        """(width, height) in pixels, also of a picture whose pixels were left out once it was encoded."""
+        """(width, height) in pixels; also known for a precomputed picture without pixels."""
         return self.size if self.image is None and self.size else self.pixels.size
 
     def through(self, encoder: str, see: Callable[[], Tensor]) -> tuple[Tensor, bool]:
-        """(``image``, ``encoded``) of a segment whose picture goes through the family's frozen ``encoder``: what that
-        made of it beforehand, else ``see()``, the tensor it will be shown."""
+        """(``image``, ``encoded``) of a segment that a frozen ``encoder`` reads: its precomputed features and True, or
+        ``see()``, the tensor to encode, and False."""
         return (self.encoded[encoder], True) if encoder in self.encoded else (see(), False)
 
     @property
@@ -103,7 +103,7 @@ class Image:
         """The decoded RGB picture. Raises ``ValueError`` while it is still a path."""
         if not isinstance(self.image, PIL.Image.Image):
             if self.encoded:
-                raise ValueError(f"picture has no pixels, only what {', '.join(self.encoded)} made of it")
+                raise ValueError(f"picture has no pixels, only the features of {', '.join(self.encoded)}")
             raise ValueError(
                 f"picture {self.image!r} has not been decoded; open it with diptych.data.decoding.open_picture"
             )
@@ -123,9 +123,9 @@ class Message:
 
 @dataclass(frozen=True)
 class Sample:
-    """One training or evaluation row. ``id`` names it for ever: its random draws belong to it (core/noise.py).
+    """One training or evaluation row. ``id`` seeds the sample's random draws (core/noise.py).
 
-    ``info`` holds what a scorer needs (the scene, the expected answer, masks); no model sees it.
+    ``info`` holds data for scorers (the scene, the expected answer, masks); no model sees it.
     """
 
     id: str
@@ -144,14 +144,14 @@ class Sample:
 
     @property
     def is_open(self) -> bool:
-        """Whether the sample is a request: it ends with an open turn."""
+        """Whether the sample is a request, which ends with an open turn."""
         last = self.messages[-1] if self.messages else None
         return bool(last and last.role == "assistant" and (not last.parts or _to_draw(last.parts[-1])))
 
     @property
     def drawing(self) -> tuple[int, int] | None:
-        """The place (message, part) of the picture that is drawn: the end of a request for one, the last target of a
-        training sample. None where nothing is drawn, whatever was drawn before."""
+        """(message, part) of the picture to generate: the open turn of a request, or the last target of a training
+        sample. None where the last message asks for no picture."""
         if not self.messages or self.messages[-1].role != "assistant":
             return None
         if self.is_open:
@@ -161,18 +161,18 @@ class Sample:
 
     @property
     def request_at(self) -> int | None:
-        """The place of the request: the last user message before the picture that is drawn, else the last of all."""
+        """Index of the last user message before the picture to generate, or of the last user message."""
         before = self.drawing[0] if self.drawing else len(self.messages)
         return next((i for i in reversed(range(before)) if self.messages[i].role == "user"), None)
 
     @property
     def request(self) -> Message | None:
-        """The user's message that a drawing is drawn from; where nothing is drawn, that an answer answers."""
+        """The user's message that the generated picture or the answer responds to."""
         return None if self.request_at is None else self.messages[self.request_at]
 
     @property
     def prompt(self) -> str:
-        """The words of the request."""
+        """The text of the request."""
         return " ".join(p.text for p in (self.request.parts if self.request else ()) if isinstance(p, Text))
 
     def map_images(self, change) -> Sample:

@@ -1,4 +1,4 @@
-"""What the embedded worlds share: drawing with skia, connected components, and the source that makes its samples."""
+"""Shared by the embedded worlds: drawing with skia, connected components, and sources that generate samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Made = tuple[tuple[Message, ...], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Generated:
-    """A source whose sample ``index`` is made by ``make(rng, split, size) -> (messages, info)`` and by nothing else.
+    """A source that generates sample ``index`` with ``make(rng, split, size) -> (messages, info)``.
 
     ``rng`` is seeded with (seed, split, name, index), so a sample is the same in every process and in every order.
     """
@@ -77,7 +77,7 @@ def mask_picture(mask: np.ndarray) -> PIL.Image.Image:
 
 
 def pick(rng: np.random.Generator, items, weights=None):
-    """One of ``items``, drawn evenly or by ``weights`` (which need not sum to one)."""
+    """One of ``items``, drawn uniformly or by ``weights`` (which need not sum to one)."""
     if weights is None:
         return items[int(rng.integers(len(items)))]
     edges = np.cumsum(weights)

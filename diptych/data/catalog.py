@@ -57,7 +57,7 @@ class Jsonl(BaseModel):
 
 
 class Images(BaseModel):
-    """A folder of pictures; read as a task of SGT, label pictures may lie in folders beside it."""
+    """A folder of pictures. A task of SGT (``read``) may also need folders of label pictures."""
 
     model_config = STRICT
     format: Literal["images"]
@@ -112,7 +112,7 @@ FORMATS: dict[str, type[Jsonl] | type[Images] | type[Annotation] | type[PackedEn
 
 @dataclass(frozen=True)
 class Entry:
-    """One data set of a catalog: its name, what the file says of it, and where (``file:line``)."""
+    """One data set of a catalog: its name, its settings, the catalog's folder, and its ``file:line``."""
 
     name: str
     settings: Settings
@@ -141,15 +141,15 @@ class Entry:
             raise ValueError(f"{self.where}: data set {self.name!r}: {error}") from error
 
     def _rows(self, s: Images | Annotation, task: ladder.Task) -> tuple[annotated.AnnotatedRow, ...]:
-        def beside(key: str) -> Path | None:
+        def folder_of(key: str) -> Path | None:
             value = getattr(s, key)
             return self.folder / value if value else None
 
-        path, masks = self.folder / s.path, beside("masks")
+        path, masks = self.folder / s.path, folder_of("masks")
         if isinstance(s, Images):
-            others = {key: beside(key) for key in ("labels", "classes", "depth", "view")}
+            others = {key: folder_of(key) for key in ("labels", "classes", "depth", "view")}
             return annotated.folder(path, task, masks, **others, max_pixels=s.max_pixels)
-        images = beside("images")
+        images = folder_of("images")
         if masks and s.format != "coco-panoptic":
             raise ValueError(f"{s.format} takes no 'masks': they are in {s.path}")
         if s.format == "sa1b":
@@ -207,41 +207,41 @@ def sources(
 ) -> dict[str, Source]:
     """The named data sets: those of the catalog, else the embedded ones (with pictures of ``size`` and of ``split``).
 
-    The user's own data have no split and keep their sizes. ``name#n`` is the first n samples of a data set,
-    ``name/pictures`` the pictures that it draws, without words. ``folders`` are plain folders of pictures, by the name
-    that they stand in for. ``encoded`` is the folder of ``diptych data precompute``: data sets in it (by the name asked
-    for) are read from there. Raises ``ValueError`` for a name that neither has, and for encoded data that were made of
-    other pictures.
+    The user's own data have no split and keep their sizes. ``name#n`` selects the first n samples of a data set, and
+    ``name/pictures`` its target pictures without text. ``folders`` maps names to plain folders of pictures that replace
+    those data sets. ``encoded`` is a folder of ``diptych data precompute``; data sets that it holds are read from
+    there. Raises ``ValueError`` for an unknown name, and for encoded data of other pictures. Warns of pictures that a
+    folder holds in a format that is not read.
     """
     from diptych.data import encoded as precomputed
     from diptych.data.worlds import embedded
 
     entries, folders = read_catalog(catalog) if catalog is not None else {}, folders or {}
-    found: dict[str, Source] = {}
+    opened: dict[str, Source] = {}
     for wanted in names:
         name, cut, n = wanted.rpartition("#") if wanted not in entries else (wanted, "", "")
         name = name or wanted
         kept = next((k for k in (wanted, name) if encoded is not None and precomputed.there(Path(encoded) / k)), None)
         whole = name.removesuffix(PICTURES) if name not in entries else name
         if kept is not None:
-            found[wanted] = precomputed.encoded(kept, Path(encoded or "") / kept, origin(name, entries, size, folders))
+            opened[wanted] = precomputed.encoded(kept, Path(encoded or "") / kept, origin(name, entries, size, folders))
             cut = cut if kept == name else ""
         elif whole in folders:
-            found[wanted] = _warned(readers.images(whole, Path(folders[whole])))
+            opened[wanted] = _warned(readers.images(whole, Path(folders[whole])))
         elif whole in entries:
-            found[wanted] = _warned(entries[whole].open())
+            opened[wanted] = _warned(entries[whole].open())
         elif whole in embedded.names():
-            found[wanted] = embedded.source(whole, split, size)
+            opened[wanted] = embedded.source(whole, split, size)
         else:
-            theirs = f"{catalog}: {', '.join(entries)}; " if catalog is not None else "no catalog was given; "
-            raise ValueError(f"unknown data set {whole!r}; {theirs}embedded: {', '.join(embedded.names())}")
+            of_catalog = f"{catalog}: {', '.join(entries)}; " if catalog is not None else "no catalog was given; "
+            raise ValueError(f"unknown data set {whole!r}; {of_catalog}embedded: {', '.join(embedded.names())}")
         if whole != name and kept is None:
-            found[wanted] = UnlabelledPictures(found[wanted])
+            opened[wanted] = UnlabelledPictures(opened[wanted])
         if cut:
             if not n.isdigit():
-                raise ValueError(f"data set {wanted!r}: after # stands a number of samples")
-            found[wanted] = First(found[wanted], int(n))
-    return found
+                raise ValueError(f"data set {wanted!r}: # must be followed by a number of samples")
+            opened[wanted] = First(opened[wanted], int(n))
+    return opened
 
 
 def files_left_out(source: Source) -> Mapping[str, int]:
@@ -264,7 +264,7 @@ def _warned(source: Opened) -> Opened:
 
 
 def origin(name: str, entries: Mapping[str, Entry], size: int, folders: Mapping[str, str] | None = None) -> dict:
-    """What decides the pictures of a data set besides its name: JSON-able, compared when encoded data are read."""
+    """The settings that determine a data set's pictures, JSON-able: compared when encoded data are read."""
     whole = name.partition("#")[0].removesuffix(PICTURES)
     if whole in (folders or {}):
         return {"folder": str(Path((folders or {})[whole]).absolute())}
@@ -294,5 +294,5 @@ def _settings(node: yaml.Node, where: str) -> Settings:
         first = error.errors()[0]
         key, given = ".".join(map(str, first["loc"])), first["input"]
         reason = first["msg"].removeprefix("Value error, ")
-        told = f"{key!r} is missing" if first["type"] == "missing" else f"{key} is {given!r}: {reason}"
-        raise ValueError(f"{where}: {told}") from error
+        problem = f"{key!r} is missing" if first["type"] == "missing" else f"{key} is {given!r}: {reason}"
+        raise ValueError(f"{where}: {problem}") from error

@@ -1,4 +1,4 @@
-"""Reading every row of a catalog before a training does: what cannot be used, and what would teach nothing."""
+"""Validation of a catalog: every row is read, and rows that are broken or carry no target are named."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Problem(NamedTuple):
 
 @dataclass
 class DataSetTally:
-    """What a data set holds, as far as it was read. Sizes are (width, height) in pixels."""
+    """Counts over the rows of a data set that were read. Sizes are (width, height) in pixels."""
 
     rows: int = 0  # rows read, good and bad
     of: int = 0  # rows in the data set
@@ -32,13 +32,13 @@ class DataSetTally:
     characters: int = 0
     smallest: tuple[int, int] | None = None
     largest: tuple[int, int] | None = None
-    no_target: int = 0  # good rows that a training learns nothing from
+    no_target: int = 0  # readable rows without text with loss and without a target picture
     left_out: dict[str, int] = field(default_factory=dict)  # files of the folder that are not read, by suffix
 
 
 @dataclass(frozen=True)
 class Report:
-    """What ``check`` found. ``str(report)`` is the table that the command line prints."""
+    """The result of ``check``. ``str(report)`` is the table that the command line prints."""
 
     problems: tuple[Problem, ...]
     tallies: Mapping[str, DataSetTally] = field(default_factory=dict)

@@ -1,8 +1,8 @@
-"""Other projects' training data as rows of ours: LLaVA, BAGEL, OmniGen2 and Cheers.
+"""Conversion of other projects' training data: LLaVA, BAGEL, OmniGen2 and Cheers.
 
-A format is a function from a file to rows; a row is a sample whose pictures are paths (they stay where they are) or
-bytes (they are written beside the new file). What is drawn by chance in the original trainer (one of several captions)
-is drawn by the row's id."""
+A format is a function from a file to rows. A row is a sample whose pictures are paths (the files stay where they are)
+or bytes (they are written to a new folder). Where the original trainer picks one of several captions at random, a hash
+of the row's id picks it here."""
 
 from __future__ import annotations
 
@@ -127,8 +127,9 @@ def llava(file: Path) -> Iterator[Made]:
 
 
 def cheers(file: Path) -> Iterator[Made]:
-    """Cheers' jsonl: ``<im_start><image><im_end>`` is read, ``<im_start><image_gen><im_end>`` is drawn; a picture that
-    is read where another is drawn is the source of an edit (specs: Cheers 6.3)."""
+    """Cheers' jsonl (arXiv 2603.12793, data loader of the published code). ``<im_start><image><im_end>`` marks a
+    picture to read, ``<im_start><image_gen><im_end>`` one to generate. In a row with both, the former is the edit
+    source."""
 
     def turns(row: Any) -> tuple[Message, ...]:
         draws = "<image_gen>" in json.dumps(row)
@@ -143,7 +144,7 @@ def cheers(file: Path) -> Iterator[Made]:
 
 
 def omnigen2(file: Path) -> Iterator[Made]:
-    """OmniGen2's jsonl: ``instruction``, ``output_image`` and, for edits and pictures in context, ``input_images``."""
+    """OmniGen2's jsonl: ``instruction``, ``output_image`` and, for edits and in-context pictures, ``input_images``."""
 
     def turns(row: Any) -> tuple[Message, ...]:
         if lacks := [k for k in ("instruction", "output_image") if not isinstance(row.get(k), str)]:
@@ -171,7 +172,7 @@ def _each(file: Path, turns: Callable[[Any], tuple[Message, ...]]) -> Iterator[M
 
 
 def bagel_t2i(file: Path) -> Iterator[Made]:
-    """BAGEL's ``t2i`` parquet: ``image`` bytes and ``captions``, JSON of captions by name, of which one is taken."""
+    """BAGEL's ``t2i`` parquet: ``image`` bytes and ``captions``, JSON of captions by name; one is used."""
     for where, cells in _parquet_rows(file, ("image", "captions")):
         try:
             captions = json.loads(cells["captions"])
@@ -179,17 +180,17 @@ def bagel_t2i(file: Path) -> Iterator[Made]:
             if not texts or not isinstance(cells["image"], bytes):
                 raise ValueError("it has no captions or no picture")
             name = where.replace(":row ", "-")
-            said = texts[bits(name, "caption") % len(texts)]
+            caption = texts[bits(name, "caption") % len(texts)]
             picture = f"{Path(name).name}.{_suffix(cells['image'])}"
-            sample = Sample(Path(name).name, (user(said), assistant(Image(picture, "target"))))
+            sample = Sample(Path(name).name, (user(caption), assistant(Image(picture, "target"))))
             yield ConvertedRow(sample, {picture: cells["image"]})
         except (ValueError, TypeError) as error:
             yield f"{where}: {error}"
 
 
 def bagel_edit(file: Path) -> Iterator[Made]:
-    """BAGEL's ``unified_edit`` parquet: ``image_list`` (bytes) and ``instruction_list`` (wordings of each change, of
-    which one is taken): a chain of edits, each of the picture before it."""
+    """BAGEL's ``unified_edit`` parquet: ``image_list`` (bytes) and ``instruction_list`` (wordings of each
+    edit; one is used). A chain of edits, each of the previous picture."""
     for where, cells in _parquet_rows(file, ("image_list", "instruction_list")):
         try:
             images, wordings = cells["image_list"], cells["instruction_list"]
@@ -200,9 +201,9 @@ def bagel_edit(file: Path) -> Iterator[Made]:
             messages: list[Message] = []
             for k, some in enumerate(wordings):
                 words = [some] if isinstance(some, str) else list(some)
-                said = words[bits(name, "wording", k) % len(words)]
+                instruction = words[bits(name, "wording", k) % len(words)]
                 source = (Image(names[0], "condition"),) if k == 0 else ()
-                messages += [user(*source, said), assistant(Image(names[k + 1], "target"))]
+                messages += [user(*source, instruction), assistant(Image(names[k + 1], "target"))]
             yield ConvertedRow(Sample(name, tuple(messages)), dict(zip(names, images, strict=True)))
         except (ValueError, TypeError, ZeroDivisionError) as error:
             yield f"{where}: {error}"
@@ -240,7 +241,7 @@ FORMATS: dict[str, tuple[Callable[[Path], Iterator[Made]], tuple[str, ...]]] = {
 
 @dataclass
 class Converted:
-    """What ``convert`` did."""
+    """Counts of rows and pictures that ``convert`` wrote, and the reasons of rows that it skipped."""
 
     rows: int = 0
     pictures: int = 0
@@ -248,12 +249,12 @@ class Converted:
 
 
 def convert(format: str, source: Path, out: Path, images: Path | None = None, force: bool = False) -> Converted:
-    """Writes the rows of a file, a folder or a pattern as jsonl into ``out`` and returns what was done; rows that
-    cannot be used are listed with file, line and reason. An id that comes again gets a number (LLaVA's do).
+    """Converts the rows of a file, a folder or a pattern to the jsonl file ``out``. Rows that cannot be used are
+    skipped and listed with file, line and reason. A repeated id gets a number (LLaVA repeats ids).
 
-    Pictures held as bytes are written into the folder ``OUT-images`` (without .jsonl); paths are made relative to
-    ``images``, the folder that the catalog will name. A file that is there is overwritten only with ``force``; no other
-    file is touched. Raises ``ValueError`` for unknown formats, unreadable files, and files in the way."""
+    Pictures held as bytes are written to the folder ``OUT-images`` (``out`` without .jsonl); paths become relative to
+    ``images``, the image folder of the future catalog. An existing file is overwritten only with ``force``.
+    Raises ``ValueError`` for unknown formats, unreadable files, and files in the way."""
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; choose from {', '.join(FORMATS)}")
     read, suffixes = FORMATS[format]

@@ -1,4 +1,5 @@
-"""Pictures without words, and how they are drawn from themselves (IOMM, arXiv 2603.16139, 3.2 and 3.4)."""
+"""Image-only training data: unlabelled pictures, and self-conditioning on them (IOMM, arXiv 2603.16139, sections 3.2
+and 3.4)."""
 
 from __future__ import annotations
 
@@ -7,11 +8,11 @@ from dataclasses import dataclass, replace
 from diptych.core.sample import Image, Sample, assistant, user
 from diptych.data.mixture import Source
 
-PICTURES = "/pictures"  # NAME/pictures is what NAME draws, without words
+PICTURES = "/pictures"  # NAME/pictures: the target pictures of NAME, without text
 
 
 def bare(sample: Sample) -> Sample:
-    """What a sample draws last, and nothing else. Raises ``ValueError`` where it draws nothing."""
+    """The sample reduced to its last target picture. Raises ``ValueError`` where it has none."""
     drawn = [image for image in sample.images() if image.role == "target"]
     if not drawn:
         raise ValueError(f"sample {sample.id!r} draws no picture")
@@ -20,7 +21,7 @@ def bare(sample: Sample) -> Sample:
 
 @dataclass(frozen=True, eq=False)
 class UnlabelledPictures:
-    """The pictures that a data set draws, without words: unlabelled images."""
+    """The target pictures of a data set, without text."""
 
     source: Source
 
@@ -37,8 +38,9 @@ class UnlabelledPictures:
 
 @dataclass(frozen=True, eq=False)
 class SelfConditioned:
-    """A data set whose pictures without words are drawn from themselves: each is also read, with a share ``masked`` of
-    its tokens blank, beside the words ``prompt`` (none: the family has words of its own). Other samples stay."""
+    """A data set whose unlabelled pictures are conditioned on themselves: the model reads the picture, a share
+    ``masked`` of its tokens blank, and the text ``prompt`` (empty: the family's own), and generates it. Samples with
+    text are unchanged."""
 
     source: Source
     masked: float

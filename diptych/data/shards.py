@@ -1,4 +1,4 @@
-"""Writing webdataset shards of any source, and measuring what a loader makes of data."""
+"""Webdataset shards of any source, statistics of laid-out samples, and the speed of a loader."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def shard(
     seed: int | None = 0,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, Any]:
-    """Writes a data set as webdataset shards of so many rows, in an order drawn from ``seed`` (None: as it comes), and
-    returns rows, pictures, shards and what was skipped (by row). Shards that an earlier call with the same settings
+    """Writes a data set as webdataset shards of ``rows`` rows, shuffled by ``seed`` (None: in order). Returns counts of
+    rows, pictures and shards, and the reasons of skipped rows. Shards that an earlier call with the same settings
     wrote are kept (``.shards.json`` names them); no other file is touched. Raises ``ValueError`` where the folder holds
     shards of other settings, or files of those names that this function did not write.
 
-    Pictures keep the bytes they have (those that cannot be decoded are skipped with their row); what is made on the fly
-    becomes PNG. A catalog reads the folder with
+    Pictures keep their bytes (a picture that cannot be decoded skips its row); generated pictures become PNG. A catalog
+    reads the folder with
     ``{format: webdataset, path: FOLDER/*.tar}``; ``webdataset`` and other readers of its layout read it too."""
     total = len(source)
-    told: dict[str, Any] = {"rows": 0, "pictures": 0, "shards": -(-total // rows), "skipped": {}}
+    report: dict[str, Any] = {"rows": 0, "pictures": 0, "shards": -(-total // rows), "skipped": {}}
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, {"data_set": source.name, "length": total, "rows": rows, "seed": seed}, told["shards"])
-    for k in range(told["shards"]):
+    _claim(folder, {"data_set": source.name, "length": total, "rows": rows, "seed": seed}, report["shards"])
+    for k in range(report["shards"]):
         places = range(k * rows, min((k + 1) * rows, total))
         progress(len(places))
         if (folder / shard_name(k)).is_file():
@@ -54,15 +54,15 @@ def shard(
                 try:
                     row, pictures = _row(source, index)
                 except (ValueError, OSError) as error:
-                    told["skipped"][f"{source.name}/{index}"] = str(error)
+                    report["skipped"][f"{source.name}/{index}"] = str(error)
                     continue
                 key = f"{index:09d}"
                 add_member(tar, f"{key}.json", json.dumps(row).encode())
                 for extension, data in pictures.items():
                     add_member(tar, f"{key}.{extension}", data)
-                told["rows"] += 1
-                told["pictures"] += len(pictures)
-    return told
+                report["rows"] += 1
+                report["pictures"] += len(pictures)
+    return report
 
 
 def _claim(folder: Path, settings: dict[str, Any], shards: int) -> None:
@@ -103,21 +103,21 @@ def _row(source: Any, index: int) -> tuple[dict, dict[str, bytes]]:
     return sample_to_json(sample.map_images(named)), pictures
 
 
-# ---- what is in it --------------------------------------------------------------------------------------------------
+# ---- statistics -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Lengths:
-    """What the samples of a data set are, laid out by a model."""
+    """Token counts and picture shapes of a data set's samples, as a model lays them out."""
 
     rows: int = 0
     skipped: dict[str, str] = field(default_factory=dict)  # row -> why
     tokens: list[int] = field(default_factory=list)
     kinds: Counter = field(default_factory=Counter)  # tokens by kind of segment
     supervised: int = 0
-    no_target: int = 0  # rows that a training learns nothing from
+    no_target: int = 0  # rows without text with loss and without a target picture
     left_out: Mapping[str, int] = field(default_factory=dict)  # files that are not read, by suffix
-    shapes: Counter = field(default_factory=Counter)  # pictures by what the model is shown of them
+    shapes: Counter = field(default_factory=Counter)  # pictures by size and kind
 
     def to_json(self) -> dict[str, Any]:
         """Counts, and quantiles of the lengths."""
@@ -155,12 +155,12 @@ def stats(sources: Mapping[str, Source], lay_out: Callable[[Sample], Layout], li
     return out
 
 
-# ---- how fast it comes ----------------------------------------------------------------------------------------------
+# ---- speed ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What a loader delivers, per second of waiting for it, and how full its rows are."""
+    """The throughput of a loader per second of waiting for it, and how full its rows are."""
 
     rows: int
     seconds: float
@@ -180,15 +180,15 @@ def speed(loader: Loader, rows: int, warm: int = 2) -> Speed:
     for _ in range(warm):
         next(endless)
     start = time.perf_counter()
-    got = list(islice(endless, rows))
+    rows_read = list(islice(endless, rows))
     seconds = time.perf_counter() - start
-    told = [r.stats for r in got]
+    stats = [row.stats for row in rows_read]
     return Speed(
         rows,
         seconds,
-        sum(t.tokens for t in told) / seconds,
-        sum(sum(t.samples.values()) for t in told) / seconds,
-        sum(t.pictures for t in told) / seconds,
-        sum(t.fill for t in told) / rows,
+        sum(t.tokens for t in stats) / seconds,
+        sum(sum(t.samples.values()) for t in stats) / seconds,
+        sum(t.pictures for t in stats) / seconds,
+        sum(t.fill for t in stats) / rows,
         len(loader.skipped),
     )

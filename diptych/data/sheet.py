@@ -1,4 +1,4 @@
-"""A sheet of samples as they are laid out: pictures, words and segments (``diptych data show``)."""
+"""A sheet of laid-out samples: pictures, text and segments (``diptych data show``)."""
 
 from __future__ import annotations
 
@@ -96,17 +96,17 @@ def _legend(draw: PIL.ImageDraw.ImageDraw, x: int, y: int) -> None:
             draw.rounded_rectangle((x, y, x + 14, y + 14), 3, colour)
             draw.text((x + 20, y), str(kind), SOFT, small)
             x += 40 + round(draw.textlength(str(kind), small))
-    told = "frames: role of the picture      underlaid or dark line: carries loss"
-    draw.text((WIDTH - MARGIN - draw.textlength(told, small), y), told, SOFT, small)
+    legend = "frames: role of the picture      underlaid or dark line: carries loss"
+    draw.text((WIDTH - MARGIN - draw.textlength(legend, small), y), legend, SOFT, small)
 
 
 def _card(name: str, sample: Sample, sequence: Layout, decode: Callable[[list[int]], str] | None) -> PIL.Image.Image:
     width, inner = WIDTH - 2 * MARGIN, WIDTH - 2 * MARGIN - 2 * PAD
     mono, small, bold = _font(MONO, 13), _font(PLAIN, 13), _font(BOLD, 16)
     talk = _flow([_turn(message.role, message.parts, inner) for message in sample.messages], inner, 28)
-    told = [clip(line, mono, inner) for line in sequence.describe(decode).split("\n")[1:]]
+    lines = [clip(line, mono, inner) for line in sequence.describe(decode).split("\n")[1:]]
     below = 52 + talk.height + 20
-    height = below + 50 + 20 * len(told) + 12
+    height = below + 50 + 20 * len(lines) + 12
     card = PIL.Image.new("RGB", (width, height), PAPER)
     draw = PIL.ImageDraw.Draw(card)
     draw.rounded_rectangle((0, 0, width - 1, height - 1), 12, CARD, EDGE)
@@ -119,7 +119,7 @@ def _card(name: str, sample: Sample, sequence: Layout, decode: Callable[[list[in
     draw.text((left, 20), clip(sample.id.removeprefix(f"{name}/"), small, round(room)), SOFT, small)
     card.paste(talk, (PAD, 52))
     _bar(draw, sequence, PAD, below, inner)
-    for i, (segment, line) in enumerate(zip(sequence.segments, told, strict=True)):
+    for i, (segment, line) in enumerate(zip(sequence.segments, lines, strict=True)):
         y = below + 50 + 20 * i
         draw.rounded_rectangle((PAD, y + 2, PAD + 7, y + 15), 2, KINDS[segment.kind])
         draw.text((PAD + 6, y), line, INK, mono)
@@ -178,12 +178,12 @@ def _picture(image: Image) -> PIL.Image.Image:
     size = (max(1, round(pixels.width * scale)), max(1, round(pixels.height * scale)))
     enlarge = scale > 1 and max(pixels.size) <= THUMB  # keep the pixels of tiny pictures visible
     thumb = pixels.resize(size, PIL.Image.Resampling.NEAREST if enlarge else PIL.Image.Resampling.LANCZOS)
-    told = f"{image.role} {pixels.width}x{pixels.height}"
-    box = PIL.Image.new("RGB", (max(size[0] + 6, round(small.getlength(told))), size[1] + 24), CARD)
+    label = f"{image.role} {pixels.width}x{pixels.height}"
+    box = PIL.Image.new("RGB", (max(size[0] + 6, round(small.getlength(label))), size[1] + 24), CARD)
     draw = PIL.ImageDraw.Draw(box)
     draw.rectangle((0, 0, size[0] + 5, size[1] + 5), ROLES[image.role])
     box.paste(thumb, (3, 3))
-    draw.text((0, size[1] + 8), told, ROLES[image.role], small)
+    draw.text((0, size[1] + 8), label, ROLES[image.role], small)
     return box
 
 

@@ -1,9 +1,9 @@
-"""The user's own files as sources: jsonl with an image folder, a plain image folder, webdataset tar (data/parquet.py
-has the fourth).
+"""Readers of the user's own files: jsonl with an image folder, a plain image folder, webdataset tar. Parquet is in
+data/parquet.py.
 
-Every source here gives three things for a row: ``where(index)`` names it (file and line), ``row(index)`` is the sample
-with pictures by reference, and ``source[index]`` is the sample with its pictures decoded. Each is a function of the
-index alone, opens what it needs and closes it again, so sources can be forked and pickled. ``left_out`` counts, by
+For each row, ``where(index)`` is its file and line, ``row(index)`` the sample with pictures by reference, and
+``source[index]`` the sample with decoded pictures. These are functions of the index alone. They close the files that
+they open, so sources can be forked and pickled. ``left_out`` counts, by
 suffix, the files of the given folder that are not read.
 
 Rows that cannot be read raise ``ValueError`` that begins with ``where``.
@@ -236,8 +236,8 @@ def webdataset(name: str, path: Path, read: Read = "rows", max_pixels: int = MAX
     holds a row of the schema whose pictures are named by extension ("jpg", "source.png"); else one picture and a
     ``.txt``: ``draw`` asks for the picture with the text, ``caption`` asks for the text, ``pictures`` has no words.
 
-    Reads every header once. What stands behind the damage of a shard (compressed, overwritten, cut off) is one sample
-    that cannot be read: skipped, counted and listed as others are. Raises ``ValueError`` where nothing can be read.
+    Reads every header once. The rest of a damaged shard (compressed, overwritten, cut off) counts as one sample that
+    cannot be read. Raises ``ValueError`` where nothing can be read.
     """
     files = find_files(path, (".tar",))
     damaged: dict[int, str] = {}
@@ -266,7 +266,7 @@ def webdataset(name: str, path: Path, read: Read = "rows", max_pixels: int = MAX
 
 
 def _tar_members(file: Path) -> tuple[list[tuple[str, int, int]], str]:
-    """(name, offset of the data, bytes) of every file in a tar, and what is wrong with the tar behind them, or ""."""
+    """(name, offset of the data, bytes) of every readable member of a tar, and how the rest is damaged, or ""."""
     end, last, found = 0, "its start", []
     try:
         with tarfile.open(file, "r:") as opened:
@@ -317,7 +317,8 @@ def describe_left_out(left_out: Mapping[str, int]) -> str:
 
 
 def inside(root: Path, reference: str) -> Path:
-    """The file that a row refers to. Raises ``ValueError`` when it lies outside ``root``, links followed."""
+    """The file that ``reference``, a relative path, names in the folder ``root``: the rule of catalogs and question
+    files. Raises ``ValueError`` for a URL, an absolute path, and a path that leaves ``root`` by ``..`` or a link."""
     base = root.resolve()
     if "\0" in reference:
         raise ValueError(f"picture {reference!r} is no path")

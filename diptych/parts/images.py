@@ -18,7 +18,7 @@ from diptych.core.tensors import Float, Tensor, UInt8, to_uint8
 
 @dataclass(frozen=True)
 class SizeRule:
-    """How a picture's size is brought to multiples of ``stride`` (specs: BAGEL 3.5, resize rule).
+    """A size as multiples of ``stride``: BAGEL's rule (arXiv 2505.14683, ``MaxLongEdgeMinShortEdgeResize``).
 
     Scale so that the long side is at most ``longest``, then so that the short side is at least ``shortest``, round each
     side to the stride, then shrink when there are more than ``pixels`` or the long side exceeds ``longest`` again.
@@ -86,7 +86,7 @@ class AreaRule:
 
 @dataclass(frozen=True)
 class Tiling:
-    """InternVL 1.5's dynamic resolution (arXiv 2404.16821; specs: SynerGen-VL 5.2): a picture as up to ``most`` square
+    """InternVL 1.5's dynamic resolution (arXiv 2404.16821, section 3.3): a picture as up to ``most`` square
     tiles of ``side`` pixels, stretched to the nearest aspect ratio, and as a whole once more if there are several."""
 
     side: int
@@ -117,7 +117,7 @@ class Tiling:
     def __call__(
         self, image: PIL.Image.Image, most: int | None = None, nearest: bool = False
     ) -> UInt8[Tensor, "t 3 S S"]:
-        """The tiles row by row, then the whole; ``most`` stands in for the rule's own (several pictures share it)."""
+        """The tiles row by row, then the whole; ``most`` replaces the rule's own limit (pictures share it)."""
         (c, r), side = self.grid(*image.size, most), self.side
         whole = to_tensor(image, (c * side, r * side), nearest)
         tiles = rearrange(whole, "k (r h) (c w) -> (r c) k h w", r=r, c=c)
@@ -142,7 +142,8 @@ def to_tensor(image: PIL.Image.Image, size: tuple[int, int], nearest: bool = Fal
 
 
 def letterbox(image: PIL.Image.Image, size: tuple[int, int], nearest: bool = False) -> PIL.Image.Image:
-    """The whole picture as large as it fits into (width, height), centred on black (specs: Cheers 4)."""
+    """The whole picture as large as it fits into (width, height), centred on black: Cheers' edit sources and
+    pictures to read (arXiv 2603.12793, published processor)."""
     scale = min(size[0] / image.width, size[1] / image.height)
     fitted = _resize(image, scale, nearest)
     out = PIL.Image.new("RGB", size)
@@ -151,7 +152,8 @@ def letterbox(image: PIL.Image.Image, size: tuple[int, int], nearest: bool = Fal
 
 
 def crop(image: PIL.Image.Image, size: tuple[int, int], nearest: bool = False) -> PIL.Image.Image:
-    """The middle (width, height) of the picture made just large enough to cover it (specs: Cheers 4)."""
+    """The middle (width, height) of the picture made just large enough to cover it: Cheers'
+    targets (arXiv 2603.12793, published processor)."""
     covering = _resize(image, max(size[0] / image.width, size[1] / image.height), nearest)
     left, top = (covering.width - size[0]) // 2, (covering.height - size[1]) // 2
     return covering.crop((left, top, left + size[0], top + size[1]))

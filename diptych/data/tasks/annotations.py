@@ -1,7 +1,7 @@
-"""Annotated pictures of others as sources of SGT's tasks: COCO, COCO panoptic, SA-1B, and folders of label pictures.
+"""Annotation files as sources of SGT's tasks (arXiv 2605.18714): COCO, COCO panoptic, SA-1B, folders of label pictures.
 
-A reader lists rows; a row's ``read`` gives ``tasks.Annotated``. ``Proxies`` makes samples of them: the draws of a row
-belong to (seed, row's id, task) and to nothing else. Errors begin with the file and name the annotation, the key and
+A reader lists rows; a row's ``read`` gives ``tasks.Annotated``. ``Proxies`` makes samples of them: the random
+draws of a row are seeded with (seed, row's id, task). Errors begin with the file and name the annotation, the key and
 the value.
 """
 
@@ -307,7 +307,7 @@ def _mask(entry: dict, what: str, size: tuple[int, int]) -> np.ndarray:
 def sa1b(path: Path, images: Path | None, task: Task, max_pixels: int = MAX_PIXELS) -> tuple[AnnotatedRow, ...]:
     """One row for each json file of SA-1B (a file, a folder or a pattern); its masks have no classes.
 
-    Pictures are beside the json files or in ``images``. Files are opened when a row is read.
+    Pictures are in the folder of the json files or in ``images``. Files are opened when a row is read.
     """
     files = find_files(path, (".json",))
     return tuple(AnnotatedRow(f.stem, str(f), partial(_read_sa1b, f, images or f.parent, max_pixels)) for f in files)
@@ -336,7 +336,7 @@ def folder(
     view: Path | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[AnnotatedRow, ...]:
-    """Pictures with label pictures of the same path (and the suffix .png) in folders beside them.
+    """Pictures with label pictures of the same relative path (and the suffix .png) in other folders.
 
     ``masks``    a picture whose every value (or colour) but 0 (or black) is a mask, or a folder of that name with one
                  picture a mask, white or not black inside

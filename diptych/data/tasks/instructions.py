@@ -1,4 +1,4 @@
-"""What is said to ask for each task of ``data.tasks``: every list tells its own rendering, and no text is in two.
+"""Instructions for each task of ``data.tasks``. Every list is specific to its task; no text is in two lists.
 
 Written for this library. ``{phrase}`` stands for what a referring expression names.
 """

@@ -1,13 +1,13 @@
-"""The task ladder of SGT: one table of what to draw from an annotated picture, how to ask for it, how to read it back.
+"""The task ladder of SGT (arXiv 2605.18714): one table of targets, instructions and decoders for annotated pictures.
 
 Low: restore a photo, or draw its edges. Mid: depth and the other stereo view. High: boxes and five kinds of
 segmentation. A sample is the picture *to understand* and an instruction, then the target: the picture enters through
-the understanding encoder alone, so nothing can be copied (SGT, arXiv 2605.18714).
+the understanding encoder alone, so its pixels cannot be copied.
 
-Label pictures are flat colours of a palette. ``Task.decode`` reads them back: of the target exactly what was drawn, of
-a model's drawing what each pixel is nearest to. They are resized to the nearest pixel, photos smoothly.
+Label pictures are flat colours of a palette. ``Task.decode`` maps each pixel to the nearest colour, which recovers
+the ids of a target exactly. Label pictures are resized with nearest-neighbour interpolation, photos bicubically.
 
-Masks are painted from the largest to the smallest, so the smaller one is on top, and 0 (black) is where no mask lies.
+Masks are painted from the largest to the smallest, so the smaller one is on top, and 0 (black) means no mask.
 
 =========  ========================  ===============================================================================
 palette    of                        colour of id
@@ -52,7 +52,7 @@ BASELINE = 1 / 16  # how far the nearest thing of a drawn scene moves from the l
 
 @dataclass(frozen=True, eq=False)
 class Annotated:
-    """A picture and what is known of it; a task says what it needs. ``ValueError`` where shapes do not fit.
+    """A picture and its annotations; a task names those that it needs. Raises ``ValueError`` where shapes disagree.
 
     ``masks``      (n, h, w) bool, none of them empty; they may overlap
     ``labels``     the class of each mask (or box), an index of ``classes``
@@ -132,8 +132,8 @@ def boxes_of(masks: np.ndarray) -> np.ndarray:
 
 
 def phrases_of(names: list[str], boxes: np.ndarray, countable: list[bool] | None = None) -> tuple[str, ...]:
-    """Words that single out each thing: "the dog" where it is the only one, else "the leftmost dog" and the like where
-    its centre lies clear of the others' by a quarter of its box; "" for the rest and for what is not countable."""
+    """A referring expression for each thing: "the dog" where it is the only one, else "the leftmost dog" and the like
+    where its centre is a quarter of its box away from the others'; "" for the rest and for what is not countable."""
     counts = Counter(names)
     centres, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     crowded = {n for n, one in zip(names, countable or [True] * len(names), strict=True) if not one}
@@ -201,7 +201,7 @@ def nearest(pixels: np.ndarray, colours: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class TaskPair:
-    """What is shown and what is to be drawn; ``count`` is how many ids the palette has, ``phrase`` what is meant."""
+    """Input and target picture; ``count`` is the number of ids of the palette, ``phrase`` the referring expression."""
 
     input: PIL.Image.Image
     target: PIL.Image.Image
@@ -214,7 +214,7 @@ Maker = Callable[[Known, np.random.Generator], TaskPair]
 
 
 def paint(masks: np.ndarray, ids: list[int]) -> np.ndarray:
-    """(h, w) int: the id of each of the (n, h, w) masks, painted in their order; 0 where none lies."""
+    """(h, w) int: the id of each of the (n, h, w) masks, painted in their order; 0 without a mask."""
     canvas = np.zeros(masks.shape[1:], np.int64)
     for mask, id in zip(masks, ids, strict=True):
         canvas[mask] = id
@@ -315,7 +315,7 @@ def read_boxes(drawn: np.ndarray, photo: np.ndarray) -> np.ndarray:
 
     A pixel is a line's when it is within 24 levels of a strong colour and the photo there is not; a side is where at
     least half as many of them stand in a column (or row) as in the fullest. More than 24 boxes share colours and cannot
-    be told apart; nor can a box be read whose sides lie half hidden under smaller ones.
+    be told apart; nor can a box be read whose sides are half hidden under smaller ones.
     """
     found = []
     for colour in palette("boxes").astype(int):
@@ -356,7 +356,7 @@ class Task:
         return self.make(annotated, rng)
 
     def decode(self, drawn: PIL.Image.Image, count: int = 0, photo: PIL.Image.Image | None = None) -> np.ndarray:
-        """What a picture says: (h, w) int ids of the palette, or for "detect" (n, 4) boxes.
+        """The labels in a picture: (h, w) int ids of the palette, or for "detect" (n, 4) boxes.
 
         ``count`` is that of the target (in the sample's info), ``photo`` the input, needed by "detect". Raises
         ``ValueError`` for a task that draws a photo.

@@ -1,4 +1,4 @@
-"""The data that ships with the package, or that one command prepares: a table of source names."""
+"""The table of embedded data sets: generated ones, and photographs that ``diptych data prepare`` builds."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from diptych.data.mixture import Source, uniform
 from diptych.data.self_condition import bare
 from diptych.data.worlds import emoji_sources, glyphs, shapes_sources, stamps
 
-POOL = {"shapes/draw": 0.6, "emoji64/draw": 0.2, "emoji/scenes": 0.2}  # what ``images`` shows, and how often
+POOL = {"shapes/draw": 0.6, "emoji64/draw": 0.2, "emoji/scenes": 0.2}  # the sources of ``images`` and their shares
 
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """``images``: unlabelled pictures of both worlds. Each is a function of its index alone."""
+    """``images``: unlabelled pictures of shapes and emoji, each a function of its index alone."""
 
     sources: tuple[Source, ...]
     name: str = "images"

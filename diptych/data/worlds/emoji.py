@@ -1,7 +1,7 @@
 """1,594 flat emoji as pictures, words in ten languages and colour parts (emoji_scenes.py composes scenes of them,
 emoji_sources.py makes samples).
 
-The pictures are Fluent Emoji Flat, the words Emojibase and Unicode CLDR (see NOTICE beside this file); they are vector
+The pictures are Fluent Emoji Flat, the words Emojibase and Unicode CLDR (see NOTICE in this folder); they are vector
 drawings in the package and are rendered at any size when asked for.
 
 The split is by concept: about one concept in twenty, by a hash of its id, is in "test" and never in "train". The 64 of

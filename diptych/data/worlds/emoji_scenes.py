@@ -175,8 +175,8 @@ TAGS = ("single_object", "two_object", "counting", "position")
 
 @dataclass(frozen=True)
 class EmojiPrompt:
-    """What to draw, in words and exactly: an emoji id for each thing, and with a ``relation`` how the first stands to
-    the second."""
+    """A drawing prompt and its exact meaning: an emoji id for each thing, and the ``relation`` of the first to the
+    second."""
 
     tag: str
     text: str
@@ -220,7 +220,7 @@ LARGEST, PAPER = 0.5, 0.3  # for tasks.farness: emoji are 0.4 to 0.48 of the can
 
 
 def annotated(things: tuple[PlacedEmoji, ...], size: int) -> ladder.Annotated:
-    """The picture of a scene and all that is known of it: classes are the nouns of ``NOUNS``.
+    """The picture of a scene and all its annotations; classes are the nouns of ``NOUNS``.
 
     Depth takes emoji to be of one size, so that the wider is the nearer, in front of the paper; the right view moves
     each by ``tasks.BASELINE`` times its nearness. Emoji that cover no pixel by half are left out.

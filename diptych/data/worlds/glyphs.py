@@ -3,7 +3,8 @@
 ``glyphs/number`` and ``glyphs/shape`` ask about one picture: a large pale shape and, on it, a number of two digits in
 strokes of a 32nd of a side. ``glyphs/say`` and ``glyphs/draw`` are one large digit on one of three grounds, as a
 picture to describe and to draw; ``.../noisy`` has damaged pixels and wrong labels. ``words/fact``, ``words/sum`` and
-``words/reverse`` hold no picture: what a language model can lose (specs: SynerGen-VL 8).
+``words/reverse`` hold no picture: they measure what a language model forgets
+while it learns to see.
 """
 
 from __future__ import annotations
@@ -93,13 +94,13 @@ def _digit(rng: np.random.Generator, size: int, noisy: bool) -> tuple[PIL.Image.
     digit, ground = int(rng.integers(10)), pick(rng, tuple(GROUNDS))
     row, column = pick(rng, PLACES)
     pixels = render(digit, ground, row, column, size)
-    told = (digit, ground)
+    label = (digit, ground)
     if noisy:
         damaged = rng.random((size, size)) < NOISE
         pixels[damaged] = rng.integers(0, 256, (int(damaged.sum()), 3))
         if rng.random() < WRONG:
-            told = (int(rng.integers(10)), pick(rng, tuple(GROUNDS)))
-    words = f"{told[0]} on {told[1]}"
+            label = (int(rng.integers(10)), pick(rng, tuple(GROUNDS)))
+    words = f"{label[0]} on {label[1]}"
     return picture(pixels), words, {"type": "say", "answer": words}
 
 

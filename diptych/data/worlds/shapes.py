@@ -2,8 +2,8 @@
 
 One to four objects (five shapes, six colours) lie in a jittered 3x3 lattice on white paper. From a scene come prompts
 in GenEval's six tags (arXiv 2310.11513), questions, captions and edits; ``check``, ``caption_ok`` and ``check_edit``
-score what a model made of them. The detector behind ``check`` is written by rules; its accuracy on drawn scenes, clean
-and degraded, is a test.
+score the model's pictures and captions. ``check`` uses a rule-based detector; a test measures its accuracy on clean
+and degraded scenes.
 
 Held out: about one unordered pair in ten of two different (colour, shape) kinds never occurs together in a scene of any
 source, in no split. ``prompts(..., held_out=True)`` asks for exactly these.
@@ -115,7 +115,7 @@ def box(thing: Thing) -> tuple[float, float, float, float]:
 
 @cache
 def _outline(shape: str) -> tuple[skia.Path, float, float, tuple[float, float]]:
-    """A path in a box one wide centred on 0, its height, its area, and where its centroid lies."""
+    """A path in a box one wide centred on 0, its height, its area, and its centroid."""
     if shape == "circle":
         path = skia.Path()
         path.addCircle(0, 0, 0.5)
@@ -214,7 +214,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to draw, in words and exactly. With a ``relation`` the first need stands in it to the second."""
+    """A drawing prompt and its exact meaning. ``relation`` is that of the first need to the second."""
 
     tag: str
     text: str
@@ -408,7 +408,7 @@ class Found:
 
 
 def relations(a: Found | Thing, b: Found | Thing) -> set[str]:
-    """The relations in which a stands to b, by GenEval's rule: box centres, offsets beyond a tenth of both sizes.
+    """The relations of a to b, by GenEval's rule (arXiv 2310.11513): box centres, offsets beyond a tenth of both sizes.
 
     A diagonal neighbour can be both left of and above.
     """

@@ -141,7 +141,7 @@ def _ask_position(rng: np.random.Generator) -> ShapesQuestion:
 
 
 def _ask_which(rng: np.random.Generator) -> ShapesQuestion:
-    """The one object that stands in a relation to another; no second object arguably does."""
+    """The one object in a relation to another; no second object is arguably in it."""
     relation = pick(rng, RELATIONS)
     n = int(rng.integers(2, MOST + 1))
     kinds = _distinct(rng, n)
@@ -182,7 +182,7 @@ def make_ask(rng: np.random.Generator, split: str, size: int, types: tuple[str, 
 
 
 def make_read(rng: np.random.Generator, split: str, size: int) -> Made:
-    """Words alone: a description, a question about it, and the answer; info: type, answer, prompt."""
+    """Text only: a description, a question about it, and the answer; info: type, answer, prompt."""
     tag = pick(rng, ("description", "position", "color_attr", "counting"), (3, 3, 2, 1))
     prompt = random_prompt(rng, tag)
     type_, question, answer = pick(rng, _questions_about(rng, prompt))

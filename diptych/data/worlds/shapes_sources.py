@@ -159,7 +159,7 @@ LARGEST, PAPER = 0.3, 0.2  # for tasks.farness: objects are 0.234 to 0.297 of th
 
 
 def annotated(scene: Scene, size: int) -> ladder.Annotated:
-    """The picture of a scene and all that is known of it: classes are shapes, phrases name kinds ("the red circle").
+    """The picture of a scene and all its annotations; classes are shapes, phrases name kinds ("the red circle").
 
     Depth takes objects to be of one size, so that the wider is the nearer, in front of the paper; the right view moves
     each by ``tasks.BASELINE`` times its nearness. Objects that cover no pixel by half are left out.
