@@ -1,9 +1,12 @@
 """A server under load: pictures by eight clients against one at a time, mixed traffic, and memory over many requests.
 
-python benchmarks/serve.py [MODEL] [--clients 8] [--rounds 3] [--flat 5000]
+python benchmarks/serve.py [MODEL] [--clients 8] [--rounds 3]
+python benchmarks/serve.py [MODEL] --flat 5000
+python benchmarks/serve.py [MODEL] --half-open 2000
 
-Both servers run side by side, each in a process of its own and only one of them asked at a time, in turns; with
-``--flat`` it is memory over that many small requests that is measured, and nothing else.
+Two servers, with and without batching, run in processes of their own and are measured in turns. ``--flat`` sends that
+many small requests of all kinds and reports lost answers and memory. ``--half-open`` opens that many connections, sends
+half a header on each, and reports how long a probe and a request take meanwhile.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import base64
 import io
 import random
 import re
+import resource
+import socket
 import subprocess
 import sys
 import time
@@ -70,13 +75,13 @@ def edit(http: httpx.Client, i: int) -> tuple[float, bool]:
     return streamed(http, "/v1/images/edits", data=fields, files={"image": ("a.png", PNG)})
 
 
-def chat(http: httpx.Client, i: int) -> tuple[float, bool]:
+def chat(http: httpx.Client, i: int, **how) -> tuple[float, bool]:
     parts = [
         {"type": "image_url", "image_url": {"url": URI}},
         {"type": "text", "text": "what is there in the picture?"},
     ]
     body = {"messages": [{"role": "user", "content": parts}], "stream": True, "max_tokens": 24, "temperature": 1.0}
-    return streamed(http, "/v1/chat/completions", json=body | {"seed": i})
+    return streamed(http, "/v1/chat/completions", json=body | {"seed": i} | how)
 
 
 def streamed(http: httpx.Client, path: str, **how) -> tuple[float, bool]:
@@ -95,7 +100,7 @@ def streamed(http: httpx.Client, path: str, **how) -> tuple[float, bool]:
 
 
 def load(http: httpx.Client, kinds: list, clients: int) -> dict:
-    """What ``clients`` clients see who send these requests as fast as they are answered."""
+    """Measurements of ``clients`` clients that send these requests as fast as they are answered."""
 
     def one(item) -> tuple[str, float, float, bool]:
         i, kind = item
@@ -132,28 +137,81 @@ def memory(http: httpx.Client) -> float:
 
 
 def flat(http: httpx.Client, requests: int, clients: int) -> None:
-    """Memory over many small requests of every kind."""
+    """Lost answers and memory over many small requests: pictures, chats, edits, chats about a picture as a stream,
+    uploads, bad requests, and clients that leave in the middle of a stream."""
+    ask = {"messages": [{"role": "user", "content": "what is a circle?"}], "max_tokens": 2}
+    edits = {"data": {"prompt": "red", "steps": 1}, "files": {"image": ("a.png", PNG)}}
+
+    def stored() -> bool:
+        key = http.post("/v1/files", files={"file": ("a.png", PNG)}).json()["id"]
+        read = http.get(f"/v1/files/{key}/content").status_code == 200
+        return read and http.delete(f"/v1/files/{key}").json()["deleted"]
+
+    def left() -> bool:
+        with http.stream("POST", "/v1/images/generations", json=DRAW | {"stream": True}) as answer:
+            return answer.status_code == 200 and next(answer.iter_lines()) == ": in line"
+
+    kinds = [
+        lambda i: generate(http, i, steps=1, partial_images=0)[1],
+        lambda i: http.post("/v1/chat/completions", json=ask).status_code == 200,
+        lambda i: http.post("/v1/images/edits", **edits).status_code == 200,
+        lambda i: chat(http, i, max_tokens=2)[1],
+        lambda i: stored(),
+        lambda i: http.post("/v1/chat/completions", json=ask | {"n": 0}).status_code == 400,
+        lambda i: http.post("/v1/images/generations", json=DRAW | {"steps": 1, "seed": i}).status_code == 200,
+        lambda i: left(),
+    ]
+    errors: list[str] = []
 
     def small(i: int) -> bool:
-        if i % 3 == 0:
-            return generate(http, i, size="16x16", steps=1, partial_images=0)[1]
-        if i % 3 == 1:
-            body = {"messages": [{"role": "user", "content": "what is a circle?"}], "max_tokens": 2}
-            return http.post("/v1/chat/completions", json=body).status_code == 200
-        how = {"data": {"prompt": "red", "steps": 1}, "files": {"image": ("a.png", small_png)}}
-        return http.post("/v1/images/edits", **how).status_code == 200
+        try:
+            return kinds[i % len(kinds)](i)
+        except httpx.HTTPError as error:  # an answer that did not come, or not whole
+            errors.append(repr(error))
+            return False
 
-    out = io.BytesIO()
-    PIL.Image.new("RGB", (16, 16), "red").save(out, "PNG")
-    small_png, rows, failed, start = out.getvalue(), [], 0, time.perf_counter()
+    rows, lost, start = [], 0, time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
         for at in range(0, requests, max(1, requests // 10)):
             part = range(at, min(requests, at + max(1, requests // 10)))
-            failed += sum(not well for well in pool.map(small, part))
-            rows.append({"requests": part.stop, "MiB": memory(http), "failed": failed})
+            lost += sum(not well for well in pool.map(small, part))
+            rows.append({"requests": part.stop, "MiB": memory(http), "lost": lost})
     seconds = time.perf_counter() - start
     grown = rows[-1]["MiB"] - rows[0]["MiB"]
-    finish("serve, memory", rows, seconds=seconds, grown_MiB=grown, failed=failed, a_second=requests / seconds)
+    print(*errors[:5], sep="\n", file=sys.stderr)
+    finish("serve, memory", rows, seconds=seconds, grown_MiB=grown, lost=lost, a_second=requests / seconds)
+    if lost:
+        sys.exit(f"{lost} of {requests} requests were lost")
+
+
+def half_open(http: httpx.Client, connections: int) -> None:
+    """How long probes and requests take while others hold connections half open, and whether those end."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, connections + 200)), hard))
+    address = (http.base_url.host, http.base_url.port)
+    body = {"messages": [{"role": "user", "content": "what is a circle?"}], "max_tokens": 2}
+    rows, held = [], []
+    try:
+        for _ in range(connections):
+            held.append(socket.create_connection(address, 60))
+            held[-1].sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-le")
+        for at in range(20):
+            row: dict = {"second": at}
+            for name, path in (("health", "/health"), ("ready", "/ready"), ("chat", "/v1/chat/completions")):
+                start = time.perf_counter()
+                with httpx.Client(base_url=http.base_url, timeout=60) as fresh:  # a connection of its own
+                    answer = fresh.post(path, json=body) if name == "chat" else fresh.get(path)
+                row |= {f"{name} s": time.perf_counter() - start, f"{name} status": answer.status_code}
+            rows.append(row | {"open": measure(http, "open_fds")})
+            time.sleep(1)
+    finally:
+        for one in held:
+            one.close()
+    good = all(row[f"{name} status"] == 200 for row in rows for name in ("health", "ready", "chat"))
+    worst = max(row["health s"] for row in rows)
+    finish("serve, half-open", rows, connections=connections, all_answered=good, worst_health_s=worst)
+    if not good:
+        sys.exit("a probe or a request was not answered")
 
 
 def main() -> None:
@@ -162,11 +220,16 @@ def main() -> None:
     p.add_argument("--clients", type=int, default=8)
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--each", type=int, default=16, help="requests of a round (default: 16)")
-    p.add_argument("--flat", type=int, help="measure memory over this many small requests")
+    p.add_argument("--flat", type=int, help="send this many small requests; report lost answers and memory")
+    p.add_argument("--half-open", type=int, help="hold this many connections half open; report how probes fare")
     a = p.parse_args()
     if a.flat:
         with server(a.model, 16) as http:
             flat(http, a.flat, a.clients)
+        return
+    if a.half_open:
+        with server(a.model, 16) as http:
+            half_open(http, a.half_open)
         return
     mixed = [chat, generate, edit, chat] * (a.each // 4)
     random.Random(0).shuffle(mixed)

@@ -15,7 +15,7 @@ import PIL.Image
 from fastapi import Request
 from pydantic import TypeAdapter, ValidationError
 
-from diptych.core.sample import Image, Sample, assistant, user
+from diptych.core.sample import Image, Sample, assistant, check_text, user
 from diptych.generation.engine import Engine
 from diptych.generation.scheduler import Size
 from diptych.serving.errors import NotFound, Refused, plain_message
@@ -87,11 +87,7 @@ class Service:
         """The text. Raises ``ValueError`` for one that is too long or cannot be encoded."""
         if len(text) > self.limits.prompt:
             raise ValueError(f"{name} has {len(text)} characters; at most {self.limits.prompt}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{name} is not valid Unicode: half a surrogate pair") from error
-        return text
+        return check_text(text, name)
 
     def settings(self, engine: Engine, body: ToDraw, sample: Sample) -> Any:
         """The model's settings for the request ``sample`` with the changes of ``body``. Raises ``ValueError`` for
