@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 if TYPE_CHECKING:
     from diptych.generation.engine import Engine
 
-OK, FAILED, BAD, MEMORY, INTERRUPTED = 0, 1, 2, 3, 4  # exit codes
+OK, BAD, MEMORY, INTERRUPTED = 0, 2, 3, 4  # exit codes; 1 is a bug
 
 
 class Group(TyperGroup):
