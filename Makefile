@@ -1,6 +1,8 @@
 # `make demo` and `make test` are the two commands of the README. Both make .venv once and reuse it.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell command -v $(p)),$(p))))
 BIN := .venv/bin
+# benchmarks that run on a CPU without arguments; compare.py compares their results
+BENCHMARKS := attention cheers_cost decode draw encoded evaluate folding int8 iomm_prefix presets serve tokenizer training
 
 .PHONY: demo test lint bench docs clean
 
@@ -9,14 +11,17 @@ demo: .venv/demo.stamp
 	$(BIN)/diptych demo $(ARGS)
 
 test: .venv/test.stamp
-	@echo "lint, types, rooms, tests"
+	@echo "lint, types, import rules, tests"
 	$(BIN)/ruff check diptych tests scripts benchmarks
-	$(BIN)/mypy diptych/core diptych/training diptych/generation
+	$(BIN)/mypy diptych
 	$(BIN)/lint-imports --no-cache
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadscope
 
 bench: .venv/test.stamp
-	@for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b; done
+	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
+
+floors:
+	$(PYTHON) scripts/test_floors.py
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

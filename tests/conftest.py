@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,6 +33,31 @@ def _local_only(self: socket.socket, address, *rest):
 
 
 socket.socket.connect = _local_only  # type: ignore[method-assign]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Under ``CI=true``, names the tests that were skipped and may not be."""
+    for name, reason in forbidden_skips(terminalreporter):
+        terminalreporter.write_line(
+            f"SKIPPED, which tests/allowed_skips.txt does not allow: {name}: {reason}", red=True
+        )
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Under ``CI=true``, fails a session that skipped what may not be skipped."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and exitstatus == pytest.ExitCode.OK and forbidden_skips(reporter):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def forbidden_skips(reporter: pytest.TerminalReporter) -> list[tuple[str, str]]:
+    """(test, reason) of every skip that is not on the list; none outside CI."""
+    if os.environ.get("CI") != "true":
+        return []
+    lines = (Path(__file__).parent / "allowed_skips.txt").read_text().splitlines()
+    allowed = [[part.strip() for part in line.split("|", 1)] for line in lines if not line.startswith("#")]
+    skips = [(report.nodeid, str(report.longrepr)) for report in reporter.stats.get("skipped", [])]
+    return [(name, why) for name, why in skips if not any(name.startswith(f) and r in why for f, r in allowed)]
 
 
 @pytest.fixture

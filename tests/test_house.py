@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import contextlib
+import inspect
 import io
 import os
 import re
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +52,76 @@ def test_rooms():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def planted(tmp_path, file: str, line: str) -> subprocess.CompletedProcess:
+    """What lint-imports says of a copy of the package in which ``file`` has one more line."""
+    shutil.copytree(
+        PACKAGE, tmp_path / "diptych", ignore=shutil.ignore_patterns("__pycache__", "checkpoints", "static")
+    )
+    target = tmp_path / "diptych" / file
+    target.write_text(f"{target.read_text()}\n{line}\n" if target.exists() else f"{line}\n")
+    lint = Path(sys.executable).with_name("lint-imports")
+    return subprocess.run(
+        [lint, "--no-cache", "--config", ROOT / ".importlinter"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "file, line, contract",
+    [
+        ("models/cheers.py", "import diptych.models.bagel", "Families do not import each other"),
+        ("core/layout.py", "import diptych.machine.doctor", "Rooms"),
+        ("data/catalog.py", "import diptych.models.table", "Rooms"),
+        ("training/loop.py", "import diptych.models.bagel", "never a family"),
+        ("attic.py", "import diptych.core", "Rooms"),  # a room that is not in the picture
+        ("training/loop.py", "import peft", "peft"),
+        ("recipes/tiny.py", "import typer", "typer"),
+    ],
+    ids=lambda value: value if value.endswith(".py") else None,
+)
+def test_a_forbidden_import_is_refused(tmp_path, file, line, contract):
+    done = planted(tmp_path, file, line)
+    assert done.returncode != 0, done.stdout
+    broken = done.stdout.partition("Broken contracts")[2]
+    assert contract in broken or (file == "attic.py" and "attic" in done.stdout + done.stderr), done.stdout
+
+
+def contracts() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / ".importlinter")
+    return parser
+
+
+def test_contributing_and_the_contracts_say_the_same():
+    """The table of confined packages, and the picture of the rooms, against what lint-imports enforces."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = dict(re.findall(r"^\| ([\w.]+) \| (`.*`) \|$", text, re.M))
+    homes = {package: set(re.findall(r"`([^`]+)`", cell)) for package, cell in table.items()}
+    enforced: dict[str, set[str]] = {}
+    for section in contracts().values():
+        for line in section.get("ignore_imports", "").split("\n"):
+            if line.strip():
+                module, _, package = line.strip().partition(" -> ")
+                enforced.setdefault(package, set()).add(f"{module.removeprefix('diptych.').replace('.', '/')}.py")
+    using = {name(p).removeprefix("diptych/") for p in FILES if "torch.distributed" in p.read_text()}
+    assert homes == enforced | {"torch.distributed": using, "typer": {"cli/"}}
+    picture = text.partition("## Rooms")[2].split("```")[1]
+    drawn = [set(line.split()) for line in picture.splitlines() if re.search(r"[a-z]", line)]
+    layers = contracts()["importlinter:contract:rooms"]["layers"].split("\n")
+    assert drawn == [set(re.split(r"[|\s]+", line.strip())) for line in layers if line.strip() not in ("", "__main__")]
+
+
+def test_the_contracts_name_every_family():
+    from diptych.models.table import FAMILIES
+
+    modules = {home.partition(":")[0] for home in FAMILIES.values()}
+    assert set(contracts()["importlinter:contract:independence"]["modules"].split()) == modules
+    assert set(contracts()["importlinter:contract:families"]["forbidden_modules"].split()) == modules
+
+
 def test_ruff():
     done = run(Path(sys.executable).with_name("ruff"), "check", "--no-cache", "diptych", "tests", "scripts")
     assert done.returncode == 0, done.stdout
@@ -84,6 +157,31 @@ def test_importing_the_package_costs_nothing_and_its_names_exist():
         assert getattr(diptych, public) is not None and public in dir(diptych)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         diptych.nothing  # noqa: B018
+
+
+def test_the_public_face_shows_signatures_and_nothing_else():
+    import diptych
+
+    assert sorted(dir(diptych)) == sorted(diptych.__all__)
+    assert {"steps", "seed", "catalog", "device"} <= inspect.signature(diptych.train).parameters.keys()
+    for public in diptych.__all__:
+        assert getattr(diptych, public).__doc__, f"diptych.{public} has no docstring"
+        kinds = {p.kind for p in inspect.signature(getattr(diptych, public)).parameters.values()}
+        assert inspect.Parameter.VAR_KEYWORD not in kinds or public == "Recipe", f"diptych.{public} takes **anything"
+    with pytest.raises(TypeError, match="stps"):
+        diptych.train("bagel/tiny", stps=20)
+
+
+def test_a_type_checker_sees_the_public_face(tmp_path):
+    """``py.typed`` ships, so a wrong keyword fails in the user's type checker."""
+    (tmp_path / "mine.py").write_text('import diptych\n\ndiptych.train("bagel/tiny", stps=20)\n')
+    (tmp_path / "good.py").write_text('import diptych\n\ndiptych.train("bagel/tiny", steps=20)\n')
+    wrong, right = (
+        run(sys.executable, "-m", "mypy", "--follow-imports=silent", "--cache-dir", tmp_path / "cache", tmp_path / file)
+        for file in ("mine.py", "good.py")
+    )
+    assert wrong.returncode == 1 and 'Unexpected keyword argument "stps"' in wrong.stdout, wrong.stdout
+    assert right.returncode == 0, right.stdout
 
 
 def verbs(command=None, at=()) -> dict[tuple, Any]:
@@ -244,6 +342,47 @@ def test_documents_run(path, tmp_path, monkeypatch):
         except Exception as error:
             error.add_note(f"in the python block at {name(path)}:{line}")
             raise
+
+
+def test_the_readme_tells_the_truth(tmp_path, monkeypatch):
+    """The first pictures and answers that a reader sees are right."""
+    import PIL.Image
+
+    from diptych.data.worlds import shapes, shapes_judge
+
+    drawn = shapes.Prompt(
+        "position",
+        "a red circle left of a blue star",
+        (shapes.Need("circle", "red"), shapes.Need("star", "blue")),
+        "left of",
+    )
+    after = shapes.Prompt("position", "", (shapes.Need("circle", "red"), shapes.Need("star", "green")), "left of")
+
+    def judge(picture, edited, answer):
+        assert (verdict := shapes_judge.check(picture, drawn)).ok, verdict.reason
+        assert (verdict := shapes_judge.check(edited, after)).ok, verdict.reason
+        assert answer == "blue"
+
+    monkeypatch.chdir(tmp_path)
+    readme = (ROOT / "README.md").read_text()
+    code = readme.partition("```python\n")[2].partition("```")[0]
+    assert repr(drawn.text).replace("'", '"') in code
+    space: dict = {"__name__": "document"}
+    exec(compile(code, "README.md", "exec"), space)
+    judge(space["picture"], space["edited"], space["answer"])
+    assert space["again"] == "green"
+    assert (space["release"] / "model.safetensors").is_file() and space["scores"]["vqa-mini@exact/overall"].n > 0
+    shutil.rmtree("runs")
+    said = {}
+    for line in readme.partition("```sh\n")[2].partition("```")[0].splitlines():
+        command = [sys.executable, "-m", *shlex.split(line)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+        said[line.split()[1]] = done.stdout
+    with PIL.Image.open("scene.png") as picture, PIL.Image.open("edited.png") as edited:
+        judge(picture, edited, said["ask"].strip())
+    assert "done: runs/mine/release" in said["train"] and "vqa-mini@exact/overall" in said["evaluate"]
+    assert "vqa-mini" in Path("report.html").read_text()
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
