@@ -28,7 +28,7 @@ class Limits:
     connections_per_address: int = 1_024
     header_seconds: float = 10.0  # to send a request's header, from its first byte or the connection on
     body_seconds: float = 60.0  # to send a request's body
-    idle_seconds: float = 30.0  # between two requests of a connection
+    idle_seconds: int = 30  # between two requests of a connection
     write_seconds: float = 60.0  # a client may leave an answer unread
 
 

@@ -111,7 +111,7 @@ def make_server(
         ws="none",
         backlog=BACKLOG,
         h11_max_incomplete_event_size=options.limits.header_bytes,
-        timeout_keep_alive=options.limits.idle_seconds,  # type: ignore[arg-type]  # seconds of a timer
+        timeout_keep_alive=options.limits.idle_seconds,
         timeout_graceful_shutdown=5,
     )
     return Server(config, service, sockets, announce)

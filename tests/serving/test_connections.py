@@ -154,7 +154,7 @@ def test_the_oldest_waiting_connection_makes_room_and_none_that_is_answered(engi
 
 
 def test_headers_and_pauses_are_timed(engine):
-    limits = Limits(header_seconds=0.5, idle_seconds=1.0, body_seconds=0.5)
+    limits = Limits(header_seconds=0.5, idle_seconds=1, body_seconds=0.5)
     with serving(engine, limits=limits) as server, contextlib.ExitStack() as stack:
         silent, half, slow, used, drip = (stack.enter_context(connect(server)) for _ in range(5))
         half.sendall(HALF)
