@@ -90,7 +90,7 @@ def lmms_model(engine: Any, batch_size: int = 8, answering: Answering = DEFAULT)
     the place of what tasks say of length and temperature where it is set. Raises ``ValueError`` without the package."""
     base = _lmms("lmms_eval.api.model").lmms
 
-    class Diptych(base):
+    class Diptych(base):  # type: ignore[misc]  # lmms-eval has no types
         """Answers through ``Engine.answers``; likelihoods are not offered."""
 
         is_simple = False
@@ -239,28 +239,33 @@ def read_lmms_samples(file: Path) -> list[Outcome]:
     """The samples beside a results file as outcomes of ``TASK@lmms-eval``, one category for each part of the task:
     what was asked, said and wanted, graded by the first of the task's metrics that is a number of each sample. None
     where no metric is, or the file has gone."""
-    beside, found = _lmms_samples(file), []
+    beside = _lmms_samples(file)
+    outcomes: list[Outcome] = []
     rows = files.rows(beside) if beside.is_file() else []
-    grades = [{key: grade for key, value in row.items() if (grade := _grade(key, value)) is not None} for row in rows]
+    grades = [{key: g for key, value in row.items() if (g := _grade(key, value)) is not None} for row in rows]
     metric = next((key for key in (grades[0] if grades else ()) if all(key in grade for grade in grades)), None)
-    for number, (row, grade) in enumerate(zip(rows, grades, strict=True) if metric else (), 1):
+    if metric is None:
+        return outcomes
+    for number, (row, grade) in enumerate(zip(rows, grades, strict=True), 1):
         where, name = f"{beside} line {number}", f"{file.stem}@lmms-eval"
-        asked, *_ = files.field(row, ("arguments",), where, list) or [""]
-        said, *_ = files.field(row, ("filtered_resps",), where, list) or [""]
-        part, wanted = str(row.get("task", file.stem)), str(row.get("target"))
-        id, prompt = f"{part}-{files.field(row, ('doc_id',), where)}", str(asked)
+        question, *_ = files.field(row, ("arguments",), where, list) or [""]
+        reply, *_ = files.field(row, ("filtered_resps",), where, list) or [""]
+        part, target = str(row.get("task", file.stem)), str(row.get("target"))
+        id, prompt = f"{part}-{files.field(row, ('doc_id',), where)}", str(question)
         sample = Sample(id, (Message("user", (Text(prompt),)),))
-        item = Item(id, name, part, prompt, sample, 0, id, {"answer": wanted})
-        reason = "" if grade[metric] >= 1 else f"expected {wanted!r}"
+        item = Item(id, name, part, prompt, sample, 0, id, {"answer": target})
+        reason = "" if grade[metric] >= 1 else f"expected {target!r}"
         verdict = Verdict(grade[metric] >= 1, reason, {metric: grade[metric]}, grade[metric])
-        found.append(Outcome(item, verdict, str(said)))
-    return found
+        outcomes.append(Outcome(item, verdict, str(reply)))
+    return outcomes
 
 
 def _grade(key: str, value: Any) -> float | None:
     """The number that a metric gives a sample."""
     number = value.get("score") if isinstance(value, dict) else value
-    return float(number) if key not in SAMPLE and _number(number) else None
+    if key in SAMPLE or number is None or not _number(number):
+        return None
+    return float(number)
 
 
 def _number(value: Any) -> bool:

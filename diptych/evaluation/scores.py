@@ -175,7 +175,8 @@ def weighted(
         for k, of in groups.items()
     }
     score = macro(units, weights=[weights[k] for k in units], graded=True)
-    return Score(*(low + v * (high - low) for v in (score.value, score.low, score.high)), score.n)
+    value, least, most = (low + v * (high - low) for v in (score.value, score.low, score.high))
+    return Score(value, least, most, score.n)
 
 
 # --- intervals --------------------------------------------------------------------------------------------------------

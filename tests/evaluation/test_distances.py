@@ -1,6 +1,7 @@
 """Distances of sets of pictures: against formulas written out, on random networks in the published formats."""
 
 import importlib.util
+import json
 import warnings
 
 import numpy as np
@@ -18,6 +19,8 @@ from diptych.evaluation.benchmarks.distances import (
     resized,
 )
 from diptych.evaluation.benchmarks.table import Tools
+from diptych.evaluation.harness import evaluate
+from diptych.evaluation.remote import Pictures
 
 pytest.importorskip("torchmetrics")
 
@@ -128,3 +131,29 @@ def test_the_offline_features_have_a_name_of_their_own(tmp_path):
     assert by(PIL.Image.open(f) for f in sorted(a.iterdir())).shape == (4, 1280)
     names = list(compare_folders(a, b, Tools()))
     assert names[0] == "fd_efflite0@cleanfid-224[4]" and not any(n.startswith(("fid", "kid")) for n in names)
+
+
+def test_mjhq_by_category(tmp_path, script):
+    """MJHQ-30K's own folder: meta_data.json, and reference pictures in a folder for each category."""
+    source = tmp_path / "mjhq"
+    source.mkdir()
+    meta = {}
+    for category, shade in (("people", 90), ("food", 170)):
+        (source / "mjhq30k_imgs").mkdir(exist_ok=True)
+        folder(source / "mjhq30k_imgs" / category, 8, shade, seed=shade)
+        made = folder(tmp_path / f"made-{category}", 6, shade + 10, seed=shade + 1)
+        for i, path in enumerate(sorted(made.iterdir())):
+            id = f"{category}{i}"
+            meta[id] = {"category": category, "prompt": f"{category} {i}"}
+            (tmp_path / "made" / category).mkdir(parents=True, exist_ok=True)
+            path.rename(tmp_path / "made" / category / f"{id}.png")
+    (source / "meta_data.json").write_text(json.dumps(meta))
+    tools = Tools(features=script)
+    scores = evaluate(Pictures(tmp_path / "made"), (f"fid={source}",), tools=tools, progress=False).scores
+    assert {"fid@cleanfid[12]", "fid@cleanfid[6]/people", "fid@cleanfid[6]/food"} <= set(scores)
+    for category in ("people", "food"):  # each is the distance of the two folders
+        alone = compare_folders(tmp_path / "made" / category, source / "mjhq30k_imgs" / category, tools)
+        assert scores[f"fid@cleanfid[6]/{category}"].value == pytest.approx(alone["fid@cleanfid[6]"].value, rel=1e-4)
+    (source / "meta_data.json").unlink()
+    with pytest.raises(ValueError, match="needs a prompts.jsonl"):
+        evaluate(Pictures(tmp_path / "made"), (f"fid={source}",), tools=tools, progress=False)

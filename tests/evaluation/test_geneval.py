@@ -9,6 +9,7 @@ import torch
 
 from diptych.evaluation import harness
 from diptych.evaluation.benchmarks import aggregate, geneval
+from diptych.evaluation.benchmarks.clipscore import clip_score
 from diptych.evaluation.benchmarks.geneval import CLASSES, templates, things, verdict
 from diptych.evaluation.benchmarks.table import Tools, resolve
 from diptych.evaluation.harness import evaluate
@@ -187,6 +188,35 @@ def networks(tmp_path_factory):
 def scene(seed):
     rng = np.random.default_rng(seed)
     return PIL.Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((64, 64))
+
+
+def test_clip_score(tmp_path, networks):
+    """2.5 * max(cos, 0) of transformers' own embeddings, of pictures and "A photo depicts PROMPT"."""
+    import torch
+
+    assert [clip_score(c) for c in (-1, -0.1, 0, 0.3, 1)] == pytest.approx([0, 0, 0, 0.75, 2.5])
+    prompts = [f"a photo of {c} things" for c in ("red", "blue")]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p, "category": p[11:14]}) + "\n" for p in prompts))
+    (tmp_path / "made").mkdir()
+    for i in range(2):
+        scene(i).save(tmp_path / f"made/{i:05d}.png")
+    tools = Tools(clip=str(networks / "clip"))
+    spec = f"clipscore={tmp_path / 'p.jsonl'}"
+    result = evaluate(Pictures(tmp_path / "made"), (spec,), tools=tools, progress=False)
+    clip = Colourist(tools.clip)
+    with torch.inference_mode():
+        batch = clip.processor(
+            text=[f"A photo depicts {p}" for p in prompts],
+            images=[scene(0), scene(1)],
+            return_tensors="pt",
+            padding=True,
+        )
+        out = clip.net(**batch)
+    cosines = (out.image_embeds * out.text_embeds).sum(-1).tolist()
+    values = [o.verdict.value for o in result.outcomes]
+    assert values == pytest.approx([2.5 * max(0, c) for c in cosines], abs=1e-5)
+    scores = result.scores
+    assert scores["clipscore@ours[clip]/overall"].value == pytest.approx(sum(values) / 2) and len(scores) == 3
 
 
 def test_the_whole_way(tmp_path, networks):

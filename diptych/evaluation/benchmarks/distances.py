@@ -291,35 +291,65 @@ def compare_folders(made: str | Path, reference: str | Path, tools: Tools) -> di
     return distances(by(open_picture(f) for f in pictures(Path(made))), real, by)
 
 
-def benchmark(name: str, file: Path | None, tools: Tools) -> Benchmark:
-    """A picture of every row of FOLDER/prompts.jsonl, and the distances of them all from FOLDER's pictures."""
-    assert file is not None
-    listing = file / "prompts.jsonl"
-    if not listing.is_file():
+def read_prompts(folder: Path) -> list[tuple[str, str, str]]:
+    """(id, category, prompt) of FOLDER/prompts.jsonl, or of MJHQ-30K's meta_data.json {id: {category, prompt}}. Raises
+    ``ValueError`` where neither is there."""
+    listing, published = folder / "prompts.jsonl", folder / "meta_data.json"
+    rows: list[tuple[str, dict, str]] = []
+    if listing.is_file():
+        rows = [(f"{i:05d}", row, f"{listing} line {i + 1}") for i, row in enumerate(files.rows(listing))]
+    elif published.is_file():
+        rows = [(key, row, f"{published} entry {key}") for key, row in files.load(published).items()]
+    if not rows:
         raise ValueError(
-            f"{file} needs a prompts.jsonl, one object with a prompt a line; to compare two folders of pictures: "
+            f"{folder} needs a prompts.jsonl, one object with a prompt a line; to compare two folders of pictures: "
             "diptych evaluate distance MADE REFERENCE"
         )
-    rows = [files.field(r, ("prompt", "caption"), f"{listing} line {n}") for n, r in enumerate(files.rows(listing), 1)]
+    return [
+        (key, str(row.get("category") or "all"), files.field(row, ("prompt", "caption"), where))
+        for key, row, where in rows
+    ]
 
-    def items(seed: int, size: int) -> list[Item]:
-        found = []
-        for i, prompt in enumerate(rows):
-            key = f"fid/all/{i:05d}"
-            sample = Sample(key, (user(prompt),))
-            found.append(Item(key, "fid", "all", prompt, sample, seed_of(seed, key), key, {}, f"{i:05d}.png"))
-        return found
 
-    def scores(outcomes: Sequence[Outcome]) -> dict[str, Score]:
-        drawn = [o for o in outcomes if o.picture is not None]
-        if len(drawn) < len(outcomes):
-            raise ValueError(
-                f"{len(outcomes) - len(drawn)} of {len(outcomes)} pictures are missing: a distance cannot count them"
-            )
-        by = features(tools.features, tools.device)
-        return distances(by(o.image for o in drawn), reference_features(file, by, tools.cache), by)  # type: ignore[misc]
+def picture_items(rows: Sequence[tuple[str, str, str]], seed: int, size: int) -> list[Item]:
+    """One picture a prompt; in the official folder ID.png, or CATEGORY/ID.png where there are categories."""
+    items = []
+    for id, category, prompt in rows:
+        key = f"fid/{category}/{id}"
+        place = f"{id}.png" if category == "all" else f"{category}/{id}.png"
+        sample = Sample(key, (user(prompt),))
+        items.append(Item(key, "fid", category, prompt, sample, seed_of(seed, key), key, {}, place))
+    return items
 
+
+def picture_scores(source: Path, tools: Tools, outcomes: Sequence[Outcome]) -> dict[str, Score]:
+    """The distances of all drawn pictures from the reference, and of each category from the reference pictures below a
+    folder of its name (MJHQ-30K). Raises ``ValueError`` where a picture is missing."""
+    drawn = [(o.item.category, o.image) for o in outcomes if o.image is not None]
+    if len(drawn) < len(outcomes):
+        raise ValueError(
+            f"{len(outcomes) - len(drawn)} of {len(outcomes)} pictures are missing: a distance cannot count them"
+        )
+    by = features(tools.features, tools.device)
+    made, reference = by(image for _, image in drawn), reference_features(source, by, tools.cache)
+    scores = distances(made, reference, by)
+    categories = dict.fromkeys(category for category, _ in drawn)
+    if isinstance(reference, dict) or len(categories) < 2:
+        return scores
+    places = [path.relative_to(source).parts[:-1] for path in pictures(source)]
+    for category in categories:
+        some = made[[name == category for name, _ in drawn]]
+        true = reference[[category in parts for parts in places]]
+        if min(len(some), len(true)) > 1:
+            scores |= {f"{name}/{category}": score for name, score in distances(some, true, by).items()}
+    return scores
+
+
+def benchmark(name: str, file: Path | None, tools: Tools) -> Benchmark:
+    """A picture of every prompt of FOLDER, and the distances of them all from FOLDER's pictures."""
+    assert file is not None
     return Benchmark(
-        "fid", "draw", items, each(lambda item, image: Verdict(True)), scores,
-        scorer={"features": tools.features, "reference": file.name}, layout=write_flat,
+        "fid", "draw", partial(picture_items, read_prompts(file)), each(lambda item, image: Verdict(True)),
+        partial(picture_scores, file, tools), scorer={"features": tools.features, "reference": file.name},
+        layout=write_flat,
     )  # fmt: skip

@@ -229,7 +229,7 @@ def scores(stamp: str, rights: Mapping[str, Sequence[tuple[float, str]]]) -> dic
     found = {f"{stamp}/{tag}": clustered(*group) for tag, group in groups.items()}
     if set(groups) == set(aggregate.GENEVAL):
         found = {f"{stamp}/overall": macro(groups)} | found
-    values = [v for v, _ in groups.values() for v in v]
+    values = [value for grades, _ in groups.values() for value in grades]
     prompts = [f"{tag}/{p}" for tag, (_, c) in groups.items() for p in c]
     any_right: dict[str, float] = {}
     for value, prompt in zip(values, prompts, strict=True):

@@ -84,7 +84,10 @@ TABLE: dict[str, Entry] = {
     "wise": Entry("wise", "required", "WISE, legacy weights, with a judge; a FILE or a folder of JSON"),
     "wise-verified": Entry("wise", "required", "WISE_Verified, one binary score; a FILE or a folder of JSON"),
     "text": Entry("printed_text", "required", "text rendering read back; FILE has prompt and text, one row a line"),
-    "fid": Entry("distances", "required", "FID, KID, precision, recall; FOLDER of reference pictures, prompts.jsonl"),
+    "fid": Entry(
+        "distances", "required", "FID, KID, precision, recall; FOLDER of pictures and prompts.jsonl, or MJHQ's"
+    ),
+    "clipscore": Entry("clipscore", "required", "CLIPScore of prompts and pictures; FILE has a prompt a line"),
     "gedit": Entry("gedit", "required", "GEdit-Bench with a judge; FILE.jsonl of its rows"),
     "imgedit": Entry("imgedit", "required", "ImgEdit-Bench, basic suite, with a judge; FILE is its JSON"),
     "mcq": Entry("questions", "required", "multiple choice, each question once; VLMEvalKit's TSV, jsonl, parquet …"),

@@ -51,7 +51,7 @@ def read_wise(path: Path) -> list[dict]:
     if path.is_dir():
         every = sorted(f for f in path.glob("*.json") if not f.stem.endswith(REWRITTEN))
         chosen = [f for f in every if f.name == MERGED] or every
-    rows = {}
+    rows: dict[int, dict] = {}
     for file in chosen:
         raw = files.load(file)
         if not isinstance(raw, list):

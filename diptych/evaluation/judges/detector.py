@@ -126,10 +126,20 @@ class Colourist:
         crops = []
         for thing in things:
             mask = PIL.Image.fromarray(thing.mask.astype(np.uint8) * 255)
-            crops.append(PIL.Image.composite(image, paper, mask).crop(tuple(map(int, thing.box))))
+            left, top, right, bottom = map(int, thing.box)
+            crops.append(PIL.Image.composite(image, paper, mask).crop((left, top, right, bottom)))
         pixels = self.processor(images=crops, return_tensors="pt")["pixel_values"].to(self.device)
         seen = _pooled(self.net.get_image_features(pixel_values=pixels))
         return [COLOURS[int(i)] for i in (F.normalize(seen.float(), dim=-1) @ self._texts(noun).T).argmax(-1)]
+
+    @torch.inference_mode()
+    def fit(self, images: Sequence[PIL.Image.Image], texts: Sequence[str]) -> list[float]:
+        """The cosine of each picture's embedding and its text's; texts are cut at CLIP's 77 tokens."""
+        pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"].to(self.device)
+        tokens = self.processor(text=list(texts), return_tensors="pt", padding=True, truncation=True).to(self.device)
+        seen = _pooled(self.net.get_image_features(pixel_values=pixels)).float()
+        read = _pooled(self.net.get_text_features(**tokens)).float()
+        return F.cosine_similarity(seen, read, dim=-1).tolist()
 
     def _texts(self, noun: str) -> torch.Tensor:
         """(10, D): the mean of the templates' embeddings of each colour of this noun."""

@@ -385,8 +385,8 @@ def yes_no(reply: str) -> bool | None:
     text = spoken(reply)
     text = unmarked(inner if (inner := marked(text)) is not None else text).lower()
     whole = text.strip(" .,!。！\n\t")
-    for value, words in _SAID.items():
-        if whole in words:
+    for value, forms in _SAID.items():
+        if whole in forms:
             return value
     words = set(re.findall(r"[a-z]+", text)) & {"yes", "no"}
     if len(words) == 1:

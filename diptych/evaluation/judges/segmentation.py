@@ -98,7 +98,7 @@ def _near(mask: np.ndarray, reach: int) -> np.ndarray:
     """The mask grown by ``reach`` pixels to all sides."""
     for axis in (0, 1):
         padded = np.pad(mask, [(reach, reach) if i == axis else (0, 0) for i in (0, 1)])
-        mask = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis).any(-1)
+        mask = np.any(np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis), axis=-1)
     return mask
 
 
