@@ -1,4 +1,4 @@
-"""What happens inside a model: separability of features, attention to pictures, attention to words while drawing.
+"""Probes of a model: separability of features, attention to pictures and to words, what reading and drawing share.
 
-Nothing here enters a family. ``collect`` watches blocks, parts and attention calls from outside and leaves no trace.
+No family depends on them. ``collect`` observes blocks, parts and attention calls through hooks and changes nothing.
 """

@@ -1,15 +1,15 @@
-"""How much a model looks at the picture when it answers: attention mass on picture and text by layer (SGT, figure of
-attention allocation; specification 2.6).
+"""How much a model attends to the picture when it answers: attention mass on picture and text by layer (the attention
+analysis of SGT, arXiv 2605.18714).
 
-In layer l a query is q = RoPE(q_norm(W_q LN(h_{l-1}) + b)) with its token's own expert, and p its softmax over all
-keys that it may see: what the network itself computes, taken where it hands q, k and mask to attention. Then::
+In layer l a query is q = RoPE(q_norm(W_q LN(h_{l-1}) + b)), computed by its token's own expert, and p is its softmax
+over all keys that the mask allows. Both are taken from the network's own attention call. Then::
 
     A_V(l) = mean over heads and query rows of the sum of p over picture keys
     A_T(l) = the same over text keys
 
-Query rows: ``answer`` is the one token that predicts the first word of the answer (the last of the request);
-``question`` is every word of the user's texts. Markers (around texts and pictures) count only where asked: then those
-of a picture's segment count as picture, those of texts as text, and A_V + A_T = 1.
+Query rows: ``answer`` is the last token of the request, which predicts the first token of the answer; ``question`` is
+every token of the user's texts. Markers around texts and pictures count only with ``markers``: those of a picture's
+segment then count as picture, those of texts as text, and A_V + A_T = 1.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from diptych.core.sample import Sample, assistant
 from diptych.models.protocol import UnifiedModel
 
 Rows = Literal["answer", "question"]
-Interval = dict[str, float | None]  # value, low, high; one request alone has no known width
+Interval = dict[str, float | None]  # value, low, high; low and high are None for a single request
 
 
 @dataclass(frozen=True, eq=False)
 class Allocation:
-    """Mass by (request, layer): on picture tokens, on words, and on whatever counts as neither; they sum to 1."""
+    """Attention mass, (requests, layers): on picture tokens, on text tokens, and on the rest; the three sum to 1."""
 
     picture: np.ndarray
     text: np.ndarray
@@ -61,7 +61,7 @@ def allocation(
 
 
 def _masses(model: UnifiedModel, sample: Sample, rows: Rows, markers: bool) -> np.ndarray:
-    """(3, layers)."""
+    """(3, layers) the mass of one request on picture, text and the rest."""
     sample = request(sample)
     sequence = model.lay_out(sample)
     p = collect.places(model, sample, sequence)
@@ -73,13 +73,13 @@ def _masses(model: UnifiedModel, sample: Sample, rows: Rows, markers: bool) -> n
     at = torch.tensor(asked if rows == "question" else [len(sequence) - 1], device=model.device)
     picture, text = (p.picture | p.picture_markers, p.text | p.text_markers) if markers else (p.picture, p.text)
     groups = torch.stack([picture, text, ~(picture | text)]).to(model.device, torch.float32)
-    found: list[torch.Tensor] = []
-    collect.read(model, sequence, lambda layer, call: found.append(groups @ call.weights(0, at).mean((0, 1))))
-    return torch.stack(found, 1).cpu().double().numpy()
+    masses: list[torch.Tensor] = []
+    collect.read(model, sequence, lambda layer, call: masses.append(groups @ call.weights(0, at).mean((0, 1))))
+    return torch.stack(masses, 1).cpu().double().numpy()
 
 
 def request(sample: Sample) -> Sample:
-    """The sample up to where the answer begins: without its last message if the assistant's, with an open turn."""
+    """The sample up to the answer: the assistant's last message is replaced by an open turn."""
     if sample.is_open:
         return sample
     messages = sample.messages[:-1] if sample.messages[-1].role == "assistant" else sample.messages
@@ -100,12 +100,13 @@ def change(ours: np.ndarray, base: np.ndarray) -> list[Interval]:
 
 
 def _interval(values: np.ndarray) -> Interval:
-    found = zip(("value", "low", "high"), intervals.mean(values.tolist()), strict=True)
-    return {name: None if np.isnan(v) else round(v, 6) for name, v in found}
+    names = ("value", "low", "high")
+    pairs = zip(names, intervals.mean(values.tolist()), strict=True)
+    return {name: None if np.isnan(v) else round(v, 6) for name, v in pairs}
 
 
 def describe(rows: Rows, markers: bool) -> Mapping[str, str]:
-    """What was measured, in words: goes beside the numbers."""
+    """What was measured, in words, for the file of numbers."""
     asked = "the token that predicts the first word of the answer" if rows == "answer" else "every word of the user"
     counted = "count with their segment" if markers else "count as neither"
     return {"query_rows": asked, "markers": f"markers around texts and pictures {counted}", "weights": "as computed"}

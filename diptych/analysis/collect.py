@@ -1,8 +1,8 @@
-"""Watching a model from outside: attention exactly as it was computed, what modules give, and which token is what.
+"""Observing a model from outside: its attention calls, the outputs of its modules, and the kind of each token.
 
-No family knows of this. ``attention`` sees every attention call that a block makes, with the very queries (after norm
-and rotation, each by its token's own expert), keys (those of a cache included) and mask that the call got; ``outputs``
-sees what a module gives. Both end with their ``with`` block and change nothing: watched results are bit-identical.
+No family depends on this. ``attention`` observes every attention call of a block, with the queries (after norm and
+rotation, each by its token's own expert), keys (those of the cache included) and mask of the call. ``outputs`` observes
+the outputs of modules. Both end with their ``with`` block and change nothing: observed results are bit-identical.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from diptych.models.protocol import Drawing, Trainable, UnifiedModel
 class Call:
     """One attention call of a block: what the network hands to scaled-dot-product attention.
 
-    ``block`` is the number of the block among ``model.blocks()``. The keys may lie in a cache that is written on later,
-    so a call is to be used while it is seen, not kept.
+    ``block`` is the index of the block in ``model.blocks()``. The keys may be a view of a cache that later steps write
+    to, so use a call when it is observed and do not keep it.
     """
 
     block: int
@@ -90,7 +90,7 @@ class _Watch(TorchFunctionMode):
 
 @contextmanager
 def attention(model: Trainable, see: Callable[[Call], None]) -> Iterator[None]:
-    """While it lasts, ``see`` gets every attention call that a block of the model is about to make."""
+    """Within the context, ``see`` gets every attention call of the model's blocks, before it is computed."""
     inside: list[int] = []
     handles = []
     for i, block in enumerate(model.blocks()):
@@ -109,10 +109,10 @@ def _leave(inside: list[int]) -> None:
 
 
 def read(model: UnifiedModel, sequence: Layout, see: Callable[[int, Call], None]) -> None:
-    """Reads one sequence into an empty context; ``see`` gets (layer, call) where a block attends over all of it.
+    """Prefills one sequence into an empty context; ``see`` gets (layer, call) where a block attends over all of it.
 
-    Rows and columns are the sequence's tokens in order; that the mask is the one rule (core/mask.py) is checked.
-    Raises ``ValueError`` for a family whose blocks do not attend so.
+    Rows and columns are the sequence's tokens in order. Raises ``ValueError`` for a family whose blocks attend
+    otherwise, or under another mask than that of core/mask.py.
     """
     rule, seen = dense(pack([sequence], model.routes).to(model.device)), []
 
@@ -132,15 +132,15 @@ def read(model: UnifiedModel, sequence: Layout, see: Callable[[int, Call], None]
 def step(model: UnifiedModel, drawing: Drawing, see: Callable[[int, Call], None]) -> Drawing:
     """One step of a drawing; ``see`` gets (layer, call) where a block attends from the picture to its context.
 
-    The call is that of the full context (``contexts[0]``) alone: its tokens are the first keys, then come the
-    picture's; padding is left out. Raises ``ValueError`` for a family whose blocks do not attend so.
+    Only the branch of the full context (``contexts[0]``) is observed. Its tokens are the first keys, the picture's
+    tokens follow; padding is removed. Raises ``ValueError`` for a family whose blocks attend otherwise.
     """
     context, seen = drawing.contexts[0], []
-    own = {id(layer) for layer in layers(model)}
-    mine = {i for i, block in enumerate(model.blocks()) if id(block) in own}  # others attend inside a picture's token
+    trunk = {id(layer) for layer in layers(model)}
+    observed = {i for i, block in enumerate(model.blocks()) if id(block) in trunk}  # others attend inside one token
 
     def check(call: Call) -> None:
-        if call.block not in mine or call.k.shape[-2] <= context.length:
+        if call.block not in observed or call.k.shape[-2] <= context.length:
             return
         seen.append(call.block)
         see(len(seen) - 1, _prompt_first(model, call, context.cache.buffer[len(seen) - 1, 0, : context.length]))
@@ -152,18 +152,19 @@ def step(model: UnifiedModel, drawing: Drawing, see: Callable[[int, Call], None]
 
 
 def _prompt_first(model: UnifiedModel, call: Call, prompt: Float[Tensor, "S K D"]) -> Call:
-    """Item 0 of a call, its keys in order: the prompt's, which are known and stand before or after the picture's, and
-    the others that the picture sees."""
+    """Item 0 of a call with its keys reordered: those of the prompt first, then the others that the picture sees.
+
+    The prompt's keys are found by comparison; they lie before or after the picture's."""
     n = len(prompt)
     starts = (at for at in (0, call.q.shape[-2]) if torch.equal(call.k[0, :, at : at + n], prompt.transpose(0, 1)))
     if (at := next(starts, None)) is None:
-        raise ValueError(f"family {model.family!r} does not show the picture its prompt as it was read")
+        raise ValueError(f"family {model.family!r} changes the keys of the prompt between prefill and drawing")
     visible = call.visible().flatten(0, -2)
     others = visible.any(0)
     others[at : at + n] = False
     order = torch.cat([torch.arange(at, at + n, device=others.device), others.nonzero()[:, 0]])
     if not bool(visible[:, order].all()):
-        raise ValueError(f"family {model.family!r} hides a part of what it sees from the picture that is drawn")
+        raise ValueError(f"family {model.family!r} masks a part of the keys from the picture that is drawn")
     return Call(call.block, call.q[:1], call.k[:1, :, order], None, False, call.scale)
 
 
@@ -176,13 +177,13 @@ def _once_each(model: UnifiedModel, seen: list[int], what: str) -> None:
 
 
 def layers(model: UnifiedModel) -> list[nn.Module]:
-    """The layers of the model: those of its blocks that attend over the sequence (a vision encoder's do not), in order.
+    """The layers of the model in order: its blocks that attend over the sequence, without those of a vision encoder.
 
-    Found by reading a digit; raises ``ValueError`` as ``read`` does."""
-    blocks, found = list(model.blocks()), []
-    words = model.lay_out(Sample("words", (user("1"),)))
-    read(model, words, lambda layer, call: found.append(blocks[call.block]))
-    return found
+    They are found by reading a digit. Raises ``ValueError`` as ``read`` does."""
+    blocks, attending = list(model.blocks()), []
+    digit = model.lay_out(Sample("digit", (user("1"),)))
+    read(model, digit, lambda layer, call: attending.append(blocks[call.block]))
+    return attending
 
 
 # ---- outputs of modules ----------------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ def layers(model: UnifiedModel) -> list[nn.Module]:
 
 @contextmanager
 def outputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While it lasts, ``see`` gets the name and the (detached) output of every one of ``modules`` that runs."""
+    """Within the context, ``see`` gets the name and the detached output of each of ``modules`` that runs."""
 
     def watch(name: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -225,7 +226,7 @@ def module(model: UnifiedModel, point: str) -> nn.Module:
 
 
 def is_point(model: Trainable, part: str) -> bool:
-    """Whether a part is one module, whose output can be looked at."""
+    """Whether a part is a single module, whose output can be observed."""
     return part in model.parts and bool(_root(model, part))
 
 
@@ -237,7 +238,7 @@ def _root(model: Trainable, part: str) -> str:
     return path if path in names else ""
 
 
-# ---- which token is what ---------------------------------------------------------------------------------------------
+# ---- kinds of tokens ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,24 +256,27 @@ class Places:
 
 
 def places(model: UnifiedModel, sample: Sample, sequence: Layout) -> Places:
-    """Which token of a laid-out sample is what, from the segments' kinds and by finding the sample's texts again.
+    """The kind of each token of a laid-out sample, from the segments' kinds and by a search for the sample's texts.
 
-    Raises ``ValueError`` when a text cannot be found: the family words it differently, so its markers are unknown.
+    Raises ``ValueError`` for a text that is not among the tokens: the family changes it, so its markers are unknown.
     """
     ids = [i for s in sequence.segments for i in s.ids]
     in_text = torch.tensor([s.kind == Kind.TEXT for s in sequence.segments for _ in s.ids])
     open_ = torch.tensor(ids) == NONE
     word, texts, speakers = torch.zeros(len(ids), dtype=torch.bool), [], []
     where = [i for i in range(len(ids)) if in_text[i]]
-    said, at = [ids[i] for i in where], 0
+    text_ids, at = [ids[i] for i in where], 0
     for message in sample.messages:
         for part in message.parts:
             if not isinstance(part, Text):
                 continue
             run = model.tokenizer.encode(part.text)
-            start = next((i for i in range(at, len(said) - len(run) + 1) if said[i : i + len(run)] == run), None)
+            starts = range(at, len(text_ids) - len(run) + 1)
+            start = next((i for i in starts if text_ids[i : i + len(run)] == run), None)
             if start is None:
-                raise ValueError(f"family {model.family!r} words {part.text!r} in another way, so it is not found")
+                raise ValueError(
+                    f"family {model.family!r} changes the text {part.text!r}, so its tokens cannot be found"
+                )
             at = start + len(run)
             texts.append(tuple(where[start:at]))
             speakers.append(message.role)
@@ -281,18 +285,18 @@ def places(model: UnifiedModel, sample: Sample, sequence: Layout) -> Places:
 
 
 def words(model: UnifiedModel, text: str, at: Sequence[int]) -> list[tuple[str, tuple[int, ...]]]:
-    """The words of a text with the places of their tokens; ``at`` are the places of all its tokens.
+    """The words of a text with the positions of their tokens; ``at`` are the positions of all its tokens.
 
-    Words are parted by spaces, lowercase, without punctuation at their ends; a token belongs to the word that holds its
-    first letter.
+    Words are separated by spaces, in lower case, without punctuation at their ends. A token belongs to the word that
+    holds its first letter.
     """
     ids = model.tokenizer.encode(text)
     assert len(ids) == len(at)
-    said = [model.tokenizer.decode(ids[:i]) for i in range(len(ids) + 1)]
+    prefixes = [model.tokenizer.decode(ids[:i]) for i in range(len(ids) + 1)]
     found: list[tuple[str, list[int]]] = []
     for i, place in enumerate(at):
-        new = said[i + 1][len(said[i]) :]
-        begins = not found or new[:1].isspace() or said[i][-1:].isspace()
+        new = prefixes[i + 1][len(prefixes[i]) :]
+        begins = not found or new[:1].isspace() or prefixes[i][-1:].isspace()
         if begins:
             found.append(("", []))
         found[-1] = (found[-1][0] + new, [*found[-1][1], place])

@@ -1,4 +1,4 @@
-"""Pictures of what was found: measures by point, t-SNE maps, attention by layer, keyword shares by layer and step."""
+"""Figures of the probes: measures by point, t-SNE maps, attention by layer, keyword shares by layer and step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5}
+STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5}
 MARKS = "osD^vP*Xph"
 Models = Mapping[str, Any]  # name of a model -> its numbers; the base, where there is one, comes last
 
@@ -87,7 +87,7 @@ def maps(models: Models, labels: Sequence[int], classes: Sequence[str], title: s
     return _figure(len(models), len(points), (2.3 * len(points) + 0.4, 2.4 * len(models) + 0.9), draw)
 
 
-def attention(models: Models, changes: Sequence[Mapping[str, float]] | None, title: str) -> bytes:
+def attention(models: Models, changes: Sequence[Mapping[str, float | None]] | None, title: str) -> bytes:
     """A_V and A_T by layer with intervals; with ``changes``, below, the percent by which A_V differs from the base's.
 
     ``models`` maps a name to the rows of ``Allocation.to_json``, or to a list of numbers for the published variant."""
@@ -110,10 +110,11 @@ def attention(models: Models, changes: Sequence[Mapping[str, float]] | None, tit
         ax.set(ylim=(0, 1.02), ylabel="attention mass")
         ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         if changes:
-            values = [c["value"] for c in changes]
+            # a single request has no interval: low and high are None, here NaN
+            values, low, high = (np.array([c[key] for c in changes], float) for key in ("value", "low", "high"))
             axes[1, 0].bar(range(len(values)), values, 0.6, color=["C0" if v >= 0 else "C3" for v in values])
-            if changes[0]["low"] is not None:
-                ends = [[c["value"] - c["low"] for c in changes], [c["high"] - c["value"] for c in changes]]
+            if not np.isnan(low).any():
+                ends = [values - low, high - values]
                 axes[1, 0].errorbar(range(len(values)), values, ends, fmt="none", ecolor="0.2", elinewidth=1, capsize=2)
             axes[1, 0].axhline(0, color="0.2", linewidth=0.8)
             axes[1, 0].set_ylabel("change of picture\nmass, % of the base")

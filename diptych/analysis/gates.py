@@ -1,9 +1,7 @@
-"""When and where a gate lets detail into a picture that is being drawn (Cheers, arXiv 2603.12793, figure 3; specs:
-Cheers 1, claim 4).
+"""When and where a gate adds detail to a picture while it is drawn (Cheers, arXiv 2603.12793, figure 3).
 
 A *gate* is a module that gives one number for each latent of a picture; families that have one name it ``gate.gate``.
-Its outputs are collected by a hook while prompts are drawn without guidance, so that what is seen is the gate of the
-prompt's own branch.
+A hook collects its outputs while prompts are drawn without guidance, so they belong to the branch with the prompt.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ class Gates:
 
     @property
     def sparsity(self) -> Float[np.ndarray, "P S"]:
-        """The share of a picture that has nine tenths of the gate's size: small where it is open in few places."""
+        """The smallest share of a picture that holds nine tenths of the gate's total size: small for a sparse gate."""
         sizes = np.sort(np.abs(self.values).reshape(*self.values.shape[:2], -1), -1)[..., ::-1]
         whole = sizes.sum(-1, keepdims=True)
         held = np.cumsum(sizes, -1) / np.where(whole == 0, 1, whole)
@@ -53,7 +51,7 @@ class Gates:
             [_correlation(np.abs(step), edge) for step in steps] for steps, edge in zip(self.values, edges, strict=True)
         ])  # fmt: skip
 
-    def to_json(self) -> list[dict[str, float]]:
+    def to_json(self) -> list[dict[str, float | None]]:
         """Means over pictures, one row a step."""
         with np.errstate(invalid="ignore"):
             contours = [float(np.mean(c[~np.isnan(c)])) if not np.isnan(c).all() else None for c in self.contours.T]
@@ -74,14 +72,19 @@ def gates(model: UnifiedModel, prompts: Sequence[str], steps: int = 20, seed: in
         gate = model.get_submodule(GATE)
     except AttributeError as error:
         raise ValueError(f"family {model.family!r} has no gate to look at (no module {GATE!r})") from error
-    values, pictures, times = [], [], ()
+    values, pictures = [], []
+    times: tuple[float, ...] = ()
     for i, prompt in enumerate(prompts):
         request = Sample(prompt, (user(prompt), assistant(Image(None, "target"))))
         settings = replace(model.settings, num_inference_steps=steps, guidance_scale=1.0)
         [context] = model.extend([model.open()], [model.lay_out(request)])
         [drawing] = model.start([(context,)], [request], [settings], [seed + i])
         seen: list[Tensor] = []
-        with outputs({"gate": gate}, lambda name, output, seen=seen: seen.append(output)):
+
+        def collect(name: str, output: Tensor, seen: list[Tensor] = seen) -> None:
+            seen.append(output)
+
+        with outputs({"gate": gate}, collect):
             while not drawing.done:
                 [drawing] = model.step([drawing])
         if not seen:
@@ -89,6 +92,7 @@ def gates(model: UnifiedModel, prompts: Sequence[str], steps: int = 20, seed: in
         rows, columns = _grid(drawing.canvas, seen[0].shape[1])
         values.append(torch.stack(seen).view(len(seen), rows, columns).float().cpu().numpy())
         pictures.append(model.finish([drawing])[0].cpu())
+        assert drawing.times is not None, "a family with a gate draws by flow matching"
         times = tuple(float(t) for t in drawing.times[:-1])
     return Gates(np.stack(values), times, torch.stack(pictures))
 

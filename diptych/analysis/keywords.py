@@ -1,14 +1,14 @@
-"""What a picture looks at in its prompt while it is drawn: attention mass on each class of words, by layer and step
-(SGT, keyword attention; specification 2.6).
+"""What a picture attends to in its prompt while it is drawn: attention mass on each class of words, by layer and step
+(the keyword analysis of SGT, arXiv 2605.18714).
 
-Queries are the tokens of the drawn picture (its markers left out), keys all that they see: the prompt and the picture
-itself. For every chosen step and layer, means over heads and queries of
+Queries are the tokens of the drawn picture without its markers. Keys are everything that they see: the prompt and the
+picture itself. For each chosen step and layer, these are means over heads and queries:
 
 - ``mass``: the mass on each class of words, on markers and on the picture; these sum to 1
-- ``share``: mass on a class over mass on all the prompt's words, in percent; the classes sum to 100. ``even`` is the
-  share that it would have if every word token drew the same: a class of more words has more of it.
+- ``share``: mass on a class over mass on all text tokens of the prompt, in percent; the classes sum to 100. ``even`` is
+  the share of the class among those tokens, which it would have if all of them got the same mass.
 
-Only the context with the full prompt is looked at, not those that guidance compares it with.
+Only the branch with the full prompt is measured, not the other branches of guidance.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def shapes_prompts(n: int, seed: int = 0) -> list[str]:
 class Keywords:
     """``mass`` is (prompts, steps, layers, classes + 2): the classes in order, then markers, then the picture itself.
 
-    ``counts`` is (prompts, classes): how many word tokens of each class. ``steps`` are numbered from 0; ``times`` are
+    ``counts`` is (prompts, classes), the number of tokens of each class. ``steps`` are numbered from 0; ``times`` are
     their t where the family draws by flow matching (1 is noise), else None.
     """
 
@@ -118,7 +118,7 @@ def keywords(
     settings: Any = None,
     seed: int = 0,
 ) -> Keywords:
-    """Draws each prompt once, from seed + its number, and looks at ``steps`` steps spread evenly from first to last.
+    """Draws each prompt once, from seed + its number, and measures ``steps`` steps spread evenly from first to last.
 
     ``settings`` are the family's own (default: the model's). Raises ``ValueError`` when no prompt has a word of some
     class, and as ``collect.step`` and ``collect.places`` do.
@@ -128,11 +128,12 @@ def keywords(
     if OTHER in words:
         raise ValueError(f"{OTHER!r} is what no class names; it cannot be a class")
     settings = settings or model.settings
-    found = [_look(model, p, words, steps, settings, seed + i) for i, p in enumerate(prompts)]
-    counts = np.stack([c for _, c, _, _ in found])
+    measured = [_measure(model, p, words, steps, settings, seed + i) for i, p in enumerate(prompts)]
+    counts = np.stack([c for _, c, _, _ in measured])
+    _, _, chosen, times = measured[0]
     if empty := [name for name, n in zip(words, counts.sum(0), strict=False) if not n]:
         raise ValueError(f"no prompt has a word of class {', '.join(empty)}; they have {_all_words(prompts)}")
-    return Keywords((*words, OTHER), np.stack([m for m, *_ in found]), counts, found[0][2], found[0][3])
+    return Keywords((*words, OTHER), np.stack([mass for mass, *_ in measured]), counts, chosen, times)
 
 
 def classify(model: UnifiedModel, sample: Sample, words: Words) -> tuple[torch.Tensor, list[tuple[str, str]]]:
@@ -152,31 +153,32 @@ def classify(model: UnifiedModel, sample: Sample, words: Words) -> tuple[torch.T
     return number, said
 
 
-def _look(
+def _measure(
     model: UnifiedModel, prompt: str, words: Words, steps: int, settings: Any, seed: int
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, ...], tuple[float | None, ...]]:
+    """(mass, counts, steps, times) of one prompt; the arrays are those of ``Keywords`` without their first axis."""
     sample = Sample("prompt", (user(prompt), assistant(Image(None, "target"))))
     drawing = begin(model, sample, settings, seed)
     chosen = spread(drawing.steps, steps)
     number, _ = classify(model, sample, words)
     groups = torch.nn.functional.one_hot(number, len(words) + 2).float().to(model.device)  # the last: markers
     rows = torch.tensor([i for i, id in enumerate(drawn_segment(model, drawing.canvas).ids) if id == NONE])
-    looked = []
+    masses = []
     while not drawing.done:
         layers: list[torch.Tensor] = []
 
         def see(layer: int, call: collect.Call, layers: list[torch.Tensor] = layers) -> None:
-            mine = rows if call.q.shape[-2] > int(rows[-1]) else torch.arange(call.q.shape[-2])
-            on_prompt = call.weights(0, mine.to(call.q.device)).mean((0, 1))[: len(groups)] @ groups
+            queries = rows if call.q.shape[-2] > int(rows[-1]) else torch.arange(call.q.shape[-2])
+            on_prompt = call.weights(0, queries.to(call.q.device)).mean((0, 1))[: len(groups)] @ groups
             layers.append(torch.cat([on_prompt, 1 - on_prompt.sum(0, keepdim=True)]))
 
         if drawing.step in chosen:
             drawing = collect.step(model, drawing, see)
-            looked.append(torch.stack(layers).cpu())
+            masses.append(torch.stack(layers).cpu())
         else:
             [drawing] = model.step([drawing])
     counts = torch.bincount(number, minlength=len(words) + 2)[:-1]
-    return torch.stack(looked).double().numpy(), counts.numpy(), tuple(chosen), _times(drawing, chosen)
+    return torch.stack(masses).double().numpy(), counts.numpy(), tuple(chosen), _times(drawing, chosen)
 
 
 def spread(total: int, n: int) -> list[int]:
@@ -191,10 +193,10 @@ def _times(drawing: Drawing, chosen: Sequence[int]) -> tuple[float | None, ...]:
 
 
 def begin(model: UnifiedModel, sample: Sample, settings: Any, seed: int) -> Any:
-    """The drawing of a request, its contexts read. Raises ``ValueError`` for a prompt that reads as nothing."""
+    """The drawing of a request after prefill. Raises ``ValueError`` for a prompt without tokens."""
     sequences = [model.lay_out(sample, drop) for drop in model.branches(sample, settings)]
     if not len(sequences[0]):
-        raise ValueError(f"sample {sample.id!r} has no words to look at")
+        raise ValueError(f"sample {sample.id!r} has no words to attend to")
     contexts = [model.extend([model.open()], [s])[0] if len(s) else model.open() for s in sequences]
     return model.start([tuple(contexts)], [sample], [settings], [seed])[0]
 

@@ -1,10 +1,10 @@
-"""Where reading and drawing part: the same picture's tokens, layer by layer, when it is read to be described and when
-it is drawn from its description (SynerGen-VL, figures 4 and 5; specs: SynerGen-VL 6).
+"""Where reading and drawing diverge: the same picture's tokens, layer by layer, when it is read to be described and
+when it is drawn from its description (SynerGen-VL, arXiv 2412.09604, figures 4 and 5).
 
-``similarity``: with u the output of layer l (the residual stream) at a picture token of the request to describe, g
-that where the picture is the teacher-forced target of its caption: the mean of cos(u, g) over tokens, then pictures.
-Reading is causal and the question follows the picture, so u depends on nothing but the picture: what differs is the
-caption before it, its places in the sequence, and what training asks of those tokens.
+``similarity``: u is the output of layer l (the residual stream) at a picture token of the request to describe, g the
+same where the picture is the teacher-forced target of its caption. The measure is the mean of cos(u, g) over tokens,
+then over pictures. Reading is causal and the question follows the picture, so u depends on the picture alone. Only the
+caption before the picture, its positions, and the training objective of these tokens differ.
 
 ``locality``: of the attention from picture tokens to picture tokens, averaged over heads and renormalised per query:
 
@@ -14,7 +14,7 @@ caption before it, its places in the sequence, and what training asks of those t
                neighbours
     to text    mass that picture tokens put on everything else
 
-``even`` is what even causal attention would give. Both need a family whose pictures are the same tokens read and drawn.
+``even`` is the value of even causal attention. Both need a family that reads and draws a picture as the same tokens.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ TASKS = ("understanding", "generation")
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """One picture in its two roles: each laid out, with the places of its tokens, and the grid that they stand in."""
+    """One picture in its two roles: two layouts, the positions of its tokens in each, and the grid of the tokens."""
 
-    picture: Any
+    picture: PIL.Image.Image
     caption: str
     sequences: tuple[Layout, Layout]
     places: tuple[Tensor, Tensor]
@@ -52,40 +52,45 @@ class Pair:
 
 
 def pair(model: UnifiedModel, sample: Sample) -> Pair:
-    """The two roles of a sample that asks for a picture and shows it; what is read is what would be drawn, cut and
-    fitted. Raises ``ValueError`` for another sample, and where the picture is not the same tokens in both."""
+    """The two roles of a sample that asks for a picture and shows it. The picture to read is cropped and resized as for
+    drawing. Raises ``ValueError`` for another sample, and where the picture is not the same tokens in both."""
     targets = [p for p in sample.images() if p.role == "target"]
     caption = sample.prompt
     if len(targets) != 1 or not caption or len(list(sample.images())) != 1:
         raise ValueError(f"sample {sample.id!r} does not ask for one picture in words; choose a data set of drawings")
     drawn = model.lay_out(Sample("drawn", (user(caption), assistant(targets[0]))))
-    shown = [s for s in drawn.segments if s.image is not None]
-    if len(shown) != 1 or shown[0].kind != Kind.CODES:
+    shown = [(s.kind, s.image) for s in drawn.segments if s.image is not None]
+    if len(shown) != 1 or shown[0][0] != Kind.CODES:
         raise ValueError(f"family {model.family!r} does not read pictures as the tokens that it draws")
-    picture = PIL.Image.fromarray(shown[0].image[0].permute(1, 2, 0).numpy())
+    drawn_image = shown[0][1]
+    picture = PIL.Image.fromarray(drawn_image[0].permute(1, 2, 0).numpy())
     read = model.lay_out(Sample("read", (user(Image(picture), INSTRUCTION), assistant())))
-    laid, found = (read, drawn), [next(s for s in q.segments if s.image is not None) for q in (read, drawn)]
-    if not torch.equal(found[0].image, found[1].image):
+    read_image, grid = next((s.image, s.grid) for s in read.segments if s.image is not None)
+    assert grid is not None, "a picture's codes lie on a grid"
+    if not torch.equal(read_image, drawn_image):
         raise ValueError(
             f"{model.family} draws sample {sample.id!r} as {picture.width} x {picture.height} pixels and would read "
             "these otherwise (in tiles, or stretched); choose pictures of the one side at which it reads"
         )
     places = tuple(
-        torch.tensor([i for i, token in enumerate(t for s in q.segments for t in s.ids) if token == NONE]) for q in laid
+        torch.tensor([i for i, token in enumerate(t for s in layout.segments for t in s.ids) if token == NONE])
+        for layout in (read, drawn)
     )
-    return Pair(picture, caption, (laid[0], laid[1]), (places[0], places[1]), found[0].grid)
+    return Pair(picture, caption, (read, drawn), (places[0], places[1]), grid)
 
 
 # ---- similarity ------------------------------------------------------------------------------------------------------
 
 
 def states(model: UnifiedModel, sequence: Layout, places: Tensor) -> Float[Tensor, "L n d"]:
-    """What enters the first layer, what leaves each, and its final norm, at the given places of a sequence."""
+    """The input of the first layer, the output of each layer, and that of the final norm, at the given places of a
+    sequence."""
     layers, kept = collect.layers(model), []
-    modules = {str(i): layer for i, layer in enumerate(layers)}
+    norm = model.get_submodule("decoder.norm")
+    modules = {str(i): layer for i, layer in enumerate(layers)} | {"norm": norm}
     first = layers[0].register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0].detach()))
     try:
-        with collect.outputs(modules | {"norm": model.decoder.norm}, lambda name, out: kept.append(out)):
+        with collect.outputs(modules, lambda name, out: kept.append(out)):
             model.extend([model.open()], [sequence])
     finally:
         first.remove()
@@ -94,9 +99,9 @@ def states(model: UnifiedModel, sequence: Layout, places: Tensor) -> Float[Tenso
 
 
 def similarity(model: UnifiedModel, samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """One row for the inputs (layer 0), every layer, and the final norm ("norm"): means over pictures of ``same`` (with
-    its 95 % interval), ``centred`` (after each task's mean is taken away) and ``other``, the control: one picture
-    read, another drawn.
+    """One row for the inputs (layer 0), each layer, and the final norm ("norm"): means over pictures of ``same`` (with
+    its 95 % interval), of ``centred`` (each task's mean subtracted) and of the control ``other`` (one picture read,
+    another drawn).
 
     Raises ``ValueError`` for fewer than two samples and as ``pair`` does."""
     if len(samples) < 2:
@@ -144,7 +149,7 @@ class Local:
     first: Pair
 
     def to_json(self) -> dict[str, Any]:
-        """Rows by task, and what even causal attention would give."""
+        """Rows by task, and the values of even causal attention."""
         return {
             "grid": list(self.first.grid),
             "even": self.even,
@@ -159,7 +164,8 @@ class Local:
 
 
 def locality(model: UnifiedModel, samples: Sequence[Sample]) -> Local:
-    """How near to a picture token the attention of a picture token stays, in reading and in drawing."""
+    """How local the attention among a picture's tokens is, in reading and in drawing. Raises ``ValueError`` for no
+    samples, for pictures of several sizes, and as ``pair`` does."""
     if not samples:
         raise ValueError("locality needs pictures")
     pairs = [pair(model, s) for s in samples]

@@ -1,8 +1,9 @@
-"""SGT's two attention probes as its released code computes them, for comparison with published figures only.
+"""SGT's two attention probes as its released code computes them (arXiv 2605.18714; github.com/song2yu/SGT, commit
+e004548), for comparison with published figures only.
 
-They differ from the attention that the network uses (specification 2.6): queries without input norm, bias, query norm
-and rotation, from the wrong layer's states, always with the understanding expert; no mask; and in the keyword probe
-each word is credited with the token before it. Use ``attention`` and ``keywords`` for the attention itself.
+They differ from the network's attention. Queries lack input norm, bias, query norm and rotation, come from the states
+of another layer, and always use the understanding expert. There is no mask. In the keyword probe each word gets the
+mass of the token before it. Use ``attention`` and ``keywords`` to measure the network's attention.
 """
 
 from __future__ import annotations

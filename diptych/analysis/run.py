@@ -1,4 +1,4 @@
-"""One analysis of one model, or of two to compare, from loaded engines to numbers and figures in a folder."""
+"""One function for each probe: from one model, or a model and its base, to numbers and figures in a folder."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from diptych.analysis import attention, figures, gates, keywords, layers, separability
 from diptych.analysis.published import published_attention, published_shares
 from diptych.core.sample import Image, Sample, assistant, user
+from diptych.machine import disk
 from diptych.models.protocol import UnifiedModel
 
 Models = Mapping[str, UnifiedModel]  # one, or two: the model and its base
@@ -20,19 +21,19 @@ Models = Mapping[str, UnifiedModel]  # one, or two: the model and its base
 
 @dataclass(frozen=True)
 class Found:
-    """``numbers`` as JSON has them, and PNG figures by name."""
+    """The result of a probe: its ``numbers`` as JSON, and PNG ``figures`` by name."""
 
     name: str
     numbers: Mapping[str, Any]
     figures: Mapping[str, bytes]
 
     def write(self, folder: Path) -> list[Path]:
-        """Writes ``<name>.json`` and the figures into ``folder``; returns the files."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Writes ``<name>.json`` and the figures into ``folder`` and returns the files; other files stay."""
         files = [folder / f"{self.name}.json", *(folder / f"{name}.png" for name in self.figures)]
-        files[0].write_text(json.dumps(self.numbers, indent=1))
+        disk.write_text(files[0], json.dumps(self.numbers, indent=1))
         for file, png in zip(files[1:], self.figures.values(), strict=True):
-            file.write_bytes(png)
+            with disk.atomic(file) as part:
+                part.write_bytes(png)
         return files
 
 
@@ -74,7 +75,7 @@ def run_attention(
     markers: bool = False,
     published: bool = False,
 ) -> Found:
-    """A_V and A_T by layer, and the percent change against a base; ``published`` adds the released code's number."""
+    """A_V and A_T by layer, and the change against a base in percent; ``published`` adds the released code's number."""
     found = {name: attention.allocation(m, samples, rows, markers) for name, m in models.items()}
     by_layer = {name: a.to_json() for name, a in found.items()}
     numbers: dict[str, Any] = {
@@ -160,7 +161,7 @@ def run_keywords(
 
 
 def run_gates(models: Models, prompts: Sequence[str], what: str, steps: int = 20, seed: int = 0) -> Found:
-    """How far a gate is open by step and place while prompts are drawn; a base draws the same from the same seeds."""
+    """The gate's size by step and place while prompts are drawn; a base draws the same prompts from the same seeds."""
     found = {name: gates.gates(m, prompts, steps, seed) for name, m in models.items()}
     numbers = {
         "what": "gates", "data": what, "prompts": list(prompts), "seed": seed,

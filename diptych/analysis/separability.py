@@ -1,14 +1,14 @@
-"""Can look-alikes be told apart from features: after the vision encoder, after the projector, in the decoder (SGT's
-separability evidence; specification 2.6).
+"""How well look-alikes are separated by their features: after the vision encoder, after the projector, in the decoder
+(the separability analysis of SGT, arXiv 2605.18714).
 
 A picture's feature is the mean over its tokens, divided by its length. On labelled pictures:
 
 - ``accuracy``: logistic regression, stratified five-fold cross-validation, with Wilson's interval over the pictures
 - ``ratio``: linear discriminant ratio trace(S_b) / trace(S_w) (Fisher 1936; between over within classes)
 - ``silhouette``: mean over pictures of (b - a) / max(a, b) (Rousseeuw 1987)
-- ``tsne``: two dimensions to look at (van der Maaten and Hinton 2008), exact, fixed seed, perplexity 30
+- ``tsne``: a map in two dimensions (van der Maaten and Hinton 2008), exact, fixed seed, perplexity 30
 
-The formulas are short, so they are written here in float64 and no package is needed.
+The formulas are short, so they are written out here, in float64.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PERPLEXITY, FOLDS = 30.0, 5
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """Pictures and the number of each one's class among ``classes``."""
+    """Pictures, and the index of each one's class in ``classes``."""
 
     pictures: tuple[PIL.Image.Image, ...]
     labels: tuple[int, ...]
@@ -89,7 +89,7 @@ SETS: dict[str, tuple[Maker, tuple[str, ...]]] = {  # look-alike classes of the 
 def labelled(name: str, each: int = 40, size: int = 64, seed: int = 0) -> Labelled:
     """``each`` pictures of every class of an embedded set (``SETS``), ``size`` pixels square; a function of the seed.
 
-    No two are alike, so that none is learned from its double in another fold.
+    No two are equal, so that no test picture has a copy in the training folds.
     Raises ``ValueError`` for an unknown set."""
     if name not in SETS:
         raise ValueError(f"unknown set {name!r}; choose from {', '.join(SETS)}, or give a folder of your own pictures")
@@ -129,7 +129,7 @@ def folder(path: str | Path, each: int | None = None) -> Labelled:
 
 
 def points(model: UnifiedModel) -> tuple[str, ...]:
-    """Where to look by default: ``vision`` and ``projector`` where the family has them; a first, a middle, the last
+    """The default points: ``vision`` and ``projector`` where the family has them, and the first, middle and last
     layer."""
     last = len(collect.layers(model)) - 1
     parts = [p for p in ("vision", "projector") if collect.is_point(model, p)]
@@ -142,8 +142,7 @@ def features(
     """L2-normalised means over each picture's tokens at every point (``collect.module`` says which there are), float64.
 
     A part's output is averaged over all its tokens; a layer's over the picture's tokens without markers. Raises
-    ``ValueError`` for an unknown point, and for one that
-    reading does not pass once (a part: once in all, or once for each picture).
+    ``ValueError`` for an unknown point, and for a module that does not run once (a part may run once for each picture).
     """
     modules = {name: collect.module(model, name) for name in at}
     groups: dict[tuple[int, int], list[int]] = {}
@@ -170,19 +169,19 @@ def _read(
     batch = pack(sequences, model.routes)
     order, n = torch.cat(batch.routes), len(pictures)
     kind = torch.tensor([s.kind != Kind.TEXT for q in sequences for s in q.segments for _ in s.ids])
-    mine = torch.stack([(batch.document == i) & (batch.ids == NONE) & kind for i in range(n)])[:, order]
+    member = torch.stack([(batch.document == i) & (batch.ids == NONE) & kind for i in range(n)])[:, order]
     out: dict[str, Tensor] = {}
     for name, calls in kept.items():
         layer = name.startswith("layer.")
         if len(calls) != 1 and (layer or len(calls) != n):
-            raise ValueError(f"reading {n} pictures of one size passes {name!r} {len(calls)} times, not once")
+            raise ValueError(f"reading {n} pictures of one size runs {name!r} {len(calls)} times, not once")
         rows = torch.cat([c.flatten(0, -2) for c in calls])
-        if len(rows) != mine.shape[1] if layer else len(rows) % n:
+        if len(rows) != member.shape[1] if layer else len(rows) % n:
             raise ValueError(
-                f"{name!r} gives {len(rows)} tokens for {n} pictures of one size, so whose they are is unknown"
+                f"{name!r} gives {len(rows)} tokens for {n} pictures of one size, which do not divide evenly"
             )
         if layer:
-            out[name] = mine.float() / mine.sum(1, keepdim=True) @ rows
+            out[name] = member.float() / member.sum(1, keepdim=True) @ rows
         else:
             out[name] = rows.unflatten(0, (n, -1)).mean(1)
     return out

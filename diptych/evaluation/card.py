@@ -1,6 +1,6 @@
-"""The sampling card: everything that moves a score and is not the model's doing, and which model it was.
+"""The sampling card: the identity of the model, and every setting that changes a score.
 
-Two cards that differ in anything but the benchmarks they name are two settings, and are not mixed in one folder.
+Cards may differ in their benchmarks only. An evaluation with any other difference needs a folder of its own.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def sampling_card(
 
 
 def identity(engine: Any) -> dict[str, Any]:
-    """Which model it is: of a network also a hash of its weights, dtype and device; of others what they say."""
+    """The model's name and family; for a network also a hash of its weights, its dtype and device, for other engines the
+    fields of their ``model``."""
     who = {"model": engine.name, "family": engine.model.family}
     if not isinstance(engine.model, nn.Module):
         return who | {k: v for k, v in asdict(engine.model).items() if k not in ("family", "settings")}
@@ -116,7 +117,7 @@ def identity(engine: Any) -> dict[str, Any]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of every parameter's name, shape and 64 of its values: other weights, other hash."""
+    """A hash over the name, shape, dtype and 64 values of every parameter."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
@@ -147,7 +148,7 @@ def agree(folder: Path, card: dict) -> dict:
 
 
 def write(folder: Path, card: dict) -> None:
-    """Puts the card into its folder."""
+    """Writes the card into its folder."""
     disk.write_text(folder / "card.json", json.dumps(card, indent=2) + "\n")
 
 
@@ -164,15 +165,15 @@ def load(folder: Path) -> dict:
 
 def _versions() -> dict[str, str]:
     try:
-        own = metadata.version("diptych")
+        version = metadata.version("diptych")
     except metadata.PackageNotFoundError:
-        own = "not installed"
-    ours = {"diptych": own, "python": platform.python_version(), "torch": torch.__version__}
-    return ours | {"numpy": np.__version__, "pillow": PIL.__version__}
+        version = "not installed"
+    own = {"diptych": version, "python": platform.python_version(), "torch": torch.__version__}
+    return own | {"numpy": np.__version__, "pillow": PIL.__version__}
 
 
 def prompts_hash(items: Sequence[Item]) -> str:
-    """A hash of what is asked, in order, and what it is judged by."""
+    """A hash of the items in order: ids, categories, prompts, seeds and references."""
     rows = [[i.id, i.category, i.prompt, i.seed, i.reference] for i in items]
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Two evaluations on the same items: paired differences are far surer than two intervals side by side."""
+"""Two evaluations of the same items: paired differences have much narrower intervals than two separate scores."""
 
 from __future__ import annotations
 
@@ -27,9 +27,13 @@ class Difference:
     def to_json(self) -> dict:
         """Plain numbers."""
         return {
-            "a": round(self.a, 6), "b": round(self.b, 6), "difference": self.score.to_json(), "p": round(self.p, 6),
-            "better": self.better, "worse": self.worse,
-        }  # fmt: skip
+            "a": round(self.a, 6),
+            "b": round(self.b, 6),
+            "difference": self.score.to_json(),
+            "p": round(self.p, 6),
+            "better": self.better,
+            "worse": self.worse,
+        }
 
 
 def compare(a: str | Path, b: str | Path) -> dict[str, Difference]:
@@ -42,7 +46,7 @@ def compare(a: str | Path, b: str | Path) -> dict[str, Difference]:
     shared = [name for name in first.prompts if name in second.prompts]
     if not shared:
         raise ValueError(f"{a} has {', '.join(first.prompts)}, {b} has {', '.join(second.prompts)}: nothing in common")
-    found = {}
+    differences = {}
     for name in shared:
         if first.prompts[name] != second.prompts[name]:
             raise ValueError(f"{name} was asked with other prompts (or another limit or seed) in {a} than in {b}")
@@ -51,16 +55,18 @@ def compare(a: str | Path, b: str | Path) -> dict[str, Difference]:
                 f"{name} was scored by {first.scorers.get(name)} in {a}, by {second.scorers.get(name)} in {b}"
             )
         rows = [r for r in first.items if r["benchmark"] == name]
-        found[name] = _difference(rows, first, second, [r["category"] for r in rows])
+        differences[name] = _difference(rows, first, second, [r["category"] for r in rows])
         categories = list(dict.fromkeys(r["category"] for r in rows))
         for category in categories if len(categories) > 1 else []:
             some = [r for r in rows if r["category"] == category]
-            found[f"{name}/{category}"] = _difference(some, first, second, [""] * len(some))
-    return found
+            differences[f"{name}/{category}"] = _difference(some, first, second, [""] * len(some))
+    return differences
 
 
 @dataclass(frozen=True)
 class _Rows:
+    """A scored evaluation: hash of the prompts and scorer by benchmark, its items by id, and their grades."""
+
     prompts: Mapping[str, str]
     scorers: Mapping[str, Any]
     items: Sequence[Mapping]
@@ -68,6 +74,7 @@ class _Rows:
 
 
 def _rows(folder: Path) -> _Rows:
+    """The scored evaluation of a folder. Raises ``ValueError`` for one that is not scored."""
     card = cards.load(folder)
     summary = folder / "summary.json"
     if not summary.is_file():
@@ -81,14 +88,15 @@ def _rows(folder: Path) -> _Rows:
 
 
 def _difference(rows: Sequence[Mapping], first: _Rows, second: _Rows, groups: Sequence[str]) -> Difference:
+    """The difference on these items, averaged within groups first."""
     if missing := [r["id"] for r in rows if r["id"] not in second.grades]:
         raise ValueError(f"{len(missing)} items were scored in one evaluation only, first {missing[0]}")
-    a, b = ([of.grades[r["id"]] for r in rows] for of in (first, second))
+    a, b = ([evaluation.grades[r["id"]] for r in rows] for evaluation in (first, second))
     clusters = [f"{r['category']}/{r.get('cluster', r['prompt'])}" for r in rows]
     score = paired(a, b, clusters, groups)
-    means = [sum(_means(v, groups)) / len(set(groups)) for v in (a, b)]
-    better, worse = (sum(x for x in of) for of in ([y > x for x, y in zip(a, b)], [y < x for x, y in zip(a, b)]))
-    return Difference(score, *means, sign_flip(a, b, clusters), better, worse)
+    mean_a, mean_b = (sum(_means(grades, groups)) / len(set(groups)) for grades in (a, b))
+    better, worse = sum(y > x for x, y in zip(a, b)), sum(y < x for x, y in zip(a, b))
+    return Difference(score, mean_a, mean_b, sign_flip(a, b, clusters), better, worse)
 
 
 def _means(values: Sequence[float], groups: Sequence[str]) -> list[float]:

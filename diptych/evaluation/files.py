@@ -1,4 +1,5 @@
-"""Files that a crash does not spoil: rows are appended whole, everything else is written beside and renamed."""
+"""Files of an evaluation and of its benchmarks. Rows are appended whole and flushed to the disk; other files are
+written atomically, so a crash damages none."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ from diptych.machine.disk import atomic, write_text
 
 
 def read(path: Path, *keys: str) -> list[dict]:
-    """The rows of a jsonl file, none where there is no file. A last line without its end is cut off the file; raises
-    ``ValueError`` for any other broken line, and for a row without one of the ``keys``."""
+    """The rows of a jsonl file of ours, none where there is no file. An incomplete last line is removed from the file.
+    Raises ``ValueError`` for any other damaged line, and for a row without one of the ``keys``."""
     if not path.is_file():
         return []
     data = path.read_bytes()
@@ -38,7 +39,7 @@ def read(path: Path, *keys: str) -> list[dict]:
 
 
 def rows(path: Path, data: bytes | None = None) -> list[dict]:
-    """The rows of somebody's jsonl file, which is left as it is. Raises ``ValueError`` naming the line."""
+    """The rows of a user's jsonl file, which is not changed. Raises ``ValueError`` naming the line."""
     found = []
     for number, line in enumerate((path.read_bytes() if data is None else data).splitlines(), 1):
         if not line.strip():
@@ -54,7 +55,7 @@ def rows(path: Path, data: bytes | None = None) -> list[dict]:
 
 
 def load(path: Path) -> Any:
-    """What a JSON file holds. Raises ``ValueError`` naming a file that is none."""
+    """The content of a JSON file. Raises ``ValueError`` naming a file that is not JSON."""
     try:
         return json.loads(path.read_text("utf-8-sig"))
     except ValueError as error:
@@ -62,7 +63,7 @@ def load(path: Path) -> Any:
 
 
 def append(path: Path, rows: Sequence[Mapping]) -> None:
-    """Adds rows and waits until they are on the disk."""
+    """Appends rows and flushes them to the disk."""
     if rows:
         with path.open("ab") as file:
             file.write("".join(json.dumps(row, default=_plain) + "\n" for row in rows).encode())
@@ -106,7 +107,7 @@ def picture(source: Any, root: Path | None = None, name: str = "") -> PIL.Image.
 
 
 def decoded(text: str, name: str = "") -> bytes:
-    """The bytes of base64 text. Raises ``ValueError`` naming whose it is."""
+    """The bytes of base64 text. Raises ``ValueError`` that names its source."""
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -114,7 +115,7 @@ def decoded(text: str, name: str = "") -> bytes:
 
 
 def field(row: Any, names: Sequence[str], where: str, kind: type = str) -> Any:
-    """What a row has under the first of these keys that it fills, as ``kind`` (``object``: as it is). Raises
+    """The value of the first of these keys that a row has, converted to ``kind`` (``object``: unchanged). Raises
     ``ValueError`` naming the row, and the keys or the value."""
     if not isinstance(row, Mapping):
         raise ValueError(f"{where} is not an object: {row!r}")
@@ -143,8 +144,8 @@ def writable(text: str, where: str) -> str:
 
 
 def table(path: Path) -> list[dict]:
-    """The rows of somebody's table: tabs part the columns of a .tsv, commas those of others; a short row has None.
-    Raises ``ValueError`` naming a file that is none."""
+    """The rows of a user's table: columns are separated by tabs in a .tsv, else by commas; missing cells are None.
+    Raises ``ValueError`` naming a file that is not such a table."""
     csv.field_size_limit(sys.maxsize)  # pictures in base64
     try:
         with path.open(encoding="utf-8-sig", newline="") as text:

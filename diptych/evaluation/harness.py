@@ -1,17 +1,17 @@
-"""Evaluation in three steps over a folder, each of which continues where it stopped.
+"""Evaluation in three steps over a folder; each step continues where it stopped.
 
 ::
 
-    card.json     the settings: nothing made under other settings may join this folder
-    items.jsonl   what the model made, one line per finished item     <- needs the model
-    pictures/     the pictures it drew, PNG
-    scores.jsonl  the verdict on each item                            <- needs the items only
-    summary.json  scores with intervals, baselines, failures, card, of the benchmarks that were asked for last
+    card.json     the settings; an evaluation with other settings is refused in this folder
+    items.jsonl   answers and drawings, one line for each finished item   <- needs the model
+    pictures/     the drawings, PNG
+    scores.jsonl  the verdict on each item                                <- needs the items only
+    summary.json  scores with intervals, baselines, failures and the card, of the last benchmarks evaluated
 
-A line is written when its item is finished; a last line cut off by a crash is dropped and its item made again. An item
-that the model refuses stays in the count as wrong, with the reason; no blank picture or empty answer replaces it.
+A line is written when its item is finished. A last line that a crash cut off is dropped, and its item is made again. An
+item that the model refuses counts as wrong, with the reason; no blank picture or empty answer replaces it.
 
-Under torchrun every process takes every n-th batch, of the generation and of the scoring; the files and the scores are
+Under torchrun every process takes every n-th batch of the generation and of the scoring. The files and the scores equal
 those of one process.
 """
 
@@ -48,8 +48,8 @@ from diptych.machine import disk, processes
 
 @runtime_checkable
 class Engine(Protocol):
-    """What can be evaluated: ``diptych.generation.engine.Engine``, an endpoint, a folder of pictures, or what answers
-    and draws like them. ``model`` is a network, or a dataclass that says what it is (``family``, ``settings``)."""
+    """The interface of what can be evaluated: ``diptych.generation.engine.Engine``, an ``Endpoint``, ``Pictures``, or a
+    class of your own. ``model`` is a network, or a dataclass with ``family`` and ``settings``."""
 
     model: Any
     name: str
@@ -70,10 +70,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Result:
-    """Scores by name, what to compare them with, the sampling card, how it was scored, and every outcome.
+    """Scores by name, baselines to compare them with, the sampling card, the scorers, and every outcome.
 
-    ``failures`` counts the items for which the model gave nothing, or the judge nothing that can be read: they are
-    wrong in every score.
+    ``failures`` counts the items that the model refused or whose judge's reply could not be parsed; they are wrong in
+    every score.
     """
 
     scores: Mapping[str, Score]
@@ -97,7 +97,7 @@ class Result:
 
 @dataclass(frozen=True)
 class _Work:
-    """One evaluation: what is asked, where it lies, who does it."""
+    """One evaluation: its benchmarks and items, its folder and card, and the place of this process among all."""
 
     folder: Path
     benchmarks: list[Benchmark]
@@ -113,13 +113,12 @@ class _Work:
         return self.folder / (f"{stem}.jsonl" if self.world == 1 else f"{stem}.{self.rank}.jsonl")
 
     def chunks(self, benchmark: Benchmark, n: int) -> Iterator[list[Item]]:
-        """This process's batches, always cut at the same places, so that a run that goes on makes the batches that an
-        unbroken one makes."""
-        of = self.items[benchmark.name]
-        return (of[i : i + n] for i in range(self.rank * n, len(of), n * self.world))
+        """This process's batches. Their boundaries are fixed, so a resumed run makes the batches of an unbroken one."""
+        items = self.items[benchmark.name]
+        return (items[i : i + n] for i in range(self.rank * n, len(items), n * self.world))
 
     def join(self, stem: str) -> None:
-        """Waits for every process, then makes one file of what they wrote."""
+        """Waits for every process, then merges their files into one."""
         processes.gather(None)
         if self.rank == 0:
             files.merge(self.folder / f"{stem}.jsonl", [i.id for b in self.benchmarks for i in self.items[b.name]])
@@ -194,7 +193,7 @@ def evaluate(
 
 
 def _joined(work: _Work, result: Result, tasks: Iterable[str]) -> Result:
-    """The result with the scores and samples of lmms-eval's tasks, here, in the summary and among the items."""
+    """The result with the scores and samples of lmms-eval's tasks, which are also added to the folder's files."""
     from diptych.evaluation import lmms
 
     scores, outcomes = dict(result.scores), list(result.outcomes)
@@ -220,9 +219,9 @@ def rescore(
     tools: Tools | None = None,
     progress: bool = True,
 ) -> Result:
-    """The scores of what lies in the folder of an evaluation, without its model; with another judge also.
+    """Scores the items in the folder of an evaluation again, without its model, also with another judge.
 
-    ``benchmarks`` default to those of the folder. Raises ``ValueError`` for a folder of other prompts."""
+    ``benchmarks`` default to those of the folder. Raises ``ValueError`` for a folder with other prompts."""
     folder = Path(folder)
     old = cards.load(folder)
     names = benchmarks or list(dict.fromkeys(old["asked"].values()))
@@ -241,8 +240,8 @@ def rescore(
 
 
 def load_result(folder: str | Path) -> Result:
-    """The result of a finished evaluation, read from its folder; nothing is judged. Where the user's files have gone,
-    the outcomes lack the pictures that were shown to the model. Raises ``ValueError`` for what is not scored."""
+    """The result of a finished evaluation, read from its folder; nothing is judged. Where the benchmark's files are
+    gone, the outcomes lack the pictures that the model was shown. Raises ``ValueError`` where there are no scores."""
     folder = Path(folder)
     card, file = cards.load(folder), folder / "summary.json"
     if not file.is_file():
@@ -250,7 +249,7 @@ def load_result(folder: str | Path) -> Result:
     summary = files.load(file)
     known: dict[str, Item] = {}
     for name, asked in card["asked"].items():
-        try:  # a judge is not asked, but some must be there
+        try:  # the judge is not asked, but benchmarks need one
             [benchmark], _ = resolve([asked], Tools(judge=Judge("none", cache=folder)))
         except ValueError:
             continue
@@ -270,18 +269,20 @@ def load_result(folder: str | Path) -> Result:
     return Result(scores, *more)
 
 
-def _outcome(folder: Path, item: Item, row: Mapping[str, Any], said: Mapping[str, Any]) -> Outcome:
-    verdict = Verdict(said["ok"], said["reason"], said["parts"], said.get("value"), said.get("failed", False))
+def _outcome(folder: Path, item: Item, row: Mapping[str, Any], scored: Mapping[str, Any]) -> Outcome:
+    """The outcome of an item from its row in ``items.jsonl`` and its row in ``scores.jsonl``."""
+    verdict = Verdict(scored["ok"], scored["reason"], scored["parts"], scored.get("value"), scored.get("failed", False))
     return Outcome(item, verdict, row.get("text"), folder / row["file"] if "file" in row else None, row.get("error"))
 
 
 def _cut(benchmark: Benchmark, items: list[Item], limit: int | None) -> list[Item]:
-    taken: dict[str, dict[str, None]] = {}
+    """The first ``limit`` items (or whole clusters) of each category. Raises ``ValueError`` for two items of one id."""
+    seen: dict[str, dict[str, None]] = {}  # category -> ids or clusters in order
     kept = []
     for item in items:
-        of = taken.setdefault(item.category, {})
-        of.setdefault(item.cluster if benchmark.whole else item.id)
-        if limit is None or len(of) <= limit:
+        units = seen.setdefault(item.category, {})
+        units.setdefault(item.cluster if benchmark.whole else item.id)
+        if limit is None or len(units) <= limit:
             kept.append(item)
     if len({item.id for item in kept}) != len(kept):
         twice = next(id for id, n in Counter(i.id for i in kept).items() if n > 1)
@@ -309,7 +310,8 @@ def _opened(
     card: dict,
     progress: bool,
 ) -> Iterator[_Work]:
-    """An evaluation over its folder: the cards agree, and what a stopped run left in parts is put together."""
+    """Opens the folder of an evaluation: checks the card against the one that is there, and merges the files that the
+    processes of a stopped run left."""
     folder.mkdir(parents=True, exist_ok=True)
     rank, world = processes.place()
     card = cards.agree(folder, card)
@@ -323,7 +325,7 @@ def _opened(
         yield work
 
 
-# --- step one: what the model makes -----------------------------------------------------------------------------------
+# --- step one: answers and pictures -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -426,7 +428,7 @@ def _row(item: Item, batch: int, parameters: Mapping[str, Any], **made: str) -> 
 
 
 def _finished(folder: Path, ids: set[str]) -> dict[str, dict]:
-    """The finished lines of these items; a line whose picture is gone is not finished."""
+    """The rows of the finished items by id; an item whose picture file is gone is not finished."""
     rows = {row["id"]: row for row in files.read(folder / "items.jsonl", "id") if row["id"] in ids}
     return {k: row for k, row in rows.items() if "file" not in row or (folder / row["file"]).is_file()}
 
@@ -435,13 +437,13 @@ def _finished(folder: Path, ids: set[str]) -> dict[str, dict]:
 
 
 def _scored(work: _Work) -> Result:
-    """The outcome of every item, judged from the folder alone, and what they come to; verdicts in ``scores.jsonl`` of
-    the same making and the same scorer are kept. Raises ``ValueError`` when an item is not finished."""
+    """Judges every item from the folder alone and computes the scores. A verdict in ``scores.jsonl`` is kept where the
+    answer or picture and the scorer are the same. Raises ``ValueError`` for an item that is not finished."""
     made: dict[str, dict] = {}
     for benchmark in work.benchmarks:
-        of = work.items[benchmark.name]
-        done = _finished(work.folder, {i.id for i in of})
-        if missing := [i.id for i in of if i.id not in done]:
+        items = work.items[benchmark.name]
+        done = _finished(work.folder, {i.id for i in items})
+        if missing := [i.id for i in items if i.id not in done]:
             raise ValueError(f"{len(missing)} items of {benchmark.name} are not finished, first {missing[0]}")
         made |= done
     known = {row["id"]: row for row in files.read(work.folder / "scores.jsonl")}
@@ -469,9 +471,9 @@ def _scored(work: _Work) -> Result:
 
 
 def _unscored(work: _Work) -> Result:
-    """What was made, without a score."""
+    """The outcomes of every item, without verdicts and scores."""
     made = {row["id"]: row for row in files.read(work.folder / "items.jsonl")}
-    every = [i for of in work.items.values() for i in of]
+    every = [item for items in work.items.values() for item in items]
     outcomes = tuple(replace(_outcome(work.folder, i, made[i.id], asdict(UNJUDGED)), verdict=UNJUDGED) for i in every)
     return Result({}, {}, work.card, sum(o.error is not None for o in outcomes), outcomes)
 
@@ -479,8 +481,8 @@ def _unscored(work: _Work) -> Result:
 def _judge(
     work: _Work, benchmark: Benchmark, items: list[Item], made: Mapping[str, dict], known: Mapping[str, dict]
 ) -> None:
-    """Writes the verdicts that these items lack."""
-    rows, waiting, things, hashes = [], [], [], {}
+    """Writes the verdicts that these items lack, or whose answer, picture or scorer has changed."""
+    rows, waiting, judged, hashes = [], [], [], {}
     for item in items:
         row = made[item.id]
         image = None
@@ -494,23 +496,23 @@ def _judge(
             rows.append({"id": item.id, "made": hashes[item.id], **asdict(verdict)})
         else:
             waiting.append(item)
-            things.append(spoken(row["text"]) if image is None else image)
+            judged.append(spoken(row["text"]) if image is None else image)
     if waiting:
-        for item, verdict in zip(waiting, benchmark.judge(waiting, things), strict=True):
+        for item, verdict in zip(waiting, benchmark.judge(waiting, judged), strict=True):
             rows.append({"id": item.id, "made": hashes[item.id], **asdict(verdict)})
     order = {item.id: i for i, item in enumerate(items)}
     files.append(work.file("scores"), sorted(rows, key=lambda row: order[row["id"]]))
 
 
 def _hash(benchmark: Benchmark, row: Mapping[str, Any], image: PIL.Image.Image | None) -> str:
-    """What a verdict was about and who gave it: an item made again is judged again, and so it is by another judge."""
+    """A hash of the answer or picture and of the scorer: where either changes, the item is judged again."""
     made = row.get("text", row.get("error", "")).encode() if image is None else rgb(image).tobytes()
     scorer = json.dumps(benchmark.scorer, sort_keys=True).encode() if benchmark.scorer else b""
     return hashlib.sha256(made + scorer).hexdigest()[:16]
 
 
 def write_layout(folder: str | Path, result: Result, benchmarks: Sequence[Benchmark]) -> list[Path]:
-    """Writes each benchmark's pictures as its official scorer reads them, into FOLDER/NAME; the folders."""
+    """Writes each benchmark's pictures as its official scorer reads them, into FOLDER/NAME. Returns the folders."""
     written = []
     for b in benchmarks:
         if b.layout is not None:

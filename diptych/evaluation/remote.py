@@ -1,13 +1,12 @@
-"""What can be evaluated beside our own families: any OpenAI-compatible server, and a folder of pictures made elsewhere.
+"""Engines that are not models of ours: any OpenAI-compatible server, and a folder of pictures made elsewhere.
 
 ``diptych evaluate http://host:8000/v1 mini --remote-model NAME`` asks a server for answers (``/chat/completions``),
 pictures (``/images/generations``) and edits (``/images/edits``). ``diptych evaluate folder:DIR geneval=FILE`` scores
-pictures that lie where the benchmark's official scripts put them.
+pictures in the layout that the benchmark's official scripts write.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -20,16 +19,17 @@ from diptych.core.sample import Image, Message, Sample, Text
 from diptych.data.decoding import open_picture
 from diptych.evaluation import files
 from diptych.evaluation.addresses import NO_KEY, public_address
-from diptych.evaluation.judges.judge import address, call
+from diptych.evaluation.judges.judge import call
 from diptych.evaluation.scores import Item
 from diptych.generation.events import Answer, Picture
+from diptych.parts.images import data_uri, png_bytes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
 class RemoteSettings:
-    """What is sent along where it is not None."""
+    """Sampler settings that are sent with a request where they are not None."""
 
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
@@ -37,7 +37,7 @@ class RemoteSettings:
 
 @dataclass(frozen=True)
 class RemoteModel:
-    """What a result says of a model behind a server."""
+    """The identity of a model behind a server; ``url`` is without secrets."""
 
     url: str
     family: str = "endpoint"
@@ -45,7 +45,8 @@ class RemoteModel:
 
 
 class Endpoint:
-    """A model behind an OpenAI-compatible server."""
+    """A model behind an OpenAI-compatible server. ``url`` may hold a user, password and query; ``shown_url`` does not.
+    ``thinking`` is sent as ``enable_thinking`` where it is not None. Raises ``ValueError`` without a model's name."""
 
     def __init__(
         self, url: str, model: str, key: str = NO_KEY, timeout: float = 600.0, thinking: bool | None = None
@@ -64,7 +65,7 @@ class Endpoint:
         return call(self._url, self._key, self.timeout, request)
 
     def settings(self, changes: dict[str, Any]) -> RemoteSettings:
-        """The settings with ``changes``. Raises ``ValueError`` for what a server is not asked for."""
+        """The settings with ``changes``. Raises ``ValueError`` for a setting that is not sent to servers."""
         known = asdict(self.model.settings)
         if unknown := sorted(changes.keys() - known.keys()):
             raise ValueError(f"unknown settings {unknown}; an endpoint is sent {', '.join(known)}")
@@ -79,7 +80,7 @@ class Endpoint:
         batch_size: int,
         top_p: float = 1.0,
     ) -> list[Answer]:
-        """One answer per sample; ``batch_size`` requests are under way at once."""
+        """One answer for each sample; up to ``batch_size`` requests run at the same time."""
 
         more: dict[str, Any] = {}
         if self.thinking is not None:
@@ -124,7 +125,7 @@ class Endpoint:
             asked: dict[str, Any] = {"model": self.name, "prompt": prompt, "n": 1, "extra_body": {"seed": seed, **more}}
             if size is not None:
                 asked["size"] = f"{size[0]}x{size[1]}"
-            sources = [("source.png", _png(i.pixels), "image/png") for i in sample.images()]
+            sources = [("source.png", png_bytes(i.pixels), "image/png") for i in sample.images()]
             reply = self._call(
                 lambda client: (
                     client.images.edit(image=sources, response_format="b64_json", **asked)
@@ -154,13 +155,7 @@ def _content(message: Message) -> str | list[dict]:
 def _part(part: Text | Image) -> dict:
     if isinstance(part, Text):
         return {"type": "text", "text": part.text}
-    return {"type": "image_url", "image_url": {"url": address(part.pixels)}}
-
-
-def _png(image: PIL.Image.Image) -> bytes:
-    out = io.BytesIO()
-    image.convert("RGB").save(out, "PNG")
-    return out.getvalue()
+    return {"type": "image_url", "image_url": {"url": data_uri(part.pixels)}}
 
 
 # --- pictures made elsewhere ------------------------------------------------------------------------------------------
@@ -168,12 +163,12 @@ def _png(image: PIL.Image.Image) -> bytes:
 
 @dataclass(frozen=True)
 class NoSettings:
-    """Nobody knows how the pictures were made."""
+    """No settings: it is unknown how the pictures were made."""
 
 
 @dataclass(frozen=True)
 class PicturesModel:
-    """What a result says of pictures made elsewhere."""
+    """The identity of pictures made elsewhere: the name of their folder."""
 
     folder: str
     family: str = "pictures"
@@ -193,13 +188,15 @@ class Pictures:
         self.listed: dict[Path, dict[str, list[Path]]] = {}
 
     def expect(self, items: Sequence[Item]) -> None:
-        """Says which items there are: where a picture lies is the item's ``place``. Raises ``ValueError`` where not one
-        of them is there, and where GenEval's ``metadata.jsonl`` has another prompt: another folder was meant."""
+        """Sets the items to look for; an item's ``place`` is the path of its picture. Raises ``ValueError`` where the
+        folder has none of them, and where its ``metadata.jsonl`` (of GenEval) has another prompt."""
         self.places |= {item.id: item for item in items}
         self.listed.clear()
-        for told, item in {self.folder / Path(i.place).parts[0] / "metadata.jsonl": i for i in items if "/samples/" in i.place}.items():  # fmt: skip  # noqa: E501
-            if told.is_file() and (prompt := files.field(files.load(told), ("prompt",), str(told))) != item.prompt:
-                raise ValueError(f"{told} says {prompt!r}, the benchmark {item.prompt!r}: other prompts were drawn")
+        geneval = [item for item in items if "/samples/" in item.place]
+        described = {self.folder / Path(item.place).parts[0] / "metadata.jsonl": item for item in geneval}
+        for file, item in described.items():
+            if file.is_file() and (prompt := files.field(files.load(file), ("prompt",), str(file))) != item.prompt:
+                raise ValueError(f"{file} says {prompt!r}, the benchmark {item.prompt!r}: other prompts were drawn")
         if items and not any(self._file(item.id)[0] for item in items):
             raise ValueError(
                 f"{self.folder} holds none of the {len(items)} pictures, such as {self._file(items[0].id)[1]}"
@@ -234,8 +231,8 @@ class Pictures:
         return cut(image, int(tile)) if tile else image
 
     def _file(self, id: str) -> tuple[Path | None, str]:
-        """The file of an item's picture, of any format, and the pattern of its name; a number may have other zeros
-        before it (GenEval's page says 0000.png, its scripts write 00000.png)."""
+        """The file of an item's picture, of any format, and the pattern of its name. A number may have more or fewer
+        leading zeros (GenEval's page says 0000.png, its scripts write 00000.png)."""
         place = (self.places[id].place or f"{id}.png").partition("#")[0]
         stem = (self.folder / place).with_suffix("")
         if stem.parent not in self.listed:
@@ -253,14 +250,14 @@ def _number(name: str) -> str:
 
 
 def cut(image: PIL.Image.Image, tile: int, across: int = 2) -> PIL.Image.Image:
-    """One of the pictures that are tiled in one, row by row."""
+    """One tile of a picture that holds several, counted row by row."""
     w, h = image.width // across, image.height // across
     row, column = divmod(tile, across)
     return image.crop((column * w, row * h, (column + 1) * w, (row + 1) * h))
 
 
 def tiled(images: Sequence[PIL.Image.Image], across: int = 2) -> PIL.Image.Image:
-    """Pictures of one size tiled in one, row by row; too few leave black behind."""
+    """Pictures of one size tiled in one, row by row; missing tiles are black."""
     w, h = images[0].size
     sheet = PIL.Image.new("RGB", (across * w, -(-len(images) // across) * h))
     for i, image in enumerate(images):

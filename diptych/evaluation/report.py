@@ -1,8 +1,5 @@
-"""One HTML file that shows what a model can do: scores, curves, pictures with verdicts, answers, and how to repeat it.
-
-``write_report(path, sections)`` writes sections that anyone may compose; ``sections`` makes the usual ones from the
-results of ``evaluate``. The file needs no other: pictures are inside it, and it runs no script.
-"""
+"""The sections of a report from the results of ``evaluate``: scores, curves, pictures and answers with their verdicts,
+and the sampling card. ``diptych.evaluation.page`` writes them as one HTML file or as Markdown."""
 
 from __future__ import annotations
 
@@ -22,11 +19,12 @@ from diptych.evaluation.scores import by_category as _by_category
 def sections(
     results: Mapping[str, Result], metrics: str | Path | None = None, commands: str = "", per_category: int = 6
 ) -> list[Section]:
-    """The usual page: the score table of all models, bars by category, then curves, and of the last model drawings,
+    """All sections: the score table of all models, bars by category and curves; then, of the last model, its drawings,
     answers and edits, every verdict, and the card.
 
-    ``results`` maps a column's name ("untrained", "trained") to its result; ``metrics`` is a training run's jsonl.
-    Of each category ``per_category`` outcomes are shown: failures first, then wrong ones, then right ones.
+    ``results`` maps the name of a column ("untrained", "trained") to its result. ``metrics`` is a training run's folder
+    or metrics file. Of each category ``per_category`` outcomes are shown: failures first, then wrong, then right ones.
+    Raises ``ValueError`` for no result.
     """
     if not results:
         raise ValueError("a report needs at least one result")
@@ -64,7 +62,7 @@ def score_table(results: Mapping[str, Result]) -> Table:
 
 
 def charts(results: Mapping[str, Result]) -> list[Figure]:
-    """Of each score with three categories or more: bars by category with intervals, one colour for each model."""
+    """Bars by category with intervals, one colour for each model, of each score with three categories or more."""
     from diptych.evaluation.figures import bars
 
     groups: dict[str, list[str]] = {}
@@ -85,7 +83,7 @@ def charts(results: Mapping[str, Result]) -> list[Figure]:
 
 
 def drawings(benchmark: str, outcomes: Sequence[Outcome], name: str, per_category: int = 6) -> list[Gallery]:
-    """One gallery for each category of a drawing benchmark; edits, and whatever was shown, before what was drawn."""
+    """One gallery for each category of a drawing benchmark; the pictures that the model was shown come first."""
     found = []
     for category, of in _by_category(outcomes).items():
         shown = []
@@ -98,7 +96,7 @@ def drawings(benchmark: str, outcomes: Sequence[Outcome], name: str, per_categor
 
 
 def answers(benchmark: str, outcomes: Sequence[Outcome], name: str, per_category: int = 6) -> list[Questions]:
-    """Questions of each category, with what was answered and expected."""
+    """Questions of each category with their answers and the expected ones."""
     groups = _by_category(outcomes).values()
     asked = [_asked(o) for of in groups for o in _worst_first(of)[:per_category]]
     return [Questions(f"{benchmark} · {name}", tuple(asked), _tally(outcomes))]
@@ -115,7 +113,7 @@ def verdicts(benchmark: str, outcomes: Sequence[Outcome], per_category: int = 6)
 
 
 def card_table(result: Result) -> Table:
-    """The sampling card and the scorers: everything that moves a score and is not the model's doing."""
+    """The sampling card and the scorers: every setting that changes a score."""
     rows = []
     for key, value in {**result.card, "scorers": result.scorers or "none but the rules"}.items():
         shown = value.items() if isinstance(value, Mapping) else [("", value)]
@@ -131,19 +129,19 @@ def _by_benchmark(result: Result) -> dict[str, list[Outcome]]:
 
 
 def _worst_first(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Failures, then wrong ones by their grade, then right ones; equals as they come."""
+    """Failures, then wrong outcomes by grade, then right ones; a stable order."""
     return sorted(outcomes, key=lambda o: (not o.verdict.failed and o.error is None, o.verdict.ok, o.verdict.grade))
 
 
 def _asked(outcome: Outcome) -> Asked:
     image = next((files.picture(i.image) for i in outcome.item.sample.images() if i.image is not None), None)
-    said = outcome.text if outcome.error is None else f"failed: {outcome.error}"
+    answer = outcome.text if outcome.error is None else f"failed: {outcome.error}"
     expected = str(outcome.item.reference.get("answer", outcome.verdict.reason))
-    return Asked(image, outcome.item.prompt, said or "", expected, outcome.verdict.ok, outcome.item.id)
+    return Asked(image, outcome.item.prompt, answer or "", expected, outcome.verdict.ok, outcome.item.id)
 
 
 def _tally(outcomes: Sequence[Outcome]) -> str:
     failed = sum(o.error is not None or o.verdict.failed for o in outcomes)
     right = sum(o.verdict.ok for o in outcomes)
-    told = f"{right} of {len(outcomes)} right{f', {failed} failed' if failed else ''}"
-    return f"{told}; the worst are shown first."
+    failures = f", {failed} failed" if failed else ""
+    return f"{right} of {len(outcomes)} right{failures}; the worst are shown first."

@@ -126,7 +126,8 @@ UNFOLDED = {  # the upper bound, and what it costs
     "64 px 2x4": (64, 1, (2, 4)),
     "64 px 1x1": (64, 1, (1, 1)),  # 256 tokens
 }
-ARMS = {  # the arms of table 7, and one for figure 4: pictures that are read carry the picture loss too
+# the arms of table 7, and one for figure 4: pictures that are read carry the picture loss too
+ARMS: dict[str, dict[str, Any]] = {
     "S1+S2 full": {"full": True},
     "S1": {"stages": (1,)},
     "S2": {"stages": (2,)},
