@@ -103,8 +103,8 @@ def sampling_card(
 
 
 def identity(engine: Any) -> dict[str, Any]:
-    """The model's name and family; for a network also a hash of its weights, its dtype and device, for other engines the
-    fields of their ``model``."""
+    """The model's name and family; for a network also a hash of its weights, its dtype and device, for other engines
+    the fields of their ``model``."""
     who = {"model": engine.name, "family": engine.model.family}
     if not isinstance(engine.model, nn.Module):
         return who | {k: v for k, v in asdict(engine.model).items() if k not in ("family", "settings")}
