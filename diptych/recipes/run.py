@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from diptych.data.contact_sheet import contact_sheet
 from diptych.data.mixture import First
 from diptych.data.self_condition import SelfConditioned
 from diptych.generation.engine import Engine
+from diptych.machine import disk
 from diptych.machine.devices import pick_device
 from diptych.models.protocol import Trainable, UnifiedModel
-from diptych.training import build, loop
+from diptych.training import build, checkpoint, loop
 from diptych.training.recipe import Recipe, Stage
 
+log = logging.getLogger("diptych.training")
 PROMPTS = (
     "a red circle",
     "three blue stars",
@@ -29,37 +31,64 @@ PROMPTS = (
 )
 
 
+@dataclass(frozen=True)
+class Watch:
+    """What is shown and recorded of a run besides metrics.jsonl.
+
+    ``show``     progress on standard error
+    ``profile``  how many steps to trace into trace.json
+    ``track``    a tracker: trackio or wandb
+    """
+
+    show: bool = True
+    profile: int = 0
+    track: str | None = None
+
+
 def train(
     recipe: Recipe | str | Path,
     run: str | Path | None = None,
     *,
     steps: int | None = None,
+    minutes: float | None = None,
     seed: int | None = None,
     catalog: str | None = None,
     override: Mapping[str, str] | None = None,
     device: str = "auto",
-    show: bool = True,
     model: str | Path | None = None,
     encoded: str | None = None,
     folders: Mapping[str, str] | None = None,
-    profile: int = 0,
-    track: str | None = None,
+    watch: Watch = Watch(),
 ) -> Path:
     """Trains a recipe (an object, a name or a file) into the folder ``run`` and returns its released model's folder.
 
-    ``model`` is a folder or shipped name to go on training, of any family that has the recipe's parts, in place of the
-    recipe's own; ``steps`` cuts or stretches all stages in proportion; ``override`` changes leaves by dotted path;
-    ``encoded`` is the folder of ``diptych data precompute``, ``folders`` plain folders of pictures by data set;
-    ``profile`` traces so many steps; ``track`` names a tracker."""
+    ``run``       by default a new folder under ``runs``, the same for all processes
+    ``steps``     cuts or stretches all stages in proportion
+    ``minutes``   trains for this long instead, by the wall clock; schedules follow the share of it that is over
+    ``model``     a folder or shipped name to continue training, of any family that has the recipe's parts, in place of
+                  the recipe's own
+    ``override``  changes leaves of the recipe by dotted path
+    ``encoded``   the folder of ``diptych data precompute``
+    ``folders``   data set -> a plain folder of pictures in its place
+
+    Raises ``ValueError`` for settings that contradict each other, ``Interrupted`` when it was asked to stop."""
     recipe = configured(
-        recipe, model=model, steps=steps, seed=seed, catalog=catalog, encoded=encoded, override=override,
+        recipe,
+        model=model,
+        steps=steps,
+        minutes=minutes,
+        seed=seed,
+        catalog=catalog,
+        encoded=encoded,
+        override=override,
         folders=folders,
-    )  # fmt: skip
-    if run is None:
-        run = Path("runs") / f"{recipe.name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return loop.train(
-        recipe, run, stage_sources, pick_device(device), show=show, hook=draw_samples, profile=profile, track=track
     )
+    return _train(recipe, run, device, watch)
+
+
+def _train(recipe: Recipe, run: str | Path | None, device: str, watch: Watch, **options: Any) -> Path:
+    options |= {"show": watch.show, "profile": watch.profile, "track": watch.track}
+    return loop.train(recipe, run, stage_sources, pick_device(device), hook=draw_samples, **options)
 
 
 def configured(
@@ -67,6 +96,7 @@ def configured(
     *,
     model: str | Path | None = None,
     steps: int | None = None,
+    minutes: float | None = None,
     seed: int | None = None,
     catalog: str | None = None,
     encoded: str | None = None,
@@ -81,20 +111,39 @@ def configured(
         recipe = recipe.override(override)
     if steps is not None:
         recipe = recipe.with_steps(steps)
-    given = {"seed": seed, "catalog": catalog, "encoded": encoded, "folders": dict(folders) if folders else None}
+    given = {"seed": seed, "minutes": minutes, "catalog": catalog, "encoded": encoded}
+    given["folders"] = dict(folders) if folders else None
     return replace(recipe, **{name: value for name, value in given.items() if value is not None})
 
 
 def resume(
-    run: str | Path, *, device: str = "auto", show: bool = True, profile: int = 0, track: str | None = None
+    run: str | Path,
+    *,
+    override: Mapping[str, str] | None = None,
+    steps: int | None = None,
+    grown_data: bool = False,
+    device: str = "auto",
+    watch: Watch = Watch(),
 ) -> Path:
-    """Goes on with a run from its last checkpoint, exactly as if it had not stopped."""
+    """Continues a run from its last checkpoint as if it had not stopped; returns its released model's folder.
+
+    ``override``    changes leaves of the recipe that may change (``Recipe.resumed_with``), by dotted path
+    ``steps``       of the whole run: its last stage becomes longer
+    ``grown_data``  data sets may have more rows than they had; each then begins an epoch of all its rows
+
+    Raises ``ValueError`` where ``run`` is no run, and for changes that contradict what was trained so far."""
     run = Path(run)
     if not (run / "recipe.json").is_file():
         raise ValueError(f"{run} is no run: it holds no recipe.json")
     recipe = Recipe.load(run / "recipe.json")
-    how: dict[str, Any] = {"show": show, "hook": draw_samples, "profile": profile, "track": track}
-    return loop.train(recipe, run, stage_sources, pick_device(device), resume=True, **how)
+    changes = dict(override or {})
+    if steps is not None:
+        changes[f"stages.{len(recipe.stages) - 1}.steps"] = str(steps - sum(s.steps for s in recipe.stages[:-1]))
+    if changes:
+        saved = checkpoint.available(run / "checkpoints")
+        position = checkpoint.read_meta(saved[-1]) if saved else {"stage": 0, "done": 0}
+        recipe = recipe.resumed_with(changes, position["stage"], position["done"])
+    return _train(recipe, run, device, watch, resume=True, grown=grown_data)
 
 
 def stage_sources(recipe: Recipe, stage: Stage) -> Mapping[str, Any]:
@@ -155,13 +204,18 @@ def precompute(
 
 
 def draw_samples(model: Trainable, step: int, run: Path) -> None:
-    """Draws fixed prompts with fixed seeds into ``run/samples``, where the family draws."""
+    """Draws fixed prompts with fixed seeds into ``run/samples``, where the family draws. Whatever fails in it is a
+    warning: a run does not end for its pictures."""
     if not isinstance(model, UnifiedModel):
         return
     training = [(m, m.training) for m in model.modules()]
-    drawn = Engine(model).draw(
-        [Sample(p, (user(p),)) for p in PROMPTS for _ in range(2)], list(range(2 * len(PROMPTS)))
-    )
-    contact_sheet([d.image for d in drawn], columns=4).save(run / "samples" / f"step-{step:08d}.png")
-    for module, mode in training:
-        module.training = mode
+    prompts = [Sample(p, (user(p),)) for p in PROMPTS for _ in range(2)]
+    try:
+        drawn = Engine(model).draw(prompts, list(range(len(prompts))))
+        with disk.atomic(run / "samples" / f"step-{step:08d}.png") as part:
+            contact_sheet([d.image for d in drawn], columns=4).save(part, "PNG")
+    except Exception as error:
+        log.warning("step %d: its samples cannot be drawn: %s: %s", step, type(error).__name__, error)
+    finally:
+        for module, mode in training:
+            module.training = mode

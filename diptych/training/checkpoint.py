@@ -182,9 +182,10 @@ def load(folder: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Fills ``tensors`` in place from a checkpoint, every process its shards, and returns the mapping.
 
     Raises ``ValueError`` where the checkpoint holds anything but tensors, and ``OSError`` where it cannot be read."""
-    state = dict(tensors)
+    state, reader = dict(tensors), Reader(folder / "state")
+    reader.read_metadata()  # torch's load would hide why metadata are refused
     with _errors_of(f"checkpoint {folder} cannot be read"):
-        _quietly(dcp.load, state, storage_reader=Reader(folder / "state"), no_dist=not dist.is_initialized())
+        _quietly(dcp.load, state, storage_reader=reader, no_dist=not dist.is_initialized())
     return state
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -13,6 +14,12 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from diptych.models import configs, store
 
+CHANGEABLE = (  # what a resumed run may change; * stands for one part of a path, ** for any
+    "workers", "checkpoint_every", "keep", "skip_limit", "minutes", "catalog", "encoded", "folders**",
+    "engine.shard", "engine.recompute", "engine.compile", "engine.offload", "engine.async_save", "engine.timeout",
+    "stages.*.steps", "stages.*.train.**", "stages.*.loss.**", "stages.*.schedule.*", "stages.*.optimizer.clip",
+    "stages.*.optimizer.weight_decay",
+)  # fmt: skip
 FREE = ("data", "train", "loss", "dropout", "init", "folders", "lora")  # mappings of a recipe whose keys are the user's
 
 
@@ -249,6 +256,34 @@ class Recipe:
             _set(row, path, value)
         return Recipe.from_dict(row, "overridden recipe")
 
+    def resumed_with(self, changes: Mapping[str, str], stage: int = 0, done: int = 0) -> Recipe:
+        """The recipe of a run that continues in ``stage`` after ``done`` of its steps, with leaves changed as in
+        ``override``.
+
+        Raises ``ValueError``, naming the leaf, for a change that would contradict what was trained so far: anything but
+        ``CHANGEABLE``, other parts or losses, finished stages, and fewer steps than are done."""
+        new = self.override(changes)
+        before, after = leaves(self), leaves(new)
+        for path in sorted(before.keys() | after.keys()):
+            if before.get(path) == after.get(path) and (path in before) == (path in after):
+                continue
+            if not any(_matches(path, pattern) for pattern in CHANGEABLE):
+                raise ValueError(f"a resumed run cannot change {path!r}; it can change {', '.join(CHANGEABLE)}")
+            keys = path.split(".")
+            if keys[0] == "stages" and keys[2] in ("train", "loss") and (path in before) != (path in after):
+                raise ValueError(
+                    f"a resumed run changes values in {'.'.join(keys[:3])!r}, not which there are: {path!r}"
+                )
+            if keys[0] == "stages" and int(keys[1]) < stage:
+                raise ValueError(
+                    f"a resumed run cannot change {path!r}: stage {self.stages[int(keys[1])].name!r} is finished"
+                )
+        if new.stages[stage].steps < done:
+            raise ValueError(
+                f"stage {new.stages[stage].name!r} cannot have {new.stages[stage].steps} steps: {done} are done"
+            )
+        return new
+
     def with_steps(self, steps: int) -> Recipe:
         """The recipe cut or stretched to ``steps`` in all, every stage in proportion (at least one step each)."""
         if steps < len(self.stages):
@@ -283,6 +318,12 @@ def _set(node: Any, path: str, value: Any, where: str = "recipe") -> None:
         node[place][rest] = value
     else:
         _set(node[place], rest, value, key if where == "recipe" else f"{where}.{key}")
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Whether a dotted path is one that a pattern of ``CHANGEABLE`` stands for."""
+    regex = re.escape(pattern).replace(r"\*\*", ".*").replace(r"\*", "[^.]*")
+    return re.fullmatch(regex, path) is not None
 
 
 def _short(value: Any) -> str:

@@ -17,7 +17,7 @@ from diptych.data.loader import Row, Stats
 from diptych.machine import disk
 from diptych.models import configs, store, table
 from diptych.parts.decoder import Decoder, taken_over
-from diptych.recipes.run import stage_sources
+from diptych.recipes.run import Watch, stage_sources
 from diptych.training import build, checkpoint, loop, optim
 from diptych.training.log import Work
 from diptych.training.parameters import Average, by_part, freeze, release_state, select
@@ -84,7 +84,9 @@ def test_the_hook_sees_every_checkpoint(tmp_run):
 
 
 def test_diptych_train_draws_samples_and_can_be_called(tmp_run):
-    release = diptych.train(tiny.recipe(steps=2), tmp_run, device="cpu", show=False, override={"stages.0.ema": "null"})
+    release = diptych.train(
+        tiny.recipe(steps=2), tmp_run, device="cpu", watch=Watch(show=False), override={"stages.0.ema": "null"}
+    )
     assert release == tmp_run / "release" and (tmp_run / "samples" / "step-00000002.png").is_file()
     assert diptych.load(release).generate("a red circle").images[0].size == (32, 32)
 
@@ -121,7 +123,7 @@ def test_a_wrong_recipe_stops_before_the_first_step(changes, told, tmp_run):
 
 def test_an_unknown_device_lists_the_choices(tmp_run):
     with pytest.raises(ValueError, match="unknown device 'tpux'; choose from auto, cpu, cuda, mps"):
-        diptych.train(tiny.recipe(), tmp_run, device="tpux", show=False)
+        diptych.train(tiny.recipe(), tmp_run, device="tpux", watch=Watch(show=False))
     assert not tmp_run.exists()
 
 
