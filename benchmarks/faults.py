@@ -98,7 +98,7 @@ def same(a: Path, b: Path) -> bool:
 
 # ---- faults inside a run --------------------------------------------------------------------------------------------
 
-ERRORS = {e.__name__: e("injected") for e in (RuntimeError, KeyError, ValueError)}
+ERRORS = {e.__name__: e("injected") for e in (RuntimeError, KeyError)}
 CODES = dict.fromkeys(("RuntimeError", "KeyError"), 1)
 CODES |= dict.fromkeys(("ValueError", "killed worker", "full disk"), 2) | dict.fromkeys(("SIGTERM", "SIGINT"), 4)
 PATIENCE = 20.0  # seconds from the fault to the end of all processes
@@ -118,7 +118,9 @@ def inject(kind: str, moment: Path, arguments: list[str]) -> int:
             moment.write_text(str(time.time()))
             if kind in ERRORS:
                 raise ERRORS[kind]
-            if kind == "killed worker":
+            if kind == "ValueError":
+                job.recipe.override({"nothing": "1"})  # one that diptych itself raises
+            elif kind == "killed worker":
                 os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
             elif kind == "full disk":
                 fill(job.folder.parent)
@@ -181,7 +183,7 @@ def fails(kind: str, recipe: Recipe, folder: Path, processes: int, workers: int)
         for number in left:
             os.kill(number, signal.SIGKILL)
     if half := [p.name for p in folder.rglob("*") if p.suffix in (".tmp", ".part")] + [
-        p.name for p in temporary.iterdir() if not p.name.startswith("torchelastic_")
+        p.name for p in temporary.iterdir() if not p.name.startswith(("torchelastic_", "torchinductor_"))
     ]:
         wrong.append(f"temporary files left: {half}")
     crash = run / ("crash.json" if processes == 1 else f"crash-{processes - 1}.json")

@@ -132,8 +132,16 @@ def command() -> Any:
     return typer.main.get_command(app)
 
 
+def share_cores() -> None:
+    """Lets the threads of OpenMP spin for a moment only before they sleep, unless the user has decided that: with the
+    default, several programs on one machine spend most of their time spinning. To be called before torch is imported."""
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "10000"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one verb and returns the exit code."""
+    share_cores()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if "--traceback" in words[: words.index("--") if "--" in words else None]:  # works before and after the verb
         words.remove("--traceback")

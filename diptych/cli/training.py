@@ -51,7 +51,12 @@ def add(app: Verbs) -> None:
         "diptych train iomm/tiny --data images=FOLDER",
         "torchrun --nproc-per-node 2 -m diptych train bagel/tiny --out runs/two",
     )(train)
-    app.verb("resume", "diptych resume runs/mine", "torchrun --nproc-per-node 2 -m diptych resume runs/two")(resume)
+    app.verb(
+        "resume",
+        "diptych resume runs/mine",
+        "diptych resume runs/mine --steps 2000 --set workers=2",
+        "torchrun --nproc-per-node 2 -m diptych resume runs/two",
+    )(resume)
     app.verb(
         "plan",
         "diptych plan bagel/tiny --device cpu",
@@ -94,6 +99,9 @@ def train(
     ] = None,
     model: ModelOption = None,
     steps: StepsOption = None,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", help="train this long by the wall clock; the schedule follows it")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="seed of weights, data order and noise")] = None,
     catalog: CatalogOption = None,
     data: Annotated[
@@ -108,12 +116,13 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a recipe, a name or a .json or .yaml file."""
-    from diptych.recipes.run import train
+    from diptych.recipes.run import Watch, train
 
     release = train(
         recipe,
         out,
         steps=steps,
+        minutes=minutes,
         seed=seed,
         catalog=catalog,
         override=changes(override),
@@ -121,8 +130,7 @@ def train(
         model=model,
         encoded=encoded,
         folders=pairs(data, "--data", "NAME=DIR"),
-        profile=watching.profile,
-        track=watching.track,
+        watch=Watch(profile=watching.profile, track=watching.track),
     )
     show_run(release, as_json)
 
@@ -130,13 +138,36 @@ def train(
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a folder that `train` wrote")],
     watching: Watching,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="PATH=VALUE",
+            help="change a leaf of the recipe that may change: workers, checkpoint_every, catalog, "
+            "stages.0.train.PART (learning rate), ...; any other is refused by name",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", metavar="N", help="steps of the whole run: the last stage becomes longer")
+    ] = None,
+    grown_data: Annotated[
+        bool, typer.Option("--grown-data", help="data sets may have more rows than they had; new epochs begin")
+    ] = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Continue a run from its last checkpoint."""
-    from diptych.recipes.run import resume
+    from diptych.recipes.run import Watch, resume
 
-    show_run(resume(run, device=device, profile=watching.profile, track=watching.track), as_json)
+    release = resume(
+        run,
+        override=changes(override),
+        steps=steps,
+        grown_data=grown_data,
+        device=device,
+        watch=Watch(profile=watching.profile, track=watching.track),
+    )
+    show_run(release, as_json)
 
 
 def show_run(release: Path, as_json: bool) -> None:

@@ -26,7 +26,7 @@ def place(request, tmp_path):
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize(("kind", "workers"), zip(CODES, (1, 0, 2, 2, 1, 1, 2), strict=True))
+@pytest.mark.parametrize(("kind", "workers"), list(zip(CODES, (1, 0, 2, 2, 1, 1, 2), strict=True)))
 def test_a_run_of_one_process_ends(kind, workers, place):
     told = fails(kind, tiny.recipe(steps=200), place, 1, workers)
     assert not told["wrong"], (told, place.with_suffix(".output").read_text())
