@@ -133,8 +133,8 @@ def command() -> Any:
 
 
 def share_cores() -> None:
-    """Lets the threads of OpenMP spin for a moment only before they sleep, unless the user has decided that: with the
-    default, several programs on one machine spend most of their time spinning. To be called before torch is imported."""
+    """Lets the threads of OpenMP spin only for a moment before they sleep, unless the user has set how: by default
+    several programs on one machine spend most of their time spinning. To be called before torch is imported."""
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "10000"
 

@@ -14,6 +14,7 @@ from ctypes import c_byte
 from functools import partial
 from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import RawValue
+from multiprocessing.util import get_temp_dir
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ def read_ahead(dataset: Dataset, workers: int, **options: Any) -> Iterator[Itera
 
     Raises ``ChildProcessError``, which is an ``OSError``, where a worker died during the block."""
     ending = RawValue(c_byte, 0)
+    if workers:
+        get_temp_dir()  # forked workers share this process's, which goes at its exit, also when a worker is killed
     before = set(multiprocessing.active_children())
     loader = DataLoader(
         dataset,

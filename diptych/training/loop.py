@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,6 +110,7 @@ def train(
         first_world = meta["world"] if meta else world
         job = _Job(recipe, run, sources, state, log, asked, hook, rank, world, first_world, saver, grown)
         job.clock = Clock(recipe, (meta.get("elapsed", 0.0) if meta else 0.0) + time.monotonic() - began)
+        together(job.keep_room)
         try:
             with profiler(run / "trace.json" if rank == 0 else None, profile) as job.turn:
                 for index in range(state.stage, len(recipe.stages)):
@@ -123,11 +125,10 @@ def train(
                 job.report(error)
             raise
         finally:
-            try:
-                saver.close()
-            finally:
-                if log:
-                    log.close()
+            with ExitStack() as stack:  # all of them, whatever the others raise
+                stack.callback(log.close if log else nullcontext)
+                stack.callback(saver.close)
+                stack.callback(job.reserve.unlink, missing_ok=True)
     return run / "release"
 
 
@@ -266,8 +267,17 @@ class _Job:
                 file = self.folder / "release" / "adapter.safetensors"
                 save_file(lora.adapters(weights), file, MARK | {"base": self.recipe.init.get("model", "")})
 
+    @property
+    def reserve(self) -> Path:
+        return self.folder / f".reserve-{self.rank}"
+
+    def keep_room(self) -> None:
+        """Holds a little of the disk, so that crash.json can be written when it is full."""
+        disk.write_bytes(self.reserve, os.urandom(2**16))
+
     def report(self, error: Exception) -> None:
         """Leaves crash.json: what happened, where, with which samples, and the checkpoint to go on from."""
+        self.reserve.unlink(missing_ok=True)
         with suppress(Exception):
             self.saver.wait()
         good = checkpoint.available(self.folder / "checkpoints")
