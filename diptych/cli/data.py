@@ -148,12 +148,13 @@ def convert(
             "--images", metavar="DIR", help="the catalog's picture folder: absolute paths become relative to it"
         ),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="overwrite files of the same names, keep all others")] = False,
     as_json: JsonOption = False,
 ) -> int:
     """Write another project's training data as rows of ours."""
     from diptych.data.convert import convert
 
-    result = convert(format, source, out, images)
+    result = convert(format, source, out, images, force)
     if as_json:
         print(json.dumps(vars(result)))
     else:
@@ -208,6 +209,7 @@ def stats(
     """Count lengths, kinds of tokens and shapes of pictures, as a model lays them out."""
     from diptych.data.catalog import sources
     from diptych.data.shards import stats
+    from diptych.data.sources import describe_left_out
     from diptych.models.store import skeleton
 
     at_least_one(limit=limit, size=size)
@@ -216,11 +218,13 @@ def stats(
     if as_json:
         print(json.dumps(table))
         return
-    columns = ("rows", "bad", "tokens", "p5", "p50", "p95", "longest", "supervised")
+    columns = ("rows", "bad", "no_target", "tokens", "p5", "p50", "p95", "longest", "supervised")
     rows = [[name, *(f"{row.get(column, 0):g}" for column in columns)] for name, row in table.items()]
     show_table(layout, ["data set", *columns], rows)
     for name, row in table.items():
         show_skipped(row["skipped"])
+        if row["left_out"]:
+            print(f"{name}  leaves out {describe_left_out(row['left_out'])}")
         for histogram in ("kinds", "shapes"):
             largest = max(row[histogram].values(), default=1)
             for label, number in list(row[histogram].items())[:12]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,6 +134,28 @@ def test_files_of_others_are_kept(tmp_path):
         show({"a": source}, model.lay_out, None, 1, tmp_path / "new.png")
     with pytest.raises(ValueError, match="a sheet is written as .png"):
         show({"a": source}, model.lay_out, None, 1, tmp_path / "new.gif")
+
+
+def test_the_verbs_of_the_command_line_keep_files_of_others(tmp_path, capsys, monkeypatch):
+    """The commands as a user types them, each into a place that holds a file of the user's."""
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "in.jsonl", LLAVA)
+    places = ["mine.jsonl", "sheet.png", "shards/shapes/draw/000000.tar", "stamps/index.json"]
+    for place in places:
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text("mine")
+    commands = (
+        "data convert llava in.jsonl mine.jsonl",
+        "data show shapes/draw --out sheet.png",
+        "data shard shapes/draw --limit 2 --out shards",
+        "data prepare stamps --source . --out stamps",
+    )
+    for command, place in zip(commands, places, strict=True):
+        assert cli.main(command.split()) == 2, command
+        assert Path(place).name in capsys.readouterr().err.replace("\n", ""), command
+    assert [(tmp_path / place).read_text() for place in places] == ["mine"] * 4
+    assert cli.main("data convert llava in.jsonl mine.jsonl --force".split()) == 0
+    assert json.loads((tmp_path / "mine.jsonl").read_text())["id"] == "in/7"
 
 
 def test_pictures_of_others_are_kept(tmp_path):
