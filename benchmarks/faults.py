@@ -183,7 +183,9 @@ def fails(kind: str, recipe: Recipe, folder: Path, processes: int, workers: int)
         for number in left:
             os.kill(number, signal.SIGKILL)
     if half := [p.name for p in folder.rglob("*") if p.suffix in (".tmp", ".part")] + [
-        p.name for p in temporary.iterdir() if not p.name.startswith(("torchelastic_", "torchinductor_"))
+        p.name
+        for p in temporary.iterdir()
+        if not p.name.startswith("torch") and (p.name.startswith("pymp-") or any(q.is_file() for q in p.rglob("*")))
     ]:
         wrong.append(f"temporary files left: {half}")
     crash = run / ("crash.json" if processes == 1 else f"crash-{processes - 1}.json")

@@ -8,7 +8,7 @@ from collections import deque
 from diptych.machine.processes import place, total
 from diptych.training.recipe import Recipe
 
-RECENT = 20  # steps whose longest decides whether another one fits
+RECENT = 5  # steps whose longest decides whether another one fits
 
 
 class Clock:
@@ -24,9 +24,11 @@ class Clock:
         self.began = time.monotonic() - elapsed
         self.now = elapsed
         self.recent: deque[float] = deque(maxlen=RECENT)
+        self.warm = False
 
     def start(self) -> None:
         """Reads the clock as a stage begins; every process must call it."""
+        self.warm = False  # the first step of a stage takes longer and says nothing about the next
         if self.budget is not None:
             self.now = self.elapsed()
 
@@ -34,7 +36,9 @@ class Clock:
         """Reads the clock after a step; every process must call it."""
         if self.budget is not None:
             before, self.now = self.now, self.elapsed()
-            self.recent.append(self.now - before)
+            if self.warm:
+                self.recent.append(self.now - before)
+            self.warm = True
 
     def elapsed(self) -> float:
         """Seconds since the run began, without the time between an interruption and its resumption."""

@@ -90,7 +90,7 @@ def train(
     contradict each other and for a stage without anything to learn; ``OSError`` for a full disk and a dead worker."""
     with processes(device, recipe.engine.timeout) as (rank, world), _asked_to_stop(stop) as asked:
         began = time.monotonic()
-        run = Path(gather(str(run or _default_folder(recipe)))[0])
+        run = agreed_folder(run, recipe)
         together(lambda: _prepare(run, recipe, resume) if rank == 0 else None)
         find = resume and rank == 0
         found = together(lambda: checkpoint.newest(run / "checkpoints") if find else (None, []))
@@ -132,8 +132,11 @@ def train(
     return run / "release"
 
 
-def _default_folder(recipe: Recipe) -> Path:
-    return Path("runs") / f"{recipe.name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+def agreed_folder(run: str | Path | None, recipe: Recipe) -> Path:
+    """The folder of a run: ``run``, or a new one under ``runs`` that process 0 names for all."""
+    if run is not None:
+        return Path(run)
+    return Path(gather(f"runs/{recipe.name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")[0])
 
 
 @dataclass

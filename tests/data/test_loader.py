@@ -322,3 +322,32 @@ def test_wrong_settings(change, message):
 def test_wrong_names():
     with pytest.raises(ValueError, match=r"unknown data sets \['dog'\]; choose from plain, drawn"):
         make_loader(SOURCES, {"dog": 1}, lay_out, tokens=8, pictures=0)
+
+
+def test_a_share_of_bad_samples_is_allowed():
+    """About a tenth is bad: a share of a fifth goes on for ever and keeps few reasons, a twentieth stops."""
+    source = {"a": Words("a", 4000, bad=10)}
+    how = {"tokens": 256, "pictures": 0, "streams": 2}
+    loader = make_loader(source, {"a": 1}, lay_out, **how, skip_limit=0.2)
+    first(loader, 200)
+    assert loader.state_dict()["skips"]["events"] > 100 >= len(loader.skipped)
+    with pytest.raises(ValueError, match=r"\d+ bad samples in \d+ draws, and the limit is 5.000% of them"):
+        first(make_loader(source, {"a": 1}, lay_out, **how, skip_limit=0.05), 400)
+    with pytest.raises(ValueError, match="a share between 0 and 1, not 1.5"):
+        make_loader(source, {"a": 1}, lay_out, **how, skip_limit=1.5)
+
+
+def test_grown_data_are_all_visited_once_more():
+    """After it has grown a data set begins an epoch: every row comes once before one comes twice, in all streams."""
+    how = {"tokens": 256, "pictures": 0, "streams": 4, "ahead": 1}
+    loader = make_loader({"a": Words("a", 50)}, {"a": 1}, lay_out, **how)
+    first(loader, 4)
+    grown = make_loader({"a": Words("a", 400)}, {"a": 1}, lay_out, **how)
+    grown.load_state_dict(loader.state_dict(), grown=True)
+    waiting = {(s["pending"][0][1]) for s in loader.state_dict()["streams"].values() if s["pending"]}
+    seen = [name for row in first(grown, 12) for name in row.batch.samples]
+    fresh = seen[len(waiting) :]
+    assert len(set(fresh)) >= len(fresh) - len(waiting) and max(int(n.rpartition("/")[2]) for n in fresh) >= 50
+    again = make_loader({"a": Words("a", 400)}, {"a": 1}, lay_out, **how)
+    again.load_state_dict(grown.state_dict())
+    assert same(first(again, 8), first(grown, 8))
