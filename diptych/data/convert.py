@@ -83,7 +83,9 @@ def _turns(row: Any, marker: str, role: Callable[[str, str], Any]) -> tuple[Mess
     if row.get("video"):
         raise ValueError("it shows a video")
     given = row.get("image") or []
-    pictures = [given] if isinstance(given, str) else list(given)
+    if not isinstance(given, str | list):
+        raise ValueError(f"'image' is {given!r}, not a path or a list of paths")
+    pictures = [given] if isinstance(given, str) else given
     turns = [_turn(turn, number) for number, turn in enumerate(row["conversations"])]
     placed = sum(len(re.findall(marker, text)) for speaker, text in turns if speaker != "assistant")
     left, messages = iter(pictures), []
@@ -151,6 +153,8 @@ def omnigen2(file: Path) -> Iterator[Made]:
             raise ValueError(f"it lacks {', '.join(lacks)}")
         sources = row.get("input_images") or []
         sources = [sources] if isinstance(sources, str) else sources
+        if not (isinstance(sources, list) and all(isinstance(source, str) for source in sources)):
+            raise ValueError(f"'input_images' is {sources!r}, not a list of paths")
         asked = user(*(Image(s, "condition") for s in sources), row["instruction"])
         return asked, assistant(Image(row["output_image"], "target"))
 
@@ -162,12 +166,14 @@ def _each(file: Path, turns: Callable[[Any], tuple[Message, ...]]) -> Iterator[M
         try:
             if isinstance(row, Exception):
                 raise row
+            if not isinstance(row, dict):
+                raise ValueError(f"it is {row!r}, not an object")
             messages = turns(row)
             name = row.get("id")
             yield ConvertedRow(
                 Sample(f"{file.stem}/{where.rpartition(':')[2] if name is None else name}", messages), {}
             )
-        except (ValueError, AttributeError, TypeError) as error:
+        except ValueError as error:
             yield f"{where}: {error}"
 
 
@@ -175,16 +181,18 @@ def bagel_t2i(file: Path) -> Iterator[Made]:
     """BAGEL's ``t2i`` parquet: ``image`` bytes and ``captions``, JSON of captions by name; one is used."""
     for where, cells in _parquet_rows(file, ("image", "captions")):
         try:
-            captions = json.loads(cells["captions"])
-            texts = [t for t in (captions.values() if isinstance(captions, dict) else captions) if isinstance(t, str)]
-            if not texts or not isinstance(cells["image"], bytes):
-                raise ValueError("it has no captions or no picture")
+            captions, data = cells["captions"], _picture_bytes(cells["image"])
+            captions = json.loads(captions) if isinstance(captions, str | bytes) else captions
+            captions = list(captions.values()) if isinstance(captions, dict) else captions
+            texts = [t for t in captions if isinstance(t, str)] if isinstance(captions, list) else []
+            if not texts:
+                raise ValueError("it has no captions")
             name = where.replace(":row ", "-")
             caption = texts[bits(name, "caption") % len(texts)]
-            picture = f"{Path(name).name}.{_suffix(cells['image'])}"
+            picture = f"{Path(name).name}.{_suffix(data)}"
             sample = Sample(Path(name).name, (user(caption), assistant(Image(picture, "target"))))
-            yield ConvertedRow(sample, {picture: cells["image"]})
-        except (ValueError, TypeError) as error:
+            yield ConvertedRow(sample, {picture: data})
+        except ValueError as error:
             yield f"{where}: {error}"
 
 
@@ -193,19 +201,21 @@ def bagel_edit(file: Path) -> Iterator[Made]:
     edit; one is used). A chain of edits, each of the previous picture."""
     for where, cells in _parquet_rows(file, ("image_list", "instruction_list")):
         try:
-            images, wordings = cells["image_list"], cells["instruction_list"]
-            if len(images) != len(wordings) + 1 or not all(isinstance(i, bytes) for i in images):
+            images = [_picture_bytes(held) for held in cells["image_list"] or ()]
+            wordings = [[some] if isinstance(some, str) else some for some in cells["instruction_list"] or ()]
+            if not all(isinstance(words, list) and words and isinstance(words[0], str) for words in wordings):
+                raise ValueError("an edit has no instruction")
+            if len(images) != len(wordings) + 1:
                 raise ValueError(f"{len(images)} pictures do not fit {len(wordings)} instructions")
             name = Path(where.replace(":row ", "-")).name
             names = [f"{name}-{k}.{_suffix(data)}" for k, data in enumerate(images)]
             messages: list[Message] = []
-            for k, some in enumerate(wordings):
-                words = [some] if isinstance(some, str) else list(some)
+            for k, words in enumerate(wordings):
                 instruction = words[bits(name, "wording", k) % len(words)]
                 source = (Image(names[0], "condition"),) if k == 0 else ()
                 messages += [user(*source, instruction), assistant(Image(names[k + 1], "target"))]
             yield ConvertedRow(Sample(name, tuple(messages)), dict(zip(names, images, strict=True)))
-        except (ValueError, TypeError, ZeroDivisionError) as error:
+        except ValueError as error:
             yield f"{where}: {error}"
 
 
@@ -222,6 +232,14 @@ def _parquet_rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, d
                     yield f"{file}:row {number}", row
     except errors as error:
         raise ValueError(f"{file} is not a readable parquet file: {error}") from error
+
+
+def _picture_bytes(held: Any) -> bytes:
+    """The bytes of a picture, as they are or in {bytes, path}. Raises ``ValueError``."""
+    data = held.get("bytes") if isinstance(held, dict) else held
+    if not isinstance(data, bytes):
+        raise ValueError(f"a picture is {type(data).__name__}, not bytes")
+    return data
 
 
 def _suffix(data: bytes) -> str:

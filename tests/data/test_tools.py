@@ -105,6 +105,29 @@ def test_turns_that_cannot_be_kept_are_named(tmp_path):
     assert all(r in line for r, line in zip(reasons, told.skipped, strict=True)), told.skipped
 
 
+def test_parquet_of_other_projects_as_the_ecosystem_writes_it(tmp_path):
+    """Pictures as bytes or {bytes, path}, captions as JSON or as a list; a row of another form is named."""
+    held = {"bytes": encoded(), "path": None}
+    write_parquet(tmp_path / "a.parquet", [{"image": held, "captions": ["a cat"]}, {"image": None, "captions": ["x"]}])
+    told, (made,) = converted("bagel-t2i", tmp_path / "a.parquet", tmp_path)
+    assert made.messages[0].parts[0].text == "a cat" and told.pictures == 1
+    assert "a.parquet:row 2: a picture is NoneType, not bytes" in told.skipped[0]
+    rows = [
+        {"image_list": [held, held], "instruction_list": [["red"]]},
+        {"image_list": [held, held], "instruction_list": [[]]},
+        {"image_list": [held], "instruction_list": None},
+        {"image_list": None, "instruction_list": None},
+    ]
+    write_parquet(tmp_path / "b.parquet", rows)
+    told, made = converted("bagel-edit", tmp_path / "b.parquet", tmp_path)
+    assert (len(made), len(told.skipped)) == (1, 3) and "an edit has no instruction" in told.skipped[0]
+    file = jsonl(tmp_path / "o.jsonl", ["no object"], {"instruction": "x", "output_image": "a.png", "input_images": 7})
+    told, made = converted("omnigen2", file, tmp_path)
+    assert "not an object" in told.skipped[0] and "'input_images' is 7" in told.skipped[1] and not made
+    told, made = converted("llava", jsonl(tmp_path / "l.jsonl", LLAVA | {"image": 7}), tmp_path)
+    assert "'image' is 7, not a path or a list of paths" in told.skipped[0]
+
+
 def test_files_of_others_are_kept(tmp_path):
     """A foreign file at each place that a verb writes to: refused by name, and there afterwards."""
     source, model = sources(["shapes/ask#2"], size=32)["shapes/ask#2"], tiny.model("bagel")
