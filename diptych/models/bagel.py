@@ -49,6 +49,7 @@ from diptych.models.protocol import (
     latent_tokens,
     read_on,
 )
+from diptych.models.sizes import Sizes
 from diptych.parts.adapters import Projector
 from diptych.parts.attention import Attend, Cached, Fixed, documents, inverse_permutation
 from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, tiny_autoencoder
@@ -101,6 +102,17 @@ class Config:
         return self.latent_patch * self.autoencoder.downsample
 
     @property
+    def trained(self) -> Sizes:
+        """The sizes of pictures that the model was trained on."""
+        return Sizes(
+            self.size,
+            self.stride,
+            self.draw.shortest,
+            min(self.draw.longest, self.stride * self.latent_side),
+            self.see.longest,
+        )
+
+    @property
     def seen_side(self) -> int:
         """Patches on a side of the vision position table."""
         return self.vision_side or self.vision.side
@@ -125,8 +137,8 @@ class Config:
             latent_side=8,
             prediction="data",
             times=TimeDraw(mean=1.8),
-            see=SizeRule(longest=128, shortest=16, stride=16),
-            draw=SizeRule(longest=128, shortest=16, stride=16),
+            see=SizeRule(longest=64, shortest=64, stride=64),
+            draw=SizeRule(longest=64, shortest=64, stride=64),
             size=(64, 64),
             settings=FlowSettings(
                 25, guidance_scale=2.5, guidance_interval=(0.0, 0.9), timestep_shift=3.0, renorm="none"
@@ -358,8 +370,7 @@ class Bagel(UnifiedModel):
     # ---- drawing ------------------------------------------------------------------------------------------------
 
     def canvas(self, sample: Sample) -> tuple[int, int]:
-        c = self.config
-        return fitted(sample, c.size, c.stride, c.draw, c.stride * c.latent_side)
+        return fitted(sample, self.config.trained, self.config.draw)
 
     def start(
         self,

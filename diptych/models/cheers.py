@@ -58,6 +58,7 @@ from diptych.models.protocol import (
     read_on,
     sources,
 )
+from diptych.models.sizes import Sizes
 from diptych.parts.attention import Cached, Fixed, documents, sdpa
 from diptych.parts.autoencoder import AutoencoderConfig, LatentDecoder, build_autoencoder, tiny_autoencoder
 from diptych.parts.cross_entropy import linear_cross_entropy
@@ -182,6 +183,12 @@ class Config:
         """Pixels on a side of one semantic token."""
         return self.merge * self.autoencoder.downsample
 
+    @property
+    def trained(self) -> Sizes:
+        """The sizes of pictures that the model was trained on."""
+        sides = (self.sizes.shortest, self.sizes.longest) if self.sizes else (min(self.size), max(self.size))
+        return Sizes(self.size, self.stride, *sides, read=sides[1])
+
     @staticmethod
     def b1_5() -> Config:
         """The published Cheers: FLUX.2's autoencoder, SigLIP2 so400m/16 at 512, Qwen2.5-1.5B (specs: Cheers 2)."""
@@ -204,7 +211,7 @@ class Config:
             roles=False,
             prediction="data",
             times=TimeDraw(mean=1.8),
-            sizes=SizeRule(longest=128, shortest=16, stride=16),
+            sizes=SizeRule(longest=64, shortest=64, stride=64),
             size=(64, 64),
             settings=Settings(25, guidance_scale=2.5, guidance_interval=(0.0, 0.9), timestep_shift=3.0, renorm="none"),
         )
@@ -614,7 +621,7 @@ class Cheers(UnifiedModel):
     # ---- drawing ------------------------------------------------------------------------------------------------
 
     def canvas(self, sample: Sample) -> tuple[int, int]:
-        return fitted(sample, self.config.size, self.config.stride, self.config.sizes)
+        return fitted(sample, self.config.trained, self.config.sizes)
 
     def start(
         self,

@@ -55,6 +55,7 @@ from diptych.models.protocol import (
     fitted,
     latent_tokens,
 )
+from diptych.models.sizes import Sizes
 from diptych.parts.adapters import Connector, NoQueries, QueryBlock, ResidualQueries, StaticQueries
 from diptych.parts.attention import Cached, Continued, Recorded, documents
 from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, tiny_autoencoder
@@ -128,6 +129,12 @@ class Config:
         """Pixels on a side of one latent token."""
         return self.latent_patch * self.autoencoder.downsample
 
+    @property
+    def trained(self) -> Sizes:
+        """The sizes of pictures that the model was trained on."""
+        sides = (min(self.size), max(self.size)) if self.crop else (self.draw.shortest, self.draw.longest)
+        return Sizes(self.size, self.stride, *sides, read=self.mllm.longest)
+
     @staticmethod
     def b(mllm: MllmConfig | None = None) -> Config:
         """IOMM-B: 1.6 B in 19 double-stream blocks of width 1536 (U2), on InternVL3-2B unless another is given."""
@@ -157,7 +164,7 @@ class Config:
             prompts=Prompts("{}", "the same picture", "a picture"),
             prediction="data",
             times=TimeDraw(mean=2.2, std=1.3),
-            draw=SizeRule(longest=128, shortest=16, stride=16),
+            draw=SizeRule(longest=64, shortest=64, stride=64),
             crop=False,
             size=(64, 64),
             settings=FlowSettings(
@@ -485,7 +492,7 @@ class Iomm(UnifiedModel):
 
     def canvas(self, sample: Sample) -> tuple[int, int]:
         c = self.config
-        return fitted(sample, c.size, c.stride, None if c.crop else c.draw)
+        return fitted(sample, c.trained, None if c.crop else c.draw)
 
     def branches(self, sample: Sample, settings: FlowSettings) -> Branches:
         return every_scale(sample, settings)

@@ -55,6 +55,7 @@ from diptych.models.protocol import (
     latent_tokens,
     worded,
 )
+from diptych.models.sizes import Sizes
 from diptych.parts.attention import Cached, documents
 from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, sampled, tiny_autoencoder
 from diptych.parts.cross_entropy import linear_cross_entropy
@@ -183,6 +184,12 @@ class Config:
     def stride(self) -> int:
         """Pixels on a side of one latent token."""
         return self.latent_patch * self.autoencoder.downsample
+
+    @property
+    def trained(self) -> Sizes:
+        """The sizes of pictures that the model was trained on."""
+        longest = min(self.draw.longest, self.stride * min(self.dit.axes_lens[1:]))
+        return Sizes(self.size, self.stride, min(self.size) // 4, longest, self.source.longest, pixels=self.draw.pixels)
 
     @staticmethod
     def b3_4() -> Config:
@@ -594,8 +601,7 @@ class OmniGen2(UnifiedModel):
     # ---- drawing ------------------------------------------------------------------------------------------------
 
     def canvas(self, sample: Sample) -> tuple[int, int]:
-        c = self.config
-        return fitted(sample, c.size, c.stride, c.source, min(c.dit.axes_lens[1:]) * c.stride)
+        return fitted(sample, self.config.trained, self.config.source)
 
     def branches(self, sample: Sample, settings: Settings) -> Branches:
         """The full condition; without words where their scale exceeds 1; without references too where there are any.

@@ -22,6 +22,7 @@ from diptych.core.losses import Losses
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Message, Sample, Text
 from diptych.core.tensors import Float, Tensor
+from diptych.models.sizes import Sizes
 from diptych.parts.autoencoder import sampled
 from diptych.parts.images import latents_to_tokens
 from diptych.parts.routed import spare_parameters
@@ -354,21 +355,15 @@ def sources(sample: Sample) -> list[Image]:
 
 
 def fitted(
-    sample: Sample,
-    size: tuple[int, int],
-    stride: int,
-    rule: Callable[[int, int], tuple[int, int]] | None = None,
-    most: int | None = None,
+    sample: Sample, sizes: Sizes, rule: Callable[[int, int], tuple[int, int]] | None = None
 ) -> tuple[int, int]:
     """The (height, width) to draw for a request: the size it asks for, else what ``rule`` makes of the last picture of
-    its conversation, else ``size``; these are (width, height). Raises ``ValueError`` for sides that are no multiples of
-    ``stride`` or exceed ``most``."""
+    its conversation, else the model's default. Raises ``ValueError`` for a size that the model was not trained on."""
     last, before = sample.messages[-1].parts[-1:], shown(sample) if rule else []
     asked = last[0].size if last and isinstance(last[0], Image) else None
-    width, height = asked or (rule(*before[-1].dimensions) if rule and before else size)
-    if any(side % stride or not 0 < side <= (most or side) for side in (width, height)):
-        up = f" up to {most}" if most else ""
-        raise ValueError(f"size must be multiples of {stride}{up}, not {width}x{height}")
+    if asked:
+        sizes.check(*asked)
+    width, height = asked or (rule(*before[-1].dimensions) if rule and before else sizes.default)
     return height, width
 
 

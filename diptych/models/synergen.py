@@ -53,6 +53,7 @@ from diptych.models.protocol import (
     fitted,
     read_on,
 )
+from diptych.models.sizes import Sizes
 from diptych.parts.attention import Attend, Cached, Streams, documents, inverse_permutation
 from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, tiny_tokenizer
 from diptych.parts.codes import CodeHead, CodeSettings
@@ -121,6 +122,11 @@ class Config:
         return self.draw.stride
 
     @property
+    def trained(self) -> Sizes:
+        """The sizes of pictures that the model was trained on."""
+        return Sizes(self.size, self.stride, self.draw.shortest, self.draw.longest, self.see.side * self.see.most)
+
+    @property
     def slots(self) -> int:
         """Codes of one token."""
         return self.fold[0] * self.fold[1]
@@ -158,7 +164,7 @@ class Config:
             embed_std=0.3,
             grid=(16, 16),
             see=Tiling(64),
-            draw=SizeRule(longest=128, shortest=32, stride=32),
+            draw=SizeRule(longest=64, shortest=64, stride=64),
             size=(64, 64),
             chat=Chat(role="<|im_start|>", end="<|im_end|>"),
             settings=CodeSettings(guidance_scale=2.0, temperature=0.5),
@@ -458,8 +464,7 @@ class SynerGen(UnifiedModel):
         return every_scale(sample, settings)
 
     def canvas(self, sample: Sample) -> tuple[int, int]:
-        c = self.config
-        return fitted(sample, c.size, c.stride, c.draw, c.draw.longest)
+        return fitted(sample, self.config.trained, self.config.draw)
 
     def steps(self, canvas: tuple[int, int], settings: CodeSettings) -> int:
         return prod(self._grid(*canvas))

@@ -65,6 +65,12 @@ class MllmConfig:
         """D of the language model."""
         return int((self.model.get("text_config") or self.model)["hidden_size"])
 
+    @property
+    def longest(self) -> int:
+        """The greatest side, in pixels, at which the vision tower takes a picture."""
+        sides = self.model.get("vision_config", {}).get("image_size")
+        return self.see.longest if sides is None or self.model["model_type"] == "qwen2_5_vl" else max(sides)
+
     @staticmethod
     def of(source: str | Path, see: SizeRule | AreaRule | None = None) -> MllmConfig:
         """The config of a folder of transformers, or of an ``org/name`` of the hub. Raises ``ValueError``."""

@@ -27,6 +27,8 @@ from diptych.parts.images import SizeRule, Tiling
 from diptych.parts.vision import VisionConfig
 from diptych.training.recipe import Limits, Optimizer, Recipe, Stage
 
+ANY = SizeRule(longest=128, shortest=16, stride=16)  # the smallest models take pictures of many shapes
+
 
 def bagel() -> bagel_family.Config:
     """BAGEL with two layers of width 32; 64 pixels are 16 tokens."""
@@ -51,6 +53,8 @@ def bagel() -> bagel_family.Config:
             posterior=False,
             statistics=True,
         ),
+        see=ANY,
+        draw=ANY,
         size=(32, 32),
         settings=replace(c.settings, num_inference_steps=4),
     )
@@ -70,7 +74,7 @@ def synergen() -> synergen_family.Config:
         embed_size=8,
         grid=(8, 8),
         see=Tiling(32, most=3, thumbnail=True),
-        draw=SizeRule(longest=128, shortest=16, stride=16),
+        draw=ANY,
         size=(32, 32),
     )
 
@@ -89,6 +93,7 @@ def iomm() -> iomm_family.Config:
         dit=DitConfig("double", 32, 2, 2, (0, 8, 8)),
         autoencoder=bagel().autoencoder,
         queries=4,
+        draw=ANY,
         size=(32, 32),
         settings=replace(c.settings, num_inference_steps=4),
     )
@@ -103,6 +108,7 @@ def cheers() -> cheers_family.Config:
         decoder=replace(small.decoder, vocab_size=1032, routes=1, routed=(), tie_word_embeddings=True),
         vision=VisionConfig(32, 48, 1, 4, patch_size=8, image_size=32),
         autoencoder=small.autoencoder,
+        sizes=ANY,
         size=(32, 32),
         prediction="velocity",  # and mild guidance: rounding grows with every look at the picture
         settings=replace(c.settings, num_inference_steps=4, guidance_scale=1.5, timestep_shift=1.0),
