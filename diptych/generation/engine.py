@@ -1,45 +1,51 @@
 """The engine: messages in, events out. It knows the protocol and no family.
 
-Requests are samples, as in training: ``lay_out`` makes their sequences, ``extend`` reads them, and then either words
-are said one by one or pictures are drawn step by step. Lists go through the scheduler together.
+A request is a sample, as in training: ``lay_out`` turns it into segments and ``extend`` reads them (prefill). Then the
+answer is decoded token by token, or the picture is denoised step by step. The scheduler batches requests.
 """
 
 from __future__ import annotations
 
+import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
-
-import PIL.Image
+from typing import TYPE_CHECKING, Any, overload
 
 from diptych.core.sample import Image, Message, Sample, sample_from_json, user
-from diptych.data.decoding import open_picture
+from diptych.data.decoding import PictureSource, open_picture
 from diptych.generation.events import Answer, Event, Picture, Pictures
 from diptych.generation.prefix_cache import Memory
-from diptych.generation.scheduler import Draw, Job, Say, Scheduler, Size, Sketch, Talk
+from diptych.generation.scheduler import ImageJob, ImageRequest, Job, Scheduler, Size, TextJob, TextRequest
 from diptych.machine import devices
 from diptych.models import store
-from diptych.models.protocol import UnifiedModel
+from diptych.models.protocol import Settings, UnifiedModel
+from diptych.models.sizes import Sizes, parse_size
 
-Pixels = str | Path | PIL.Image.Image
-Messages = Sequence[Message | Mapping[str, Any]]
+if TYPE_CHECKING:
+    import torch
+
+Messages = str | Sequence[Message | Mapping[str, Any]]
+Prompt = str | Sequence[str]
+Seed = int | None  # None: a random one, which the result tells
+SizeLike = int | str | Sequence[int]  # 64, "64x48" or (64, 48): width, then height
 
 
 def load(
     name_or_path: str | Path,
-    device: str = "auto",
-    dtype: str | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
     base: str | Path | None = None,
     quantize: str | None = None,
 ) -> Engine:
     """A model ready to use: a folder of ours, a run, a published folder, a name that ``diptych models`` lists or an
     ``org/name`` of the hub.
 
-    ``device`` is "auto" (a GPU when there is one), "cpu", "cuda", "mps" ...; ``dtype``, ``base`` and ``quantize`` are
-    those of ``models.load``.
+    ``device`` is "auto" (a GPU when there is one), "cpu", "cuda", "mps" or a ``torch.device``; ``dtype``, ``base`` and
+    ``quantize`` are those of ``diptych.models.store.load``.
     """
-    model = store.load(name_or_path, devices.pick_device(device), dtype, base, quantize)
+    model = store.load(name_or_path, devices.pick_device(str(device)), dtype, base, quantize)
     if not isinstance(model, UnifiedModel):
         raise ValueError(
             f"{name_or_path} is of family {model.family!r}, which can be trained on but neither reads nor draws"
@@ -48,11 +54,31 @@ def load(
 
 
 class Engine:
-    """A model with the loops around it. ``model`` is the network, ``name`` what it was loaded as."""
+    """A model with the loops around it. ``model`` is the network, ``name`` what it was loaded as.
+
+    Wherever a picture is taken it may be a path, the bytes of a file, a file object, a data URI, a ``PIL.Image``, a
+    numpy array or a tensor (``diptych.data.decoding.open_picture``)."""
 
     def __init__(self, model: UnifiedModel, name: str = "") -> None:
         self.model, self.name = model.eval(), name or model.family
         self.memory = Memory(model)
+
+    def __repr__(self) -> str:
+        parameters = list(self.model.parameters())
+        millions = sum(p.numel() for p in parameters) / 1e6
+        dtype = str(parameters[0].dtype).removeprefix("torch.")
+        width, height = self.sizes.default
+        return f"Engine({self.name!r}, {millions:.1f} M parameters, {width}x{height} pixels, {dtype} on {self.device})"
+
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes of pictures that the model was trained on; requests for others are refused."""
+        return self.model.config.trained
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are."""
+        return self.model.device
 
     # ---- one request --------------------------------------------------------------------------------------------
 
@@ -62,97 +88,148 @@ class Engine:
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_p: float = 1.0,
-        seed: int = 0,
+        seed: Seed = 0,
         pictures: int = 4,
     ) -> Answer:
-        """The answer to a conversation whose last message is the user's, with up to ``pictures`` of the model's own."""
-        sample = _conversation(messages)
-        return self.answers([sample], max_new_tokens, temperature, seed, top_p=top_p, pictures=pictures)[0]
+        """The answer to a conversation whose last message is the user's, with up to ``pictures`` of the model's own.
+
+        A message is a ``Message`` or a mapping of ``role`` and ``content``, whose picture parts are
+        ``{"type": "image", "image": PICTURE}`` or OpenAI's ``{"type": "image_url", "image_url": {"url": DATA_URI}}``. A
+        string is one message of the user."""
+        sample = self._conversation(messages)
+        return self.answers([sample], max_new_tokens, temperature, _seed(seed), top_p=top_p, pictures=pictures)[0]
 
     def ask(
-        self, image: Pixels, question: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
+        self, image: PictureSource, question: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: Seed = 0
     ) -> Answer:
         """The answer to a question about a picture."""
-        return self.chat([user(Image(_open(image)), question)], max_new_tokens, temperature, seed=seed)
+        message = user(Image(open_picture(image)), _text(question, "question"))
+        return self.chat([message], max_new_tokens, temperature, seed=seed)
 
+    @overload
     def generate(
         self,
         prompt: str,
         n: int = 1,
-        size: Size | None = None,
-        seed: int = 0,
+        size: SizeLike | None = None,
+        seed: Seed = 0,
         negative_prompt: str = "",
         **settings: Any,
-    ) -> Pictures:
-        """``n`` pictures of a prompt, at ``size`` (width, height), guided away from ``negative_prompt``; settings are
-        the fields of the model's settings."""
-        return self._pictures(Sample("prompt", (user(prompt),)), prompt, n, size, seed, negative_prompt, settings)
+    ) -> Pictures: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[str],
+        n: int = 1,
+        size: SizeLike | None = None,
+        seed: Seed = 0,
+        negative_prompt: str = "",
+        **settings: Any,
+    ) -> list[Pictures]: ...
+
+    def generate(
+        self,
+        prompt: Prompt,
+        n: int = 1,
+        size: SizeLike | None = None,
+        seed: Seed = 0,
+        negative_prompt: str = "",
+        **settings: Any,
+    ) -> Pictures | list[Pictures]:
+        """``n`` pictures of a prompt, or of each of a list of prompts, which are drawn in one batch.
+
+        ``size`` is (width, height) in pixels, "64x48" or one number for a square; it must be one of ``sizes``. Picture
+        i of a prompt has the seed ``seed + i``; a seed of None is drawn at random. Guidance goes away from
+        ``negative_prompt``. ``settings`` are fields of ``model.settings``."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        samples = [Sample("prompt", (user(_text(p, "prompt")),)) for p in prompts]
+        drawn = self._pictures(samples, n, size, seed, negative_prompt, settings)
+        return drawn[0] if isinstance(prompt, str) else drawn
 
     def edit(
         self,
-        images: Pixels | Sequence[Pixels],
+        images: PictureSource | Sequence[PictureSource],
         instruction: str,
         n: int = 1,
-        size: Size | None = None,
-        seed: int = 0,
+        size: SizeLike | None = None,
+        seed: Seed = 0,
         negative_prompt: str = "",
         **settings: Any,
     ) -> Pictures:
-        """``n`` edits of one or several pictures; the size is the (last) source's unless given."""
-        many = [images] if isinstance(images, (str, Path, PIL.Image.Image)) else list(images)
+        """``n`` edits of one picture or of several together. Without ``size`` it is the (last) source's, brought to one
+        that the model was trained on; the rest is as in ``generate``."""
+        many = list(images) if isinstance(images, list | tuple) else [images]
         if not many:
             raise ValueError("edit needs at least one picture")
-        sources = [Image(_open(i), "condition") for i in many]
-        sample = Sample("edit", (user(*sources, instruction),))
-        return self._pictures(sample, instruction, n, size, seed, negative_prompt, settings)
+        sources = [Image(open_picture(image), "condition") for image in many]
+        sample = Sample("edit", (user(*sources, _text(instruction, "instruction")),))
+        return self._pictures([sample], n, size, seed, negative_prompt, settings)[0]
 
     def _pictures(
         self,
-        sample: Sample,
-        prompt: str,
+        samples: Sequence[Sample],
         n: int,
-        size: Size | None,
-        seed: int,
+        size: SizeLike | None,
+        seed: Seed,
         negative_prompt: str,
-        settings: Mapping[str, Any],
-    ) -> Pictures:
+        changes: Mapping[str, Any],
+    ) -> list[Pictures]:
+        """``n`` pictures of each sample, drawn in one batch; the samples are of one kind (all edits, or none)."""
         if n < 1:
             raise ValueError(f"n must be at least 1, not {n}")
-        chosen = self.settings(settings, sample)
-        drawn = self.draw([sample] * n, range(seed, seed + n), size, chosen, negative_prompt=negative_prompt)
-        return Pictures([d.image for d in drawn], prompt, seed, drawn[0].parameters)
+        if not samples:
+            return []
+        for sample in samples:
+            self._warn(sample)
+        first, chosen = _seed(seed), self.settings(changes, samples[0])
+        canvas = None if size is None else parse_size(size)
+        seeds = [*range(first, first + n)] * len(samples)
+        requests = [sample for sample in samples for _ in range(n)]
+        drawn = self.draw(requests, seeds, canvas, chosen, negative_prompt=_text(negative_prompt, "negative_prompt"))
+        return [
+            Pictures([d.image for d in group], sample.prompt, first, group[0].parameters)
+            for sample, group in ((s, drawn[i * n : (i + 1) * n]) for i, s in enumerate(samples))
+        ]
 
-    def settings(self, changes: Mapping[str, Any], sample: Sample | None = None) -> Any:
+    def settings(self, changes: Mapping[str, Any], sample: Sample | None = None) -> Settings:
         """The model's own settings (those that suit the request ``sample``, where one is given) with ``changes``; a
         value of None changes nothing. Raises ``ValueError`` for unknown names, listing the known."""
-        own = self.model.defaults(sample) if sample else self.model.settings
-        known = asdict(own)
+        defaults = self.model.defaults(sample) if sample else self.model.settings
+        known = asdict(defaults)
         if unknown := sorted(changes.keys() - known.keys()):
             raise ValueError(f"unknown settings {unknown}; known: {', '.join(known)}")
-        return replace(own, **{k: v for k, v in changes.items() if v is not None})
+        return replace(defaults, **{k: v for k, v in changes.items() if v is not None})
 
     # ---- events -------------------------------------------------------------------------------------------------
 
     def stream(
-        self, messages: Messages, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+        self,
+        messages: Messages,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: Seed = 0,
     ) -> Iterator[Event]:
         """The answer as it comes: ``TextDelta`` ... ``Stop``, and an ``ImageDone`` for every picture that it holds."""
-        return self._events(Say(_conversation(messages), max_new_tokens, temperature, top_p, seed))
+        sample = self._conversation(messages)
+        return self._events(TextRequest(sample, max_new_tokens, temperature, top_p, _seed(seed)))
 
     def stream_picture(
         self,
         messages: Messages,
-        size: Size | None = None,
-        seed: int = 0,
+        size: SizeLike | None = None,
+        seed: Seed = 0,
         previews: int = 0,
         negative_prompt: str = "",
         **settings: Any,
     ) -> Iterator[Event]:
         """A picture as it sharpens: ``previews`` evenly spread ``ImagePreview``, then ``ImageDone`` and ``Stop``."""
-        sample = _conversation(messages)
-        return self._events(Draw(sample, seed, size, self.settings(settings, sample), negative_prompt, previews))
+        sample = self._conversation(messages)
+        canvas, chosen = None if size is None else parse_size(size), self.settings(settings, sample)
+        return self._events(ImageRequest(sample, _seed(seed), canvas, chosen, negative_prompt, previews))
 
-    def _events(self, request: Say | Draw) -> Iterator[Event]:
+    def _events(self, request: TextRequest | ImageRequest) -> Iterator[Event]:
         loop = Scheduler(self.model, self.memory, 1)
         loop.submit(request)
         while not loop.idle:
@@ -170,13 +247,13 @@ class Engine:
         top_p: float = 1.0,
         pictures: int = 0,
     ) -> list[Answer]:
-        """One answer per sample, whose messages end with a user's; ``batch_size`` of them are said together."""
-        asked = [Say(s, max_new_tokens, temperature, top_p, seed, pictures=pictures) for s in samples]
+        """One answer per sample, whose messages end with a user's; ``batch_size`` of them are decoded together."""
+        requests = [TextRequest(s, max_new_tokens, temperature, top_p, seed, pictures=pictures) for s in samples]
         decode = self.model.tokenizer.decode
         return [
             Answer(decode(j.ids), tuple(j.ids), str(j.reason), j.parameters, j.images)
-            for j in self._run(asked, batch_size)
-            if isinstance(j, Talk)
+            for j in self._run(requests, batch_size)
+            if isinstance(j, TextJob)
         ]
 
     def draw(
@@ -184,42 +261,91 @@ class Engine:
         samples: Sequence[Sample],
         seeds: Sequence[int],
         size: Size | None = None,
-        settings: Any = None,
+        settings: Settings | None = None,
         batch_size: int = 32,
         negative_prompt: str = "",
     ) -> list[Picture]:
-        """One picture per sample (its messages end with a user's), each from its own seed; ``size`` is (width, height);
-        without ``settings`` each has what suits it. A picture does not depend on what it was drawn beside."""
+        """One picture per sample (its messages end with a user's), each from its own seed; ``size`` is (width, height).
+
+        Without ``settings`` each request has the model's for its kind. Drawing is batch-invariant: a picture does not
+        depend on those that are drawn with it."""
         requests = [
-            Draw(s, seed, size, settings or self.model.defaults(s), negative_prompt)
+            ImageRequest(s, seed, size, settings or self.model.defaults(s), negative_prompt)
             for s, seed in zip(samples, seeds, strict=True)
         ]
         jobs = self._run(requests, batch_size)
         return [
             Picture(j.image, j.request.sample.prompt, j.request.seed, j.parameters)
             for j in jobs
-            if isinstance(j, Sketch) and j.image
+            if isinstance(j, ImageJob) and j.image
         ]
 
-    def _run(self, requests: Sequence[Say | Draw], slots: int) -> list[Job]:
-        loop = Scheduler(self.model, self.memory, slots)
+    def _run(self, requests: Sequence[TextRequest | ImageRequest], places: int) -> list[Job]:
+        loop = Scheduler(self.model, self.memory, places)
         jobs = [loop.submit(request) for request in requests]
         while not loop.idle:
             loop.tick()
         return jobs
 
+    # ---- requests -----------------------------------------------------------------------------------------------
 
-def _conversation(messages: Messages) -> Sample:
-    """The request as a sample with its pictures opened."""
-    parsed = []
-    for m in messages:
-        parsed.append(m if isinstance(m, Message) else sample_from_json({"messages": [m]}).messages[0])
-    return Sample("request", tuple(parsed)).map_images(lambda i: replace(i, image=_open(i.image)))
+    def _conversation(self, messages: Messages) -> Sample:
+        """The request as a sample with its pictures opened; warns of shapes that the model was not trained on."""
+        if isinstance(messages, str):
+            messages = [user(_text(messages, "message"))]
+        parsed = tuple(m if isinstance(m, Message) else _message(m, f"messages[{i}]") for i, m in enumerate(messages))
+        sample = Sample("request", parsed).map_images(_opened)
+        self._warn(sample)
+        return sample
+
+    def _warn(self, sample: Sample) -> None:
+        for remark in self.sizes.remarks(sample):
+            warnings.warn(remark, stacklevel=4)
 
 
-def _open(image: Pixels | None) -> PIL.Image.Image:
-    if isinstance(image, PIL.Image.Image):
-        return image.convert("RGB")
-    if image is None:
+def _message(row: Any, where: str) -> Message:
+    """A message of JSON's shape whose pictures may be anything that ``open_picture`` takes."""
+    pictures: list[Any] = []
+
+    def held(part: Any) -> Any:
+        if isinstance(part, Mapping) and part.get("type") == "image_url":
+            url = part.get("image_url")
+            part = {"type": "image", "image": url.get("url") if isinstance(url, Mapping) else url}
+        if not isinstance(part, Mapping) or part.get("type") != "image" or part.get("image") is None:
+            return part
+        pictures.append(part["image"])
+        return {**part, "image": str(len(pictures) - 1)}
+
+    if isinstance(row, Mapping) and isinstance(row.get("content"), list | tuple):
+        row = {**row, "content": [held(part) for part in row["content"]]}
+    try:
+        sample = sample_from_json({"messages": [row]})
+    except ValueError as error:
+        raise ValueError(str(error).replace("messages[0]", where)) from error
+    return sample.map_images(lambda i: replace(i, image=open_picture(pictures[int(str(i.image))]))).messages[0]
+
+
+def _opened(image: Image) -> Image:
+    if image.image is None:
         raise ValueError("a picture of the conversation has no pixels")
-    return open_picture(Path(image), str(image))
+    return replace(image, image=open_picture(image.image))
+
+
+def _seed(seed: Seed) -> int:
+    """The seed, or a random one. Raises ``ValueError`` for anything but a whole number of at least 0."""
+    if seed is None:
+        return random.SystemRandom().randrange(2**31)
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise ValueError(f"seed must be a whole number of at least 0, or None for a random one, not {seed!r}")
+    return seed
+
+
+def _text(text: Any, name: str) -> str:
+    """The text. Raises ``ValueError`` where it is none, or one that cannot be encoded (half a surrogate pair)."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a text, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} cannot be encoded as UTF-8: {error.reason}") from error
+    return text

@@ -25,7 +25,7 @@ from diptych.core.tensors import Tensor
 from diptych.generation.events import Event, ImageDone, ImagePreview, Stop, TextDelta, Usage, Word
 from diptych.generation.prefix_cache import Memory
 from diptych.generation.sampling import check_sampling, next_word
-from diptych.models.protocol import Context, Drawing, Drop, UnifiedModel
+from diptych.models.protocol import Context, Drawing, Drop, Settings, UnifiedModel
 from diptych.parts.batch_invariant import alone, steady
 from diptych.parts.images import to_pil
 
@@ -33,7 +33,7 @@ Size = tuple[int, int]  # (width, height) in pixels
 
 
 @dataclass(frozen=True, eq=False)
-class Say:
+class TextRequest:
     """A request for words. ``stop`` are texts that end the answer and are not part of it; ``logprobs`` is how many
     likeliest words to report beside each word said (None: report nothing); ``pictures`` is how many pictures the answer
     may draw where the model begins one (``picture_word``), with the settings that suit them and seeds from ``seed`` on:
@@ -55,22 +55,22 @@ class Say:
 
 
 @dataclass(frozen=True, eq=False)
-class Draw:
+class ImageRequest:
     """A request for a picture. ``settings`` are the family's; ``negative_prompt`` stands in for the dropped words in
     the branch of guidance that has no text; ``previews`` are shown evenly spread on the way."""
 
     sample: Sample
     seed: int
     size: Size | None
-    settings: Any
+    settings: Settings
     negative_prompt: str = ""
     previews: int = 0
 
 
-class Talk:
+class TextJob:
     """An answer on its way: ``ids`` said so far, and how it ended. While ``sketch`` is drawn the words wait."""
 
-    def __init__(self, model: UnifiedModel, request: Say) -> None:
+    def __init__(self, model: UnifiedModel, request: TextRequest) -> None:
         r = self.request = request
         self.opened = _opened(r.sample, assistant())
         self.parameters: dict[str, Any] = {
@@ -85,7 +85,7 @@ class Talk:
         self.unread: list[int] = []  # said, and not yet read
         self.read = 0
         self.reason: str | None = None
-        self.sketch: Sketch | None = None
+        self.sketch: ImageJob | None = None
         self.parts: tuple[Text | Image, ...] = ()  # of the answer, up to its last picture
         self.since = 0  # words of ``ids`` before the end of the last picture; ``laid`` holds these
 
@@ -100,10 +100,10 @@ class Talk:
         return self.laid is not None
 
 
-class Sketch:
+class ImageJob:
     """A picture on its way; of an answer that began it (``talk``), or asked for."""
 
-    def __init__(self, model: UnifiedModel, request: Draw, talk: Talk | None = None) -> None:
+    def __init__(self, model: UnifiedModel, request: ImageRequest, talk: TextJob | None = None) -> None:
         r, self.talk = request, talk
         self.request = request
         self.opened = _opened(r.sample, assistant(Image(None, "target", r.size)))
@@ -124,14 +124,14 @@ class Sketch:
 
     def reads_as(self, other: Job) -> bool:
         """Whether another picture starts from the very same contexts: several pictures of a prompt read it once."""
-        if not isinstance(other, Sketch):
+        if not isinstance(other, ImageJob):
             return False
         a, b = self.request, other.request
         same = (a.size, a.negative_prompt, self.branches) == (b.size, b.negative_prompt, other.branches)
         return a.sample is b.sample and same
 
 
-Job = Talk | Sketch
+Job = TextJob | ImageJob
 
 
 class Unfit(ValueError):
@@ -154,15 +154,15 @@ class Scheduler:
         self.at: list[Job] = []
         self.events: list[tuple[Job, Event]] = []
 
-    def submit(self, request: Say | Draw) -> Job:
+    def submit(self, request: TextRequest | ImageRequest) -> Job:
         """The request in line. Raises ``ValueError`` for one that cannot be served, before anything is computed."""
         job = self.prepare(request)
         self.waiting.append(job)
         return job
 
-    def prepare(self, request: Say | Draw) -> Job:
+    def prepare(self, request: TextRequest | ImageRequest) -> Job:
         """The request checked and not yet in line: whoever ticks in another thread appends it between two ticks."""
-        return Talk(self.model, request) if isinstance(request, Say) else Sketch(self.model, request)
+        return TextJob(self.model, request) if isinstance(request, TextRequest) else ImageJob(self.model, request)
 
     def cancel(self, job: Job) -> None:
         """Frees the job's place at once; it says no more."""
@@ -185,10 +185,10 @@ class Scheduler:
             self._join([job for job in self.running if not job.begun])
         except ValueError as error:
             raise Unfit(str(error)) from error
-        self._say([job for job in self.running if isinstance(job, Talk) and not job.sketch])
-        groups: dict[tuple, list[Sketch]] = {}
+        self._say([job for job in self.running if isinstance(job, TextJob) and not job.sketch])
+        groups: dict[tuple, list[ImageJob]] = {}
         for job in self.running:
-            if isinstance(job, Sketch):
+            if isinstance(job, ImageJob):
                 groups.setdefault((job.canvas, len(job.branches)), []).append(job)
         for group in groups.values():
             self._step(group)
@@ -219,34 +219,34 @@ class Scheduler:
             read |= {id(laid): context for (_, laid), context in zip(group, contexts, strict=True)}
         for job in jobs:
             self.at = [job]
-            if isinstance(job, Talk):
+            if isinstance(job, TextJob):
                 [job.laid] = wanted[job]
                 job.context = read[id(job.laid)]
                 job.read = job.context.length
                 continue
             first, r = self._first(job), job.request
-            assert isinstance(first, Sketch)
+            assert isinstance(first, ImageJob)
             own = tuple(read.get(id(laid)) or self.model.open() for laid in wanted.get(job, ()))
             branches = first.drawing.contexts if first.drawing else own
             [job.drawing] = self.model.start([branches], [job.opened], [r.settings], [r.seed])
 
     def _first(self, job: Job) -> Job:
         """The first running picture of the same request, whose contexts this one shares; else the job itself."""
-        return next((j for j in self.running if isinstance(job, Sketch) and job.reads_as(j)), job)
+        return next((j for j in self.running if isinstance(job, ImageJob) and job.reads_as(j)), job)
 
     def _sequences(self, job: Job) -> list[Layout]:
         """What the job reads: its conversation, or what each branch of guidance sees of it."""
-        if isinstance(job, Talk):
+        if isinstance(job, TextJob):
             return [self.model.lay_out(job.opened)]
         return [self._branch(job, drop) for drop in job.branches]
 
-    def _branch(self, job: Sketch, drop: Drop) -> Layout:
+    def _branch(self, job: ImageJob, drop: Drop) -> Layout:
         """What a branch of guidance reads."""
         return self.model.lay_out_away(job.opened, drop, job.request.negative_prompt)
 
     # ---- words --------------------------------------------------------------------------------------------------
 
-    def _say(self, talks: Sequence[Talk]) -> None:
+    def _say(self, talks: Sequence[TextJob]) -> None:
         """One word of each, after the model has read together what they said last."""
         going = [talk for talk in talks if talk.unread]
         if going:
@@ -259,7 +259,7 @@ class Scheduler:
         for talk in talks:
             self._word(talk)
 
-    def _word(self, talk: Talk) -> None:
+    def _word(self, talk: TextJob) -> None:
         self.at, r = [talk], talk.request
         word = next_word(talk.context.logits, r.temperature, r.top_p, talk.generator)
         room = len(talk.images) < r.pictures and len(talk.ids) + 1 < r.max_new_tokens
@@ -285,13 +285,13 @@ class Scheduler:
             self.memory.keep(talk.laid, read, talk.context)
             self._tell(talk, Stop(reason, Usage(talk.read, len(talk.ids), len(talk.images)), talk.parameters))
 
-    def _tell_text(self, talk: Talk, ready: str) -> None:
+    def _tell_text(self, talk: TextJob, ready: str) -> None:
         """What of the text has not been told."""
         if len(ready) > len(talk.told):
             self._tell(talk, TextDelta(ready[len(talk.told) :], tuple(talk.words)))
             talk.told, talk.words = ready, []
 
-    def _pause(self, talk: Talk, word: int) -> None:
+    def _pause(self, talk: TextJob, word: int) -> None:
         """The answer begins a picture: it is drawn like any other, from what has been said."""
         self._tell_text(talk, talk.text)
         seed, later = talk.request.seed + len(talk.images), len(talk.request.sample.messages) > 1
@@ -300,14 +300,14 @@ class Scheduler:
         [talk.context] = self.model.extend([talk.context], [self.model.reply([word])])
         turn = assistant(*talk.parts, Image(None, "target"))
         opened = replace(talk.opened, messages=(*talk.opened.messages[:-1], turn))
-        sketch = Sketch(self.model, Draw(opened, seed, None, self.model.defaults(opened)), talk)
+        sketch = ImageJob(self.model, ImageRequest(opened, seed, None, self.model.defaults(opened)), talk)
         others = [self.model.lay_out(opened, drop) for drop in sketch.branches if drop]
         read = [self.memory.read([laid], [later])[0] if len(laid) else self.model.open() for laid in others]
         [sketch.drawing] = self.model.start([(talk.context, *read)], [opened], [sketch.request.settings], [seed])
         talk.sketch = sketch
         self.running.append(sketch)
 
-    def _resume(self, talk: Talk, image: PIL.Image.Image) -> None:
+    def _resume(self, talk: TextJob, image: PIL.Image.Image) -> None:
         """The picture is part of the answer, which reads it and goes on."""
         assert talk.laid
         seen = Image(image, "target")
@@ -327,7 +327,7 @@ class Scheduler:
 
     # ---- pictures -----------------------------------------------------------------------------------------------
 
-    def _step(self, group: Sequence[Sketch]) -> None:
+    def _step(self, group: Sequence[ImageJob]) -> None:
         """One step of pictures of one size; the finished ones are decoded one by one."""
         self.at = [job.talk or job for job in group]
         moved = self.model.step([job.drawing for job in group if job.drawing])
@@ -355,10 +355,10 @@ def exact(model: UnifiedModel) -> bool:
 
     def latents(*prompts: str) -> Tensor:
         loop = Scheduler(model, slots=len(prompts))
-        jobs = [loop.submit(Draw(Sample("", (user(p),)), 0, size, settings)) for p in prompts]
+        jobs = [loop.submit(ImageRequest(Sample("", (user(p),)), 0, size, settings)) for p in prompts]
         for _ in range(2):
             loop.tick()
-        assert isinstance(jobs[0], Sketch) and jobs[0].drawing
+        assert isinstance(jobs[0], ImageJob) and jobs[0].drawing
         return jobs[0].drawing.state
 
     return torch.equal(latents("a star"), latents("a star", "a red circle left of a blue square", ""))

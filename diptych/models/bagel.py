@@ -152,7 +152,7 @@ def position_tables(c: Config) -> dict[str, Tensor]:
     return {"latent_positions": grid_table(c.latent_side, d), "vision_positions": grid_table(c.seen_side, d)}
 
 
-class Bagel(UnifiedModel):
+class Bagel(UnifiedModel[FlowSettings]):
     """BAGEL of any size."""
 
     family = "bagel"
@@ -378,7 +378,7 @@ class Bagel(UnifiedModel):
         samples: Sequence[Sample],
         settings: Sequence[FlowSettings],
         seeds: Sequence[int],
-    ) -> list[Drawing]:
+    ) -> list[Drawing[FlowSettings]]:
         drawings = []
         for read, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
             canvas, branches = self.canvas(sample), self.branches(sample, s)
@@ -392,14 +392,14 @@ class Bagel(UnifiedModel):
         return canvas[0] // self.config.stride, canvas[1] // self.config.stride
 
     @torch.inference_mode()
-    def step(self, drawings: Sequence[Drawing]) -> list[Drawing]:
+    def step(self, drawings: Sequence[Drawing[FlowSettings]]) -> list[Drawing[FlowSettings]]:
         """One Euler step each. Branches of guidance are one batch; outside the interval they are not computed."""
         check_step(drawings)
         table = self._fixed(drawings)
         moved = euler(drawings, lambda x_t, t, branches: self._velocity(x_t, t, drawings, table, branches))
         return [advance(d, state, v, table) for d, (state, v) in zip(drawings, moved, strict=True)]
 
-    def _fixed(self, drawings: Sequence[Drawing]) -> Fixed:
+    def _fixed(self, drawings: Sequence[Drawing[FlowSettings]]) -> Fixed:
         """The contexts' keys and values side by side, branch-major; kept while the same drawings go on together."""
         contexts = [d.contexts[b] for b in range(len(drawings[0].contexts)) for d in drawings]
         if drawings[0].slot and drawings[0].slot.holds(contexts):
@@ -410,7 +410,7 @@ class Bagel(UnifiedModel):
         self,
         x_t: Float[Tensor, "B n f"],
         t: Float[Tensor, " B"],
-        drawings: Sequence[Drawing],
+        drawings: Sequence[Drawing[FlowSettings]],
         table: Fixed,
         branches: int,
     ) -> Float[Tensor, "R B n f"]:
@@ -431,7 +431,7 @@ class Bagel(UnifiedModel):
         return torch.stack([velocity(p, x_t, t, self.config.prediction) for p in prediction])
 
     @torch.inference_mode()
-    def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+    def finish(self, drawings: Sequence[Drawing[FlowSettings]]) -> Float[Tensor, "B 3 H W"]:
         states = torch.stack([d.state for d in drawings])
         latents = tokens_to_latents(states, self._grid(drawings[0].canvas), self.config.latent_patch)
         return self.autoencoder.decode(latents).float().clamp(-1, 1)

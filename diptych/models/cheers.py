@@ -312,7 +312,7 @@ class Gate(nn.Module):
         return self.layer_norm(s + self.gate(s) * (s if self.detail == "none" else e))
 
 
-class Cheers(UnifiedModel):
+class Cheers(UnifiedModel[Settings]):
     """Cheers of any size."""
 
     family = "cheers"
@@ -629,7 +629,7 @@ class Cheers(UnifiedModel):
         samples: Sequence[Sample],
         settings: Sequence[Settings],
         seeds: Sequence[int],
-    ) -> list[Drawing]:
+    ) -> list[Drawing[Settings]]:
         drawings = []
         for read, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
             canvas = self.canvas(sample)
@@ -648,7 +648,7 @@ class Cheers(UnifiedModel):
         canvas: tuple[int, int],
         s: Settings,
         source: Float[Tensor, "c _ _"] | None = None,
-    ) -> Drawing:
+    ) -> Drawing[Settings]:
         """A drawing from given noise; an edit's begins at ``source_share`` of its last source (specs: Cheers 5.4)."""
         state, share = noise, s.source_share if source is not None else 0.0
         if share and source is not None:
@@ -674,7 +674,7 @@ class Cheers(UnifiedModel):
         return schedule(steps, s.timestep_shift, first)
 
     @torch.inference_mode()
-    def step(self, drawings: Sequence[Drawing]) -> list[Drawing]:
+    def step(self, drawings: Sequence[Drawing[Settings]]) -> list[Drawing[Settings]]:
         """One Euler step each. All branches of guidance share the tokenizer's work on the same latents; outside the
         interval they are not computed."""
         check_step(drawings)
@@ -714,7 +714,7 @@ class Cheers(UnifiedModel):
         return torch.stack([velocity(p, z, t, self.config.prediction) for p in each])
 
     @torch.inference_mode()
-    def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+    def finish(self, drawings: Sequence[Drawing[Settings]]) -> Float[Tensor, "B 3 H W"]:
         latents = self._grid(torch.stack([d.state for d in drawings]), drawings[0].canvas)
         pictures = self.autoencoder.decode(latents).float()
         return (pictures * 2 - 1 if self.config.unit_pixels else pictures).clamp(-1, 1)

@@ -204,7 +204,7 @@ def tiny_mllm(vocab_size: int = 1024) -> MllmConfig:
     )
 
 
-class Iomm(UnifiedModel):
+class Iomm(UnifiedModel[FlowSettings]):
     """IOMM of any size, over any vision-language model."""
 
     family = "iomm"
@@ -504,7 +504,7 @@ class Iomm(UnifiedModel):
         samples: Sequence[Sample],
         settings: Sequence[FlowSettings],
         seeds: Sequence[int],
-    ) -> list[Drawing]:
+    ) -> list[Drawing[FlowSettings]]:
         """Runs the queries of every context once; a drawing keeps its conditions through all steps."""
         flat = {id(c): c for read in contexts for c in read}
         conditions = dict(zip(flat, self._conditions(list(flat.values())), strict=True))
@@ -533,14 +533,18 @@ class Iomm(UnifiedModel):
         return [x[v] for x, v in zip(conditions, seen, strict=True)]
 
     @torch.inference_mode()
-    def step(self, drawings: Sequence[Drawing]) -> list[Drawing]:
+    def step(self, drawings: Sequence[Drawing[FlowSettings]]) -> list[Drawing[FlowSettings]]:
         """One Euler step each. Branches of guidance are one batch; outside the interval they are not computed."""
         check_step(drawings)
         moved = euler(drawings, lambda x_t, t, branches: self._velocity(x_t, t, drawings, branches))
         return [advance(d, state, v, d.slot) for d, (state, v) in zip(drawings, moved, strict=True)]
 
     def _velocity(
-        self, x_t: Float[Tensor, "B n f"], t: Float[Tensor, " B"], drawings: Sequence[Drawing], branches: int
+        self,
+        x_t: Float[Tensor, "B n f"],
+        t: Float[Tensor, " B"],
+        drawings: Sequence[Drawing[FlowSettings]],
+        branches: int,
     ) -> Float[Tensor, "R B n f"]:
         each = [d.slot[b] for b in range(branches) for d in drawings]
         lengths = torch.tensor([len(c) for c in each], device=self.device)
@@ -556,7 +560,7 @@ class Iomm(UnifiedModel):
         return canvas[0] // self.config.stride, canvas[1] // self.config.stride
 
     @torch.inference_mode()
-    def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+    def finish(self, drawings: Sequence[Drawing[FlowSettings]]) -> Float[Tensor, "B 3 H W"]:
         states = torch.stack([d.state for d in drawings])
         latents = tokens_to_latents(states, self._grid(drawings[0].canvas), self.config.latent_patch)
         return self.autoencoder.decode(latents).float().clamp(-1, 1)

@@ -296,7 +296,7 @@ def reader_template(after_role: str = "\n") -> Template:
     return Template(**roles, end=end, image=("<|vision_start|>", "<|vision_end|>"))
 
 
-class OmniGen2(UnifiedModel):
+class OmniGen2(UnifiedModel[Settings]):
     """OmniGen2 of any size."""
 
     family = "omnigen2"
@@ -624,7 +624,7 @@ class OmniGen2(UnifiedModel):
         samples: Sequence[Sample],
         settings: Sequence[Settings],
         seeds: Sequence[int],
-    ) -> list[Drawing]:
+    ) -> list[Drawing[Settings]]:
         """Encodes the references of every request and gathers the states of every branch, once for all steps."""
         drawings = []
         for branch_contexts, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
@@ -664,7 +664,7 @@ class OmniGen2(UnifiedModel):
         return tuple(out)
 
     @torch.inference_mode()
-    def step(self, drawings: Sequence[Drawing]) -> list[Drawing]:
+    def step(self, drawings: Sequence[Drawing[Settings]]) -> list[Drawing[Settings]]:
         """One step of each drawing's solver. The branches of all of them are one row; outside the guidance range only
         the full condition is computed."""
         check_step(drawings)
@@ -691,7 +691,7 @@ class OmniGen2(UnifiedModel):
         return canvas[0] // self.config.stride, canvas[1] // self.config.stride
 
     @torch.inference_mode()
-    def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+    def finish(self, drawings: Sequence[Drawing[Settings]]) -> Float[Tensor, "B 3 H W"]:
         states = torch.stack([d.state for d in drawings])
         latents = tokens_to_latents(states, self._grid(drawings[0].canvas), self.config.latent_patch)
         return self.autoencoder.decode(latents).float().clamp(-1, 1)

@@ -11,7 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
@@ -33,6 +33,29 @@ NOTHING, TEXT, IMAGE = Drop(), Drop({"text"}), Drop({"image"})
 Branches = Mapping[Drop, float]  # what a context of guidance leaves out -> how far guidance goes away from it
 
 
+@runtime_checkable
+class Settings(Protocol):
+    """What others may read of a family's settings, a frozen dataclass that says how a picture is drawn."""
+
+    @property
+    def guidance_scale(self) -> float:
+        """How far guidance goes away from the branch without text; 1 is no guidance."""
+
+    @property
+    def image_guidance_scale(self) -> float:
+        """The same for the branch without pictures."""
+
+    @property
+    def num_inference_steps(self) -> int | None:
+        """Denoising steps; None in families that draw a picture token by token."""
+
+    def within(self, steps: int) -> Settings:
+        """The same settings with at most so many denoising steps."""
+
+
+S = TypeVar("S", bound=Settings)  # a family's own settings
+
+
 @dataclass(frozen=True, eq=False)
 class Context:
     """What a model has read so far. Reading returns a new context; the old one stays usable."""
@@ -47,18 +70,19 @@ class Context:
 
 
 @dataclass(frozen=True, eq=False)
-class Drawing:
+class Drawing(Generic[S]):
     """A picture in the making: ``state`` is noise on its way to latents, or a grid of codes being filled."""
 
     state: Tensor
     contexts: tuple[Context, ...]  # one for each of ``branches``
     branches: Branches
     canvas: tuple[int, int]  # (height, width) in pixels
-    settings: Any  # the family's own
+    settings: S
     steps: int
     times: Tensor | None = None  # of a flow: the steps + 1 times between which it moves
     step: int = 0
     velocity: Tensor | None = None  # of a flow: where its last step pointed
+    seed: int = 0  # of draws that a step makes; a flow draws nothing after its first noise
     slot: Any = None  # family-private
 
     def __post_init__(self) -> None:
@@ -72,7 +96,7 @@ class Drawing:
         return self.step >= self.steps
 
     @property
-    def ahead(self) -> Drawing:
+    def ahead(self) -> Drawing[S]:
         """The drawing as it would end now: of a flow x_t - t v, the end that its last step pointed at."""
         if self.velocity is None or self.times is None:
             return self
@@ -183,14 +207,14 @@ class Trainable(nn.Module, ABC):
         return sum(p.numel() for p in self.parameters()) - spare_parameters(self)
 
 
-class UnifiedModel(Trainable):
+class UnifiedModel(Trainable, Generic[S]):
     """A family that reads pictures and draws them. Generation takes lists: one request is a list of one."""
 
     opens_with_picture: ClassVar[bool] = False  # ``picture_word`` begins a picture only as the first word of an answer
-    settings: Any  # the family's own frozen dataclass; these suit the weights
-    edits: Any = None  # those that suit requests which show sources; None: the same
+    settings: S  # those that suit the weights
+    edits: S | None = None  # those that suit edits; None: the same
 
-    def defaults(self, sample: Sample) -> Any:
+    def defaults(self, sample: Sample) -> S:
         """The settings that suit a request: those of edits where it shows ``sources``, as far as the model has any."""
         return self.settings if self.edits is None or not sources(sample) else self.edits
 
@@ -238,7 +262,7 @@ class UnifiedModel(Trainable):
         """A picture that an answer began with ``picture_word`` and that has been drawn, up to where words go on."""
         raise NotImplementedError(f"{self.family} says a picture_word and lacks drawn")
 
-    def branches(self, sample: Sample, settings: Any) -> Branches:
+    def branches(self, sample: Sample, settings: S) -> Branches:
         """The contexts that drawing a request needs: what ``lay_out`` must drop for each, and how far guidance goes
         away from it, in the order in which it does; the full one first.
 
@@ -251,8 +275,10 @@ class UnifiedModel(Trainable):
                 branches[IMAGE] = settings.image_guidance_scale
         return branches
 
-    def steps(self, canvas: tuple[int, int], settings: Any) -> int:
+    def steps(self, canvas: tuple[int, int], settings: S) -> int:
         """How many steps a picture takes, at most. Families that draw codes answer with how many tokens it has."""
+        if settings.num_inference_steps is None:
+            raise NotImplementedError(f"{self.family} draws token by token and lacks steps")
         return settings.num_inference_steps
 
     @abstractmethod
@@ -260,23 +286,23 @@ class UnifiedModel(Trainable):
         self,
         contexts: Sequence[tuple[Context, ...]],
         samples: Sequence[Sample],
-        settings: Sequence[Any],
+        settings: Sequence[S],
         seeds: Sequence[int],
-    ) -> list[Drawing]:
+    ) -> list[Drawing[S]]:
         """Begins the pictures that requests ask for, each from its own seed: noise or an empty grid. ``contexts`` have
         read what ``branches`` of the request and its settings lists."""
 
     @abstractmethod
-    def step(self, drawings: Sequence[Drawing]) -> list[Drawing]:
+    def step(self, drawings: Sequence[Drawing[S]]) -> list[Drawing[S]]:
         """One denoising step, or one patch of codes, for all of them at once. They must be of one canvas size and have
         equally many branches. Raises ``ValueError`` otherwise, and for a drawing that is done."""
 
-    def preview(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+    def preview(self, drawings: Sequence[Drawing[S]]) -> Float[Tensor, "B 3 H W"]:
         """The pictures as they would look if drawing ended here."""
         return self.finish([d.ahead for d in drawings])
 
     @abstractmethod
-    def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+    def finish(self, drawings: Sequence[Drawing[S]]) -> Float[Tensor, "B 3 H W"]:
         """The pictures in [-1, 1]; what codes have not been drawn yet is grey."""
 
 
@@ -291,7 +317,7 @@ def check_step(drawings: Sequence[Drawing]) -> None:
         raise ValueError("a finished drawing takes no further step")
 
 
-def advance(drawing: Drawing, state: Tensor, velocity: Tensor | None = None, slot: Any = None) -> Drawing:
+def advance(drawing: Drawing[S], state: Tensor, velocity: Tensor | None = None, slot: Any = None) -> Drawing[S]:
     """The drawing one step on."""
     return replace(drawing, state=state, step=drawing.step + 1, velocity=velocity, slot=slot)
 
@@ -337,7 +363,7 @@ def shown(sample: Sample) -> list[Image]:
     return [p for p in sample.images() if not p.blank]
 
 
-def every_scale(sample: Sample, settings: Any) -> Branches:
+def every_scale(sample: Sample, settings: Settings) -> Branches:
     """Branches for any scale: without words where theirs is not 1; without pictures where the conversation shows some
     and theirs is not 1."""
     branches = {NOTHING: 1.0}
@@ -354,9 +380,7 @@ def sources(sample: Sample) -> list[Image]:
     return [p for p in (sample.request.parts if sample.request else ()) if isinstance(p, Image)]
 
 
-def fitted(
-    sample: Sample, sizes: Sizes, rule: Callable[[int, int], tuple[int, int]] | None = None
-) -> tuple[int, int]:
+def fitted(sample: Sample, sizes: Sizes, rule: Callable[[int, int], tuple[int, int]] | None = None) -> tuple[int, int]:
     """The (height, width) to draw for a request: the size it asks for, else what ``rule`` makes of the last picture of
     its conversation, else the model's default. Raises ``ValueError`` for a size that the model was not trained on."""
     last, before = sample.messages[-1].parts[-1:], shown(sample) if rule else []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from diptych.core.sample import Image, Sample
 
@@ -48,8 +50,8 @@ class Sizes:
 
     def _remark(self, width: int, height: int) -> str:
         return (
-            f"a picture of {width}x{height} pixels has an aspect ratio above {self.aspect:g}: the model was not trained on "
-            "such pictures; crop it for a better result"
+            f"a picture of {width}x{height} pixels has an aspect ratio above {self.aspect:g}, "
+            "on which the model was not trained; crop it for a better result"
         )
 
     def to_json(self) -> dict:
@@ -60,4 +62,15 @@ class Sizes:
         if self.shortest == self.longest:
             return f"{self.longest}x{self.longest}, which the model was trained on"
         area = f" and at most {self.pixels} pixels" if self.pixels else ""
-        return f"multiples of {self.stride} from {self.shortest} to {self.longest}{area}, which the model was trained on"
+        sides = f"multiples of {self.stride} from {self.shortest} to {self.longest}"
+        return f"{sides}{area}, which the model was trained on"
+
+
+def parse_size(size: int | str | Sequence[int]) -> tuple[int, int]:
+    """(width, height) of 64, "64", "64x48" or (64, 48). Raises ``ValueError`` for anything else."""
+    sides: Any = str(size).lower().split("x") if isinstance(size, str | int) else size
+    try:
+        width, height = (int(side) for side in (sides * 2 if len(sides) == 1 else sides))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"size must be WIDTHxHEIGHT, one number or (width, height), not {size!r}") from error
+    return width, height

@@ -215,7 +215,7 @@ class _Going:
     h: Float[Tensor, "R d"]
 
 
-class SynerGen(UnifiedModel):
+class SynerGen(UnifiedModel[CodeSettings]):
     """SynerGen-VL of any size."""
 
     family = "synergen"
@@ -475,23 +475,23 @@ class SynerGen(UnifiedModel):
         samples: Sequence[Sample],
         settings: Sequence[CodeSettings],
         seeds: Sequence[int],
-    ) -> list[Drawing]:
+    ) -> list[Drawing[CodeSettings]]:
         """Empty grids of codes, to be filled token by token; ``state`` is (tokens, slots), ``NONE`` where not drawn."""
         drawings = []
         for read, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
             canvas = self.canvas(sample)
             state = torch.full((self.steps(canvas, s), self.config.slots), NONE, device=self.device)
-            drawings.append(Drawing(state, read, self.branches(sample, s), canvas, (s, seed), len(state)))
+            drawings.append(Drawing(state, read, self.branches(sample, s), canvas, s, len(state), seed=seed))
         return drawings
 
     @torch.inference_mode()
-    def step(self, drawings: Sequence[Drawing]) -> list[Drawing]:
+    def step(self, drawings: Sequence[Drawing[CodeSettings]]) -> list[Drawing[CodeSettings]]:
         """The codes of one token each; every branch reads the token, through the vision experts, as in training."""
         check_step(drawings)
         R, B, slots = len(drawings[0].contexts), len(drawings), self.config.slots
         h = torch.stack([d.slot.h if d.slot else torch.stack([c.slot for c in d.contexts]) for d in drawings], 1)
-        chance = [Noise(d.settings[1], d.step).uniform("drawing", "codes", (slots,)) for d in drawings]
-        settings, scales = [d.settings[0] for d in drawings], [tuple(d.branches.values()) for d in drawings]
+        chance = [Noise(d.seed, d.step).uniform("drawing", "codes", (slots,)) for d in drawings]
+        settings, scales = [d.settings for d in drawings], [tuple(d.branches.values()) for d in drawings]
         codes = self.unfold.sample(h, settings, scales, torch.stack(chance).to(self.device))
         at = torch.tensor([d.step for d in drawings], device=self.device)
         grid, (m, n) = self._grid(*drawings[0].canvas), self.config.fold
@@ -510,7 +510,7 @@ class SynerGen(UnifiedModel):
             for i, d in enumerate(drawings)
         ]
 
-    def _streams(self, drawings: Sequence[Drawing]) -> Streams:
+    def _streams(self, drawings: Sequence[Drawing[CodeSettings]]) -> Streams:
         """Keys and values of every branch of every drawing, branch-major; kept while the same drawings go on."""
         R, B = len(drawings[0].contexts), len(drawings)
         lengths = [d.contexts[b].length + d.step for b in range(R) for d in drawings]
@@ -527,7 +527,7 @@ class SynerGen(UnifiedModel):
         return Streams(read, max(d.steps - d.step for d in drawings))
 
     @torch.inference_mode()
-    def finish(self, drawings: Sequence[Drawing]) -> Float[Tensor, "B 3 H W"]:
+    def finish(self, drawings: Sequence[Drawing[CodeSettings]]) -> Float[Tensor, "B 3 H W"]:
         (rows, columns), (m, n) = self._grid(*drawings[0].canvas), self.config.fold
         codes = unfold(torch.stack([d.state for d in drawings]), (rows * m, columns * n), self.config.fold)
         images = self.autoencoder.decode(codes.clamp(min=0)).float().clamp(-1, 1)

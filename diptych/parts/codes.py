@@ -48,8 +48,12 @@ class CodeSettings:
                 f"top_k must be a whole number of at least 1 and top_p in (0, 1], not {self.top_k} and {self.top_p}"
             )
 
+    @property
+    def num_inference_steps(self) -> None:
+        """None: a picture takes as many steps as it has tokens."""
+
     def within(self, steps: int) -> CodeSettings:
-        """The same: how many codes there are is not for the settings to say."""
+        """The same settings: the size of the picture alone decides how many steps it takes."""
         return self
 
 

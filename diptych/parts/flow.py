@@ -130,25 +130,41 @@ def squared_error(prediction: Tensor, data: Tensor, noise: Tensor, t: Tensor, ki
 
 
 @runtime_checkable
-class Drawn(Protocol):
-    """What a step of the integrator needs of a drawing (``models.protocol.Drawing`` is one)."""
+class FlowDrawing(Protocol):
+    """What a step of the integrator reads of a drawing (``models.protocol.Drawing`` is one)."""
 
-    state: Any
-    settings: Any
-    contexts: Any
-    branches: Any
-    canvas: Any
-    times: Any
-    step: int
+    @property
+    def state(self) -> Tensor:
+        """x_t, (n, f)."""
+
+    @property
+    def settings(self) -> Any:
+        """The ``FlowSettings``, or a family's own with the same ``guided`` and ``combine``."""
+
+    @property
+    def contexts(self) -> Sequence[object]:
+        """One for each branch of guidance."""
+
+    @property
+    def branches(self) -> Mapping[frozenset[str], float]:
+        """What each context lacks, and how far guidance goes away from it."""
+
+    @property
+    def times(self) -> Tensor | None:
+        """The times between which the drawing moves."""
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
 
 
 def euler(
-    drawings: Sequence[Drawn],
+    drawings: Sequence[FlowDrawing],
     velocities: Callable[[Float[Tensor, "B n f"], Float[Tensor, " B"], int], Float[Tensor, "R B n f"]],
 ) -> list[tuple[Tensor, Tensor]]:
     """The next state of every drawing, and the velocity without guidance. ``velocities(x_t, t, branches)`` gives those
     of the first ``branches`` contexts; outside the guidance interval only the full one is asked for."""
-    now = [d.times[d.step : d.step + 2] for d in drawings]
+    now = [_interval(d) for d in drawings]
     guided = [d.settings.guided(float(t[0])) for d, t in zip(drawings, now, strict=True)]
     branches = len(drawings[0].contexts) if any(guided) else 1
     x_t = torch.stack([d.state for d in drawings])
@@ -158,6 +174,12 @@ def euler(
         own = d.settings.combine(v[:, i] if guided[i] else v[:1, i], d.branches)
         out.append((d.state - own * float(t[0] - t[1]), own))
     return out
+
+
+def _interval(drawing: FlowDrawing) -> Float[Tensor, " 2"]:
+    """The times at which a drawing's next step begins and ends."""
+    assert drawing.times is not None, "only a flow is integrated"
+    return drawing.times[drawing.step : drawing.step + 2]
 
 
 def guide(

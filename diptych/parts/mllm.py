@@ -69,7 +69,9 @@ class MllmConfig:
     def longest(self) -> int:
         """The greatest side, in pixels, at which the vision tower takes a picture."""
         sides = self.model.get("vision_config", {}).get("image_size")
-        return self.see.longest if sides is None or self.model["model_type"] == "qwen2_5_vl" else max(sides)
+        if sides is not None and self.model["model_type"] == "internvl":
+            return max(sides)
+        return self.see.longest if isinstance(self.see, SizeRule) else round(self.see.most**0.5)
 
     @staticmethod
     def of(source: str | Path, see: SizeRule | AreaRule | None = None) -> MllmConfig:

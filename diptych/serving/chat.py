@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 
 from diptych.core.sample import Image, ImageRole, Message, Sample, Text, assistant
 from diptych.generation.events import Event, ImageDone, ImagePreview, Stop, TextDelta, Usage, Word
-from diptych.generation.scheduler import Draw, Say
+from diptych.generation.scheduler import ImageRequest, TextRequest
 from diptych.parts.images import data_uri
 from diptych.serving.schemas import ChatMessage, ChatRequest, TextPart, ignored_header
 from diptych.serving.service import Service, parse_size, seed_of
@@ -107,7 +107,7 @@ class Chat:
         self.choices = list(range(self.body.n))
         call.submit(*(replace(first, seed=self.seed + i) for i in self.choices))
 
-    def _next_request(self, choice: int) -> Say | Draw | None:
+    def _next_request(self, choice: int) -> TextRequest | ImageRequest | None:
         """The request for the choice's next part; None where it is complete."""
         body, done = self.body, len(self.parts[choice])
         if done == len(body.modalities):
@@ -117,13 +117,13 @@ class Chat:
         top = (body.top_logprobs or 0) if body.logprobs else None
         sample, seed = self.samples[choice], self.seed + choice
         opened = replace(sample, messages=(*sample.messages, assistant()))
-        return Say(opened, self.max_tokens, body.temperature, body.top_p, seed, body.stops, top, pictures=0)
+        return TextRequest(opened, self.max_tokens, body.temperature, body.top_p, seed, body.stops, top, pictures=0)
 
-    def _drawing(self, choice: int) -> Draw:
+    def _drawing(self, choice: int) -> ImageRequest:
         body, sample = self.body, self.samples[choice]
         picture = assistant(Image(None, "target", parse_size(body.size)))
         opened = replace(sample, messages=(*sample.messages, picture))
-        return Draw(opened, self.seed + choice, None, self.settings, self.negative_prompt, body.partial_images)
+        return ImageRequest(opened, self.seed + choice, None, self.settings, self.negative_prompt, body.partial_images)
 
     async def _follow(self, call: Call) -> AsyncIterator[tuple[int, Event]]:
         """Events with their choice. The parts they complete are added to ``parts`` first, and the next ones queued."""

@@ -16,7 +16,7 @@ from starlette.datastructures import FormData, UploadFile
 from diptych.core.sample import Image, Sample, user
 from diptych.data.decoding import open_mask
 from diptych.generation.events import ImageDone, ImagePreview, Stop
-from diptych.generation.scheduler import Draw
+from diptych.generation.scheduler import ImageRequest
 from diptych.serving.forms import FILE_SCHEMA, check_form, form_body
 from diptych.serving.pictures import base64_text, decode, encode
 from diptych.serving.schemas import EditsRequest, ImagesRequest, ignored_header
@@ -86,7 +86,7 @@ class PictureRequest:
         sample = Sample("request", (user(*(Image(s, "condition") for s in sources), prompt),))
         settings, size = service.settings(self.worker.engine, body, sample), parse_size(body.size)
         self.requests = [
-            Draw(sample, self.seed + i, size, settings, negative, body.partial_images) for i in range(body.n)
+            ImageRequest(sample, self.seed + i, size, settings, negative, body.partial_images) for i in range(body.n)
         ]
         self.first_source = sources[0] if sources else None
         self.prompt_tokens = 0

@@ -16,7 +16,7 @@ from starlette.types import Receive
 
 from diptych.generation.engine import Engine
 from diptych.generation.events import Event, ImageDone, ImagePreview, Stop, TextDelta
-from diptych.generation.scheduler import Draw, Job, Say, Scheduler, Sketch, Talk, Unfit, exact
+from diptych.generation.scheduler import ImageJob, ImageRequest, Job, Scheduler, TextJob, TextRequest, Unfit, exact
 from diptych.serving.errors import Closing, Failed, Full, Gone, Late, Refused, Wrong
 from diptych.serving.metrics import Metrics
 from diptych.serving.options import Options
@@ -53,10 +53,10 @@ class Worker:
             raise Closing("the server is shutting down", 5)
         return Call(self)
 
-    def prepare(self, request: Say | Draw) -> Job:
+    def prepare(self, request: TextRequest | ImageRequest) -> Job:
         """The request as a job that is not queued yet. Raises ``ValueError`` where it cannot be served."""
         job, most = self.scheduler.prepare(request), self.options.limits.drawn
-        if isinstance(job, Sketch) and job.canvas[0] * job.canvas[1] > most:
+        if isinstance(job, ImageJob) and job.canvas[0] * job.canvas[1] > most:
             raise ValueError(f"size {job.canvas[1]}x{job.canvas[0]} has more than {most} pixels")
         return job
 
@@ -119,7 +119,7 @@ class Worker:
             if isinstance(event, Stop):
                 del self.calls[id(job)]
                 self.seconds += 0.2 * (time.monotonic() - since - self.seconds)
-                self.metrics.done(self.engine.name, event, "text" if isinstance(job, Talk) else "image")
+                self.metrics.done(self.engine.name, event, "text" if isinstance(job, TextJob) else "image")
             elif not call.answered and isinstance(event, (TextDelta, ImagePreview, ImageDone)):
                 call.answered = True
                 self.metrics.first(self.engine.name, event, time.monotonic() - call.since)
@@ -154,7 +154,7 @@ class Call:
 
         self.watcher = asyncio.get_running_loop().create_task(until_gone())
 
-    def submit(self, *requests: Say | Draw) -> None:
+    def submit(self, *requests: TextRequest | ImageRequest) -> None:
         """Queues requests. Raises ``ValueError`` for one that cannot be served and ``Full`` when the queue is full;
         further requests of a call that has begun are queued in any case."""
         worker = self.worker

@@ -24,6 +24,7 @@ LEARNED = {  # the parts that learn, with their learning rates
     "bagel": {"decoder": 2e-3, "vision": 2e-3, "projector": 2e-3, "head": 2e-3},
     "cheers": {"decoder": 2e-3, "vision": 2e-3, "pixels": 1e-3, "projector": 2e-3, "head": 2e-3},
     "iomm": {"mllm": 2e-3, "adapter": 2e-3, "connector": 2e-3, "dit": 2e-3},
+    "omnigen2": {"mllm": 2e-3, "dit": 2e-3},
     "synergen": {"decoder": 2e-3, "special": 2e-3, "vision": 2e-3, "projector": 2e-3, "head": 2e-3},
 }
 

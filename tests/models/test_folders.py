@@ -90,8 +90,8 @@ def test_a_published_folder_loads(family, original):
 
 def test_it_reads_and_draws(original):
     engine = diptych.load(original, device="cpu")
-    image = engine.generate("two stars", size=(32, 24), num_inference_steps=2).images[0]
-    assert image.size == (32, 24)
+    image = engine.generate("two stars", size=(96, 64), num_inference_steps=2).images[0]
+    assert image.size == (96, 64)
     assert engine.ask(picture(0), "how many?", max_new_tokens=2).parameters["max_new_tokens"] == 2
 
 
@@ -184,10 +184,10 @@ def test_bfloat16_stays_close_to_float32(family, tmp_path, dtype):
     logits = [e.model.extend([e.model.open()], [e.model.lay_out(sample)])[0].logits for e in (wide, narrow)]
     assert logits[1].dtype == torch.float32
     assert (logits[0] - logits[1]).norm() < 0.05 * logits[0].norm()
-    drawn = [e.generate("a star", size=(32, 32), num_inference_steps=3).images[0] for e in (wide, narrow)]
-    edited = narrow.edit(picture(1), "a star", size=(32, 32), num_inference_steps=2, image_guidance_scale=2.0)
+    drawn = [e.generate("a star", size=(64, 64), num_inference_steps=3).images[0] for e in (wide, narrow)]
+    edited = narrow.edit(picture(1), "a star", size=(64, 64), num_inference_steps=2, image_guidance_scale=2.0)
     a, b = (torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).float() for i in drawn)
-    assert edited.images[0].size == (32, 32) and (a - b).abs().mean() < 8
+    assert edited.images[0].size == (64, 64) and (a - b).abs().mean() < 8
 
 
 MEASURE = """

@@ -13,7 +13,7 @@ from diptych.generation import scheduler
 from diptych.generation.engine import Engine
 from diptych.generation.events import ImageDone, ImagePreview, Stop, TextDelta
 from diptych.generation.prefix_cache import Memory, _same, units
-from diptych.generation.scheduler import Draw, Say, Scheduler
+from diptych.generation.scheduler import ImageRequest, Scheduler, TextRequest
 from diptych.parts.batch_invariant import Linear, linear
 from tests.support import tiny
 from tests.support.tolerances import LOGITS
@@ -28,15 +28,15 @@ def mixed(model):
     few = replace(model.settings, **tiny.having(model, num_inference_steps=3))
     plain = replace(model.settings, **tiny.having(model, num_inference_steps=2), guidance_scale=1.0)
     return [
-        Draw(prompt("a blue star"), 0, None, model.settings),
-        Say(tiny.request(tiny.ask()), 6),
-        Draw(prompt("two red squares left of a very large green circle"), 1, None, few),
-        Draw(prompt("a star"), 2, None, plain),
-        Say(prompt("hello"), 9, temperature=1.0, seed=3, logprobs=2),
-        Draw(tiny.request(tiny.edit(size=(32, 32))), 4, None, replace(few, image_guidance_scale=2.0)),
-        Draw(prompt("a hat"), 5, (64, 32), few),
-        Draw(prompt("a hat"), 6, (16, 16), few, negative_prompt="a red hat"),
-        Say(tiny.request(tiny.ask("b", 2, "what is there?")), 1),
+        ImageRequest(prompt("a blue star"), 0, None, model.settings),
+        TextRequest(tiny.request(tiny.ask()), 6),
+        ImageRequest(prompt("two red squares left of a very large green circle"), 1, None, few),
+        ImageRequest(prompt("a star"), 2, None, plain),
+        TextRequest(prompt("hello"), 9, temperature=1.0, seed=3, logprobs=2),
+        ImageRequest(tiny.request(tiny.edit(size=(32, 32))), 4, None, replace(few, image_guidance_scale=2.0)),
+        ImageRequest(prompt("a hat"), 5, (64, 32), few),
+        ImageRequest(prompt("a hat"), 6, (16, 16), few, negative_prompt="a red hat"),
+        TextRequest(tiny.request(tiny.ask("b", 2, "what is there?")), 1),
     ]
 
 
@@ -86,13 +86,13 @@ def test_a_request_gives_the_same_bits_alone_and_in_any_company(model):
 def test_latents_keep_every_bit_in_float32(model, states, threads):
     torch.set_num_threads(threads)
     try:
-        request = Draw(prompt("a blue star"), 0, None, model.settings)
+        request = ImageRequest(prompt("a blue star"), 0, None, model.settings)
         one = Scheduler(model)
         run(one, [one.submit(request)])
         for company in (1, 2, 5):
             loop = Scheduler(model)
             first = loop.submit(request)
-            others = [loop.submit(Draw(prompt("a hat " * i), i, None, model.settings)) for i in range(company)]
+            others = [loop.submit(ImageRequest(prompt("a hat " * i), i, None, model.settings)) for i in range(company)]
             run(loop, [first, *others])
         finished = [s for s in states.values() if s.shape == states[0].shape]
         assert sum(torch.equal(s, states[0]) for s in finished) == 4
@@ -140,7 +140,7 @@ def test_previews_are_as_many_as_asked_for_and_spread(model):
     for steps, previews in ((4, 1), (4, 3), (7, 2), (1, 2), (2, 5)):
         loop = Scheduler(model)
         own = tiny.having(model, num_inference_steps=steps)
-        loop.submit(Draw(prompt("a hat"), 0, None, replace(model.settings, **own), previews=previews))
+        loop.submit(ImageRequest(prompt("a hat"), 0, None, replace(model.settings, **own), previews=previews))
         seen: list[ImagePreview] = []
         while not loop.idle:
             seen += [e for _, e in loop.tick() if isinstance(e, ImagePreview)]
@@ -152,7 +152,7 @@ def test_previews_are_as_many_as_asked_for_and_spread(model):
 def test_stop_texts_end_an_answer_and_are_never_told(model):
     def said(**how):
         loop = Scheduler(model)
-        job = loop.submit(Say(prompt("hello"), 12, temperature=1.0, seed=1, **how))
+        job = loop.submit(TextRequest(prompt("hello"), 12, temperature=1.0, seed=1, **how))
         events = []
         while not loop.idle:
             events += [e for _, e in loop.tick()]
@@ -168,7 +168,7 @@ def test_stop_texts_end_an_answer_and_are_never_told(model):
 
 def test_logprobs_are_those_of_the_model(model):
     loop = Scheduler(model)
-    job = loop.submit(Say(prompt("hello"), 4, logprobs=3))
+    job = loop.submit(TextRequest(prompt("hello"), 4, logprobs=3))
     words = []
     while not loop.idle:
         words += [w for _, e in loop.tick() if isinstance(e, TextDelta) for w in e.words]
@@ -214,7 +214,7 @@ def test_a_spoken_beginning_starts_a_picture_and_the_answer_goes_on(model, scrip
     before, word, after = spoken(model)
     script(*before, *word, *after)
     loop, sample = Scheduler(model, Memory(model)), prompt("hello")
-    talk = loop.submit(Say(sample, 20, seed=3))
+    talk = loop.submit(TextRequest(sample, 20, seed=3))
     events = []
     while not loop.idle:
         for job, event in loop.tick():
@@ -243,7 +243,7 @@ def test_pictures_beyond_the_allowed_are_words(model, script):
     before, word, after = spoken(model)
     script(*before, *word, *after)
     loop = Scheduler(model)
-    talk = loop.submit(Say(prompt("hello"), 20, pictures=0))
+    talk = loop.submit(TextRequest(prompt("hello"), 20, pictures=0))
     while not loop.idle:
         assert not any(isinstance(e, ImageDone) for _, e in loop.tick())
     assert talk.ids == [*before, *word, *after[:-1]] and not talk.images
@@ -253,7 +253,7 @@ def test_an_answer_that_draws_is_cancelled_with_its_picture(model, script):
     before, word, after = spoken(model)
     script(*before, *word)
     loop = Scheduler(model)
-    talk = loop.submit(Say(prompt("hello"), 20))
+    talk = loop.submit(TextRequest(prompt("hello"), 20))
     while not talk.sketch:
         loop.tick()
     assert len(loop.running) == 2
@@ -264,11 +264,11 @@ def test_an_answer_that_draws_is_cancelled_with_its_picture(model, script):
 def test_what_cannot_be_served_is_refused_before_it_waits(model):
     loop = Scheduler(model)
     with pytest.raises(ValueError, match="multiples of"):
-        loop.submit(Draw(prompt("x"), 0, (17, 16), model.settings))
+        loop.submit(ImageRequest(prompt("x"), 0, (17, 16), model.settings))
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
-        Say(prompt("x"), 0)
+        TextRequest(prompt("x"), 0)
     with pytest.raises(ValueError, match="top_p in"):
-        Say(prompt("x"), 1, top_p=0.0)
+        TextRequest(prompt("x"), 1, top_p=0.0)
     with pytest.raises(ValueError, match="slots must be at least 1"):
         Scheduler(model, slots=0)
     assert loop.idle
@@ -278,8 +278,8 @@ def test_what_cannot_be_served_is_refused_before_it_waits(model):
 def test_an_error_names_whose_work_it_was_and_costs_nobody_else_a_bit(model, monkeypatch, broken):
     """Whatever fails, whenever: what the others are told is what they are told without it."""
     few = replace(model.settings, **tiny.having(model, num_inference_steps=2))
-    mine = [Say(prompt("hello"), 4, temperature=1.0), Say(prompt("a hat"), 5, temperature=1.0, seed=1)]
-    mine += [Draw(prompt("a star"), 0, None, few), Draw(prompt("a hat"), 1, (16, 16), few)]
+    mine = [TextRequest(prompt("hello"), 4, temperature=1.0), TextRequest(prompt("a hat"), 5, temperature=1.0, seed=1)]
+    mine += [ImageRequest(prompt("a star"), 0, None, few), ImageRequest(prompt("a hat"), 1, (16, 16), few)]
     whole = Scheduler(model)
     expected = run(whole, [whole.submit(r) for r in mine])
     home = scheduler if broken == "next_word" else type(model)

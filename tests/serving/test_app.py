@@ -23,7 +23,7 @@ import PIL.Image
 import pytest
 
 from diptych.generation.engine import Engine
-from diptych.generation.scheduler import Sketch, Talk
+from diptych.generation.scheduler import ImageJob, TextJob
 from diptych.serving.options import Limits, Options
 from diptych.serving.schemas import ImagesRequest
 from tests.support import tiny
@@ -668,7 +668,7 @@ def test_memory_and_slots_stay_flat(engine):
         before = gauge(server, "process_resident_memory_bytes")
 
         def jobs():
-            return sum(type(o) in (Talk, Sketch) for o in gc.get_objects())
+            return sum(type(o) in (TextJob, ImageJob) for o in gc.get_objects())
 
         gc.collect()
         gc.disable()
