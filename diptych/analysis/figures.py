@@ -111,11 +111,11 @@ def attention(models: Models, changes: Sequence[Mapping[str, float | None]] | No
         ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         if changes:
             # a single request has no interval: low and high are None, here NaN
-            values, low, high = (np.array([c[key] for c in changes], float) for key in ("value", "low", "high"))
-            axes[1, 0].bar(range(len(values)), values, 0.6, color=["C0" if v >= 0 else "C3" for v in values])
+            change, low, high = (np.array([c[key] for c in changes], float) for key in ("value", "low", "high"))
+            axes[1, 0].bar(range(len(change)), change, 0.6, color=["C0" if v >= 0 else "C3" for v in change])
             if not np.isnan(low).any():
-                ends = [values - low, high - values]
-                axes[1, 0].errorbar(range(len(values)), values, ends, fmt="none", ecolor="0.2", elinewidth=1, capsize=2)
+                ends = [change - low, high - change]
+                axes[1, 0].errorbar(range(len(change)), change, ends, fmt="none", ecolor="0.2", elinewidth=1, capsize=2)
             axes[1, 0].axhline(0, color="0.2", linewidth=0.8)
             axes[1, 0].set_ylabel("change of picture\nmass, % of the base")
         layers = len(next(iter(models.values())))
