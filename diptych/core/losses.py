@@ -12,8 +12,8 @@ from diptych.core.tensors import Tensor
 
 
 class Term(NamedTuple):
-    """One loss term: the sum over its elements, and how many elements there are; where the family tells, also both of
-    every document of the row, for the log by data set (``by_document``)."""
+    """One loss term: the sum over its elements and the element count. ``documents``, optional, holds (sum, count) per
+    packed document, for logging by data set (``by_document``)."""
 
     sum: Tensor
     count: float  # type: ignore[assignment]  # tuples have a method of this name

@@ -10,7 +10,7 @@ Values:
 - latents are already scaled; families convert published weights that use another sign or scale
 - an id or target of ``NONE`` means "no token here" / "nothing to predict here"
 
-Shape checks run where ``checked`` is installed: the tests switch jaxtyping and beartype on for the whole package.
+The tests check shapes and dtypes at run time: ``tests/conftest.py`` installs jaxtyping's import hook with beartype.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     submit ──▶ waiting ──▶ read ──▶ running ── tick: one word of every answer, one step of every picture ──▶ events
                                        └────────────── until it ends, or is cancelled ─────────────┘
 
-What a request gives does not depend on what it runs beside, on a CPU not by a bit: pictures are read and decoded one
-by one; reading words, saying words and denoising are shared, and their products are ``parts.linear``'s.
+Results are batch-invariant (on a CPU bitwise): images are encoded and decoded one by one; prefill of text, decode and
+denoising are batched, with the matrix products of ``parts.batch_invariant``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class TextRequest:
     """A request for words. ``stop`` are texts that end the answer and are not part of it; ``logprobs`` is how many
     likeliest words to report beside each word said (None: report nothing); ``pictures`` is how many pictures the answer
     may draw where the model begins one (``picture_word``), with the settings that suit them and seeds from ``seed`` on:
-    beyond that the word is said like any other."""
+    after that many the begin-image token is emitted as
+    ordinary text."""
 
     sample: Sample
     max_new_tokens: int = 64

@@ -65,7 +65,7 @@ from diptych.parts.vision import VisionConfig, VisionEncoder, blanked
 READ, DRAW = 0, 1  # the two routes
 
 
-EDITS = FlowSettings(image_guidance_scale=2.0, guidance_interval=(0.0, 1.0), renorm="text_channel")  # specs: SGT 3.5
+EDITS = FlowSettings(image_guidance_scale=2.0, guidance_interval=(0.0, 1.0), renorm="text_channel")  # inferencer.py
 
 
 @dataclass(frozen=True)
@@ -309,7 +309,7 @@ class Bagel(UnifiedModel[FlowSettings]):
 
     def losses(self, batch: Batch, noise: Noise) -> Losses:
         """``text``: cross-entropy summed over supervised words; ``image``: squared error, mean over a token's
-        features, summed over noised tokens (specs: SGT 2.4)."""
+        features, summed over noised tokens (``train/pretrain_unified_navit.py``)."""
         counts = self.counts(batch)
         order = torch.cat(batch.routes)
         rank = inverse_permutation(order)
@@ -435,6 +435,3 @@ class Bagel(UnifiedModel[FlowSettings]):
         states = torch.stack([d.state for d in drawings])
         latents = tokens_to_latents(states, self._grid(drawings[0].canvas), self.config.latent_patch)
         return self.autoencoder.decode(latents).float().clamp(-1, 1)
-
-
-"""``ByteDance-Seed/BAGEL-7B-MoT``; ``Two-hot/SGT-BAGEL`` is an ``ema.safetensors`` over it (specs: SGT 3.6)."""

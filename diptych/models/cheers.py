@@ -107,7 +107,7 @@ Quirk = Literal[
 ``dummy_picture``         a text without pictures follows a causal picture of nothing: random pixels when read, pure
                           latent noise in training. Prompts to draw had none in training, so the weights need none
 ``endpoint_step``         N steps are N - 1 intervals and a last one of 1/N from the data's end; an edit's first time is
-                          shifted away from the noise that its state really has
+                          shifted, although its state has the noise of the unshifted time
 ``bf16_latents``          the drawn state is rounded to bfloat16 after every step
 
 Its other defects have no counterpart here: rows of unequal length are computed as if each were alone, one answer never
@@ -117,8 +117,8 @@ follows another row's decisions, and several pictures in a message are all read.
 
 @dataclass(frozen=True)
 class Settings(FlowSettings):
-    """How a picture is drawn. ``source_share``: an edit begins at this share of its (last) source's latents, the rest
-    noise, with as much fewer steps; 0 begins at noise and sees the source in the context alone (specs: Cheers 5.4)."""
+    """How a picture is drawn. ``source_share``: an edit starts from a mix of this share of its (last) source's latents
+    with noise, and takes as much fewer steps. With 0 it starts from noise and reads the source in its context only."""
 
     source_share: float = 0.0
 
@@ -191,7 +191,7 @@ class Config:
 
     @staticmethod
     def b1_5() -> Config:
-        """The published Cheers: FLUX.2's autoencoder, SigLIP2 so400m/16 at 512, Qwen2.5-1.5B (specs: Cheers 2)."""
+        """The published Cheers: FLUX.2's autoencoder, SigLIP2 so400m/16 at 512, Qwen2.5-1.5B."""
         return Config(
             DecoderConfig(151936, 1536, 8960, 28, 12, 2, tie_word_embeddings=True),
             VisionConfig(1152, 4304, 27, 16, patch_size=16, image_size=512, pooling=True),
@@ -498,7 +498,7 @@ class Cheers(UnifiedModel[Settings]):
         return self.through("autoencoder", group).float()
 
     def encode(self, encoder: str, images: Tensor) -> Float[Tensor, "N c h w"]:
-        """Latents of uint8 or float pictures: the posterior's mean (specs: Cheers 2.1). No gradient passes, unless the
+        """Latents of uint8 or float pictures: the posterior's mean. No gradient passes, unless the
         pixels ask for it."""
         with torch.set_grad_enabled(images.requires_grad):
             pixels = to_float(images)
@@ -535,7 +535,7 @@ class Cheers(UnifiedModel[Settings]):
 
     def losses(self, batch: Batch, noise: Noise) -> Losses:
         """``text``: cross-entropy summed over supervised words; ``image``: squared error, mean over the features of a
-        latent, summed over latents (specs: Cheers 6.5)."""
+        latent, summed over latents."""
         counts = self.counts(batch)
         pictures, drawn = [], []
         for g in batch.pictures:
@@ -649,7 +649,7 @@ class Cheers(UnifiedModel[Settings]):
         s: Settings,
         source: Float[Tensor, "c _ _"] | None = None,
     ) -> Drawing[Settings]:
-        """A drawing from given noise; an edit's begins at ``source_share`` of its last source (specs: Cheers 5.4)."""
+        """A drawing from given noise; an edit's begins at ``source_share`` of its last source."""
         state, share = noise, s.source_share if source is not None else 0.0
         if share and source is not None:
             if source.shape != noise.shape:
@@ -723,6 +723,3 @@ class Cheers(UnifiedModel[Settings]):
 def _speaks(targets: Sequence[int], i: int) -> bool:
     """Whether a word predicts the next one, or is the last one that was predicted."""
     return targets[i] != NONE or (i > 0 and targets[i - 1] != NONE)
-
-
-"""``ai9stars/Cheers``: one model in shards, everything in bfloat16, the statistics of the latents too."""

@@ -85,12 +85,12 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes and settings. Where the paper is silent the defaults follow specs: IOMM 6.
+    """Sizes and settings. Where the paper is silent, the defaults are our choice.
 
     ``adapter``      ``residual`` (IOMM), ``static`` (MetaQuery) or ``none``
-    ``cond_tokens``  what the generator sees of h: all of it, or the queries' part (U3)
-    ``mask_mode``    blank tokens are zeros; or zeros that only they themselves see; or left out (U4)
-    ``text_first``   whether the words of a picture to draw stand before its sources (U18)
+    ``cond_tokens``  what the generator sees of h: all of it, or the queries' part; the paper uses all
+    ``mask_mode``    blank tokens are zeros; or zeros that only they themselves see; or left out
+    ``text_first``   whether the words of a picture to draw come before its sources
     ``crop``         whether pictures to draw, and their sources, are cropped to ``size``
     """
 
@@ -137,13 +137,13 @@ class Config:
 
     @staticmethod
     def b(mllm: MllmConfig | None = None) -> Config:
-        """IOMM-B: 1.6 B in 19 double-stream blocks of width 1536 (U2), on InternVL3-2B unless another is given."""
+        """IOMM-B: 1.6 B in 19 double-stream blocks of width 1536, on InternVL3-2B unless another is given."""
         mllm = mllm or internvl3_2b()
         return Config(mllm, DitConfig("double", 1536, 19, 12, (0, 64, 64)), adapter_heads=mllm.width // 128)
 
     @staticmethod
     def l(mllm: MllmConfig | None = None) -> Config:  # noqa: E743  the paper's name
-        """IOMM-L: 2.7 B in 18 double-stream blocks of width 2048 (U2)."""
+        """IOMM-L: 2.7 B in 18 double-stream blocks of width 2048."""
         return replace(Config.b(mllm), dit=DitConfig("double", 2048, 18, 16, (0, 64, 64)))
 
     @staticmethod
@@ -153,8 +153,8 @@ class Config:
 
     @staticmethod
     def tiny(vocab_size: int = 1024) -> Config:
-        """The same code at a size that one CPU core trains in hours: 64 x 64 pixels, 16 tokens a picture either way. As
-        in XL the generator knows the order of the words, which the states of a small reader hardly hold."""
+        """The same code at a size that one CPU core trains in hours: 64 x 64 pixels, 16 tokens a picture either way.
+        Condition tokens get position ids (as in XL), because a small reader's hidden states encode word order poorly."""
         return Config(
             tiny_mllm(vocab_size),
             DitConfig("double", 128, 6, 4, (8, 12, 12)),
@@ -413,7 +413,7 @@ class Iomm(UnifiedModel[FlowSettings]):
 
     def losses(self, batch: Batch, noise: Noise) -> Losses:
         """``text``: cross-entropy summed over supervised words; ``image``: squared error, mean over a token's
-        features, summed over noised tokens (Alg. 1; specs: IOMM 3.1)."""
+        features, summed over noised tokens (Alg. 1)."""
         counts, drawn = self.counts(batch), batch.of(Kind.NOISED)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._reader_learns(batch)):
             s = self._embed(batch, noise)

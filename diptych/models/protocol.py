@@ -1,4 +1,4 @@
-"""What every family offers, and nothing else may be asked of one.
+"""The interface of a model family. The rest of the library uses these members and no others.
 
 ``Trainable`` is enough for the training loop; ``UnifiedModel`` adds reading and drawing. Families are final: they
 inherit from one of these and from nothing else of ours.
@@ -58,14 +58,14 @@ S = TypeVar("S", bound=Settings)  # a family's own settings
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What a model has read so far. Reading returns a new context; the old one stays usable."""
+    """The tokens that a model has prefilled. Reading returns a new context; the old one stays usable."""
 
     cache: Any  # the family's: a parts.attention.Cache for most
     length: int = 0  # tokens read
     position: int = 0  # next position id
     logits: Tensor = field(
         default_factory=lambda: torch.empty(0)
-    )  # (V,) scores of the next word; none before the first
+    )  # (V,) scores of the next token; empty before the first
     slot: Any = None  # family-private
 
 
@@ -127,8 +127,8 @@ class Trainable(nn.Module, ABC):
 
     @abstractmethod
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Layout:
-        """The sample as segments; ``drop`` names conditions to leave out (guidance, and dropout in training): what they
-        are ``dropped`` says, and the family only what stands in the place of words that are not there.
+        """The sample as segments; ``drop`` names conditions to leave out (guidance, and dropout in training):
+        ``dropped`` removes them, and the family only chooses what replaces removed text (nothing, or blank tokens).
 
         A request (``sample.is_open``) ends where its answer or its picture begins, whatever opens it included; pictures
         before that have been drawn, so they are read. In a training sample a target is drawn, and read by what follows.
@@ -163,18 +163,18 @@ class Trainable(nn.Module, ABC):
         """Fresh weights, the same for the same seed."""
 
     def encode(self, encoder: str, images: Tensor) -> Tensor:
-        """What one of ``encoders`` makes of N pictures of one shape as segments hold them, (N, ...), before anything
-        that is trained or random: what segments hold with ``encoded``, and what ``diptych data precompute`` keeps."""
+        """Features of a frozen encoder for N equally sized pictures, (N, ...). Deterministic: this is what
+        ``diptych data precompute`` stores and what segments hold with ``encoded``."""
         raise NotImplementedError(f"{self.family} declares encoders and lacks encode")
 
     def through(self, encoder: str, group: Pictures) -> Tensor:
-        """What one of ``encoders`` makes of a group's pictures, or made of them beforehand."""
+        """Features of one of ``encoders`` for a group's pictures: the stored ones where there are any."""
         assert group.images is not None
         return group.images if group.encoded else self.encode(encoder, group.images)
 
     def digest(self, encoder: str) -> str:
-        """Hex digest of everything that decides what ``encoder`` makes of a picture: weights and settings. Empty where
-        nobody knows, for the weights lie in a folder that the config does not name."""
+        """Hex digest of everything that an ``encoder``'s features depend on: weights and settings. Empty where the
+        weights are in a folder that the config does not name."""
         modules, settings = self.encoders[encoder]
         values = {name: getattr(self.config, name) for name in settings}
         plain = {name: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for name, v in values.items()}
@@ -251,11 +251,11 @@ class UnifiedModel(Trainable, Generic[S]):
     @property
     @abstractmethod
     def stop_ids(self) -> frozenset[int]:
-        """Words that end an answer."""
+        """Tokens that end an answer."""
 
     @property
     def picture_word(self) -> int | None:
-        """The word with which an answer begins a picture of its own accord; None in families that never say it."""
+        """The token with which an answer begins a picture; None in families that do not have one."""
         return None
 
     def drawn(self, image: Image) -> tuple[Segment, ...]:
@@ -267,7 +267,7 @@ class UnifiedModel(Trainable, Generic[S]):
         away from it, in the order in which it does; the full one first.
 
         Without text when its scale exceeds 1, and then without pictures too when the conversation shows some and their
-        scale exceeds 1 (specs: SGT 3.5)."""
+        scale exceeds 1 (BAGEL's ``inferencer.py``)."""
         branches = {NOTHING: 1.0}
         if settings.guidance_scale > 1:
             branches[TEXT] = settings.guidance_scale

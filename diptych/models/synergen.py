@@ -84,7 +84,7 @@ class Config:
     """Sizes and settings; ``b2`` (InternLM2-1.8B), ``qwen2`` (the ablations' Qwen2-0.5B) and ``tiny`` are named.
 
     ``grid`` are the (rows, columns) of the table of code positions, resized for pictures of another grid;
-    ``image_loss_on_und`` lets pictures that are read carry the picture loss too (specs: SynerGen-VL 7, Q11).
+    ``image_loss_on_und`` lets pictures that are read carry the picture loss too, on which the paper is silent.
     """
 
     decoder: DecoderConfig
@@ -172,7 +172,7 @@ class Config:
 
 
 class FoldMLP(nn.Module):
-    """Norm, linear, GELU, linear: from the features of a fold to the decoder's width (specs: SynerGen-VL 7, Q3)."""
+    """Norm, linear, GELU, linear: from the features of a fold to the decoder's width. The paper says "MLP"."""
 
     def __init__(self, wide: int, width: int) -> None:
         super().__init__()

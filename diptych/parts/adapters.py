@@ -23,7 +23,7 @@ class Projector(nn.Module):
 
 
 class QueryBlock(nn.Module):
-    """Queries look once at a sequence (specs: IOMM 2.4; every layer norm is without parameters)::
+    """Queries attend once to a sequence (arXiv 2603.16139, 3.3); every layer norm is without parameters::
 
     q   = norm(queries),  kv = norm(sequence)
     u   = norm(q + attention(q, kv, kv))       # the residual is the normed q
@@ -87,8 +87,8 @@ class StaticQueries(nn.Module):
 
 
 class ResidualQueries(StaticQueries):
-    """Residual query adapter (arXiv 2603.16139, 3.3; specs: IOMM 2.4): learned queries that first look at the sequence
-    they are appended to. At D = 1536, 256 queries and one layer it has 28,718,592 parameters."""
+    """Residual query adapter (arXiv 2603.16139, 3.3): learned queries that first attend to the sequence they are
+    appended to. At D = 1536, 256 queries and one layer it has 28,718,592 parameters."""
 
     def __init__(self, width: int, queries: int, heads: int, layers: int = 1) -> None:
         super().__init__(width, queries)

@@ -366,7 +366,7 @@ class Emu3(nn.Module):
     """Emu3's tokenizer (transformers' ``Emu3VQVAE``): 32768 codes, one for 8 x 8 pixels; a still picture is seen as it
     is in a film, repeated. ``folder`` holds it; it is read when the first picture comes and is no part of the state.
 
-    Pictures are taken as they are, without Emu3's own resizing (specs: SynerGen-VL 5.1, Q22)."""
+    Pictures are taken as they are, without the resizing of Emu3's image processor."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()

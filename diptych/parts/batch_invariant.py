@@ -1,4 +1,4 @@
-"""Linear layers whose rows do not depend on how many there are: what was batched beside a request changes no bit of it.
+"""Batch-invariant linear layers: the bits of a row do not depend on the other rows of the batch.
 
 On a CPU a matrix product of few rows takes another kernel, with another order of summing. Measured with MKL, float32:
 with AVX2 (1 to 16 threads) where fewer than four rows are left to a thread, with AVX-512 (1 to 3 threads) where there
@@ -25,8 +25,8 @@ _ALONE = ContextVar("alone", default=False)
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, each of a few rows is a product of its own: as independent of what stands beside it, and a lone word is
-    said without padding (NOTES.md has the figures)."""
+    """Inside, each of a few rows is a product of its own: batch-invariant too, and a single token is decoded without
+    padding (NOTES.md has the figures)."""
     token = _ALONE.set(True)
     try:
         yield

@@ -169,7 +169,7 @@ class Choice:
         return chosen[:, 0]
 
     def guided(self, logits: Float[Tensor, "R B K"]) -> Float[Tensor, "B K"]:
-        """l_b + g_b (l - l_b) for one branch b after another (specs: SynerGen-VL 4.2; the order is BAGEL's)."""
+        """l_b + g_b (l - l_b) for one branch b after another, without text first, as BAGEL guides."""
         out = logits[0]
         for branch, scale in zip(logits[1:], self.scales, strict=True):
             out = branch + scale * (out - branch)

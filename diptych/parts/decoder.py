@@ -1,6 +1,6 @@
 """A decoder-only language model over packed tokens: the arithmetic of Qwen2/2.5, Qwen3, Llama and InternLM2.
 
-One layer, per token with its own expert (specs: BAGEL 3.2; SynerGen-VL Eq. 2)::
+One layer, per token with its own expert (BAGEL, arXiv 2505.14683; SynerGen-VL, arXiv 2412.09604, Eq. 2)::
 
     h  = input_layernorm(x)
     x += o_proj(attend(self_attn(h)))            # q, k, v with optional bias and per-head norm, then RoPE

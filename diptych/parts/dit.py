@@ -3,7 +3,7 @@
 Both take groups of pictures of one shape each: their tokens, times in [0, 1] (0 data, 1 noise) and padded conditions.
 They return a value per picture token. Every block is called once for all groups, so that it can be sharded on its own.
 Positions are rotations by row and column, and by the place in the condition where ``axes`` begin with a width of their
-own, so any grid can be drawn. Time alone modulates (specs: IOMM 2.2, U15).
+own, so any grid can be drawn. Only the time modulates.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from diptych.parts.positions import TimestepEmbedding
 class DitConfig:
     """Sizes. ``double``: ``layers`` blocks with weights of their own for picture and condition, joined in attention.
     ``single``: ``layers`` blocks over both, after ``refiners`` blocks over each alone. ``axes`` are the features of a
-    head that turn with the place in the condition (0 in FLUX, whose words come in no order), the row and the column
-    (specs: IOMM 2.2)."""
+    head that turn with the position in the condition (0 in FLUX, which gives text none), the row and the column."""
 
     kind: Literal["double", "single"]
     hidden_size: int

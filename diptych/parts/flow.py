@@ -191,7 +191,8 @@ def guide(
     renorm: Renorm = "none",
     renorm_min: float = 0.0,
 ) -> Float[Tensor, "B n f"]:
-    """Classifier-free guidance with up to two branches (specs: BAGEL 3.5)::
+    """Classifier-free guidance with up to two branches, in the order of BAGEL's
+    ``modeling/bagel/bagel.py``::
 
         v' = v_text + g_text (v - v_text);  v'' = v_image + g_image (v' - v_image)
 

@@ -15,7 +15,7 @@ def _waves(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 def grid_table(side: int, width: int) -> Float[Tensor, "places d"]:
     """Sine-cosine table of a ``side`` x ``side`` grid, row-major: the first half of the features encodes the column,
-    the second half the row, each as [sin, cos] (specs: BAGEL 3.3)."""
+    the second half the row, each as [sin, cos] (BAGEL's ``modeling/bagel/modeling_utils.py``)."""
     if width % 4:
         raise ValueError(f"a 2-D position table needs a width that is a multiple of 4, not {width}")
     if torch.get_default_device().type == "meta":  # arithmetic there imports torch._dynamo

@@ -41,7 +41,7 @@ class VisionConfig:
 
 def kept(group: Pictures, noise: Noise) -> Bool[Tensor, "N n"]:
     """Which tokens of a group's pictures are not blanked: each of a picture ``masked`` by r stays with probability
-    1 - r, drawn from the picture's own noise (arXiv 2603.16139, 3.4; specs: IOMM 2.5, U5)."""
+    1 - r, drawn from the picture's own noise (arXiv 2603.16139, 3.4)."""
     draws = [
         noise.uniform(o, f"mask{i}", (group.tokens.shape[1],))
         for o, i in zip(group.owners, group.ordinals, strict=True)

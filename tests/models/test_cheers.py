@@ -50,7 +50,7 @@ def model() -> Cheers:
 
 # ---- the published size -----------------------------------------------------------------------------------------
 
-COUNTS = {  # specs: Cheers 2.8
+COUNTS = {  # of the published checkpoint
     "decoder": 1_543_714_304,
     "vision": 413_534_448 + 15_238_352,
     "pixels": 49_620_259,
@@ -129,7 +129,7 @@ def test_a_guided_step_costs_what_it_should(published):
         return counter.get_total_flops() / 1e12
 
     plain, guided = operations(1), operations(2)
-    assert plain == pytest.approx(4.453, rel=2e-3)  # specs: Cheers 2.9
+    assert plain == pytest.approx(4.453, rel=2e-3)  # counted on the published code
     assert guided <= 5.5
 
 

@@ -1,4 +1,4 @@
-"""What pins IOMM's specification (specs: IOMM 8), beside the protocol's suite."""
+"""IOMM: what its paper (arXiv 2603.16139) fixes. The protocol suite tests the rest."""
 
 from __future__ import annotations
 
@@ -342,7 +342,7 @@ def test_six_recipes_are_one_config_and_share_stage_one():
     assert silent["image", "mix"] == [True, True] and silent["pair", "pair"] == [False, False]
 
 
-# Tables 4 and 5 (specs: IOMM 3.3, 3.4): optimizer, EMA, batch of stage 1, mask ratio.
+# Tables 4 and 5: optimizer, EMA, batch of stage 1, mask ratio.
 TABLE_4 = {"b": ("adamw", 0.999, 1024, 0.85), "l": ("adamw", None, 512, 0.85), "xl": ("muon", None, 4096, 0.45)}
 TABLE_5 = [("b", 512, 256), ("b", 1024, 96), ("l", 512, 256), ("l", 1024, 96), ("xl", 512, 256)]
 
@@ -385,7 +385,7 @@ def test_published_rows_hold_their_pictures():
 
 
 def test_mixed_tuning_of_another_family(tmp_path):
-    """Table 6's strategy on BAGEL: pairs, and masked pictures without words (specs: IOMM 3.5)."""
+    """Table 6's strategy on BAGEL: pairs, and masked pictures without words."""
     lora = recipes.bagel_lora()  # the column of Qwen-Image
     [stage] = lora.stages
     assert lora.lora == {"generation": 64} and stage.ema is None and set(stage.train.values()) == {1e-4}

@@ -11,7 +11,7 @@ from diptych.models.published.key_map import export, load
 from diptych.models.published.parts import FLUX_AUTOENCODER
 from diptych.training.parameters import by_part
 
-# Published counts (specs: BAGEL 3 and 3.1).
+# Published counts (of the tensors of ByteDance-Seed/BAGEL-7B-MoT).
 COUNTS = {
     "decoder.text": 7_615_623_680,
     "decoder.image": 6_525_628_928,
@@ -78,7 +78,7 @@ def test_a_checkpoint_without_position_tables_loads_and_one_without_a_weight_doe
 
 
 def test_edits_have_the_published_settings_and_drawings_theirs(model):
-    """specs: SGT 3.5. What ships has settings of its own, and they are those of its edits too."""
+    """Those of BAGEL's inferencer.py. What ships has settings of its own, and they are those of its edits too."""
     edit = Sample("e", (user(Image(PIL.Image.new("RGB", (32, 32)), "condition"), "make it red"),))
     drawn, edits = model.defaults(Sample("d", (user("a star"),))), model.defaults(edit)
     assert (drawn.image_guidance_scale, drawn.guidance_interval, drawn.renorm) == (1.0, (0.4, 1.0), "global")

@@ -1,4 +1,4 @@
-"""SynerGen-VL: what its paper fixes (specs: SynerGen-VL 11), beside what every family is held to."""
+"""SynerGen-VL: what its paper (arXiv 2412.09604) fixes. The protocol suite tests the rest."""
 
 from __future__ import annotations
 
@@ -567,7 +567,7 @@ def counted(name: str) -> tuple[dict[str, int], SynerGen]:
 
 
 def test_published_size():
-    """specs: SynerGen-VL 2.6, by part, in millions as told there; the tokenizer is no part of the model."""
+    """By part, in millions; the tokenizer is no part of the model."""
     counts, made = counted("synergen/2b")
     base = sum(counts[p] for p in ("decoder.text", "decoder.attention", "decoder.norms"))
     told = {base: 1889.1, counts["decoder.vision"]: 1208.0, counts["head"]: 385.9, counts["projector"]: 71.4}

@@ -25,8 +25,8 @@ _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attentio
 
 
 def published_config(json: Json, states: States) -> Config:
-    """Sizes of a published folder (specs: SGT 3.1). What its JSON files leave out or say otherwise than the weights,
-    the tensors tell: q/k norm, an untied head, the vision layers in use (one less than the file says), both position
+    """Sizes of a published folder . Where its JSON files are silent or differ from the weights, the tensors
+    decide: q/k norm, an untied head, the vision layers in use (one less than the file says), both position
     tables (64 and the encoder's own where they are not stored) and the autoencoder.
 
     Raises ``ValueError`` for settings that this family does not compute."""

@@ -16,7 +16,7 @@ from diptych.parts.vision import VisionConfig
 _VAE = {"resolution": 512, "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "z_channels": 32}
 
 
-_DEFAULTS = {  # of the published classes, which the stored config.json leaves out (specs: Cheers 2.10)
+_DEFAULTS = {  # of the published classes, which the stored config.json leaves out
     "text_config": {"num_hidden_layers": 28, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "hidden_act": "silu"},
     "vision_representation_config": {"layer_norm_eps": 1e-6, "num_channels": 3, "hidden_act": "gelu_pytorch_tanh"},
     "vae_encoder_config": _VAE,
@@ -28,7 +28,7 @@ _SIGLIP = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attenti
 
 
 def published_config(json: Json, states: States) -> Config:
-    """Sizes of a published folder (specs: Cheers 2.10, 3). What its config.json leaves out are the defaults of the
+    """Sizes of a published folder. What its config.json leaves out are the defaults of the
     published classes; the depth of the head, which they fix at 7 and 3, is counted in the weights.
 
     Raises ``ValueError`` for settings that this family does not compute."""
@@ -120,7 +120,7 @@ _STAGE = {
 
 
 def cheers(patch: int) -> Rules:
-    """Cheers from ``model.safetensors`` (specs: Cheers 3), whose language head repeats the embedding."""
+    """Cheers from ``model.safetensors``, whose language head repeats the embedding."""
     language = tuple(
         replace(r, theirs=r.theirs.replace("model.", "model.language_model.", 1))
         if r.alias is None

@@ -211,15 +211,6 @@ def raise_all(wrong: list[str], what: str) -> None:
         raise ValueError(f"{what}:\n  " + "\n  ".join(wrong[:20]) + more)
 
 
-"""A decoder with one route from Qwen2, Qwen3 or Llama (``transformers`` names)."""
-
-
-"""The autoencoder of a family from FLUX's or BAGEL's ``ae.safetensors``: module names are as published."""
-
-
-"""FLUX.2's autoencoder as a module of its own; some exporters cast even the number of batches that it saw."""
-
-
 def count(state: Iterable[str], pattern: str) -> int:
     """How many different values the star of a pattern has among the names (``layers.*``: the number of layers)."""
     start = pattern.partition("*")[0]
@@ -235,6 +226,3 @@ def side(state: State, name: str) -> int | None:
     if isqrt(rows) ** 2 != rows:
         raise ValueError(f"{name} has {rows} rows, which is not a square table")
     return isqrt(rows)
-
-
-"""BAGEL and SGT-BAGEL from ``ema.safetensors`` (specs: SGT 3.6); ``ae.safetensors`` is ``FLUX_AUTOENCODER``."""

@@ -105,8 +105,7 @@ TEXT: Rules = (
 
 
 def internlm2(config: DecoderConfig) -> Rules:
-    """A decoder from InternLM2, whose wqkv groups rows by key/value head: its G queries, its key, its value
-    (specs: SynerGen-VL 9.2)."""
+    """A decoder from InternLM2, whose wqkv groups rows by key/value head: its G queries, its key, its value."""
     K, D = config.num_key_value_heads, config.width
     G = config.num_attention_heads // K
 
@@ -198,7 +197,7 @@ def decoder_config(hf_config: Mapping[str, Any]) -> DecoderConfig:
 
 def _scaled(rope: Mapping[str, Any] | None) -> bool:
     """Whether rope settings ask for more than one plain base frequency (a mapping per layer type also does).
-    ``dynamic`` (InternLM2's) does not, up to ``max_position_embeddings``; longer texts are nobody's here."""
+    ``dynamic`` (InternLM2's) only changes positions past ``max_position_embeddings``, which is unsupported."""
     rope = rope or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     return kind not in ("default", "dynamic") or any(isinstance(value, Mapping) for value in rope.values())
