@@ -387,69 +387,54 @@ class Cheers(UnifiedModel[Settings]):
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Layout:
-        """ChatML with pictures in their place. Instead of dropping the words of a request, ``text`` blanks every word
-        up to the picture that is drawn but the pictures' markers; such words are not learned."""
-        out: list[Segment] = []
-        run: list[tuple[int, bool]] = []  # words since the last picture, and whether each is to be predicted
-        waiting = ""  # text without loss, encoded in one piece with what it touches
-        m, quirks, roles = self.markers, self.config.published_quirks, self.config.roles
+        """ChatML with each picture between its markers. ``text`` does not remove the words of a request: it blanks all
+        tokens up to the picture that is drawn, except the picture markers; blank tokens have no targets."""
+        sample, page = dropped(sample, drop - {"text"}), _ChatML(self, drop)
+        if "dummy_picture" in self.config.published_quirks and not any(True for _ in sample.images()):
+            page.show(self._dummy(sample))
+        if self.config.roles and sample.messages[0].role != "system":
+            self._turn(page, sample, Message("system", (Text(SYSTEM),)), -1)
+        for index, message in enumerate(sample.messages):
+            self._turn(page, sample, message, index)
+        return page.done(sample.id)
 
-        def say(*ids: int, learned: bool = False) -> None:
-            nonlocal waiting
-            run.extend((i, False) for i in self.tokenizer.encode(waiting) if waiting)
-            run.extend((i, learned) for i in ids)
-            waiting = ""
-
-        def show(segment: Segment) -> None:
-            out.extend(self._words(run, drop))
-            run.clear()
-            out.append(segment)
-
-        sample = dropped(sample, drop - {"text"})
-        if "dummy_picture" in quirks and not any(True for _ in sample.images()):
-            show(self._dummy(sample))
-        system = [Message("system", (Text(SYSTEM),))] if roles and sample.messages[0].role != "system" else []
-        for at, message in enumerate((*system, *sample.messages), -len(system)):
-            last = at == len(sample.messages) - 1
-            say(m["turn"])
-            waiting = f"{message.role}\n" if roles else ""
-            learned = False
-            for i, part in enumerate(message.parts):
-                final = last and i == len(message.parts) - 1
-                if isinstance(part, Text):
-                    learned = part.loss
-                    if learned:
-                        say(*self.tokenizer.encode(part.text), learned=True)
-                    else:
-                        waiting += part.text
-                    continue
-                if part.blank:
-                    say(m["start"])
-                    continue
-                learned = part.role == "target" and not sample.is_open
-                say(m["start"], learned=learned)
+    def _turn(self, page: _ChatML, sample: Sample, message: Message, index: int) -> None:
+        """Writes message ``index``: <|im_start|>, the role, the parts, and <|im_end|> unless the turn goes on (an open
+        turn) or ends with the picture that is drawn."""
+        roles, last = self.config.roles, index == len(sample.messages) - 1
+        visible = "visible_noise" in self.config.published_quirks
+        page.write(self.markers["turn"])
+        page.text(f"{message.role}\n" if roles else "")
+        learned = False  # whether the latest part has a loss
+        for i, part in enumerate(message.parts):
+            following = i + 1 < len(message.parts)
+            if isinstance(part, Text):
+                learned = part.loss
                 if learned:
-                    show(self._drawn(part, visible := "visible_noise" in quirks))
-                    if (at, i) == sample.drawing:
-                        drop -= {"text"}
-                    if visible:
-                        say(m["end"])
-                        continue
-                    if final:
-                        break
-                kind = Kind.CLEAN if part.role == "condition" else Kind.VISION
-                show(self._picture(kind, part))
-                say(m["end"])
-                waiting = "\n" if roles and message.role == "user" and i + 1 < len(message.parts) else ""
+                    page.write(*self.tokenizer.encode(part.text), learned=True)
+                else:
+                    page.text(part.text)
+            elif part.blank:
+                page.write(self.markers["start"])
             else:
-                if not (last and sample.is_open):
-                    say(m["stop"], learned=learned)
-                    waiting = "\n" if roles else ""
-        say()
-        out.extend(self._words(run, drop))
-        return Layout(sample.id, tuple(out))
+                learned = part.role == "target" and not sample.is_open
+                page.write(self.markers["start"], learned=learned)
+                if learned:
+                    page.show(self._drawn(part, visible))
+                    if (index, i) == sample.drawing:
+                        page.drop -= {"text"}  # what follows the picture keeps its text
+                    if last and not following and not visible:
+                        return
+                if not (learned and visible):
+                    page.show(self._picture(Kind.CLEAN if part.role == "condition" else Kind.VISION, part))
+                page.write(self.markers["end"])
+                newline = roles and message.role == "user" and following and not (learned and visible)
+                page.text("\n" if newline else "")
+        if not (last and sample.is_open):
+            page.write(self.markers["stop"], learned=learned)
+            page.text("\n" if roles else "")
 
-    def _words(self, run: Sequence[tuple[int, bool]], drop: Drop) -> list[Segment]:
+    def words(self, run: Sequence[tuple[int, bool]], drop: Drop) -> list[Segment]:
         """A run of words as segments, those that predict apart from those that do not."""
         structural = "structural_labels" in self.config.published_quirks
         labels = [i if learned and ("text" not in drop or structural) else NONE for i, learned in run]
@@ -718,6 +703,37 @@ class Cheers(UnifiedModel[Settings]):
         latents = self._grid(torch.stack([d.state for d in drawings]), drawings[0].canvas)
         pictures = self.autoencoder.decode(latents).float()
         return (pictures * 2 - 1 if self.config.unit_pixels else pictures).clamp(-1, 1)
+
+
+class _ChatML:
+    """A conversation while it is laid out: the segments so far, and the run of tokens since the last picture."""
+
+    def __init__(self, model: Cheers, drop: Drop) -> None:
+        self.model, self.drop = model, drop
+        self.segments: list[Segment] = []
+        self.run: list[tuple[int, bool]] = []  # token ids, each with whether it is to be predicted
+        self.pending = ""  # text without loss: encoded in one piece, for a tokenizer merges across its parts
+
+    def text(self, text: str) -> None:
+        """Text without loss."""
+        self.pending += text
+
+    def write(self, *ids: int, learned: bool = False) -> None:
+        """Tokens, after the pending text."""
+        if self.pending:
+            self.run += [(i, False) for i in self.model.tokenizer.encode(self.pending)]
+        self.run += [(i, learned) for i in ids]
+        self.pending = ""
+
+    def show(self, picture: Segment) -> None:
+        """A picture, after the run of tokens before it."""
+        self.segments += [*self.model.words(self.run, self.drop), picture]
+        self.run = []
+
+    def done(self, name: str) -> Layout:
+        """The layout of the whole conversation."""
+        self.write()
+        return Layout(name, (*self.segments, *self.model.words(self.run, self.drop)))
 
 
 def _speaks(targets: Sequence[int], i: int) -> bool:

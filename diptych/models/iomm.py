@@ -154,7 +154,7 @@ class Config:
     @staticmethod
     def tiny(vocab_size: int = 1024) -> Config:
         """The same code at a size that one CPU core trains in hours: 64 x 64 pixels, 16 tokens a picture either way.
-        Condition tokens get position ids (as in XL), because a small reader's hidden states encode word order poorly."""
+        Condition tokens get position ids (as in XL), since a small reader's hidden states encode word order poorly."""
         return Config(
             tiny_mllm(vocab_size),
             DitConfig("double", 128, 6, 4, (8, 12, 12)),
