@@ -6,7 +6,6 @@ In turns, so that both see the same machine; seconds are the median step's.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -18,13 +17,14 @@ from common import finish
 from diptych import recipes
 from diptych.recipes.run import precompute, stage_sources
 from diptych.training import loop
+from diptych.training.log import read_metrics
 from diptych.training.recipe import Recipe
 
 
 def seconds(recipe: Recipe, folder: Path) -> list[float]:
     """Seconds of every step but the first two."""
     loop.train(recipe, folder, stage_sources, show=False)
-    return [json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").read_text().splitlines()][2:]
+    return [row["seconds"] for row in read_metrics(folder)[2:]]
 
 
 def main() -> None:

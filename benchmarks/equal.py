@@ -8,7 +8,6 @@ The recipes are the smallest of every family (tests/tiny.py); a step has four ro
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from dataclasses import replace
@@ -20,6 +19,7 @@ from common import finish
 from faults import start
 from safetensors.torch import load_file
 
+from diptych.training.log import read_metrics
 from diptych.training.recipe import Engine, Limits
 from tests.support import tiny
 from tests.training.test_parallel import recipe
@@ -65,7 +65,7 @@ def run(recipe, folder: Path, processes: int) -> tuple[list[float], dict]:
     file.write_text(recipe.to_json())
     codes = [p.wait() for p in start(file, folder, processes, "train")]
     assert codes == [0] * processes, (folder.name, codes)
-    losses = [json.loads(x)["loss"] for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in read_metrics(folder)]
     return losses, load_file(folder / "release" / "model.safetensors")
 
 

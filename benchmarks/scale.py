@@ -33,16 +33,16 @@ from training import wider
 
 from diptych import recipes
 from diptych.core.batch import Batch
-from diptych.data.loader import Loader
 from diptych.machine.devices import matmul_rate
 from diptych.models import configs, store, table
 from diptych.parts.decoder import DecoderConfig
 from diptych.parts.dit import DitConfig
 from diptych.recipes.run import stage_sources
 from diptych.training import loop
-from diptych.training.log import memory
+from diptych.training.log import memory, read_metrics
 from diptych.training.plan import GIB, plan
 from diptych.training.recipe import Engine, Limits, Optimizer, Recipe
+from diptych.training.rows import stage_loader
 
 STEPS = 13  # MFU is there from the eleventh on
 SKIPPED = 2  # steps that warm up
@@ -163,8 +163,7 @@ def plain(recipe: Recipe, run: Path, device: str, precision: str) -> None:
     ours = store.create(family, made, device="meta")
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     stage = recipe.stages[0]
-    rows = iter(Loader(stage_sources(recipe, stage), stage.data, ours.lay_out, routes=ours.routes,
-                       tokens=stage.limits.tokens, pictures=stage.limits.pictures, workers=recipe.workers))  # fmt: skip
+    rows = iter(stage_loader(recipe, stage, ours, stage_sources))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
     def step() -> int:
@@ -222,7 +221,7 @@ def measure(recipe: Recipe, arm: str, where: Path, device: str, here: bool) -> d
             return None
     if rank:
         return None
-    logged = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()][SKIPPED:]
+    logged = read_metrics(run)[SKIPPED:]
     seconds = sorted(r["seconds"] for r in logged)[len(logged) // 2]
     tokens = sum(r["tokens_per_second"] * r["seconds"] for r in logged) / len(logged)
     planned = None

@@ -7,7 +7,6 @@ the frozen autoencoder's forward; Muon's own products are counted as overhead, n
 """
 
 import argparse
-import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from diptych.models import configs
 from diptych.models.bagel import Config
 from diptych.recipes.run import stage_sources
 from diptych.training import loop
+from diptych.training.log import read_metrics
 from diptych.training.recipe import Optimizer
 
 
@@ -59,7 +59,7 @@ def main() -> None:
             peak = matmul_rate(torch.float32, n=1024, seconds=1.0)
             with tempfile.TemporaryDirectory() as folder:
                 loop.train(recipe, Path(folder) / "run", stage_sources, show=False)
-                logged = [json.loads(x) for x in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()][2:]
+                logged = read_metrics(Path(folder) / "run")[2:]
             seconds = min(r["seconds"] for r in logged)
             tokens = sum(r["tokens_per_second"] * r["seconds"] for r in logged) / len(logged)
             drawn = sum(r["count/image"] for r in logged) / len(logged) / 16
