@@ -177,9 +177,16 @@ def run_lmms(
         else:
             with _whole_pictures():
                 done = _lmms("lmms_eval.evaluator").simple_evaluate(
-                    model=lmms_model(engine, batch_size, answering), tasks=[task], limit=limit, batch_size=1,
-                    log_samples=True, task_manager=manager, bootstrap_iters=0, verbosity="ERROR", **backend,
-                )  # fmt: skip
+                    model=lmms_model(engine, batch_size, answering),
+                    tasks=[task],
+                    limit=limit,
+                    batch_size=1,
+                    log_samples=True,
+                    task_manager=manager,
+                    bootstrap_iters=0,
+                    verbosity="ERROR",
+                    **backend,
+                )
             if rank:
                 continue
             samples = [{"task": part} | row for part, rows in done["samples"].items() for row in rows]

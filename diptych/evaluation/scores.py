@@ -1,10 +1,10 @@
-"""What is scored, and how sure a score is.
+"""Items, verdicts and scores with 95 % intervals.
 
-An ``Item`` is one picture to draw or one question to answer; its ``Outcome`` is what a model made of it and the
-``Verdict``; many outcomes give a ``Score`` with a 95 % interval. Pictures of one prompt resemble each other, so the
-interval of a drawing score comes from redrawing whole prompts (``clustered``, ``macro``); questions are independent
-(``wilson``). A bootstrap of items that all agree has no width, and one of few prompts too little: no interval here is
-narrower than Wilson's would be for as many independent items.
+An ``Item`` is one picture to draw or one question to answer. Its ``Outcome`` is the model's answer or picture with the
+``Verdict``. Many outcomes give a ``Score``. Pictures of one prompt are correlated, so the interval of a drawing score
+is a bootstrap over prompts (``clustered``, ``macro``); questions are independent (``wilson``). A bootstrap of items
+that all agree has no width, and one of few prompts too little: no interval is narrower than Wilson's for as many
+independent items.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DRAWS = 2000  # bootstrap resamples
 FEW = 30  # clusters below which a bootstrap knows too little
 
 
-# --- items and what became of them ------------------------------------------------------------------------------------
+# --- items and outcomes -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,9 @@ def test_printed_gains_of_tags():
 
 def test_mme_and_cv_bench():
     """No paper prints their parts; of MME SynerGen-VL prints the sum and perception, which leaves 456."""
-    perception, cognition = aggregate.mme({**dict.fromkeys(aggregate.PERCEPTION, 138.1), **dict.fromkeys(aggregate.COGNITION, 114)})  # fmt: skip  # noqa: E501
+    perception, cognition = aggregate.mme(
+        {**dict.fromkeys(aggregate.PERCEPTION, 138.1), **dict.fromkeys(aggregate.COGNITION, 114)}
+    )
     assert (round(perception), round(cognition)) == (1381, 456) and round(perception + cognition) == 1837  # SynerGen-VL
     assert len(aggregate.PERCEPTION) == 10 and len(aggregate.COGNITION) == 4
     assert aggregate.cv_bench(0.6, 0.8, 0.9) == pytest.approx(0.8)

@@ -54,13 +54,22 @@ def test_colours_are_those_of_the_best_boxes():
     assert not ok and reason == "expected red car>=1, found 1 blue"
 
 
-@pytest.mark.parametrize("at, relation, right", [
-    ((0, 50), "left of", True), ((0, 50), "right of", False), ((100, 50), "right of", True),
-    ((50, 0), "above", True), ((50, 100), "below", True), ((50, 100), "above", False),
-    ((0, 0), "left of", True), ((0, 0), "above", True),  # the diagonal is both
-    ((47, 50), "left of", False),  # within a tenth of both sizes there is no relation
-    ((45, 50), "left of", False), ((0, 25), "above", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "at, relation, right",
+    [
+        ((0, 50), "left of", True),
+        ((0, 50), "right of", False),
+        ((100, 50), "right of", True),
+        ((50, 0), "above", True),
+        ((50, 100), "below", True),
+        ((50, 100), "above", False),
+        ((0, 0), "left of", True),
+        ((0, 0), "above", True),  # the diagonal is both
+        ((47, 50), "left of", False),  # within a tenth of both sizes there is no relation
+        ((45, 50), "left of", False),
+        ((0, 25), "above", False),
+    ],
+)
 def test_positions(at, relation, right):
     asked = row("position", [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": [relation, 0]}])
     ok, reason = judged(asked, [seen("cat", 50, 50), seen("dog", *at)])
@@ -89,14 +98,17 @@ def test_our_prompts_are_as_many_as_the_official_ones(tmp_path):
     assert geneval.protocol(rows[:9], tmp_path / "some.jsonl") == "some" and geneval.protocol(rows, None) == "ours"
 
 
-@pytest.mark.parametrize("wrong, text", [
-    ({"tag": "sizes"}, "line 1: the tag is 'sizes'; GenEval has single_object"),
-    ({"include": [{"class": "unicorn", "count": 1}]}, "the class is 'unicorn'"),
-    ({"include": [{"class": "dog", "count": 0}]}, "the count is 0"),
-    ({"include": [{"class": "dog", "count": 1, "color": "mauve"}]}, "the color is 'mauve'; choose from red"),
-    ({"include": [{"class": "dog", "count": 1, "position": ["left of", 0]}]}, "an earlier clause"),
-    ({"prompt": None}, "has no 'prompt'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong, text",
+    [
+        ({"tag": "sizes"}, "line 1: the tag is 'sizes'; GenEval has single_object"),
+        ({"include": [{"class": "unicorn", "count": 1}]}, "the class is 'unicorn'"),
+        ({"include": [{"class": "dog", "count": 0}]}, "the count is 0"),
+        ({"include": [{"class": "dog", "count": 1, "color": "mauve"}]}, "the color is 'mauve'; choose from red"),
+        ({"include": [{"class": "dog", "count": 1, "position": ["left of", 0]}]}, "an earlier clause"),
+        ({"prompt": None}, "has no 'prompt'"),
+    ],
+)
 def test_wrong_metadata_is_named(tmp_path, wrong, text):
     good = {"tag": "colors", "include": [{"class": "dog", "count": 1}], "prompt": "x"} | wrong
     (tmp_path / "m.jsonl").write_text(json.dumps({k: v for k, v in good.items() if v is not None}) + "\n")
@@ -160,12 +172,26 @@ def networks(tmp_path_factory):
     )
 
     folder = tmp_path_factory.mktemp("networks")
-    swin = SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
-                      out_features=["stage1", "stage2", "stage3", "stage4"])  # fmt: skip
+    swin = SwinConfig(
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
     config = Mask2FormerConfig(
-        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16,
-        encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=16, num_queries=8, num_labels=80,
-    )  # fmt: skip
+        backbone_config=swin,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=16,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        dim_feedforward=16,
+        num_queries=8,
+        num_labels=80,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = Mask2FormerForUniversalSegmentation(config)
@@ -173,10 +199,20 @@ def networks(tmp_path_factory):
             net.class_predictor.weight.mul_(60)
         net.save_pretrained(folder / "mask2former")
         side = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        words = ["<|startoftext|>", "<|endoftext|>", *(f"{c}</w>" for c in ("a", "photo", "of", "object")), *"abcdefghijklmnopqrstuvwxyz-", *(f"{c}</w>" for c in "bcdefghijklmnopqrstuvwxyz-")]  # fmt: skip  # noqa: E501
-        CLIPModel(CLIPConfig(text_config={**side, "vocab_size": len(words), "eos_token_id": 1, "bos_token_id": 0},
-                             vision_config={**side, "image_size": 32, "patch_size": 16}, projection_dim=8,
-                             )).save_pretrained(folder / "clip")  # fmt: skip
+        words = [
+            "<|startoftext|>",
+            "<|endoftext|>",
+            *(f"{c}</w>" for c in ("a", "photo", "of", "object")),
+            *"abcdefghijklmnopqrstuvwxyz-",
+            *(f"{c}</w>" for c in "bcdefghijklmnopqrstuvwxyz-"),
+        ]
+        CLIPModel(
+            CLIPConfig(
+                text_config={**side, "vocab_size": len(words), "eos_token_id": 1, "bos_token_id": 0},
+                vision_config={**side, "image_size": 32, "patch_size": 16},
+                projection_dim=8,
+            )
+        ).save_pretrained(folder / "clip")
     (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))

@@ -139,16 +139,29 @@ def test_wise(tmp_path, pictures):
         asked = len(server.asked)
         again = harness.rescore(tmp_path / "run", tools=tools, progress=False)
         assert again.scores == result.scores and len(server.asked) == asked
-    replayed = harness.rescore(tmp_path / "run", tools=Tools(judge=Judge("wise-owl", None, tmp_path / "cache")), progress=False)  # fmt: skip  # noqa: E501
+    replayed = harness.rescore(
+        tmp_path / "run", tools=Tools(judge=Judge("wise-owl", None, tmp_path / "cache")), progress=False
+    )
     assert replayed.scores == result.scores
     [written] = harness.write_layout(tmp_path / "out", result, resolve([f"wise={tmp_path / 'wise'}"], tools)[0])
     assert (written / "999.png").is_file()
     from diptych.evaluation.other_results import read
 
     marks = [json.loads(line) for line in (written / "scores.jsonl").read_text().splitlines()]
-    (tmp_path / "official.jsonl").write_text("".join(
-        json.dumps({"prompt_id": int(m["prompt_id"]), "consistency": m["consistency"], "realism": m["realism"],
-                    "aesthetic_quality": m["aesthetic quality"]}) + "\n" for m in marks))  # fmt: skip
+    (tmp_path / "official.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {
+                    "prompt_id": int(m["prompt_id"]),
+                    "consistency": m["consistency"],
+                    "realism": m["realism"],
+                    "aesthetic_quality": m["aesthetic quality"],
+                }
+            )
+            + "\n"
+            for m in marks
+        )
+    )
     read_back = read("wise", tmp_path / "official.jsonl")["wise@legacy[official]/overall"]
     assert read_back.value == pytest.approx(result.scores[f"{stamp}/overall"].value)
 
@@ -170,7 +183,10 @@ def test_published_wise_folders(tmp_path):
 
 def test_wise_verified_is_another_protocol(tmp_path, pictures):
     names = ["", "time", "space", "Biology", "physics", "Chemistry"]
-    rows = [{"prompt_id": 100 + 150 * k, "Prompt": f"p{k}", "Explanation": "e", "Subcategory": n} for k, n in enumerate(names)]  # fmt: skip  # noqa: E501
+    rows = [
+        {"prompt_id": 100 + 150 * k, "Prompt": f"p{k}", "Explanation": "e", "Subcategory": n}
+        for k, n in enumerate(names)
+    ]
     rows[2]["prompt_id"], rows[1]["prompt_id"] = 420, 410
     (tmp_path / "w.json").write_text(json.dumps(rows))
     for row in rows:
@@ -356,11 +372,21 @@ def test_printed_text_is_read_back(tmp_path, pictures):
 def test_gedit(tmp_path, pictures):
     flat("white", (20, 10)).save(tmp_path / "source.png")
     rows = [
-        {"key": key, "task_type": task, "instruction": f"make {key}", "instruction_language": language,
-         "input_image": "source.png", "Intersection_exist": both}
-        for key, task, language, both in (("a", "color_alter", "en", True), ("b", "color_alter", "en", False),
-                                          ("c", "style_change", "en", True), ("d", "style_change", "cn", True))
-    ]  # fmt: skip
+        {
+            "key": key,
+            "task_type": task,
+            "instruction": f"make {key}",
+            "instruction_language": language,
+            "input_image": "source.png",
+            "Intersection_exist": both,
+        }
+        for key, task, language, both in (
+            ("a", "color_alter", "en", True),
+            ("b", "color_alter", "en", False),
+            ("c", "style_change", "en", True),
+            ("d", "style_change", "cn", True),
+        )
+    ]
     (tmp_path / "g.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     for r in rows:
         place = f"fullset/{r['task_type']}/{r['instruction_language']}/{r['key']}.png"
@@ -427,8 +453,14 @@ def test_edits_of_older_revisions_and_pictures_outside(tmp_path):
         (tmp_path / "quiz/i.json").write_text(json.dumps({"1": {**entry, "id": outside}}))
         with pytest.raises(ValueError, match="entry '1': picture .* lies outside"):
             read_imgedit(tmp_path / "quiz/i.json")
-        row = {"key": "a", "task_type": "color_alter", "instruction": "x", "instruction_language": "en",
-               "input_image": outside, "Intersection_exist": True}  # fmt: skip
+        row = {
+            "key": "a",
+            "task_type": "color_alter",
+            "instruction": "x",
+            "instruction_language": "en",
+            "input_image": outside,
+            "Intersection_exist": True,
+        }
         (tmp_path / "quiz/g.jsonl").write_text(json.dumps(row))
         with pytest.raises(ValueError, match="row 1: picture .* lies outside"):
             read_gedit(tmp_path / "quiz/g.jsonl")
@@ -449,8 +481,9 @@ def test_the_users_rubrics_take_our_place(tmp_path, pictures):
 
 
 def test_broken_and_missing_pictures_are_named_failures(tmp_path, pictures):
-    (tmp_path / "w.json").write_text(json.dumps([
-        {"prompt_id": i, "Prompt": "p", "Explanation": "e"} for i in (1, 2, 3)]))  # fmt: skip
+    (tmp_path / "w.json").write_text(
+        json.dumps([{"prompt_id": i, "Prompt": "p", "Explanation": "e"} for i in (1, 2, 3)])
+    )
     folder = pictures("1.jpg", flat("red"))
     out = io.BytesIO()
     flat("red").save(out, "PNG")

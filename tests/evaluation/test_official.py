@@ -75,9 +75,20 @@ def test_official_values(name):
 
 def test_popes_authors_read_the_first_sentence():
     """Written down from their evaluate.py, not computed with it."""
-    for reply, value in (("Yes", True), ("No", False), ("no, there is", False), ("It is not there", False),
-                         ("Yes. No dog.", True), ("maybe", True), ("NO", True), ("nothing", True), ("", True),
-                         ("there is no dog. yes", False), ("No.", False), ("Not", True)):  # fmt: skip
+    for reply, value in (
+        ("Yes", True),
+        ("No", False),
+        ("no, there is", False),
+        ("It is not there", False),
+        ("Yes. No dog.", True),
+        ("maybe", True),
+        ("NO", True),
+        ("nothing", True),
+        ("", True),
+        ("there is no dog. yes", False),
+        ("No.", False),
+        ("Not", True),
+    ):
         assert official.pope_authors(reply) is value, reply
 
 
@@ -98,7 +109,9 @@ def test_cv_bench_scores():
         outcomes = [outcome(str(i), "x", str(i), right, {"source": s}) for i, (s, right) in enumerate(row["items"])]
         scores = values(questions._cvbench_scores("b", ["official"], outcomes))
         assert scores["overall"] == pytest.approx(row["value"], abs=1e-6)
-        assert aggregate.cv_bench(scores["ADE20K"], scores["COCO"], scores["Omni3D"]) == pytest.approx(row["value"], abs=1e-6)  # fmt: skip  # noqa: E501
+        assert aggregate.cv_bench(scores["ADE20K"], scores["COCO"], scores["Omni3D"]) == pytest.approx(
+            row["value"], abs=1e-6
+        )
 
 
 def test_mmvp_scores():
@@ -112,10 +125,15 @@ def test_mmvp_scores():
 def test_hallusion_scores():
     for row in golden("hallusion"):
         outcomes = [
-            outcome(str(i), category, str(i), right,
-                    {"subcategory": sub, "set_id": group, "figure_id": figure, "question": question})
+            outcome(
+                str(i),
+                category,
+                str(i),
+                right,
+                {"subcategory": sub, "set_id": group, "figure_id": figure, "question": question},
+            )
             for i, (category, sub, group, figure, question, right) in enumerate(row["items"])
-        ]  # fmt: skip
+        ]
         scores = values(questions._hallusion_scores({"official": "b@official"}, outcomes))
         assert scores == pytest.approx({k: row[k] for k in ("aAcc", "fAcc", "qAcc")}, abs=1e-6)
 
@@ -137,7 +155,9 @@ def test_cider():
     for number in {r["set"] for r in rows}:
         some = [r for r in rows if r["set"] == number]
         cider = captions.Cider({str(i): r["answers"] for i, r in enumerate(some)})
-        assert [cider(str(i), r["reply"]) for i, r in enumerate(some)] == pytest.approx([r["value"] for r in some], abs=1e-5)  # fmt: skip  # noqa: E501
+        assert [cider(str(i), r["reply"]) for i, r in enumerate(some)] == pytest.approx(
+            [r["value"] for r in some], abs=1e-5
+        )
         outcomes = [
             outcome(str(i), "all", str(i), 1, {"answers": r["answers"]}, r["reply"]) for i, r in enumerate(some)
         ]

@@ -71,10 +71,20 @@ def jsonl(path, rows):
 
 
 QUESTIONS = [
-    {"index": i, "image": png(), "question": f"which is {i}?", "A": "red", "B": "green", "C": "blue", "D": "",
-     "hint": "look" if i == 1 else "", "answer": answer, "category": category}
+    {
+        "index": i,
+        "image": png(),
+        "question": f"which is {i}?",
+        "A": "red",
+        "B": "green",
+        "C": "blue",
+        "D": "",
+        "hint": "look" if i == 1 else "",
+        "answer": answer,
+        "category": category,
+    }
     for i, (answer, category) in enumerate((("A", "easy"), ("B", "easy"), ("C", "hard")))
-]  # fmt: skip
+]
 
 
 def test_circular_is_stricter_than_vanilla(tmp_path):
@@ -108,10 +118,15 @@ def test_rotations_that_are_in_the_file_are_used(tmp_path):
     assert len(run(f"mcq={file}", lambda text, s: "green").outcomes) == 1  # vanilla asks once
 
 
-@pytest.mark.parametrize("change, told", [
-    ({"answer": "E"}, r"answer \('E',\) is not one of the options"), ({"question": None}, "has no 'question'"),
-    ({"image": "missing.png"}, "there is no picture"), ({"image": "!" * 80}, "not base64"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"answer": "E"}, r"answer \('E',\) is not one of the options"),
+        ({"question": None}, "has no 'question'"),
+        ({"image": "missing.png"}, "there is no picture"),
+        ({"image": "!" * 80}, "not base64"),
+    ],
+)
 def test_wrong_files_are_named(tmp_path, change, told):
     row = {k: v for k, v in ({**QUESTIONS[0]} | change).items() if v is not None}
     with pytest.raises(ValueError, match=told):
@@ -148,9 +163,12 @@ def test_tables_as_programs_save_them(tmp_path):
 
 def test_pope(tmp_path):
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
-    rows = [{"question_id": i, "image": "a.jpg", "text": f"Is there a {w}?", "label": label, "category": split}
-            for i, (w, label, split) in enumerate((("dog", "yes", "random"), ("cat", "no", "random"),
-                                                   ("car", "yes", "popular"), ("cup", "no", "popular")))]  # fmt: skip
+    rows = [
+        {"question_id": i, "image": "a.jpg", "text": f"Is there a {w}?", "label": label, "category": split}
+        for i, (w, label, split) in enumerate(
+            (("dog", "yes", "random"), ("cat", "no", "random"), ("car", "yes", "popular"), ("cup", "no", "popular"))
+        )
+    ]
     file = jsonl(tmp_path / "pope.jsonl", rows)
     replies = {"dog": "Yes.", "cat": "yes it is", "car": "No", "cup": "maybe"}
     scores = run(f"yesno={file}", lambda t, s: replies[t.split("?")[0].split()[-1]]).scores
@@ -167,8 +185,15 @@ def test_mme(tmp_path):
         for picture in range(2):
             PIL.Image.new("RGB", (8, 8), (picture, 0, 0)).save(tmp_path / f"{task}{picture}.png")
             for k, answer in enumerate(("Yes", "No")):
-                rows.append({"index": len(rows), "image": f"{task}{picture}.png", "question": f"{task} {picture} {k}",
-                             "answer": answer, "category": task})  # fmt: skip
+                rows.append(
+                    {
+                        "index": len(rows),
+                        "image": f"{task}{picture}.png",
+                        "question": f"{task} {picture} {k}",
+                        "answer": answer,
+                        "category": task,
+                    }
+                )
     file = jsonl(tmp_path / "MME.jsonl", rows)
     # the first picture's questions are both right, of the second's one: accuracy 75, accuracy+ 50
     scores = run(f"mme={file}", lambda t, s: "yes" if " 1 " in t or t.split("\n")[0].endswith("0") else "no").scores
@@ -186,8 +211,12 @@ def test_short_answers(tmp_path):
         {"id": "b", "question": "how much?", "answers": ["100"]},
     ]
     file = jsonl(tmp_path / "q.jsonl", rows)
-    for kind, stamp, right in (("vqa", "q-vqa@ours", 0.5), ("anls", "q-anls@ours", 0.5),
-                               ("relaxed", "q-relaxed@ours", 1.0), ("contains", "q-contains@ours", 0.5)):  # fmt: skip
+    for kind, stamp, right in (
+        ("vqa", "q-vqa@ours", 0.5),
+        ("anls", "q-anls@ours", 0.5),
+        ("relaxed", "q-relaxed@ours", 1.0),
+        ("contains", "q-contains@ours", 0.5),
+    ):
         scores = run(f"{kind}={file}", lambda t, s: "Red" if "what" in t else "104").scores
         assert scores[f"{stamp}/overall"].value == pytest.approx(right, abs=0.34 if kind == "anls" else 0), kind
 
@@ -208,7 +237,9 @@ def test_a_model_behind_a_server(tmp_path):
         asked = next(b for b in server.asked if "messages" in b)
         assert asked["model"] == "their-model" and asked["temperature"] == 0 and pictures(asked)[0].size == (64, 64)
         assert "is there a" in text(asked)
-        picture = evaluate(engine, ("geneval-dev",), limit=1, progress=False, settings=engine.settings({"guidance_scale": 3.0}))  # fmt: skip  # noqa: E501
+        picture = evaluate(
+            engine, ("geneval-dev",), limit=1, progress=False, settings=engine.settings({"guidance_scale": 3.0})
+        )
     assert result.scores["pope-mini@lone-word/yes-ratio"].value == 1 and result.failures == 0
     assert result.card["family"] == "endpoint" and result.card["model"] == "their-model"
     edit = next(d for d in drawn if "raw" in d)
@@ -277,12 +308,23 @@ def test_vlmevalkit_model(tmp_path):
 
 
 def test_results_of_others_are_read(tmp_path):
-    lmms = {"results": {"pope": {"alias": "pope", "pope_accuracy,none": 0.8, "pope_accuracy_stderr,none": 0.01,
-                                 "pope_f1_score,none": 0.7, "pope_f1_score_stderr,none": "N/A"}},
-            "n-samples": {"pope": {"original": 9000, "effective": 100}}}  # fmt: skip
+    lmms = {
+        "results": {
+            "pope": {
+                "alias": "pope",
+                "pope_accuracy,none": 0.8,
+                "pope_accuracy_stderr,none": 0.01,
+                "pope_f1_score,none": 0.7,
+                "pope_f1_score_stderr,none": "N/A",
+            }
+        },
+        "n-samples": {"pope": {"original": 9000, "effective": 100}},
+    }
     (tmp_path / "l.json").write_text(json.dumps(lmms))
     read = other_results.read("lmms-eval", tmp_path / "l.json")
-    assert read["pope@lmms-eval/pope_accuracy"] == Score(0.8, pytest.approx(0.7797, abs=1e-4), pytest.approx(0.8189, abs=1e-4), 100)  # fmt: skip  # noqa: E501
+    assert read["pope@lmms-eval/pope_accuracy"] == Score(
+        0.8, pytest.approx(0.7797, abs=1e-4), pytest.approx(0.8189, abs=1e-4), 100
+    )
     assert read["pope@lmms-eval/pope_f1_score"].low == 0.7  # its error is not known
     for value, error, n in ((5 / 6, 0.1667, 6), (1.0, 0.0, 6), (0.0, 0.0, 3), (0.02, 0.02, 50)):
         lmms["results"] = {"t": {"right,none": value, "right_stderr,none": error, "samples": n}}
@@ -298,8 +340,13 @@ def test_results_of_others_are_read(tmp_path):
         json.dumps({"1": "Prompt Compliance: 4\nQuality: 4\nKept: 1", "2": "A: 5\nB: 5\nC: 5"})
     )
     assert other_results.read("imgedit", tmp_path / "i.json")["imgedit@basic[official]/items"].value == 4
-    types = dict(zip(("Add", "adjust", "extract", "replace", "remove", "background", "style", "compose", "action"),
-                     (3.56, 3.31, 1.70, 3.30, 2.62, 3.24, 4.49, 2.38, 4.17), strict=True))  # fmt: skip
+    types = dict(
+        zip(
+            ("Add", "adjust", "extract", "replace", "remove", "background", "style", "compose", "action"),
+            (3.56, 3.31, 1.70, 3.30, 2.62, 3.24, 4.49, 2.38, 4.17),
+            strict=True,
+        )
+    )
     (tmp_path / "t.json").write_text(json.dumps(types))
     assert round(other_results.read("imgedit", tmp_path / "t.json")["imgedit@basic[official]/overall"].value, 2) == 3.2
     head = "key,sementics_score,quality_score,intersection_exist,instruction_language,task_type"
@@ -343,8 +390,10 @@ def test_samples_of_lmms_eval_are_items(tmp_path):
     assert found["pope@lmms-eval"].better == 1 and found["pope@lmms-eval"].score.value == pytest.approx(1 / 3)
     mine = [o for o in harness.load_result(b).outcomes if o.item.benchmark == "pope@lmms-eval"]
     assert [(o.item.prompt, o.text, o.verdict.ok) for o in mine] == [
-        ("is it 0?", "Yes", True), ("is it 1?", "Yes", True), ("is it 2?", "Yes", False)
-    ]  # fmt: skip
+        ("is it 0?", "Yes", True),
+        ("is it 1?", "Yes", True),
+        ("is it 2?", "Yes", False),
+    ]
     assert mine[2].verdict.reason == "expected 'yes'" and not any("sums@" in name for name in found)
 
 

@@ -10,18 +10,46 @@ from diptych.evaluation.judges import official, replies, short_answers
 OPTIONS = {"A": "red", "B": "dark red", "C": "a blue circle", "D": "7"}
 
 CHOICES = [
-    ("A", "A"), ("b", "B"), (" (C) ", "C"), ("D.", "D"), ("**B**", "B"), ("A. red", "A"), ("(B) dark red", "B"),
-    ("(b) whatever it says", "B"), ("C) a blue circle", "C"), ("The answer is B.", "B"), ("Answer: (C)", "C"),
-    ("the correct option is D", "D"), ("I think the answer would be A", "A"), ("It must be (B), I am sure", "B"),
-    ("dark red", "B"), ("Red.", "A"), ("It is a dark red thing", "B"), ("there is a blue circle in it", "C"),
+    ("A", "A"),
+    ("b", "B"),
+    (" (C) ", "C"),
+    ("D.", "D"),
+    ("**B**", "B"),
+    ("A. red", "A"),
+    ("(B) dark red", "B"),
+    ("(b) whatever it says", "B"),
+    ("C) a blue circle", "C"),
+    ("The answer is B.", "B"),
+    ("Answer: (C)", "C"),
+    ("the correct option is D", "D"),
+    ("I think the answer would be A", "A"),
+    ("It must be (B), I am sure", "B"),
+    ("dark red", "B"),
+    ("Red.", "A"),
+    ("It is a dark red thing", "B"),
+    ("there is a blue circle in it", "C"),
     ("7", "D"),
-    ("A\nbecause it is red", "A"), ("B is right", "B"),
-    ("A dog is running", None), ("I do not know", None), ("", None), ("A or B", None), ("(A) or (B)", None),
-    ("(A), (C)", None), ("A, B", None), ("The answer is A or B.", None), ("B, A is wrong", "B"), ("A and C", None),
+    ("A\nbecause it is red", "A"),
+    ("B is right", "B"),
+    ("A dog is running", None),
+    ("I do not know", None),
+    ("", None),
+    ("A or B", None),
+    ("(A) or (B)", None),
+    ("(A), (C)", None),
+    ("A, B", None),
+    ("The answer is A or B.", None),
+    ("B, A is wrong", "B"),
+    ("A and C", None),
     ("Between A, B. Answer: B", "B"),
-    ("A. B cells, and red", "A"), ("答案是B。", "B"), ("选D", "D"),
-    ("either red or 7", None), ("answer: A, no, answer: B", "B"), ("E", None), ("redder", None),
-]  # fmt: skip
+    ("A. B cells, and red", "A"),
+    ("答案是B。", "B"),
+    ("选D", "D"),
+    ("either red or 7", None),
+    ("answer: A, no, answer: B", "B"),
+    ("E", None),
+    ("redder", None),
+]
 
 
 @pytest.mark.parametrize("reply, letter", CHOICES)
@@ -66,9 +94,24 @@ def test_forms_that_say_nothing(form):
             assert replies.choice(filled(form, x, y), COLOURS) is None, filled(form, x, y)
 
 
-@pytest.mark.parametrize("form", ["X", "Answer: X", "\\boxed{X}", "The answer is X.", "(X)", "I think it is X",
-                                  "X is correct", "**X**", "答案是X", "I choose X.", "It's X.",
-                                  "Therefore X", "So, X"])  # fmt: skip
+@pytest.mark.parametrize(
+    "form",
+    [
+        "X",
+        "Answer: X",
+        "\\boxed{X}",
+        "The answer is X.",
+        "(X)",
+        "I think it is X",
+        "X is correct",
+        "**X**",
+        "答案是X",
+        "I choose X.",
+        "It's X.",
+        "Therefore X",
+        "So, X",
+    ],
+)
 def test_nine_options_are_alike(form):
     options = {k: str(n) for n, k in enumerate("ABCDEFGHI", 1)}
     for letter in options:
@@ -77,14 +120,27 @@ def test_nine_options_are_alike(form):
 
 def test_options_that_look_like_answers_or_refusals():
     options = {"A": "a dog", "B": "dog house", "C": "none of the above", "D": "I cannot tell"}
-    for reply, letter in (("A dog", "A"), ("It is a dog.", "A"), ("none of the above", "C"), ("I cannot tell.", "D"),
-                          ("D. I cannot tell", "D"), ("The answer is D, I cannot tell.", "D"),
-                          ("B. dog house because A is wrong", "B")):  # fmt: skip
+    for reply, letter in (
+        ("A dog", "A"),
+        ("It is a dog.", "A"),
+        ("none of the above", "C"),
+        ("I cannot tell.", "D"),
+        ("D. I cannot tell", "D"),
+        ("The answer is D, I cannot tell.", "D"),
+        ("B. dog house because A is wrong", "B"),
+    ):
         assert replies.choice(reply, options) == letter, reply
     numbers = {"A": "1.5", "B": "2", "C": "-3", "D": "x^2"}
-    for reply, letter in (("The answer is $x^2$.", "D"), ("3.5", None), ("It is 2.5", None), ("= 2", "B"),
-                          ("It can't be A. It can't be C. So B.", "B"), ("Neither A nor C; B.", "B"),
-                          ("I see 2 things. A", "A"), ("A? No. B? Yes.", None)):  # fmt: skip
+    for reply, letter in (
+        ("The answer is $x^2$.", "D"),
+        ("3.5", None),
+        ("It is 2.5", None),
+        ("= 2", "B"),
+        ("It can't be A. It can't be C. So B.", "B"),
+        ("Neither A nor C; B.", "B"),
+        ("I see 2 things. A", "A"),
+        ("A? No. B? Yes.", None),
+    ):
         assert replies.choice(reply, numbers) == letter, reply
 
 
@@ -95,23 +151,52 @@ def test_thoughts_are_not_the_answer():
     assert replies.spoken("A < B") == "A < B"
 
 
-@pytest.mark.parametrize("reply, said", [
-    ("yes", True), ("Yes, there is.", True), ("No.", False), ("NO", False), ("there is no dog", False),
-    ("yes and no", None), ("", None), ("nothing", None), ("I cannot know", None), ("yesterday", None),
-    ("No, wait. The answer is yes.", True), ("\\boxed{no}", False), ("<answer>Yes</answer> no more", True),
-    ('{"answer": "no", "reason": "yes, it is absent"}', False), ("是的。", True), ("没有", False),
-    ("The answer is yes or no", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reply, said",
+    [
+        ("yes", True),
+        ("Yes, there is.", True),
+        ("No.", False),
+        ("NO", False),
+        ("there is no dog", False),
+        ("yes and no", None),
+        ("", None),
+        ("nothing", None),
+        ("I cannot know", None),
+        ("yesterday", None),
+        ("No, wait. The answer is yes.", True),
+        ("\\boxed{no}", False),
+        ("<answer>Yes</answer> no more", True),
+        ('{"answer": "no", "reason": "yes, it is absent"}', False),
+        ("是的。", True),
+        ("没有", False),
+        ("The answer is yes or no", None),
+    ],
+)
 def test_yes_and_no(reply, said):
     assert replies.yes_no(reply) is said
 
 
-@pytest.mark.parametrize("text, normal", [
-    ("The Dog's", "dog 's"), ("two  cats.", "2 cats"), ("dont", "don't"), ("1,000", "1000"), ("3.5", "3.5"),
-    ("2015.", "2015"), ("is it?no", "is itno"), ("couldnt've", "couldn't've"),
-    ("a yes!", "yes"), ("ten", "10"), ("none", "0"), ("wouldntve", "wouldntve"), ("wouldn'tve", "wouldn't've"),
-    ("hot-dog", "hot dog"), ("St. Louis", "st louis"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, normal",
+    [
+        ("The Dog's", "dog 's"),
+        ("two  cats.", "2 cats"),
+        ("dont", "don't"),
+        ("1,000", "1000"),
+        ("3.5", "3.5"),
+        ("2015.", "2015"),
+        ("is it?no", "is itno"),
+        ("couldnt've", "couldn't've"),
+        ("a yes!", "yes"),
+        ("ten", "10"),
+        ("none", "0"),
+        ("wouldntve", "wouldntve"),
+        ("wouldn'tve", "wouldn't've"),
+        ("hot-dog", "hot dog"),
+        ("St. Louis", "st louis"),
+    ],
+)
 def test_evalai_normalisation(text, normal):
     assert official.evalai(text) == normal
 
@@ -152,7 +237,9 @@ def test_marks_of_judges():
     assert replies.marks('so {not json} {"score": [6]\n, "why": "a\nb"} {', 0, 10) == [6]
     assert replies.marks("{" * 5000, 0, 10) is None
     assert replies.named_marks('{"Consistency": 2, "Realism": 1}', ("Realism", "Consistency"), 0, 2) == {
-        "realism": 1, "consistency": 2}  # fmt: skip
+        "realism": 1,
+        "consistency": 2,
+    }
     three = "Brief reasoning: fine\n\n**Prompt Compliance: 4**\n- Quality: 5\n3. Preservation: 2/5\n"
     assert replies.named_marks(three, 3, 1, 5) == {"prompt compliance": 4, "quality": 5, "preservation": 2}
     assert replies.named_marks("Score: 1", ("Score",), 0, 1) == {"score": 1}

@@ -1,5 +1,8 @@
-"""How each benchmark makes one number of its parts, as published. ``tests/test_evaluate_aggregate.py`` recomputes every
-overall column of the papers' tables with these and lists the rows that do not agree."""
+"""How each benchmark makes one number of its parts, as published.
+
+``tests/evaluation/test_aggregate.py`` recomputes every overall column of the papers' tables with these functions and
+lists the rows that do not agree.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,30 @@ WISE_IDS = {"culture": 400, "time": 567, "space": 700, "biology": 800, "physics"
 VERIFIED = {"culture": 0.4, "time": 0.12, "space": 0.12, "biology": 0.12, "physics": 0.12, "chemistry": 0.12}
 IMGEDIT = ("add", "adjust", "extract", "replace", "remove", "background", "style", "compose", "action")
 GEDIT = (
-    "background_change", "color_alter", "material_alter", "motion_change", "ps_human", "style_change", "subject-add",
-    "subject-remove", "subject-replace", "text_change", "tone_transfer",
-)  # fmt: skip
+    "background_change",
+    "color_alter",
+    "material_alter",
+    "motion_change",
+    "ps_human",
+    "style_change",
+    "subject-add",
+    "subject-remove",
+    "subject-replace",
+    "text_change",
+    "tone_transfer",
+)
 PERCEPTION = (
-    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
-)  # fmt: skip
+    "existence",
+    "count",
+    "position",
+    "color",
+    "posters",
+    "celebrity",
+    "scene",
+    "landmark",
+    "artwork",
+    "OCR",
+)
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 

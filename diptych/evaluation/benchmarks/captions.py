@@ -28,8 +28,17 @@ _WORD = re.compile(
     rf"https?://\S+|[\w.+\-]+@[\w\-]+\.[\w.]+|(?:[a-z]\.){{2,}}|(?:{_TITLES})\.(?=\s)|'n'|\d+/\d+|\d+(?:[.,:]\d+)*(?:'s\b)?|"
     r"c\+\+|[@#][^\W\d_]\w*|[^\W_](?:\w|[-/&'’](?=\w))*|[?!]{2,}|[$%&#@+*=~^£€]|[()\[\]{}]"
 )
-_SPLIT = {"cannot": "can not", "gonna": "gon na", "wanna": "wan na", "gotta": "got ta", "gimme": "gim me",
-          "lemme": "lem me", "y'all": "y' all", "'tis": "'t is", "'twas": "'t was"}  # fmt: skip
+_SPLIT = {
+    "cannot": "can not",
+    "gonna": "gon na",
+    "wanna": "wan na",
+    "gotta": "got ta",
+    "gimme": "gim me",
+    "lemme": "lem me",
+    "y'all": "y' all",
+    "'tis": "'t is",
+    "'twas": "'t was",
+}
 _SUFFIX = re.compile(r"^(.+?)(n't|'(?:s|re|ve|ll|d|m))$")
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 

@@ -58,6 +58,11 @@ def benchmark(name: str, file: Path | None, tools: Tools) -> Benchmark:
         files.field(row, ("prompt",), f"{file} line {n}")
     stamp = f"clipscore@ours[{Path(tools.clip).name}]"
     return Benchmark(
-        name, "draw", partial(prompt_items, rows), partial(judge_pictures, tools), partial(clip_scores, stamp),
-        scorer={"clip": tools.clip}, layout=write_flat,
-    )  # fmt: skip
+        name,
+        "draw",
+        partial(prompt_items, rows),
+        partial(judge_pictures, tools),
+        partial(clip_scores, stamp),
+        scorer={"clip": tools.clip},
+        layout=write_flat,
+    )

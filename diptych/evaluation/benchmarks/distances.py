@@ -83,7 +83,7 @@ def features(source: str, device: str = "cpu") -> Features:
             inception: Any = NoTrainInceptionV3("inception-v3-compat", ["2048"]).to(device).eval()
         except (ImportError, ModuleNotFoundError, OSError) as error:
             raise ValueError(
-                f"torchmetrics' Inception is not to be had ({error}): pip install torchmetrics torch-fidelity and go "
+                f"torchmetrics' Inception cannot be loaded ({error}): pip install torchmetrics torch-fidelity and go "
                 "online once, or use --features efflite0, whose weights come with a package"
             ) from error
         return Features("inception", "torchmetrics", inception, _bytes, device)
@@ -349,7 +349,11 @@ def benchmark(name: str, file: Path | None, tools: Tools) -> Benchmark:
     """A picture of every prompt of FOLDER, and the distances of them all from FOLDER's pictures."""
     assert file is not None
     return Benchmark(
-        "fid", "draw", partial(picture_items, read_prompts(file)), each(lambda item, image: Verdict(True)),
-        partial(picture_scores, file, tools), scorer={"features": tools.features, "reference": file.name},
+        "fid",
+        "draw",
+        partial(picture_items, read_prompts(file)),
+        each(lambda item, image: Verdict(True)),
+        partial(picture_scores, file, tools),
+        scorer={"features": tools.features, "reference": file.name},
         layout=write_flat,
-    )  # fmt: skip
+    )

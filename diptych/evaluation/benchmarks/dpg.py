@@ -145,6 +145,12 @@ def benchmark(name: str, file: Path | None, tools: Tools) -> Benchmark:
     judge, rows, n = tools.need_judge(name), read_dpg(file), tools.pictures or PICTURES
     ask, stamp = tools.rubric("dpg", ASK), f"dpg@ours{tools.judged('dpg')}"
     return Benchmark(
-        "dpg", "draw", partial(dpg_items, rows, n), judge.of(partial(judge_dpg, judge, ask)),
-        partial(dpg_scores, stamp), pictures_per_prompt=n, scorer=judge.stamp | {"ask": ask}, layout=write_grids,
-    )  # fmt: skip
+        "dpg",
+        "draw",
+        partial(dpg_items, rows, n),
+        judge.of(partial(judge_dpg, judge, ask)),
+        partial(dpg_scores, stamp),
+        pictures_per_prompt=n,
+        scorer=judge.stamp | {"ask": ask},
+        layout=write_grids,
+    )

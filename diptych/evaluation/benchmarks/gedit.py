@@ -132,7 +132,12 @@ def benchmark(name: str, file: Path | None, tools: Tools) -> Benchmark:
     judge, rows = tools.need_judge(name), read_gedit(file)
     followed, looks = tools.rubric("gedit_sc", SC), tools.rubric("gedit_pq", PQ)
     return Benchmark(
-        name, "draw", partial(gedit_items, rows), judge.of(partial(judge_gedit, judge, followed, looks)),
-        partial(gedit_scores, tools.judged(name)), scorer=judge.stamp | {"rubric": [followed, looks]}, macro=True,
+        name,
+        "draw",
+        partial(gedit_items, rows),
+        judge.of(partial(judge_gedit, judge, followed, looks)),
+        partial(gedit_scores, tools.judged(name)),
+        scorer=judge.stamp | {"rubric": [followed, looks]},
+        macro=True,
         layout=write_edits,
-    )  # fmt: skip
+    )

@@ -110,6 +110,11 @@ def benchmark(name: str, file: Path | None, tools: Tools) -> Benchmark:
     judge, rows = tools.need_judge(name), read_geneval2(file)
     ask, judged = tools.rubric(name, ASK), tools.judged(name)
     return Benchmark(
-        name, "draw", partial(geneval2_items, rows), judge.of(partial(judge_geneval2, judge, ask)),
-        partial(geneval2_scores, judged), scorer=judge.stamp | {"ask": ask}, layout=write_images,
-    )  # fmt: skip
+        name,
+        "draw",
+        partial(geneval2_items, rows),
+        judge.of(partial(judge_geneval2, judge, ask)),
+        partial(geneval2_scores, judged),
+        scorer=judge.stamp | {"ask": ask},
+        layout=write_images,
+    )

@@ -88,9 +88,15 @@ def _chance(name: str, items: Sequence[Item], size: int) -> Baselines:
 
 def _benchmark(name: str, task, items, judge, side: int, pictures: int = 1) -> Benchmark:
     return Benchmark(
-        name, task, items, each(judge), lambda outcomes: _scores(name, outcomes),
-        lambda some, size: _chance(name, some, size), pictures, side=side,
-    )  # fmt: skip
+        name,
+        task,
+        items,
+        each(judge),
+        lambda outcomes: _scores(name, outcomes),
+        lambda some, size: _chance(name, some, size),
+        pictures,
+        side=side,
+    )
 
 
 LANGUAGE = (("words/fact", 200), ("words/sum", 100), ("words/reverse", 100))

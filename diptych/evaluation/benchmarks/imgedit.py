@@ -78,7 +78,7 @@ def read_imgedit(file: Path) -> list[dict]:
 
 
 def rubrics_of(tools: Tools) -> dict[str, str]:
-    """What the judge is told about each type of edit."""
+    """The judge's instructions for each type of edit."""
     ours = {k: RUBRIC.replace("{what}", v).replace("{kept}", KEPT.get(k, UNTOUCHED)) for k, v in WHAT.items()}
     return {k: tools.rubric(f"imgedit_{k}", ours[k]) for k in aggregate.IMGEDIT}
 
@@ -91,9 +91,18 @@ def imgedit_items(rows: Sequence[dict], seed: int, size: int) -> list[Item]:
         sample = Sample(key, (user(Image(r["image"], "condition"), r["instruction"]),))
         reference = {"key": r["key"], "type": r["type"]}
         items.append(
-            Item(key, "imgedit", r["type"], r["instruction"], sample, seed_of(seed, key), key, reference,
-                 f"{r['key']}.png")
-        )  # fmt: skip
+            Item(
+                key,
+                "imgedit",
+                r["type"],
+                r["instruction"],
+                sample,
+                seed_of(seed, key),
+                key,
+                reference,
+                f"{r['key']}.png",
+            )
+        )
     return items
 
 
@@ -122,7 +131,13 @@ def benchmark(name: str, file: Path | None, tools: Tools) -> Benchmark:
     assert file is not None
     judge, rows, rubrics = tools.need_judge(name), read_imgedit(file), rubrics_of(tools)
     return Benchmark(
-        name, "draw", partial(imgedit_items, rows), judge.of(partial(judge_imgedit, judge, rubrics)),
-        partial(imgedit_scores, f"imgedit@basic{tools.judged(name)}"), scorer=judge.stamp | {"rubric": rubrics},
-        worst=SCALE[0], macro=True, layout=write_edits,
-    )  # fmt: skip
+        name,
+        "draw",
+        partial(imgedit_items, rows),
+        judge.of(partial(judge_imgedit, judge, rubrics)),
+        partial(imgedit_scores, f"imgedit@basic{tools.judged(name)}"),
+        scorer=judge.stamp | {"rubric": rubrics},
+        worst=SCALE[0],
+        macro=True,
+        layout=write_edits,
+    )

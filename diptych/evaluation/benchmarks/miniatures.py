@@ -1,8 +1,7 @@
-"""The younger half of the benchmark "mini": emoji drawn and recognised, CV-Bench and POPE in miniature, small words,
-label pictures.
+"""Small versions of public benchmarks on drawn scenes: emoji, CV-Bench, POPE, small words, label pictures.
 
-geneval-emoji   composed scenes of the forty emoji of ``data.emoji.NOUNS``; the judge is a small network
-                (``recognise``), and how often it reads true scenes right stands beside every score
+geneval-emoji   composed scenes of the forty emoji of ``data.worlds.emoji.NOUNS``; the judge is a small network
+                (``judges.recogniser``), and its own accuracy on true scenes is a baseline of every score
 cvbench-mini    count and relation (2D), depth order and distance (3D) of shapes, multiple choice; overall as CV-Bench's
 pope-mini       "is there a red circle?": the absent things are random, the most frequent ones, or ones that share
                 colour and shape with things that are there (arXiv 2305.10355)
@@ -69,8 +68,8 @@ def _judge_emoji(items: Sequence[Item], images: Sequence[PIL.Image.Image]) -> li
 def _matches(prompt: emoji_scenes.EmojiPrompt, found: Sequence[shapes.Found]) -> Verdict:
     seen, wanted = Counter(f.shape for f in found), Counter(prompt.ids)
     if seen != wanted:
-        told = ", ".join(f"{n} {emoji.NOUNS.get(id, id)}" for id, n in seen.items()) or "nothing"
-        return Verdict(False, f"found {told}")
+        counts = ", ".join(f"{n} {emoji.NOUNS.get(id, id)}" for id, n in seen.items()) or "nothing"
+        return Verdict(False, f"found {counts}")
     if prompt.relation:
         first, second = (next(f for f in found if f.shape == id) for id in prompt.ids)
         if prompt.relation not in shapes.relations(first, second):
@@ -184,8 +183,11 @@ _SPACE = {"count": _count, "relation": _relation, "depth": _depth, "distance": _
 def _space_scores(outcomes: Sequence[Outcome]) -> dict[str, Score]:
     stamp, groups = "cvbench-mini@vanilla", by_category(outcomes)
     scores = {f"{stamp}/{kind}": share(of) for kind, of in groups.items()}
-    overall = cv_bench(scores[f"{stamp}/count"].value, scores[f"{stamp}/relation"].value,
-                       (scores[f"{stamp}/depth"].value + scores[f"{stamp}/distance"].value) / 2)  # fmt: skip
+    overall = cv_bench(
+        scores[f"{stamp}/count"].value,
+        scores[f"{stamp}/relation"].value,
+        (scores[f"{stamp}/depth"].value + scores[f"{stamp}/distance"].value) / 2,
+    )
     total = weighted(groups, dict.fromkeys(groups, 1 / len(groups)))
     assert abs(total.value - overall) < 1e-9, "with two kinds on both sides CV-Bench's mean is even"
     return {f"{stamp}/overall": total} | scores
@@ -335,21 +337,51 @@ def _label_baselines(items: Sequence[Item], size: int) -> Baselines:
 
 BENCHMARKS: dict[str, Benchmark] = {
     "geneval-emoji": Benchmark(
-        "geneval-emoji", "draw", _emoji_items, _judge_emoji, _emoji_scores, _emoji_baselines, PICTURES, SIDE,
+        "geneval-emoji",
+        "draw",
+        _emoji_items,
+        _judge_emoji,
+        _emoji_scores,
+        _emoji_baselines,
+        PICTURES,
+        SIDE,
         macro=True,
     ),
     "cvbench-mini": Benchmark(
-        "cvbench-mini", "answer", _space_items, each(judge_choice), _space_scores, _space_baselines, side=SIDE,
+        "cvbench-mini",
+        "answer",
+        _space_items,
+        each(judge_choice),
+        _space_scores,
+        _space_baselines,
+        side=SIDE,
         macro=True,
     ),
     "pope-mini": Benchmark(
-        "pope-mini", "answer", _pope_items, each(judge_yes_no), partial(yes_no_scores, {"ours": "pope-mini@lone-word"}),
-        lambda items, size: {"pope-mini@lone-word/accuracy": {"always yes": 0.5}}, side=SIDE,
+        "pope-mini",
+        "answer",
+        _pope_items,
+        each(judge_yes_no),
+        partial(yes_no_scores, {"ours": "pope-mini@lone-word"}),
+        lambda items, size: {"pope-mini@lone-word/accuracy": {"always yes": 0.5}},
+        side=SIDE,
     ),
     "ocr-mini": Benchmark(
-        "ocr-mini", "answer", _word_items, each(_judge_word), _word_scores, side=SIDE,
+        "ocr-mini",
+        "answer",
+        _word_items,
+        each(_judge_word),
+        _word_scores,
+        side=SIDE,
     ),
     "seg-mini": Benchmark(
-        "seg-mini", "draw", _label_items, each(_judge_labels), _label_scores, _label_baselines, side=SIDE, macro=True,
+        "seg-mini",
+        "draw",
+        _label_items,
+        each(_judge_labels),
+        _label_scores,
+        _label_baselines,
+        side=SIDE,
+        macro=True,
     ),
-}  # fmt: skip
+}

@@ -63,10 +63,17 @@ def read_prompts(file: Path) -> list[dict]:
 def text_items(rows: Sequence[dict], seed: int, size: int) -> list[Item]:
     """One picture a prompt, numbered from 0."""
     return [
-        picture_item("text", str(r.get("category", "all")), f"{i:05d}", r["prompt"], seed, {"text": str(r["text"])},
-                     f"{i:05d}.png")
+        picture_item(
+            "text",
+            str(r.get("category", "all")),
+            f"{i:05d}",
+            r["prompt"],
+            seed,
+            {"text": str(r["text"])},
+            f"{i:05d}.png",
+        )
         for i, r in enumerate(rows)
-    ]  # fmt: skip
+    ]
 
 
 def judge_text(judge: Judge | None, item: Item, image: PIL.Image.Image) -> Verdict:
@@ -92,6 +99,11 @@ def benchmark(name: str, file: Path | None, tools: Tools) -> Benchmark:
     rows, judge = read_prompts(file), tools.judge
     reader, work = f"[{judge.model}]" if judge else "[tesseract]", partial(judge_text, judge)
     return Benchmark(
-        "text", "draw", partial(text_items, rows), judge.of(work) if judge else each(work),
-        partial(text_scores, reader), scorer={"reader": reader}, layout=write_flat,
-    )  # fmt: skip
+        "text",
+        "draw",
+        partial(text_items, rows),
+        judge.of(work) if judge else each(work),
+        partial(text_scores, reader),
+        scorer={"reader": reader},
+        layout=write_flat,
+    )

@@ -285,7 +285,7 @@ def _conversation(row: Mapping, where: str) -> dict[str, str]:
 
 
 def _identity(row: Mapping) -> str:
-    """HallusionBench's rows are told apart by five columns together; "" for other files."""
+    """The id of a HallusionBench row, which is five columns together; "" for other files."""
     keys = ("category", "subcategory", "set_id", "figure_id", "question_id")
     return "_".join(str(row[k]) for k in keys) if all(row.get(k) is not None for k in keys) else ""
 

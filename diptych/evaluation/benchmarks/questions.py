@@ -402,9 +402,13 @@ def benchmark(kind: str, file: Path | None, tools: Tools) -> Benchmark:
     if kind == "captions":
         items = _question_items(name, captions.of_pictures(rows), "caption", _truths)
         return Benchmark(
-            name, "answer", lambda seed, size: items, each(captions.judge), partial(captions.scores, name),
+            name,
+            "answer",
+            lambda seed, size: items,
+            each(captions.judge),
+            partial(captions.scores, name),
             max_new_tokens=64,
-        )  # fmt: skip
+        )
     items = _question_items(name, rows, "short", _short_truth)
     rules = SHORT[kind]
     return Benchmark(name, "answer", lambda seed, size: items, judged(rules), partial(rule_scores, name, list(rules)))

@@ -1,9 +1,7 @@
-"""The older half of the benchmark "mini": GenEval's tags, questions, captions and edits in the shapes world, judged by
-rules (the other half is ``scenes.py``).
+"""Rule-judged benchmarks of the shapes world: GenEval's tags, questions, captions, edits.
 
-Every judge wants the whole truth and nothing more (``@strict``: exactly the objects asked for; ``@exact``: the answer
-and no other word). ``geneval-dev`` is for choosing sampler settings: its prompts are not those of ``geneval-mini``
-wherever a tag has texts enough, and its seeds never are.
+``@strict`` needs exactly the objects asked for, ``@exact`` the answer and no other word. ``geneval-dev`` is for tuning
+sampler settings: its prompts differ from those of ``geneval-mini`` where a tag has enough texts, its seeds always.
 """
 
 from __future__ import annotations
@@ -112,10 +110,16 @@ def _chance(size: int) -> dict[str, float]:
 
 def _geneval(name: str) -> Benchmark:
     return Benchmark(
-        name, "draw", lambda seed, size: _geneval_items(name, seed), each(_judge_drawing),
-        lambda outcomes: _geneval_scores(name, outcomes), lambda items, size: _geneval_baselines(name, items, size),
-        PICTURES, SIDE, macro=True,
-    )  # fmt: skip
+        name,
+        "draw",
+        lambda seed, size: _geneval_items(name, seed),
+        each(_judge_drawing),
+        lambda outcomes: _geneval_scores(name, outcomes),
+        lambda items, size: _geneval_baselines(name, items, size),
+        PICTURES,
+        SIDE,
+        macro=True,
+    )
 
 
 # --- questions --------------------------------------------------------------------------------------------------------
@@ -219,17 +223,31 @@ def _edit_baselines(items: Sequence[Item], size: int) -> Baselines:
 BENCHMARKS: dict[str, Benchmark] = {
     "geneval-mini": _geneval("geneval-mini"),
     "vqa-mini": Benchmark(
-        "vqa-mini", "answer", lambda seed, size: asked("vqa-mini", "shapes/ask", QUESTIONS, seed, size),
-        each(_judge_answer), _vqa_scores, _vqa_baselines, side=SIDE,
+        "vqa-mini",
+        "answer",
+        lambda seed, size: asked("vqa-mini", "shapes/ask", QUESTIONS, seed, size),
+        each(_judge_answer),
+        _vqa_scores,
+        _vqa_baselines,
+        side=SIDE,
     ),
     "caption-mini": Benchmark(
-        "caption-mini", "answer", lambda seed, size: asked("caption-mini", "shapes/caption", CAPTIONS, seed, size),
-        each(_judge_caption), lambda outcomes: {"caption-mini@strict/overall": share(outcomes)}, _caption_baselines,
+        "caption-mini",
+        "answer",
+        lambda seed, size: asked("caption-mini", "shapes/caption", CAPTIONS, seed, size),
+        each(_judge_caption),
+        lambda outcomes: {"caption-mini@strict/overall": share(outcomes)},
+        _caption_baselines,
         side=SIDE,
     ),
     "edit-mini": Benchmark(
-        "edit-mini", "draw", lambda seed, size: asked("edit-mini", "shapes/edit", EDITS, seed, size),
-        each(_judge_edit), _edit_scores, _edit_baselines, side=SIDE,
+        "edit-mini",
+        "draw",
+        lambda seed, size: asked("edit-mini", "shapes/edit", EDITS, seed, size),
+        each(_judge_edit),
+        _edit_scores,
+        _edit_baselines,
+        side=SIDE,
     ),
     "geneval-dev": _geneval("geneval-dev"),
-}  # fmt: skip
+}

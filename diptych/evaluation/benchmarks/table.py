@@ -15,7 +15,7 @@ from diptych.evaluation.scores import Benchmark
 
 @dataclass(frozen=True)
 class Tools:
-    """What scores, and where it is to be had: judges, networks, reference pictures, all of the user's choice."""
+    """External scorers: the judge model, detector, CLIP, feature network, and where to load them from."""
 
     judge: Judge | None = None
     detector: str = "facebook/mask2former-swin-small-coco-instance"
@@ -37,7 +37,7 @@ class Tools:
         return self.judge
 
     def rubric(self, name: str, ours: str) -> str:
-        """What a judge is told: the user's NAME.txt, or else ours."""
+        """A judge's instructions: the user's NAME.txt, else ours."""
         if self.rubrics is None:
             return ours
         file = self.rubrics / f"{name}.txt"
@@ -108,10 +108,17 @@ TABLE: dict[str, Entry] = {
 }
 GROUPS = {
     "mini": (
-        "geneval-mini", "geneval-emoji", "vqa-mini", "caption-mini", "cvbench-mini", "pope-mini", "ocr-mini",
-        "edit-mini", "seg-mini",
+        "geneval-mini",
+        "geneval-emoji",
+        "vqa-mini",
+        "caption-mini",
+        "cvbench-mini",
+        "pope-mini",
+        "ocr-mini",
+        "edit-mini",
+        "seg-mini",
     ),
-}  # fmt: skip
+}
 LMMS = "lmms-eval:"
 
 

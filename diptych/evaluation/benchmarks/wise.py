@@ -125,6 +125,12 @@ def benchmark(name: str, file: Path | None, tools: Tools) -> Benchmark:
     stamp = f"wise@{'verified' if verified else 'legacy'}{tools.judged(name)}"
     weights = aggregate.VERIFIED if verified else aggregate.WISE
     return Benchmark(
-        name, "draw", partial(wise_items, name, rows, verified), judge.of(partial(judge_wise, judge, rubric, verified)),
-        partial(wise_scores, stamp, weights), scorer=judge.stamp | {"rubric": rubric}, macro=True, layout=write_flat,
-    )  # fmt: skip
+        name,
+        "draw",
+        partial(wise_items, name, rows, verified),
+        judge.of(partial(judge_wise, judge, rubric, verified)),
+        partial(wise_scores, stamp, weights),
+        scorer=judge.stamp | {"rubric": rubric},
+        macro=True,
+        layout=write_flat,
+    )

@@ -2,7 +2,7 @@
 
 A reply is kept under a hash of the judge's name, the question and the pictures (their pixels), so that nothing is asked
 twice, and an evaluation replays without the judge: ``Judge("name", cache=FOLDER)`` without an address only reads.
-The cached file holds question, reply and date. Judges drift; what was said stays.
+The cached file holds question, reply and date, because a served judge changes over time.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ ATTEMPTS = 3  # at a reply that can be read
 
 
 class Unreachable(ValueError):
-    """A server is at fault, and not what it was asked: it is gone, busy, or does not know us or the model."""
+    """The server failed, not the request: it is down, busy, refuses our key, or does not have the model."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a judge said; ``first`` are the likeliest first tokens with their log-probabilities, if asked for."""
+    """A judge's reply; ``first`` are the likeliest first tokens with their log-probabilities, if asked for."""
 
     text: str
     first: tuple[tuple[str, float], ...] = ()
@@ -58,7 +58,7 @@ class Judge:
 
     def __post_init__(self) -> None:
         if not self.model:
-            raise ValueError("a judge needs the name of its model: it stands in every score's name")
+            raise ValueError("a judge needs the name of its model, which is part of every score's name")
         if self.url is None and self.cache is None:
             raise ValueError(f"the judge {self.model!r} has neither an address nor a cache to replay")
 
@@ -94,7 +94,11 @@ class Judge:
             )
         reply = self._ask(text, images, system, logprobs, max_tokens)
         if file is not None:
-            row = asked | {"reply": reply.text, "first": reply.first, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}  # fmt: skip  # noqa: E501
+            row = asked | {
+                "reply": reply.text,
+                "first": reply.first,
+                "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            }
             disk.write_text(file, json.dumps(row, indent=1))
         return reply
 
@@ -121,7 +125,9 @@ class Judge:
             first = tuple((t.token, float(t.logprob)) for t in choice.logprobs.content[0].top_logprobs)
         return Reply(replies.spoken(choice.message.content or ""), first)
 
-    def read(self, parse: Callable[[str], T | None], text: str, images: Sequence[PIL.Image.Image], system: str = "") -> T | None:  # fmt: skip  # noqa: E501
+    def read(
+        self, parse: Callable[[str], T | None], text: str, images: Sequence[PIL.Image.Image], system: str = ""
+    ) -> T | None:
         """What ``parse`` reads in the reply; a reply that it cannot read is asked for again, at most three times, and
         then there is None: nothing is guessed."""
         for attempt in range(ATTEMPTS):

@@ -1,4 +1,4 @@
-"""A small network that finds the forty emoji of ``data.emoji.NOUNS`` in a picture: the judge of GenEval-emoji.
+"""A small network that finds the forty emoji of ``data.worlds.emoji.NOUNS`` in a picture: the judge of GenEval-emoji.
 
 It is a centre-point detector (arXiv 1904.07850): every cell of a 16 x 16 grid over the picture says how surely a thing
 of each kind has its centre there, and how wide and high it is. ``scripts/train_recogniser.py`` made the weights that
