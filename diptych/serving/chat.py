@@ -17,8 +17,8 @@ from diptych.core.sample import Image, ImageRole, Message, Sample, Text, assista
 from diptych.generation.events import Event, ImageDone, ImagePreview, Stop, TextDelta, Usage, Word
 from diptych.generation.scheduler import ImageRequest, TextRequest
 from diptych.parts.images import data_uri
-from diptych.serving.schemas import ChatMessage, ChatRequest, TextPart, ignored_header
-from diptych.serving.service import Service, parse_size, seed_of
+from diptych.serving.schemas import ChatMessage, ChatRequest, TextPart
+from diptych.serving.service import Service, canvas_size, seed_of
 from diptych.serving.sse import EventStream, server_sent
 from diptych.serving.worker import Call, Worker
 
@@ -31,12 +31,13 @@ def router(service: Service) -> APIRouter:
     async def completions(request: Request, body: ChatRequest) -> Response:
         """Text, pictures or both, in answer to a conversation that may show pictures."""
         worker = service.worker(body.model)
-        chat = Chat(service, worker, body, await conversation(service, body))
+        sample = await conversation(service, body)
+        chat, headers = Chat(service, worker, body, sample), service.warnings(worker, body, sample)
         call = service.begin(request, worker, chat.submit, body, str(body.messages[-1].content)[:1000])
         if body.stream:
-            return EventStream(call, chat.events(call), ignored_header(body))
+            return EventStream(call, chat.events(call), headers)
         try:
-            return JSONResponse(await chat.answer(call), headers=ignored_header(body))
+            return JSONResponse(await chat.answer(call), headers=headers)
         finally:
             call.end()
 
@@ -102,7 +103,7 @@ class Chat:
         """Queues the first part of each choice. Raises ``ValueError`` also for a later picture that cannot be drawn."""
         first = self._next_request(0)
         assert first
-        if self.settings:
+        if self.settings is not None:
             self.worker.prepare(self._drawing(0))
         self.choices = list(range(self.body.n))
         call.submit(*(replace(first, seed=self.seed + i) for i in self.choices))
@@ -121,7 +122,8 @@ class Chat:
 
     def _drawing(self, choice: int) -> ImageRequest:
         body, sample = self.body, self.samples[choice]
-        picture = assistant(Image(None, "target", parse_size(body.size)))
+        assert self.settings is not None
+        picture = assistant(Image(None, "target", canvas_size(body.size)))
         opened = replace(sample, messages=(*sample.messages, picture))
         return ImageRequest(opened, self.seed + choice, None, self.settings, self.negative_prompt, body.partial_images)
 

@@ -19,8 +19,8 @@ from diptych.generation.events import ImageDone, ImagePreview, Stop
 from diptych.generation.scheduler import ImageRequest
 from diptych.serving.forms import FILE_SCHEMA, check_form, form_body
 from diptych.serving.pictures import base64_text, decode, encode
-from diptych.serving.schemas import EditsRequest, ImagesRequest, ignored_header
-from diptych.serving.service import Service, parse_size, seed_of
+from diptych.serving.schemas import EditsRequest, ImagesRequest
+from diptych.serving.service import Service, canvas_size, seed_of
 from diptych.serving.sse import EventStream, server_sent
 from diptych.serving.worker import Call, Worker
 
@@ -55,10 +55,11 @@ def _edits_schema() -> dict[str, Any]:
 async def _respond(service: Service, request: Request, pictures: PictureRequest) -> Response:
     body = pictures.body
     call = service.begin(request, pictures.worker, pictures.submit, body, body.prompt)
+    headers = service.warnings(pictures.worker, body, pictures.sample)
     if body.stream:
-        return EventStream(call, pictures.events(call), ignored_header(body))
+        return EventStream(call, pictures.events(call), headers)
     try:
-        return JSONResponse(await pictures.answer(call, str(request.base_url)), headers=ignored_header(body))
+        return JSONResponse(await pictures.answer(call, str(request.base_url)), headers=headers)
     finally:
         call.end()
 
@@ -83,8 +84,8 @@ class PictureRequest:
         self.seed, self.created = seed_of(body), int(time.time())
         prompt = service.text(body.prompt, "prompt")
         negative = service.text(body.negative_prompt or "", "negative_prompt")
-        sample = Sample("request", (user(*(Image(s, "condition") for s in sources), prompt),))
-        settings, size = service.settings(self.worker.engine, body, sample), parse_size(body.size)
+        self.sample = sample = Sample("request", (user(*(Image(s, "condition") for s in sources), prompt),))
+        settings, size = service.settings(self.worker.engine, body, sample), canvas_size(body.size)
         self.requests = [
             ImageRequest(sample, self.seed + i, size, settings, negative, body.partial_images) for i in range(body.n)
         ]

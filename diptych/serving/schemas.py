@@ -46,13 +46,6 @@ class Strict(BaseModel):
                         yield from one.ignored(f"{at}.{i}.")
 
 
-def ignored_header(body: Strict) -> dict[str, str]:
-    """The header that names parameters without effect; empty where there are none."""
-    names = [*body.ignored()]
-    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    return {"warning": f'299 diptych "ignored: {", ".join(names[:20])}{more}"'} if names else {}
-
-
 class ToDraw(Strict):
     """How a picture is drawn. ``settings`` are further fields of the model's settings, by name."""
 

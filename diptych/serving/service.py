@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from typing import Any
 
 import PIL.Image
 from fastapi import Request
@@ -18,6 +17,8 @@ from pydantic import TypeAdapter, ValidationError
 from diptych.core.sample import Image, Sample, assistant, check_text, user
 from diptych.generation.engine import Engine
 from diptych.generation.scheduler import Size
+from diptych.models.protocol import Settings
+from diptych.models.sizes import parse_size
 from diptych.serving.errors import NotFound, Refused, plain_message
 from diptych.serving.fetch import fetch
 from diptych.serving.metrics import Metrics, log
@@ -89,7 +90,7 @@ class Service:
             raise ValueError(f"{name} has {len(text)} characters; at most {self.limits.prompt}")
         return check_text(text, name)
 
-    def settings(self, engine: Engine, body: ToDraw, sample: Sample) -> Any:
+    def settings(self, engine: Engine, body: ToDraw, sample: Sample) -> Settings:
         """The model's settings for the request ``sample`` with the changes of ``body``. Raises ``ValueError`` for
         unknown names, wrong types, numbers that are not finite, and too many steps."""
         named = {
@@ -113,12 +114,21 @@ class Service:
             for number in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(number, float) and not abs(number) <= 1e6:
                     raise ValueError(f"settings.{name} must be a finite number up to 1e6, not {number}")
-        model, size = engine.model, parse_size(body.size)
+        model, size = engine.model, canvas_size(body.size)
         asked = replace(sample, messages=(*sample.messages, assistant(Image(None, "target", size))))
         steps = model.steps(model.canvas(asked), chosen)
         if steps > max(self.limits.steps, model.steps(model.canvas(open_drawing()), model.settings)):
             raise ValueError(f"num_inference_steps may be at most {self.limits.steps}, not {steps}")
         return chosen
+
+    def warnings(self, worker: Worker, body: ToDraw, sample: Sample) -> dict[str, str]:
+        """The ``warning`` header of an answer: parameters without effect, and pictures of shapes that the model was not
+        trained on. Empty where there is nothing to say."""
+        names = [*body.ignored()]
+        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        texts = [f"ignored: {', '.join(names[:20])}{more}"] if names else []
+        texts += worker.engine.sizes.remarks(sample)
+        return {"warning": ", ".join(f'299 diptych "{text}"' for text in texts)} if texts else {}
 
     async def picture(self, url: str, name: str) -> PIL.Image.Image:
         """The picture of a message: a data URI, an upload, or a URL of an allowed host. Raises ``ValueError``."""
@@ -141,12 +151,9 @@ def open_drawing(*pictures: Image) -> Sample:
     return Sample("request", (user(*pictures, "a"), assistant(Image(None, "target"))))
 
 
-def parse_size(text: str | None) -> Size | None:
+def canvas_size(text: str | None) -> Size | None:
     """(width, height) of "WIDTHxHEIGHT"; None of None and "auto"."""
-    if text is None or text == "auto":
-        return None
-    width, height = text.split("x")
-    return int(width), int(height)
+    return None if text is None or text == "auto" else parse_size(text)
 
 
 def seed_of(body: ToDraw) -> int:

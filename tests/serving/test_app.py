@@ -22,6 +22,7 @@ import openai
 import PIL.Image
 import pytest
 
+from diptych.core.sample import Image, Sample, user
 from diptych.generation.engine import Engine
 from diptych.generation.scheduler import ImageJob, TextJob
 from diptych.serving.options import Limits, Options
@@ -89,8 +90,6 @@ def test_chat_says_what_the_library_says(client, engine):
         {"type": "text", "text": "how many stars are there?"},
     ]
     told = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": content}], max_tokens=7)
-    from diptych.core.sample import Image, user
-
     expected = engine.chat([user(Image(tiny.picture(1)), Image(tiny.picture(2, 32, 48)), content[2]["text"])], 7)
     [choice] = told.choices
     assert choice.message.content.strip() == expected.text and choice.finish_reason == expected.finish_reason
@@ -525,6 +524,38 @@ def test_an_assistant_may_have_said_nothing(server):
     empty = [turns[0], {"role": "assistant", "content": ""}, turns[0]]
     same = server.http.post("/v1/chat/completions", json=hello() | {"messages": empty})
     assert same.json()["choices"] == told.json()["choices"]
+
+
+def test_sizes_are_told_and_others_are_refused_as_the_library_does(server, engine):
+    about = server.http.get("/v1/models/tiny").json()["sizes"]
+    assert about == engine.sizes.to_json()
+    longest, stride = about["longest"], about["stride"]
+    small = {"prompt": "a star", "steps": 1}
+    fits = server.http.post("/v1/images/generations", json=small | {"size": f"{longest}x{about['shortest']}"})
+    assert fits.status_code == 200 and fits.json()["size"] == f"{longest}x{about['shortest']}"
+    for width, height in ((longest + stride, longest), (longest, longest + 1), (0, stride), (99999, 99999)):
+        with pytest.raises(ValueError) as wrong:
+            engine.generate("a star", size=(width, height), num_inference_steps=1)
+        size = {"size": f"{width}x{height}"}
+        drawing = server.http.post("/v1/images/generations", json=small | size)
+        edit = server.http.post("/v1/images/edits", data=small | size, files={"image": ("a.png", png())})
+        chat = {"messages": [{"role": "user", "content": "a star"}], "modalities": ["image"], "steps": 1, **size}
+        for answer in (drawing, edit, server.http.post("/v1/chat/completions", json=chat)):
+            assert answer.status_code == 400 and answer.json()["error"]["message"] == str(wrong.value)
+            assert answer.json()["error"]["param"] == "size"
+
+
+def test_a_shape_that_the_model_was_not_trained_on_is_warned_of(server, engine):
+    long = png(1, 96, 16)
+    [remark] = engine.sizes.remarks(Sample("", (user(Image(tiny.picture(1, 96, 16)), "?"),)))
+    warning = f'299 diptych "{remark}"'
+    part = {"type": "image_url", "image_url": {"url": uri(long)}}
+    for stream in (False, True):
+        told = server.http.post("/v1/chat/completions", json=hello([part], stream=stream))
+        assert told.headers["warning"] == warning
+    edit = {"data": {"prompt": "red", "steps": 1, "style": "vivid"}, "files": {"image": ("a.png", long)}}
+    told = server.http.post("/v1/images/edits", **edit)
+    assert told.headers["warning"] == f'299 diptych "ignored: style", {warning}'
 
 
 def test_head_and_version(server):

@@ -225,6 +225,18 @@ def test_what_was_asked_is_not_lost_on_an_error(browser, server):
     page.close()
 
 
+def test_the_sizes_that_exist_are_offered(page, server):
+    [sizes, *_] = [m["sizes"] for m in server.http.get("/v1/models").json()["data"]]
+    offered = [
+        tuple(map(int, o.split("x"))) for o in page.locator("#sizes option").evaluate_all("l => l.map(o => o.value)")
+    ]
+    assert offered[0] == tuple(sizes["default"]) and (sizes["longest"], sizes["longest"]) in offered
+    engine = next(iter(server.service.workers.values())).engine
+    assert all(engine.sizes.allow(*size) for size in offered) and len(set(offered)) == len(offered)
+    expect(page.locator("#about")).to_contain_text(f"of {sizes['shortest']} to {sizes['longest']} pixels a side")
+    assert page.locator("#draw [name=size]").get_attribute("list") == "sizes"
+
+
 def test_compare_two_models_on_one_seed(page):
     page.get_by_role("tab", name="Compare").click()
     page.locator("#versus button.main").click()

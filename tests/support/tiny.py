@@ -6,7 +6,7 @@ A new family is one line in ``FAMILIES``.
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import PIL.Image
@@ -248,4 +248,4 @@ def recipe(**changes) -> Recipe:
 
 def having(model, **settings):
     """Those of the settings that the family has."""
-    return {name: value for name, value in settings.items() if hasattr(model.settings, name)}
+    return {name: value for name, value in settings.items() if name in asdict(model.settings)}

@@ -28,6 +28,8 @@ async function ask(path, options = {}) {
     const wait = answer.headers.get("retry-after");
     throw new Error(plain(told.error?.message ?? `The server answered ${answer.status}.`) + (wait ? ` (in ${wait} s)` : ""));
   }
+  const shape = answer.headers.get("warning")?.match(/"([^"]*aspect ratio[^"]*)"/);
+  if (shape) notice(shape[1][0].toUpperCase() + shape[1].slice(1) + ".");
   return answer;
 }
 
