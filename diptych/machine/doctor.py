@@ -2,51 +2,95 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
-from importlib.metadata import version
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import torch
 
-from diptych.machine.devices import matmul_rate
+from diptych.machine.devices import host_memory, matmul_rate
 
-EXTRAS = {
-    "hf": ("transformers", "diffusers", "accelerate"),
-    "data": ("pyarrow",),
-    "track": ("tensorboard",),
+UNLOCKS = {  # what each extra is for; a test compares the names with the package's metadata
+    "hf": "IOMM and OmniGen2 models, published autoencoders",
+    "data": "Parquet files",
+    "track": "TensorBoard logs",
+    "tune": "LoRA",
+    "evaluate": "judges, endpoints, GenEval's detector, distances",
+    "features": "distances without a download",
+    "serve": "the HTTP server and its page",
+    "test": "the test suite",
+    "docs": "the documentation site",
 }
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def report() -> dict[str, str]:
     """Findings by name, in the order they are shown."""
-    fp32, bf16 = matmul_rate(torch.float32), matmul_rate(torch.bfloat16, n=256)
-    found = {
+    findings = {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "processor": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "fp32 matrix product": f"{fp32:.0f} GFLOP/s",
-        "bf16 matrix product": f"{bf16:.0f} GFLOP/s" + ("" if bf16 > fp32 else " (no bf16 units: train in fp32)"),
-        "cuda": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
-        "mps": "yes" if torch.backends.mps.is_available() else "no",
-        "attention": f"SDPA; FlexAttention {'for training' if torch.cuda.is_available() else 'trains on GPUs only'}",
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
+        "threads": f"{torch.get_num_threads()} (set OMP_NUM_THREADS to change it)",
+        "memory": f"{host_memory() / 2**30:.1f} GiB",
         "disk free": f"{shutil.disk_usage('.').free / 2**30:.0f} GiB",
-    }  # fmt: skip
-    for extra, packages in EXTRAS.items():
-        have = [f"{p} {version(p)}" for p in packages if importlib.util.find_spec(p)]
-        missing = [p for p in packages if not importlib.util.find_spec(p)]
-        hint = f"missing {', '.join(missing)}: pip install 'diptych[{extra}]'" if missing else ""
-        found[f"extra {extra}"] = "; ".join(filter(None, [", ".join(have), hint]))
+        **rates("cpu", 256),
+        "cuda": ", ".join(gpus()) or "none",
+    }
+    if torch.cuda.is_available():
+        findings |= rates("cuda", 4096)
+    findings["mps"] = "yes" if torch.backends.mps.is_available() else "no"
+    findings["attention"] = (
+        f"SDPA; FlexAttention {'for training' if torch.cuda.is_available() else 'trains on GPUs only'}"
+    )
+    return findings | {f"extra {extra}": state(extra, packages) for extra, packages in extras().items()}
+
+
+def rates(device: str, n: int) -> dict[str, str]:
+    """The measured rate of an n x n matrix product in each dtype."""
+    measured = {name: matmul_rate(dtype, device, n) for name, dtype in DTYPES.items()}
+    where = "" if device == "cpu" else f"{device} "
+    return {
+        f"{where}{name} matrix product": f"{rate:.0f} GFLOP/s"
+        + (f" (slower than fp32: do not train in {name} here)" if rate < measured["fp32"] else "")
+        for name, rate in measured.items()
+    }
+
+
+def gpus() -> Iterator[str]:
+    """Name and memory of every GPU that CUDA offers."""
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        yield f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)"
+
+
+def extras() -> dict[str, list[str]]:
+    """The packages of every extra, from the metadata of the installed package."""
+    found: dict[str, list[str]] = {}
+    for line in requires("diptych") or ():
+        if match := re.match(r"([\w.-]+).*;.*extra == ['\"](\w+)['\"]", line):
+            found.setdefault(match[2], []).append(match[1])
     return found
 
 
-def environment() -> dict[str, str]:
-    """What a score may depend on besides the recipe: versions, processor, git state."""
-    from importlib.metadata import version
+def state(extra: str, packages: list[str]) -> str:
+    """What an extra is for, and which of its packages are missing."""
+    versions, missing = [], []
+    for package in packages:
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            missing.append(package)
+    hint = f"missing {', '.join(missing)}: pip install 'diptych[{extra}]'" if missing else "complete"
+    return f"{UNLOCKS[extra]}; {hint}" + (f" ({', '.join(versions)})" if versions and extra != "test" else "")
 
+
+def environment() -> dict[str, str]:
+    """What a score may depend on besides the recipe: versions, processor and git state."""
     try:
         git = subprocess.run(
             ["git", "describe", "--always", "--dirty"],

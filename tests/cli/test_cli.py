@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +16,7 @@ import PIL.Image
 import pytest
 
 from diptych import cli, recipes
+from diptych.machine import doctor
 from diptych.models import table
 from diptych.training.loop import Interrupted
 from tests.support import tiny
@@ -102,6 +108,96 @@ def test_doctor(call):
     for key in ("python", "torch", "processor", "fp32 matrix product", "cuda", "attention", "disk free", "extra hf"):
         assert found[key], key
     assert "python" in call("doctor")[1]
+
+
+def test_doctor_reads_the_extras_from_the_metadata(monkeypatch):
+    root = Path(__file__).parents[2]
+    declared = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(doctor.UNLOCKS) == set(declared) == set(doctor.extras())
+    for extra, packages in doctor.extras().items():
+        assert packages == [re.match(r"[\w.-]+", line)[0] for line in declared[extra]]
+    told = doctor.state("tune", ["pytest", "a-package-that-is-not-there"])
+    assert told.startswith("LoRA; missing a-package-that-is-not-there: pip install 'diptych[tune]' (pytest ")
+    assert "complete" in doctor.state("test", ["pytest"])
+
+
+def test_doctor_measures_every_dtype(call):
+    findings = json.loads(call("doctor", "--json")[1])
+    for dtype in ("fp32", "bf16", "fp16"):
+        assert int(findings[f"{dtype} matrix product"].split()[0]) > 0
+    assert float(findings["memory"].removesuffix(" GiB")) > 0.5
+
+
+def test_unknown_names_suggest_the_nearest(call):
+    refused(call("trian", "bagel/tiny"), "Did you mean 'train'?")
+    refused(call("evaluate", "comapre", "a", "b"), "did you mean 'compare'?")
+    refused(call("train", "bagel/tiny", "--step", "3"), "Did you mean")
+    refused(call("train", "bagel/tny"), "did you mean 'bagel/tiny'?")
+    refused(call("generate", "bagel-tiny", "x"), "did you mean 'bagel/tiny'?")
+    refused(call("evaluate", "bagel/tiny", "vqa-mimi"), "did you mean 'vqa-mini'?")
+    refused(call("study", "sgt-proxy"), "did you mean 'sgt-proxies'?")
+    refused(call("plan", "bagel/tiny", "--gpu", "h10"), "did you mean")
+
+
+def test_without_a_verb_the_help_is_printed(call):
+    for words in ((), ("data",), ("evaluate",), ("analyze",)):
+        code, out, err = call(*words)
+        assert code == 0 and not err and out == call(*words, "--help")[1]
+
+
+def test_traceback_shows_what_the_error_line_hides(call):
+    for words in (("--traceback", "resume", "nowhere"), ("resume", "nowhere", "--traceback")):
+        code, out, err = call(*words)
+        assert code == cli.BAD and "Traceback" in err and "error: nowhere is no run" in err
+    assert "Traceback" not in call("resume", "nowhere")[2]
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        lambda: int("seven"),  # a ValueError that Python raised in the middle of our code
+        lambda: [].pop(),
+        lambda: {}["key"],
+        lambda: None.size,
+        lambda: 1 / 0,
+    ],
+    ids=["ValueError", "IndexError", "KeyError", "AttributeError", "ZeroDivisionError"],
+)
+def test_a_bug_is_never_dressed_as_a_mistake_of_the_user(call, monkeypatch, bug):
+    monkeypatch.setattr("diptych.machine.doctor.report", bug)
+    with pytest.raises(Exception) as caught:
+        call("doctor")
+    assert "This is a bug in diptych" in "".join(caught.value.__notes__)
+
+
+def test_names_stay_whole_in_pipes_and_on_terminals(call, monkeypatch):
+    for wide in ("80", "200"):
+        monkeypatch.setenv("COLUMNS", wide)
+        for terminal in ("", "1"):
+            monkeypatch.setenv("FORCE_COLOR", terminal) if terminal else monkeypatch.delenv("FORCE_COLOR", False)
+            for verb, names in (("recipes", recipes.RECIPES), ("models", table.SIZES)):
+                out = re.sub(r"\x1b\[[\d;]*m", "", call(verb)[1])
+                lines = out.splitlines()
+                assert all(any(name in line.split() for line in lines) for name in names)
+                assert "…" not in out
+
+
+def test_completion_is_installed(tmp_path):
+    environment = os.environ | {
+        "HOME": str(tmp_path),
+        "SHELL": "/bin/bash",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    command = f"{sys.executable} -m diptych --install-completion; true"
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    assert "bash completion installed" in done.stdout, done.stdout + done.stderr
+    assert "complete_bash" in next((tmp_path / ".bash_completions").iterdir()).read_text()
+    asked = {"_DIPTYCH_COMPLETE": "complete_bash", "COMP_WORDS": "diptych tra", "COMP_CWORD": "1"}
+    done = subprocess.run([sys.executable, "-m", "diptych"], env=environment | asked, capture_output=True, text=True)
+    assert done.stdout.split() == ["train"]
+    asked |= {"COMP_WORDS": "diptych generate chee", "COMP_CWORD": "2"}
+    done = subprocess.run([sys.executable, "-m", "diptych"], env=environment | asked, capture_output=True, text=True)
+    assert "cheers/tiny" in done.stdout.split()
 
 
 def test_generate(call, tiny_model, tmp_path):
