@@ -38,10 +38,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Family(Protocol):
     """What is asked of a model here: a ``Trainable`` has it."""
 
-    family: Any
-    encoders: Any
-    device: torch.device
-
+    @property
+    def family(self) -> str: ...
+    @property
+    def encoders(self) -> Mapping[str, Any]: ...
+    @property
+    def device(self) -> torch.device: ...
     def lay_out(self, sample: Sample) -> Any: ...
     def encode(self, encoder: str, images: Tensor) -> Tensor: ...
     def digest(self, encoder: str) -> str: ...
@@ -201,7 +203,7 @@ def precompute(
         raise ValueError(f"{folder} holds something else ({changed}); remove it or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / INDEX, json.dumps(index, indent=1))
-    told: dict[str, Any] = {"rows": 0, "pictures": 0, "bytes": 0, "skipped": {}}
+    done: dict[str, Any] = {"rows": 0, "pictures": 0, "bytes": 0, "skipped": {}}
     for k in range(rank, -(-len(source) // shard), world):
         rows = range(k * shard, min((k + 1) * shard, len(source)))
         if (folder / shard_name(k)).is_file():
@@ -213,17 +215,17 @@ def precompute(
                 window, good = range(at, min(at + WINDOW, rows.stop)), {}
                 for number in window:
                     if isinstance(found := next(seen), str):
-                        told["skipped"][f"{source.name}/{number}"] = found
+                        done["skipped"][f"{source.name}/{number}"] = found
                     else:
                         good[number] = found
                 made = _encode(model, {i: shown for i, (_, shown) in good.items()}, set(names), dtype, batch)
                 for number, (sample, _) in good.items():
-                    told["pictures"] += sum(map(bool, made[number]))
+                    done["pictures"] += sum(map(bool, made[number]))
                     _add(tar, f"{number:09d}", sample, made[number], model.lay_out)
-                told["rows"] += len(good)
+                done["rows"] += len(good)
                 progress(len(window))
-        told["bytes"] += (folder / shard_name(k)).stat().st_size
-    return told
+        done["bytes"] += (folder / shard_name(k)).stat().st_size
+    return done
 
 
 @torch.inference_mode()

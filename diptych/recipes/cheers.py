@@ -1,7 +1,7 @@
 """Cheers (arXiv 2603.12793): the paper's four stages, and the same model where two CPU cores train it.
 
-loss = cross-entropy + flow matching; AdamW without decay, clipped at 1, 2 % warm-up; words blanked from one drawing in
-five (specs: Cheers 6.1, 6.2). No weight average is mentioned; the tiny recipe takes one.
+Loss = cross-entropy + flow matching. AdamW without weight decay, gradients clipped at 1, 2 % warm-up; the text is
+blanked in one drawing out of five. The paper mentions no weight average; the tiny recipe uses one.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def b1_5() -> Recipe:
     """
 
     def stage(name: str, steps: int, rate: float, parts: tuple[str, ...], data: dict[str, float], **how: Any) -> Stage:
+        settings: dict[str, Any] = {"schedule": Schedule(warmup=steps // 50), "limits": Limits(tokens=8192, pictures=8)}
         return Stage(
             name,
             steps=steps,
@@ -73,7 +74,7 @@ def b1_5() -> Recipe:
             loss={"text": 1.0, "image": 1.0},
             optimizer=Optimizer("adamw", betas=(0.9, 0.95), eps=1e-8),
             dropout={"text": 0.2},
-            **{"schedule": Schedule(warmup=steps // 50), "limits": Limits(tokens=8192, pictures=8)} | how,
+            **settings | how,
         )
 
     return Recipe(

@@ -2,7 +2,7 @@
 
 Stage 1 and stage 2 share everything but the data: ``image`` is pictures without words, drawn from their own masked
 tokens; ``pair`` is pictures with captions; ``mix`` draws a share λ of its samples from the tuning set's pictures
-without their words (specs: IOMM 3.4, U6). Two kinds of stage 1 by three of stage 2 are the paper's six recipes.
+without their text (Section 4.1). Two kinds of stage 1 and three of stage 2 give the paper's six recipes (Table 9).
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def mixed(kind: Kind, alone: dict[str, float] | None, pairs: dict[str, float], s
 
 # ---- published ------------------------------------------------------------------------------------------------------
 
-# Table 4 and Table 5 (specs: IOMM 3.3, 3.4): optimizer, EMA, mask ratio, batch of stage 1 and of stage 2 at 512 / 1024.
+# Table 4 and Table 5: optimizer, EMA, mask ratio, batch of stage 1 and of stage 2 at 512 / 1024.
 SIZES: dict[str, dict[str, Any]] = {
     "b": {"optimizer": "adamw", "ema": 0.999, "masked": 0.85, "batch": 1024, "tuned": {512: 256, 1024: 96}},
     "l": {"optimizer": "adamw", "ema": None, "masked": 0.85, "batch": 512, "tuned": {512: 256, 1024: 96}},
@@ -141,7 +141,7 @@ def published(
 ) -> Recipe:
     """A published size. ``catalog`` says where "images" (11 M pictures; for pair pre-training "captions", the same with
     words) and "pairs" (210 k) are. 10 epochs of the pairs are 8,200 steps of 256. Stage 2 goes on from ``start`` (a run
-    of stage 1) where that is given; at 1024 pixels it must, since nothing is pre-trained there (specs: IOMM 3.3).
+    of stage 1) where that is given; at 1024 pixels it must, since nothing is pre-trained there (Appendix B.1).
 
     Raises ``ValueError`` for a resolution that the paper does not tune at, and for 1024 without ``start``."""
     s = SIZES[size]
@@ -209,7 +209,7 @@ def xl() -> Recipe:
     return published("xl")
 
 
-# ---- mixed tuning of other families (specs: IOMM 3.5, Table 6) ------------------------------------------------------
+# ---- mixed tuning of other families (Appendix B.3, Table 6) ---------------------------------------------------------
 
 
 def tuning(kind: Kind = "mix", share: float = 0.5, masked: float = 0.85, steps: int = 600, rank: int = 0) -> Recipe:

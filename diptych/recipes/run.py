@@ -111,7 +111,7 @@ def configured(
         recipe = recipe.override(override)
     if steps is not None:
         recipe = recipe.with_steps(steps)
-    given = {"seed": seed, "minutes": minutes, "catalog": catalog, "encoded": encoded}
+    given: dict[str, Any] = {"seed": seed, "minutes": minutes, "catalog": catalog, "encoded": encoded}
     given["folders"] = dict(folders) if folders else None
     return replace(recipe, **{name: value for name, value in given.items() if value is not None})
 
@@ -148,8 +148,10 @@ def resume(
 
 def stage_sources(recipe: Recipe, stage: Stage) -> Mapping[str, Any]:
     """The data sets of a stage: encoded beforehand, else the user's (folders, catalog), else embedded."""
-    how = {"catalog": recipe.catalog, "size": recipe.size, "encoded": recipe.encoded, "folders": recipe.folders}
-    return _self_conditioned(sources(stage.data, **how), stage)
+    found = sources(
+        stage.data, catalog=recipe.catalog, size=recipe.size, encoded=recipe.encoded, folders=recipe.folders
+    )
+    return _self_conditioned(found, stage)
 
 
 def _self_conditioned(found: Mapping[str, Any], stage: Stage) -> Mapping[str, Any]:
@@ -172,35 +174,35 @@ def precompute(
 ) -> dict[str, dict[str, Any]]:
     """Encodes the data sets of a recipe with the frozen encoders of its model into ``folder``, one folder a data set.
 
-    Returns what was done by data set (``diptych.data.encoded.precompute``, which takes ``how``). The recipe then trains
-    on them with ``encoded=folder``.
+    Returns the counts of each data set (``diptych.data.encoded.precompute``, which takes ``how``). The recipe then
+    trains on them with ``encoded=folder``.
 
     ``data`` chooses data sets (default: all of the recipe's); ``limit`` cuts each to its first rows."""
     recipe = configured(recipe, model=model, catalog=catalog, override=override)
     stages = {name: stage for stage in reversed(recipe.stages) for name in stage.data}
     made = build.build(recipe, pick_device(device)).eval()
     entries = read_catalog(recipe.catalog) if recipe.catalog else {}
-    told = {}
+    results = {}
     found = sources(data or stages, catalog=recipe.catalog, size=recipe.size, folders=recipe.folders)
     for name, source in found.items():
         source = _self_conditioned({name: source}, stages[name])[name] if name in stages else source
         cut = First(source, min(limit, len(source))) if limit else source
         done = 0
 
-        def said(rows: int, name: str = name, total: int = len(cut)) -> None:
+        def report(rows: int, name: str = name, total: int = len(cut)) -> None:
             nonlocal done
             done += rows
             progress(name, done, total)
 
-        told[name] = precomputed.precompute(
+        results[name] = precomputed.precompute(
             cut,
             made,
             Path(folder) / name,
             origin=origin(name, entries, recipe.size, recipe.folders),
-            progress=said,
+            progress=report,
             **how,
         )
-    return told
+    return results
 
 
 def draw_samples(model: Trainable, step: int, run: Path) -> None:

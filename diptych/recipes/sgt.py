@@ -2,7 +2,7 @@
 
 Segmentation : questions = 2 : 1 by samples (``samples/*`` and ``count/*`` of metrics.jsonl say what a run really saw),
 L = 1.5 cross-entropy + 1.0 flow matching, words dropped from one drawing in ten. The picture enters through the vision
-encoder alone: its latents are withheld, so nothing can be copied (specs: SGT 2.1, 2.4, 2.5).
+encoder alone: its latents are withheld, so nothing can be copied.
 """
 
 from __future__ import annotations

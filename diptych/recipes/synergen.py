@@ -1,7 +1,7 @@
 """SynerGen-VL (arXiv 2412.09604): a picture tokenizer, then stages that leave the language path alone.
 
 Loss = CE of answers + 2 CE of picture codes, each a mean; pictures to read and to draw 1 : 1 by samples; one request to
-draw in ten is read without its words (specs: SynerGen-VL 3). The tokenizer's codes can be made once:
+draw in ten is read without its text (Sections 3.2 and 4.1). The tokenizer's codes can be made once:
 ``diptych data precompute synergen/stage1 --catalog my_data.yaml --out codes``, then ``diptych train`` with
 ``--encoded codes``.
 """
@@ -114,7 +114,7 @@ def _published(
     )
 
 
-# ---- miniatures (specs: SynerGen-VL 8) --------------------------------------------------------------------------
+# ---- miniatures ---------------------------------------------------------------------------------------------------
 
 READERS = {  # pixels of a side, most tiles, fold: the arms of table 6
     "24 px 1x1": (24, 1, (1, 1)),  # 36 tokens
@@ -155,7 +155,7 @@ def _small(layers: int, side: int, ratio: tuple[int, int], experts: bool = True,
 
 def reader(steps: int, side: int, tiles: int, ratio: tuple[int, int]) -> Recipe:
     """One arm of table 6: reads numbers and shapes on pictures of 64 pixels, seen at ``side``, in up to ``tiles``."""
-    more = {"tiles": {"most": tiles, "thumbnail": tiles > 1}}
+    more: dict[str, Any] = {"tiles": {"most": tiles, "thumbnail": tiles > 1}}
     stage = Stage(
         "read",
         steps=steps,
@@ -195,7 +195,7 @@ def miniature(
 ) -> Recipe:
     """One arm of table 7 on a small language model (of ``words``; the study fills it in): stage 1 from noisy pairs,
     stage 2 from clean ones, half of the steps each; 24 pictures to read and 24 to draw a step. ``full`` trains
-    everything, without vision experts (specs: SynerGen-VL 7, Q9)."""
+    everything, without vision experts, which the paper leaves open."""
     made = _small(6, 32, (1, 1), experts=not full, image_loss_on_und=image_loss_on_und)
     plan = {
         1: (VISUAL, 2e-3, {"glyphs/say/noisy": 1.0, "glyphs/draw/noisy": 1.0}),

@@ -27,8 +27,8 @@ def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = Non
     """The recipe's model with fresh weights, and with the parts that ``init`` names taken from other models, or a
     decoder from a language model of transformers (whose tokenizer comes with it).
 
-    Where processes share a model that all comes from one folder, or from a checkpoint (``resuming``: nothing is filled
-    in), each holds its shards and at most one whole tensor. Fresh weights are drawn whole, then shared."""
+    With sharding, a model from a single folder or a checkpoint (``resuming``: no weights are filled in) is loaded shard
+    by shard: peak host memory is the shard plus one full tensor. Fresh weights are drawn whole, then sharded."""
     name, config = configs.config_from_json(recipe.model)
     if tokenizer is None:
         tokenizer = _tokenizer(recipe)
@@ -60,11 +60,11 @@ def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = Non
         if path == "model":
             store.load_strict(model, other.state_dict(), source)
             continue
-        mine, theirs = _module(model, path, name), _module(other, other_path or path, where)
-        state = theirs.state_dict()
-        if isinstance(mine, Decoder) and isinstance(theirs, Decoder):
-            state = taken_over(mine, theirs)
-        store.load_strict(mine, state, f"{source}, taken over as {path!r},")
+        module, origin = _module(model, path, name), _module(other, other_path or path, where)
+        weights = origin.state_dict()
+        if isinstance(module, Decoder) and isinstance(origin, Decoder):
+            weights = taken_over(module, origin)
+        store.load_strict(module, weights, f"{source}, taken over as {path!r},")
     prepare(model, device)
     return model
 

@@ -42,7 +42,7 @@ Hook = Callable[[Trainable, int, Path], None]  # called with the model, the step
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; ``path`` is the checkpoint that it goes on from."""
+    """The run was asked to stop; ``path`` is the checkpoint that it resumes from."""
 
     def __init__(self, path: Path, step: int) -> None:
         super().__init__(f"stopped after step {step}; go on with: diptych resume {path.parent.parent}")
@@ -279,7 +279,7 @@ class _Job:
         disk.write_bytes(self.reserve, os.urandom(2**16))
 
     def report(self, error: Exception) -> None:
-        """Leaves crash.json: what happened, where, with which samples, and the checkpoint to go on from."""
+        """Leaves crash.json: what happened, where, with which samples, and the last good checkpoint."""
         self.reserve.unlink(missing_ok=True)
         with suppress(Exception):
             self.saver.wait()
@@ -364,9 +364,9 @@ class _Job:
             return
         rows = [(v, n) for v, n in gather((value, names)) if n]
         some = [name for _, n in rows for name in n]
-        told = f"{', '.join(some[:8])}{' ...' if len(some) > 8 else ''}"
+        listed = f"{', '.join(some[:8])}{' ...' if len(some) > 8 else ''}"
         raise FloatingPointError(
-            f"step {self.state.step + 1}: the {what} is {rows[0][0]}; nothing was updated. Samples of the row: {told}"
+            f"step {self.state.step + 1}: the {what} is {rows[0][0]}; nothing was updated. Samples of the row: {listed}"
         )
 
 

@@ -100,7 +100,7 @@ def test_a_forged_checkpoint_is_refused_and_runs_nothing(change, run, tmp_path):
     forged = forge(run, tmp_path, change)
     with pytest.raises(ValueError, match=r"\.metadata is refused"):
         train(tiny.recipe(steps=4), forged, resume=True)
-    assert not (tmp_path / "ran").exists()
+    assert not (forged / "ran").exists()
 
 
 @pytest.mark.parametrize("change", [instead, inside, as_bytes])
@@ -115,7 +115,7 @@ def test_the_forgeries_would_work_on_torchs_own_reader(change, run, tmp_path):
         torch.distributed.checkpoint.load(state, checkpoint_id=last / "state", no_dist=True)
     except BaseException:  # CheckpointException: the forged metadata need not load
         pass
-    assert (tmp_path / "ran").exists()
+    assert (forged / "ran").exists()
 
 
 def test_a_sound_checkpoint_is_read_as_ever(run, tmp_path):
