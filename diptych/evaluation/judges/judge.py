@@ -7,9 +7,7 @@ The cached file holds question, reply and date, because a served judge changes o
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +24,7 @@ from diptych.evaluation import files
 from diptych.evaluation.addresses import NO_KEY, query, without_secrets
 from diptych.evaluation.judges import replies
 from diptych.machine import disk
+from diptych.parts.images import data_uri
 
 T = TypeVar("T")
 ATTEMPTS = 3  # at a reply that can be read
@@ -103,7 +102,7 @@ class Judge:
         return reply
 
     def _ask(self, text: str, images: Sequence[PIL.Image.Image], system: str, logprobs: int, max_tokens: int) -> Reply:
-        content: list[dict] = [{"type": "image_url", "image_url": {"url": address(i)}} for i in images]
+        content: list[dict] = [{"type": "image_url", "image_url": {"url": data_uri(i)}} for i in images]
         messages: list[dict] = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": [*content, {"type": "text", "text": text}]})
         more: dict[str, Any] = {"logprobs": True, "top_logprobs": logprobs} if logprobs else {}
@@ -170,10 +169,3 @@ def client_package() -> Any:
     except ImportError as error:
         raise ValueError('endpoints and judges need the package "openai": pip install "diptych[evaluate]"') from error
     return openai
-
-
-def address(image: PIL.Image.Image) -> str:
-    """The picture as a "data:" address of a PNG."""
-    out = io.BytesIO()
-    image.convert("RGB").save(out, "PNG")
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
