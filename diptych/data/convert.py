@@ -280,8 +280,8 @@ def convert(format: str, source: Path, out: Path, images: Path | None = None, fo
         raise ValueError(f"{out} is there; --force overwrites it")
     done, folder, seen = Converted(), out.with_name(f"{out.stem}-images"), Counter[str]()
     with atomic(out) as part, part.open("w", encoding="utf-8") as file:
-        for found in find_files(source, suffixes):
-            for row in read(found):
+        for path in find_files(source, suffixes):
+            for row in read(path):
                 if isinstance(row, str):
                     done.skipped.append(row)
                     continue
@@ -292,7 +292,7 @@ def convert(format: str, source: Path, out: Path, images: Path | None = None, fo
                     sample_from_json(cells)  # raises where a catalog would refuse it
                     line = json.dumps(cells, ensure_ascii=False).encode()
                 except ValueError as error:
-                    done.skipped.append(f"{found}: {row.sample.id}: {error}")
+                    done.skipped.append(f"{path}: {row.sample.id}: {error}")
                     continue
                 for name, data in row.pictures.items():
                     _write_picture(folder / name, data, force)

@@ -245,8 +245,8 @@ def webdataset(name: str, path: Path, read: Read = "rows", max_pixels: int = MAX
     left_out = Counter(unread_files(path, (".tar",)))
     for number, file in enumerate(files):
         groups: dict[str, dict[str, tuple[int, int]]] = {}
-        found, wrong = _tar_members(file)
-        for member, offset, size in found:
+        listed, damage = _tar_members(file)
+        for member, offset, size in listed:
             folder, slash, base = member.rpartition("/")
             stem, dot, extension = base.partition(".")
             if not (stem and dot):  # hidden files, and members without an extension
@@ -257,8 +257,8 @@ def webdataset(name: str, path: Path, read: Read = "rows", max_pixels: int = MAX
                 raise ValueError(f"{file}: member {member!r} comes twice")
             group[extension.lower()] = (offset, size)
         members += [(number, key, group) for key, group in groups.items()]
-        if wrong:
-            damaged[len(members)] = wrong
+        if damage:
+            damaged[len(members)] = damage
             members.append((number, "damaged", {}))
     if len(members) == len(damaged):
         raise ValueError("; ".join(damaged.values()) or f"{path} holds no samples")
@@ -267,20 +267,20 @@ def webdataset(name: str, path: Path, read: Read = "rows", max_pixels: int = MAX
 
 def _tar_members(file: Path) -> tuple[list[tuple[str, int, int]], str]:
     """(name, offset of the data, bytes) of every readable member of a tar, and how the rest is damaged, or ""."""
-    end, last, found = 0, "its start", []
+    end, last, members = 0, "its start", []
     try:
         with tarfile.open(file, "r:") as opened:
             for member in opened:
                 end, last = member.offset_data + -(-member.size // 512) * 512, repr(member.name)
                 if member.isreg() and not member.issparse():
-                    found.append((member.name, member.offset_data, member.size))
+                    members.append((member.name, member.offset_data, member.size))
     except (tarfile.TarError, OSError) as error:
-        return found, f"{file} is not a readable uncompressed tar; damaged after {last}: {error}"
+        return members, f"{file} is not a readable uncompressed tar; damaged after {last}: {error}"
     with file.open("rb") as stream:  # tarfile takes a damaged header for the end of the archive
         stream.seek(end)
         if any(stream.read(512)):
-            return found, f"{file} is damaged after {last}: what follows is no tar header"
-    return found, ""
+            return members, f"{file} is damaged after {last}: what follows is no tar header"
+    return members, ""
 
 
 # ---- shared ---------------------------------------------------------------------------------------------------------
@@ -294,14 +294,14 @@ def find_files(path: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
     if path.is_file():
         return (path,)
     if path.is_dir():
-        found = [p for p in path.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith(".")]
+        files = [p for p in path.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith(".")]
     elif "*" in path.name:
-        found = list(path.parent.glob(path.name))
+        files = list(path.parent.glob(path.name))
     else:
         raise ValueError(f"{str(path)!r} does not exist")
-    if not found:
+    if not files:
         raise ValueError(f"{str(path)!r} holds no {' or '.join(suffixes)} file")
-    return tuple(sorted(found))
+    return tuple(sorted(files))
 
 
 def unread_files(path: Path, suffixes: tuple[str, ...]) -> dict[str, int]:

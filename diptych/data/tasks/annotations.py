@@ -166,10 +166,10 @@ def _made(source: Proxies, index: int) -> Sample:
     row = source.rows[index]
     try:
         annotated = shrunk(row.read(), source.longest)
-        made = ladder.make(source.task, annotated, ladder.generator(source.seed, row.id, source.task.name))
+        messages_and_info = ladder.make(source.task, annotated, ladder.generator(source.seed, row.id, source.task.name))
     except ValueError as error:
         raise ValueError(f"{row.where}: {error}") from error
-    return Sample(row.id, *made)
+    return Sample(row.id, *messages_and_info)
 
 
 def shrunk(a: Annotated, longest: int) -> Annotated:
@@ -213,10 +213,10 @@ def coco(path: Path, images: Path, task: Task, max_pixels: int = MAX_PIXELS) -> 
     data, by_image, categories = _coco(path, "category_id", "id")
     rows = []
     for image in data["images"]:
-        found = by_image.get(image["id"], [])
-        things = [a for a in found if not a.get("iscrowd")]
-        if not task.needs or (found if task.name in ("segment", "semantic", "panoptic") else things):
-            entries = found if task.needs else []
+        annotations = by_image.get(image["id"], [])
+        things = [a for a in annotations if not a.get("iscrowd")]
+        if not task.needs or (annotations if task.name in ("segment", "semantic", "panoptic") else things):
+            entries = annotations if task.needs else []
             read = partial(_read_coco, images, image["file_name"], entries, categories, max_pixels)
             rows.append(AnnotatedRow(str(image["id"]), f"{path}: image {image['id']}", read))
     return tuple(rows)
@@ -232,10 +232,10 @@ def coco_panoptic(
     data, by_image, categories = _coco(path, "segments_info", "file_name")
     rows = []
     for image in data["images"]:
-        for found in by_image.get(image["id"], []):
-            things = [s for s in found["segments_info"] if _thing(s, categories)]
+        for annotation in by_image.get(image["id"], []):
+            things = [s for s in annotation["segments_info"] if _thing(s, categories)]
             if things or task.name not in ("instance", "detect", "referring"):
-                read = partial(_read_panoptic, images, masks, image["file_name"], found, categories, max_pixels)
+                read = partial(_read_panoptic, images, masks, image["file_name"], annotation, categories, max_pixels)
                 rows.append(AnnotatedRow(str(image["id"]), f"{path}: image {image['id']}", read))
     return tuple(rows)
 
@@ -260,22 +260,26 @@ def _thing(entry: dict, categories: Mapping[int, tuple[int, str, bool]]) -> bool
     return known is not None and known[2] and not entry.get("iscrowd")
 
 
-def _read_coco(images: Path, name: str, found: list[dict], categories: dict, max_pixels: int) -> Annotated:
+def _read_coco(images: Path, name: str, annotations: list[dict], categories: dict, max_pixels: int) -> Annotated:
     image = open_picture(inside(images, name), name, max_pixels)
-    masks = [_mask(a, f"annotation {a['id']}", image.size) for a in found]
-    return _labelled(image, masks, found, categories)
+    masks = [_mask(a, f"annotation {a['id']}", image.size) for a in annotations]
+    return _labelled(image, masks, annotations, categories)
 
 
-def _read_panoptic(images: Path, masks: Path, name: str, found: dict, categories: dict, max_pixels: int) -> Annotated:
+def _read_panoptic(
+    images: Path, masks: Path, name: str, annotation: dict, categories: dict, max_pixels: int
+) -> Annotated:
     image = open_picture(inside(images, name), name, max_pixels)
-    drawn = open_labels(inside(masks, found["file_name"]), found["file_name"], max_pixels)
+    drawn = open_labels(inside(masks, annotation["file_name"]), annotation["file_name"], max_pixels)
     if drawn.shape != (image.height, image.width):
-        raise ValueError(f"{found['file_name']!r} is {drawn.shape[::-1]}, the picture {image.size}")
-    for i, segment in enumerate(found["segments_info"]):
+        raise ValueError(f"{annotation['file_name']!r} is {drawn.shape[::-1]}, the picture {image.size}")
+    for i, segment in enumerate(annotation["segments_info"]):
         _needs(segment, ("id", "category_id"), f"segments_info[{i}]")
-    if lost := [s["id"] for s in found["segments_info"] if not (drawn == s["id"]).any()]:
-        raise ValueError(f"segments {lost} are not drawn in {found['file_name']!r}")
-    return _labelled(image, [drawn == s["id"] for s in found["segments_info"]], found["segments_info"], categories)
+    if lost := [s["id"] for s in annotation["segments_info"] if not (drawn == s["id"]).any()]:
+        raise ValueError(f"segments {lost} are not drawn in {annotation['file_name']!r}")
+    return _labelled(
+        image, [drawn == s["id"] for s in annotation["segments_info"]], annotation["segments_info"], categories
+    )
 
 
 def _labelled(image: PIL.Image.Image, masks: list[np.ndarray], entries: list[dict], categories: dict) -> Annotated:
@@ -384,10 +388,10 @@ def _read_folder(
     png = str(Path(name).with_suffix(".png"))
 
     def values(root: Path, key: str, name: str = png) -> np.ndarray:
-        found = open_labels(inside(root, name), f"{key}: {name}", max_pixels)
-        if found.shape != (image.height, image.width):
-            raise ValueError(f"{key}: {name!r} is {found.shape[::-1]}, the picture {image.size}")
-        return found
+        pixels = open_labels(inside(root, name), f"{key}: {name}", max_pixels)
+        if pixels.shape != (image.height, image.width):
+            raise ValueError(f"{key}: {name!r} is {pixels.shape[::-1]}, the picture {image.size}")
+        return pixels
 
     annotated = Annotated(
         image,
@@ -398,15 +402,15 @@ def _read_folder(
         drawn = [values(each, "masks", p.name) > 0 for p in sorted(each.glob("*.png"))]
         return replace(annotated, masks=np.stack(drawn) if drawn else None)
     if masks:
-        found = values(masks, "masks")
-        ids = [v for v in np.unique(found).tolist() if v]
-        return replace(annotated, masks=np.stack([found == v for v in ids]) if ids else None)
+        pixels = values(masks, "masks")
+        ids = [v for v in np.unique(pixels).tolist() if v]
+        return replace(annotated, masks=np.stack([pixels == v for v in ids]) if ids else None)
     if labels:
-        found = values(labels, "labels")
-        ids = [v for v in np.unique(found).tolist() if v != 255]
+        pixels = values(labels, "labels")
+        ids = [v for v in np.unique(pixels).tolist() if v != 255]
         if unknown := [v for v in ids if v >= len(classes)]:
             raise ValueError(f"labels: {png!r} has values {unknown}; there are {len(classes)} classes")
-        stacked = np.stack([found == v for v in ids]) if ids else None
+        stacked = np.stack([pixels == v for v in ids]) if ids else None
         return replace(annotated, masks=stacked, labels=tuple(ids), classes=classes, countable=(False,) * len(ids))
     return annotated
 

@@ -108,10 +108,10 @@ class Annotated:
 
     def has(self) -> list[str]:
         """What a task may need and this picture has."""
-        found = [n for n in ("masks", "labels", "depth", "view") if _some(getattr(self, n))]
-        found += ["things"] if self.masks is not None and self.things else []
-        found += ["boxes"] if (self.masks is not None or self.boxes is not None) and self.things else []
-        return found + (["phrases"] if self.masks is not None and any(self.phrases or ()) else [])
+        names = [n for n in ("masks", "labels", "depth", "view") if _some(getattr(self, n))]
+        names += ["things"] if self.masks is not None and self.things else []
+        names += ["boxes"] if (self.masks is not None or self.boxes is not None) and self.things else []
+        return names + (["phrases"] if self.masks is not None and any(self.phrases or ()) else [])
 
 
 def _some(value: object) -> bool:
@@ -192,8 +192,10 @@ def nearest(pixels: np.ndarray, colours: np.ndarray) -> np.ndarray:
     codes, where = np.unique(pixels.astype(np.int64) @ np.array([65536, 256, 1]), return_inverse=True)
     seen = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], 1)
     step, table = max(1, 2**21 // len(colours)), colours.astype(np.int64)
-    found = [((part[:, None] - table) ** 2).sum(-1).argmin(1) for part in np.split(seen, range(step, len(seen), step))]
-    return np.concatenate(found)[where].reshape(pixels.shape[:2])
+    indices = [
+        ((part[:, None] - table) ** 2).sum(-1).argmin(1) for part in np.split(seen, range(step, len(seen), step))
+    ]
+    return np.concatenate(indices)[where].reshape(pixels.shape[:2])
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------

@@ -272,8 +272,8 @@ def _fills(svg: str) -> tuple[tuple[int, int, int], ...]:
     """The colour of each shape, back to front; empty where not every shape has a plain one."""
     if re.search("<(defs|use|clipPath|filter)", svg):
         return ()
-    found = [fill for _, fill in _leaves(_tree(svg))]
-    return () if None in found else tuple(fill for fill in found if fill)
+    fills = [fill for _, fill in _leaves(_tree(svg))]
+    return () if None in fills else tuple(fill for fill in fills if fill)
 
 
 @lru_cache(maxsize=256)

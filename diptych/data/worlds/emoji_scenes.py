@@ -194,16 +194,16 @@ def prompts(tag: str, n: int, seed: int = 0) -> list[EmojiPrompt]:
     if tag not in TAGS:
         raise ValueError(f"tag is {tag!r}; choose from {', '.join(TAGS)}")
     rng = np.random.default_rng((seed, TAGS.index(tag)))
-    found: dict[tuple, EmojiPrompt] = {}
-    while len(found) < n:
+    drawn: dict[tuple, EmojiPrompt] = {}
+    while len(drawn) < n:
         first, second = _ids(rng, 2)
         relation = pick(rng, RELATIONS) if tag == "position" else None
         many = int(rng.integers(2, 5)) if tag == "counting" else 1
         ids = (first, second) if tag in ("two_object", "position") else (first,) * many
         text = f"{_phrase([first])} {relation} {_phrase([second])}" if relation else _phrase(list(ids))
-        key = (ids, relation) if tag != "single_object" or len(found) < len(NOUNS) else (len(found),)
-        found.setdefault(key, EmojiPrompt(tag, text, ids, relation))
-    return list(found.values())
+        key = (ids, relation) if tag != "single_object" or len(drawn) < len(NOUNS) else (len(drawn),)
+        drawn.setdefault(key, EmojiPrompt(tag, text, ids, relation))
+    return list(drawn.values())
 
 
 def scene_for(rng: np.random.Generator, prompt: EmojiPrompt) -> tuple[PlacedEmoji, ...]:

@@ -240,10 +240,10 @@ def prompts(tag: str, n: int, seed: int = 0, held_out: bool = False) -> list[Pro
         raise ValueError(f"tag is {tag!r}{' with held_out' if held_out else ''}; choose from {', '.join(choices)}")
     every = _all_prompts(tag, held_out)
     rng = np.random.default_rng((seed, TAGS.index(tag), held_out))
-    found: list[Prompt] = []
-    while len(found) < n:
-        found += [every[i] for i in rng.permutation(len(every))]
-    return found[:n]
+    drawn: list[Prompt] = []
+    while len(drawn) < n:
+        drawn += [every[i] for i in rng.permutation(len(every))]
+    return drawn[:n]
 
 
 def _listing(needs: list[Need]) -> str:

@@ -96,14 +96,18 @@ def _identify(pixels: np.ndarray, solid: np.ndarray, part: np.ndarray) -> Found:
     height, width = solid.shape
     (top, left), (bottom, right) = part.min(0), part.max(0) + 1
     y0, x0, y1, x1 = max(top - 2, 0), max(left - 2, 0), min(bottom + 2, height), min(right + 2, width)
-    own = np.zeros((y1 - y0 + 2, x1 - x0 + 2), bool)
-    own[part[:, 0] - y0 + 1, part[:, 1] - x0 + 1] = True
-    inner = own[1:-1, 1:-1] & own[:-2, 1:-1] & own[2:, 1:-1] & own[1:-1, :-2] & own[1:-1, 2:]
-    near = own[1:-1, 1:-1] | own[:-2, 1:-1] | own[2:, 1:-1] | own[1:-1, :-2] | own[1:-1, 2:]
-    own = own[1:-1, 1:-1]
+    part_mask = np.zeros((y1 - y0 + 2, x1 - x0 + 2), bool)
+    part_mask[part[:, 0] - y0 + 1, part[:, 1] - x0 + 1] = True
+    inner = (
+        part_mask[1:-1, 1:-1] & part_mask[:-2, 1:-1] & part_mask[2:, 1:-1] & part_mask[1:-1, :-2] & part_mask[1:-1, 2:]
+    )
+    near = (
+        part_mask[1:-1, 1:-1] | part_mask[:-2, 1:-1] | part_mask[2:, 1:-1] | part_mask[1:-1, :-2] | part_mask[1:-1, 2:]
+    )
+    part_mask = part_mask[1:-1, 1:-1]
     crop = pixels[y0:y1, x0:x1]
 
-    core = crop[inner] if inner.sum() >= 3 else crop[own]
+    core = crop[inner] if inner.sum() >= 3 else crop[part_mask]
     nearest = ((core[:, None] - _PALETTE) ** 2).sum(-1).argmin(1)
     votes = np.bincount(nearest, minlength=len(_PALETTE))
     best = int(votes.argmax())
@@ -113,7 +117,7 @@ def _identify(pixels: np.ndarray, solid: np.ndarray, part: np.ndarray) -> Found:
 
     towards = 255 - typical  # the ink as it is, so that a pale object is measured right
     alpha = np.clip((255 - crop) @ towards / max(towards @ towards, 1), 0, 1)
-    alpha = np.where(near & (own | ~solid[y0:y1, x0:x1]), alpha, 0)
+    alpha = np.where(near & (part_mask | ~solid[y0:y1, x0:x1]), alpha, 0)
     area = alpha.sum()
     cy, cx = (np.arange(y1 - y0) + 0.5) @ alpha.sum(1) / area, (np.arange(x1 - x0) + 0.5) @ alpha.sum(0) / area
     side = max(alpha.shape)
@@ -174,10 +178,10 @@ def check(image: PIL.Image.Image, prompt: Prompt) -> PromptVerdict:
     return PromptVerdict(False, f"found {seen} instead of {_listing(list(prompt.needs))}", found)
 
 
-def _meets(need: Need, found: Found) -> bool:
-    if "unknown" in found.kind:
+def _meets(need: Need, object: Found) -> bool:
+    if "unknown" in object.kind:
         return False
-    return need.shape in (None, found.shape) and need.colour in (None, found.colour)
+    return need.shape in (None, object.shape) and need.colour in (None, object.colour)
 
 
 def chance(n: int = 500, seed: int = 0, size: int = 64) -> dict[str, float]:
@@ -216,8 +220,8 @@ def check_edit(image: PIL.Image.Image, before: Scene, after: Scene, side: str | 
     """
     if side is not None and side not in SIDES:
         raise ValueError(f"side is {side!r}; choose from {', '.join(SIDES)}")
-    found = detect(image)
-    left = list(found)
+    objects = detect(image)
+    left = list(objects)
     untouched = [t for t in after.things if t in before.things]
     new = [t for t in after.things if t not in before.things]
     gone = [t for t in before.things if t not in after.things]
@@ -237,11 +241,11 @@ def check_edit(image: PIL.Image.Image, before: Scene, after: Scene, side: str | 
     reasons = [f"no {' '.join(t.kind)}" for t in missing] + [f"still a {' '.join(f.kind)}" for f in still]
     reasons += [f"lost the {' '.join(t.kind)}" for t in lost] + [f"an extra {' '.join(f.kind)}" for f in extra]
     difference = _difference(image, gone, new, after)
-    return EditVerdict(done and kept, done, kept, difference, "; ".join(reasons), tuple(found))
+    return EditVerdict(done and kept, done, kept, difference, "; ".join(reasons), tuple(objects))
 
 
-def _near(found: Found, thing: Thing) -> bool:
-    return max(abs(found.x - thing.x), abs(found.y - thing.y)) < 1 / 12
+def _near(object: Found, thing: Thing) -> bool:
+    return max(abs(object.x - thing.x), abs(object.y - thing.y)) < 1 / 12
 
 
 def _on_side(a: Found | Thing, side: str | None) -> bool:

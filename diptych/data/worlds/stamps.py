@@ -124,12 +124,12 @@ def _convert(source: Path, destination: Path) -> dict[str, int]:
     """Writes cut-outs, backgrounds and index of the unpacked packages; returns numbers by what they count."""
     folders = {}
     for name in ("stamps", "templates"):
-        found = sorted((p for p in source.rglob(name) if p.is_dir()), key=lambda p: len(p.parts))
-        if not found:
+        candidates = sorted((p for p in source.rglob(name) if p.is_dir()), key=lambda p: len(p.parts))
+        if not candidates:
             raise ValueError(
                 f"no folder {name!r} under {str(source)!r}; it must hold the unpacked {' and '.join(PACKAGES)}"
             )
-        folders[name] = found[0]
+        folders[name] = candidates[0]
     counts: Counter[str] = Counter()
     rows, backgrounds = [], []
     (destination / "images").mkdir(parents=True, exist_ok=True)
@@ -223,10 +223,10 @@ def split_of(stamp: Stamp) -> str:
 
 @cache
 def _of(stamps: Stamps, split: str) -> tuple[Stamp, ...]:
-    found = tuple(s for s in stamps.stamps if split_of(s) == split)
-    if len({s.noun for s in found}) < 2:
+    chosen = tuple(s for s in stamps.stamps if split_of(s) == split)
+    if len({s.noun for s in chosen}) < 2:
         raise ValueError(f"{stamps.root!r} has fewer than two captions in split {split!r}")
-    return found
+    return chosen
 
 
 @lru_cache(maxsize=512)
@@ -264,11 +264,11 @@ class StampScene:
 
 def boxes(scene: StampScene, size: int) -> list[tuple[int, int, int, int]]:
     """(left, top, right, bottom) of every stamp, in pixels."""
-    found = []
+    corners = []
     for t in scene.things:
         left, top = round(t.left * size), round(t.top * size)
-        found.append((left, top, left + max(1, round(t.width * size)), top + max(1, round(t.height * size))))
-    return found
+        corners.append((left, top, left + max(1, round(t.width * size)), top + max(1, round(t.height * size))))
+    return corners
 
 
 def render(scene: StampScene, stamps: Stamps, size: int) -> PIL.Image.Image:
@@ -287,11 +287,11 @@ def render(scene: StampScene, stamps: Stamps, size: int) -> PIL.Image.Image:
 
 def masks(scene: StampScene, stamps: Stamps, size: int) -> np.ndarray:
     """Instance masks: (stamps, size, size) bool, true where a stamp covers at least half of the pixel."""
-    found = np.zeros((len(scene.things), size, size), bool)
+    stacked = np.zeros((len(scene.things), size, size), bool)
     for i, (cutout, (left, top, right, bottom)) in enumerate(_cutouts(scene, stamps, size)):
         alpha = np.asarray(cutout.getchannel("A")) >= 128
-        found[i, top:bottom, left:right] = alpha[: size - top, : size - left]
-    return found
+        stacked[i, top:bottom, left:right] = alpha[: size - top, : size - left]
+    return stacked
 
 
 def _cutouts(scene: StampScene, stamps: Stamps, size: int):
@@ -386,10 +386,10 @@ def annotated(scene: StampScene, stamps: Stamps, size: int) -> ladder.Annotated:
     """The picture of a scene with its masks; classes are all nouns of the prepared stamps."""
     classes = tuple(sorted({s.noun for s in stamps.stamps}))
     names = [t.noun for t in scene.things]
-    found = masks(scene, stamps, size)
-    phrases = ladder.phrases_of(names, ladder.boxes_of(found))
+    instance_masks = masks(scene, stamps, size)
+    phrases = ladder.phrases_of(names, ladder.boxes_of(instance_masks))
     return ladder.Annotated(
-        render(scene, stamps, size), found, tuple(map(classes.index, names)), classes, phrases=phrases
+        render(scene, stamps, size), instance_masks, tuple(map(classes.index, names)), classes, phrases=phrases
     )
 
 
@@ -418,6 +418,6 @@ def source(name: str, split: str = "train", size: int = 64, seed: int = 0, root:
     """An endless source of stamps prepared in ``root``. Raises ``ValueError`` for an unknown name or no stamps."""
     if name not in SOURCES:
         raise ValueError(f"unknown source {name!r}; stamps has {', '.join(SOURCES)}")
-    found = Generated(name, partial(SOURCES[name], root=None if root is None else str(root)), split, size, seed)
+    generated = Generated(name, partial(SOURCES[name], root=None if root is None else str(root)), split, size, seed)
     load(None if root is None else str(root)).of(split)
-    return found
+    return generated
