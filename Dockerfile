@@ -1,4 +1,4 @@
-# diptych serve in a container, as a user without rights.
+# diptych serve in a container, as an unprivileged user.
 #
 #   docker build -t diptych .                                             CPU
 #   docker build -t diptych:cuda --build-arg VARIANT=cuda .               NVIDIA GPUs (docker run --gpus all)
@@ -10,13 +10,13 @@ FROM python:3.12-slim AS base
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 
 FROM base AS torch-cpu
-RUN pip install "torch>=2.9,<2.14" --index-url https://download.pytorch.org/whl/cpu
+RUN pip install "torch>=2.13,<2.14" --index-url https://download.pytorch.org/whl/cpu
 
 FROM base AS torch-cuda
-RUN pip install "torch>=2.9,<2.14"
+RUN pip install "torch>=2.13,<2.14"
 
 FROM torch-${VARIANT}
-# what skia needs; nothing else is asked of the system
+# libraries that skia loads
 RUN apt-get update && apt-get install -y --no-install-recommends libgl1 libegl1 libfontconfig1 \
     && rm -rf /var/lib/apt/lists/*
 COPY pyproject.toml README.md LICENSE /src/

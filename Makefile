@@ -13,7 +13,7 @@ demo: .venv/demo.stamp
 test: .venv/test.stamp
 	@echo "lint, types, import rules, tests"
 	$(BIN)/ruff check diptych tests scripts benchmarks
-	$(BIN)/mypy diptych
+	$(BIN)/mypy diptych/cli diptych/machine diptych/core diptych/training diptych/generation
 	$(BIN)/lint-imports --no-cache
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadscope
 

@@ -35,7 +35,7 @@ class Group(TyperGroup):
             args = [self.default, *args]
         return super().parse_args(ctx, args)
 
-    def get_params(self, ctx: typer.Context) -> list[Any]:
+    def get_params(self, ctx: typer.Context) -> list[Any]:  # type: ignore[override]  # vendored click
         """The group's own options. Flags that were not given are False: typer imports pydantic to convert None."""
         parameters = super().get_params(ctx)  # type: ignore[arg-type]  # vendored click
         for parameter in parameters:

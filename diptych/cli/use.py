@@ -209,7 +209,8 @@ class Chat:
         from diptych.generation.events import ImageDone, TextDelta
 
         self.messages.append(Message("user", (*self.shown, Text(line))))
-        self.shown, answer, text = [], [], ""
+        answer: list[Any] = []
+        self.shown, text = [], ""
         sampled = self.answering
         for event in self.engine.stream(self.messages, sampled.max_new_tokens, sampled.temperature, seed=sampled.seed):
             if isinstance(event, TextDelta):
