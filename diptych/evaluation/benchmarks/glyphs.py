@@ -40,6 +40,7 @@ def _judge(item: Item, text: str) -> Verdict:
 
 
 def _draw_items(seed: int, size: int) -> list[Item]:
+    """Prompts for every digit on every ground, several pictures of each."""
     items = []
     for n in range(DRAWN):
         for digit in range(10):

@@ -110,6 +110,7 @@ EACH = 50  # questions of each kind
 
 
 def _space_items(seed: int, size: int) -> list[Item]:
+    """Multiple choice about count, relation, depth order and distance in drawn scenes."""
     items = []
     for kind in SPACE:
         for i in range(EACH):
@@ -210,6 +211,7 @@ SPLITS = ("random", "popular", "adversarial")
 
 
 def _pope_items(seed: int, size: int) -> list[Item]:
+    """Yes-or-no questions about things that are there, and absent ones of three kinds."""
     rng = np.random.default_rng((seed, 7))
     scenes = [shapes.random_scene(rng) for _ in range(EACH)]
     often = [kind for kind, _ in Counter(t.kind for s in scenes for t in s.things).most_common()]

@@ -47,6 +47,7 @@ def seed_of(seed: int, address: str) -> int:
 
 
 def _geneval_items(name: str, seed: int) -> list[Item]:
+    """Prompts of each of GenEval's six tags in the shapes world."""
     groups = [(tag, tag, False) for tag in shapes.TAGS]
     if name == "geneval-mini":
         groups += [(f"held_out/{tag}", tag, True) for tag in HELD_OUT]

@@ -102,6 +102,7 @@ class Judge:
         return reply
 
     def _ask(self, text: str, images: Sequence[PIL.Image.Image], system: str, logprobs: int, max_tokens: int) -> Reply:
+        """The judge's reply from its server. Raises ``ValueError`` without log-probabilities that are asked for."""
         content: list[dict] = [{"type": "image_url", "image_url": {"url": data_uri(i)}} for i in images]
         messages: list[dict] = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": [*content, {"type": "text", "text": text}]})
