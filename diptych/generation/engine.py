@@ -149,7 +149,7 @@ class Engine:
 
     def edit(
         self,
-        images: PictureSource | Sequence[PictureSource],
+        images: PictureSource | list[PictureSource] | tuple[PictureSource, ...],
         instruction: str,
         n: int = 1,
         size: SizeLike | None = None,

@@ -186,6 +186,9 @@ class Bagel(UnifiedModel[FlowSettings]):
         "autoencoder": ("autoencoder.*",),
     }
 
+    latent_positions: Tensor
+    vision_positions: Tensor
+
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__()
         c, d = config, config.decoder.hidden_size
@@ -274,7 +277,7 @@ class Bagel(UnifiedModel[FlowSettings]):
             return to_tensor(image.pixels, (width, height), image.nearest)
 
         held, encoded = (pixels(), False) if kind == Kind.VISION else image.through("autoencoder", pixels)
-        columns = {"image": held, "encoded": encoded, "masked": image.masked, "advance": 1} | more
+        columns: dict[str, Any] = {"image": held, "encoded": encoded, "masked": image.masked, "advance": 1} | more
         return Segment(kind, ids, grid=grid, full=True, shared=True, route=route, **columns)
 
     # ---- network ------------------------------------------------------------------------------------------------
@@ -290,6 +293,7 @@ class Bagel(UnifiedModel[FlowSettings]):
         return self.latent_in(tokens) + self.time(t)[:, None] + self.latent_positions[places]
 
     def _embed_vision(self, group: Pictures, noise: Noise) -> Float[Tensor, "N n d"]:
+        assert group.images is not None
         places = grid_places(group.grid, self.config.seen_side, group.images.device, self.config.stretch)
         seen = self.projector(self.vision(to_float(group.images), places)) + self.vision_positions[places]
         return blanked(seen, group, noise)

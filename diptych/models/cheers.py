@@ -369,6 +369,7 @@ class Cheers(UnifiedModel[Settings]):
         zero = [layer.modulation for s in self._stages() for layer in s.layers]
         zero += [self._stages()[-1].final.linear, *([self.gate.gate[2]] if fine else [])]
         for linear in zero:
+            assert isinstance(linear, nn.Linear)
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
@@ -686,7 +687,7 @@ class Cheers(UnifiedModel[Settings]):
         self, z: Float[Tensor, "B c h w"], t: Float[Tensor, " B"], table: Fixed, branches: int
     ) -> Float[Tensor, "R B c h w"]:
         """The velocity of every branch."""
-        alone = z.split(1 if z.device.type == "cpu" else len(z))  # on a CPU convolutions in company change bits
+        alone = z.split(1 if z.device.type == "cpu" else len(z))  # on a CPU convolutions are not batch-invariant
         tokens, detail = (torch.cat(x) for x in zip(*(self._see(one) for one in alone), strict=True))
         n, blocks = tokens.shape[1], len(z) * branches
         stream = tokens.to(self.decoder.embed_tokens.weight.dtype).repeat(branches, 1, 1).flatten(0, 1)

@@ -37,6 +37,8 @@ Branches = Mapping[Drop, float]  # what a context of guidance leaves out -> how 
 class Settings(Protocol):
     """What others may read of a family's settings, a frozen dataclass that says how a picture is drawn."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
     @property
     def guidance_scale(self) -> float:
         """How far guidance goes away from the branch without text; 1 is no guidance."""

@@ -196,7 +196,7 @@ class VisualEmbed(nn.Module):
 
     def positions(self, grid: tuple[int, int]) -> Float[Tensor, "n s e"]:
         """The position table of a grid of codes, folded; resized (bicubic) for a grid that is not its own."""
-        table = self.pos
+        table: Tensor = self.pos
         if grid != tuple(table.shape[:2]):
             table = F.interpolate(table.permute(2, 0, 1)[None], grid, mode="bicubic")[0].permute(1, 2, 0)
         return fold(table[None], self.ratio)[0]
@@ -357,7 +357,7 @@ class SynerGen(UnifiedModel[CodeSettings]):
             raise ValueError(f"a picture was encoded as {made} codes and is {here} here; encode it again")
         grid = self._grid(height, width)
         ids = (self.boi, *[NONE] * (tiles * grid[0] * grid[1]), self.eoi)
-        how = {"drawn": drawn, "encoded": encoded, "masked": image.masked}
+        how: dict[str, Any] = {"drawn": drawn, "encoded": encoded, "masked": image.masked}
         return Segment(Kind.CODES, ids, image=held, grid=grid, route=PICTURES, **how)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:

@@ -88,7 +88,7 @@ class Tokenizer:
 
     def _like_qwen2(self) -> bool:
         steps = (json.loads(self.inner.to_str())["pre_tokenizer"] or {}).get("pretokenizers", [])
-        return any(step.get("pattern") == {"Regex": _QWEN2} for step in steps)
+        return any(step.get("pattern") == {"Regex": QWEN2} for step in steps)
 
     @staticmethod
     def load(folder: str | Path) -> Tokenizer:
@@ -146,7 +146,7 @@ class Tokenizer:
 def _splitter() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(tokenizers.Regex(_QWEN2), "isolated"),
+            pre_tokenizers.Split(tokenizers.Regex(QWEN2), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -164,6 +164,6 @@ def _restore(text: str) -> Tokenizer:
 
 
 # How Qwen2's byte-level BPE splits text before merging.
-_QWEN2 = (
+QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )

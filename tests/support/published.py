@@ -16,7 +16,7 @@ from diptych.models.protocol import UnifiedModel
 from diptych.parts.autoencoder import AutoencoderConfig
 from diptych.parts.decoder import DecoderConfig
 from diptych.parts.images import SizeRule
-from diptych.parts.tokenizer import _QWEN2, Tokenizer
+from diptych.parts.tokenizer import QWEN2, Tokenizer
 from diptych.parts.vision import VisionConfig
 from tests.support.tiny import shake
 
@@ -46,7 +46,7 @@ def qwen2(vocab_size: int = 300) -> Tokenizer:
     """A small vocabulary that splits text as Qwen2's does, with its markers at the end."""
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
     inner.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(tokenizers.Regex(_QWEN2), "isolated")
+    split = pre_tokenizers.Split(tokenizers.Regex(QWEN2), "isolated")
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )

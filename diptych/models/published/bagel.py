@@ -10,7 +10,7 @@ from typing import Any
 from diptych.models.bagel import EDITS, Config, position_tables
 from diptych.models.published.folder import Json, PublishedFormat, States
 from diptych.models.published.key_map import Rules, count, rules, side, within
-from diptych.models.published.parts import _VISION, FLUX_AUTOENCODER, TEXT, decoder_config, flux_config
+from diptych.models.published.parts import FLUX_AUTOENCODER, TEXT, VISION, decoder_config, flux_config
 from diptych.parts.autoencoder import AutoencoderConfig
 from diptych.parts.flow import TimeDraw
 from diptych.parts.images import SizeRule
@@ -134,7 +134,7 @@ _TABLES = {"latent_pos_embed.pos_embed": "latent_positions", "vit_pos_embed.pos_
 BAGEL: Rules = (
     within(TEXT, "language_model.", "decoder.")
     + within(rules(_DRAW), "language_model.model.layers.*.", "decoder.layers.*.")
-    + within(rules(_VISION), "vit_model.vision_model.", "vision.")
+    + within(rules(VISION), "vit_model.vision_model.", "vision.")
     + rules(_GLUE)
     + rules(_TABLES, optional=True)  # the published trainer drops them, for they are computed
 )

@@ -205,7 +205,7 @@ def _scaled(rope: Mapping[str, Any] | None) -> bool:
 
 # ---- vision -----------------------------------------------------------------------------------------------------
 
-_VISION = {
+VISION = {
     "embeddings.patch_embedding.bias": "patch_embedding.bias",
     "embeddings.position_embedding.weight": "position_embedding.weight",
     "encoder.layers.**": "layers.**",
@@ -217,7 +217,7 @@ def siglip(patch: int, prefix: str = "vision_model.", pooling: bool = False) -> 
     """A vision encoder from transformers' SigLIP: the patch convolution becomes a linear layer over (row, column,
     channel). Without ``pooling`` the head is left out, so only encoders without one export as they came."""
     return within(
-        rules(_VISION)
+        rules(VISION)
         + (
             Rule(
                 "embeddings.patch_embedding.weight",
