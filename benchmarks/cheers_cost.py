@@ -1,5 +1,5 @@
-"""What a guided denoising step of Cheers costs: operations of the published size at 512 pixels, counted on
-the meta device part by part, with the tokenizer shared by both branches and without; seconds of the tiny size.
+"""Cost of a guided denoising step of Cheers: operations of the published size at 512 pixels, counted by part on the
+meta device, with and without sharing the tokenizer between both branches; seconds of the tiny size.
 
     python benchmarks/cheers_cost.py [--pixels 512] [--words 64]
 """

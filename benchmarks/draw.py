@@ -1,4 +1,4 @@
-"""Seconds for a 64 x 64 picture with 20 guided steps: alone, and eight at once.
+"""Seconds for a 64 x 64 picture with 20 guided steps: one alone, and eight in a batch.
 
 python benchmarks/draw.py [MODEL]
 """

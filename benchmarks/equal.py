@@ -1,8 +1,9 @@
-"""Several processes against one, over 20 steps: how far losses and parameters are apart, for every way to split them.
+"""Several processes against one over 20 steps: differences of losses and parameters, for every way to shard.
 
     python benchmarks/equal.py [--families bagel] [--steps 20]
 
-The recipes are the smallest of every family (tests/tiny.py); a step has four rows however many processes share them.
+The recipes are the smallest of every family (tests/support/tiny.py). A step has four rows, whatever the number of
+processes.
 """
 
 from __future__ import annotations

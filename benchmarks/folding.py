@@ -1,5 +1,5 @@
-"""What folding saves: a row of the same pictures of 16 x 16 codes with folds of 1x1, 2x4 and 2x8, forward and backward,
-and a picture of 64 x 64 codes drawn with guidance. SynerGen-VL at its tiny size with fresh weights.
+"""Savings of folding: a row of the same pictures of 16 x 16 codes with folds of 1x1, 2x4 and 2x8, forward and backward,
+and a picture of 64 x 64 codes drawn with guidance. SynerGen-VL at its tiny size with random weights.
 
 python benchmarks/folding.py [PICTURES]
 """

@@ -1,8 +1,8 @@
-"""What the kept prefix saves an IOMM training step: time, and what is held for the backward, against the plain way.
+"""Savings of the cached prefix in an IOMM training step: time, and memory for the backward.
 
-Plain: the frozen language model runs over the condition and its queries at once, with gradient. Kept: the condition
-runs without gradient, its keys and values stay, and the queries alone run with gradient (models/iomm.py). Both give the
-same condition and the same gradients (tests/test_iomm.py); the difference here is printed too.
+Without the cache the frozen language model runs over the condition and its queries together, with gradient. With it the
+condition runs without gradient, its keys and values are cached, and only the queries run with gradient
+(models/iomm.py). Both give the same condition and gradients (tests/models/test_iomm.py); the difference is printed.
 
     python benchmarks/iomm_prefix.py [--width 256] [--layers 8] [--prefix 280] [--queries 64] [--samples 4]
 """

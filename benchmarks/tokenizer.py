@@ -1,5 +1,5 @@
-"""What a picture keeps on its way through codes (or latents) and back: PSNR by data set, codebook usage, and how many
-true scenes the strict judge still passes.
+"""Reconstruction by a picture tokenizer: PSNR by data set, codebook usage, and the share of true scenes that still pass
+the strict judge.
 
 python benchmarks/tokenizer.py [AUTOENCODER]
 """

@@ -177,7 +177,8 @@ class _Demo:
                 self.console.print(f"{name!s:<32} {'   '.join(values)}", highlight=False)
         commands = "\n".join(self.next_commands())
         sections.append(page.Text("Try next", code=commands))
-        trained = f"trained from scratch for {self.steps} steps ({self.seconds / 60:.1f} minutes on this machine)"
+        counted = f"{self.steps} step{'s' if self.steps != 1 else ''}"
+        trained = f"trained from scratch for {counted} ({self.seconds / 60:.1f} minutes on this machine)"
         summary = (
             f"{note}A unified model of {self.million_parameters:.1f} million parameters, "
             f"{trained if self.steps else 'not trained here yet'}, beside the one that ships. "

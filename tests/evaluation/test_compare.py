@@ -81,6 +81,11 @@ def test_the_command_line(tmp_path, tiny_model, capsys, monkeypatch):
     assert cli.main(["report", "a", "--out", "r.html", "--per-category", "2"]) == 0
     capsys.readouterr()
     page, tables = (tmp_path / "r.html").read_text(), (tmp_path / "r.md").read_text()
+    (tmp_path / "mine.html").write_text("<p>mine</p>")
+    assert cli.main(["report", "a", "--out", "mine.html"]) == 2 and "--force" in capsys.readouterr().err
+    assert (tmp_path / "mine.html").read_text() == "<p>mine</p>" and not (tmp_path / "mine.md").exists()
+    assert cli.main(["report", "a", "--out", "mine.html", "--force"]) == 0 and (tmp_path / "mine.md").is_file()
+    capsys.readouterr()
     assert "vqa-mini: every verdict" in page and "| vqa-mini@exact/overall |" in tables and "Sampling card" in tables
     for wrong, told in (
         (("compare", "a"), "Missing argument 'RUN_B'"),
