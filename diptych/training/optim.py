@@ -13,7 +13,7 @@ from diptych.training.parallel import each_whole
 from diptych.training.recipe import Optimizer, Schedule
 
 
-def factor(schedule: Schedule, step: float, steps: int) -> float:
+def factor(schedule: Schedule, step: int | float, steps: int) -> float:
     """The factor on the learning rate at ``step`` (from 0; between two steps where a run follows the clock) of
     ``steps``."""
     rate = min(1.0, (step + 1) / (schedule.warmup + 1))

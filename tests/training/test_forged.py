@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def instead(metadata, folder):
 
 
 def inside(metadata, folder):
-    metadata.planner_data = Call(exec, f"open({str(folder.parents[2] / 'ran')!r}, 'w')")
+    metadata.planner_data = Call(exec, f"open({str(folder.parents[2] / 'ran')!r}, 'w').close()")
     return metadata
 
 
@@ -103,18 +104,12 @@ def test_a_forged_checkpoint_is_refused_and_runs_nothing(change, run, tmp_path):
     assert not (forged / "ran").exists()
 
 
-@pytest.mark.parametrize("change", [instead, inside, as_bytes])
-def test_the_forgeries_would_work_on_torchs_own_reader(change, run, tmp_path):
+@pytest.mark.parametrize("change", [instead, inside])
+def test_the_forgeries_work_on_torchs_own_reader(change, run, tmp_path):
     forged = forge(run, tmp_path, change)
     [last] = checkpoint.available(forged / "checkpoints")
-    state = {}
-    if change is as_bytes:
-        name = first_tensor(FileSystemReader(last / "state").read_metadata())
-        state = {name: None}
-    try:
-        torch.distributed.checkpoint.load(state, checkpoint_id=last / "state", no_dist=True)
-    except BaseException:  # CheckpointException: the forged metadata need not load
-        pass
+    with suppress(AttributeError):  # what the forged pickle returns is not metadata
+        FileSystemReader(last / "state").read_metadata()
     assert (forged / "ran").exists()
 
 
