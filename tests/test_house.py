@@ -407,6 +407,26 @@ def test_links_in_documents_lead_somewhere(path):
             assert (path.parent / target).exists(), f"{name(path)} links to {target}"
 
 
+@pytest.mark.parametrize("path", [*FILES, *DOCUMENTS], ids=name)
+def test_citations_can_be_followed(path):
+    """A citation names a paper's section, equation or table, or a page and heading under docs/, never our notes."""
+    text = path.read_text()
+    lost = re.findall(r"specs?: ?[A-Z]\w*|\(E\d+\)|\(U\d+\)|\(Q\d+\)", text)
+    assert not lost, f"{name(path)} cites {lost}"
+    for page, heading in re.findall(r"(docs/[\w/]+\.md)(?:#([\w-]+))?", text):
+        assert (ROOT / page).is_file(), f"{name(path)} cites {page}"
+        titles = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(), re.M)
+        anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+        assert not heading or heading in anchors, f"{name(path)} cites {page}#{heading}"
+
+
+def test_benchmarks_of_make_are_files():
+    listed = re.search(r"^BENCHMARKS := (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    assert all((ROOT / "benchmarks" / f"{benchmark}.py").is_file() for benchmark in listed)
+    left_out = {p.stem for p in (ROOT / "benchmarks").glob("*.py")} - set(listed)
+    assert left_out == {"common", "compare", "equal", "faults", "scale"}  # no benchmark, or needs hours or GPUs
+
+
 def test_nothing_reaches_the_network():
     import socket
 

@@ -57,6 +57,7 @@ def skeleton(name: str) -> Trainable:
 def list_models() -> list[dict[str, Any]]:
     """Every named model with its parameter counts (taken on the meta device; None where a package is missing)."""
     rows = []
+    counts: tuple[int | None, int | None]
     for name, size in SIZES.items():
         try:
             model = skeleton(name)
