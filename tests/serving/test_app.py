@@ -101,18 +101,32 @@ def test_chat_says_what_the_library_says(client, engine):
 
 def test_every_parameter_of_a_chat(client):
     how = hello(
-        temperature=1.5, top_p=0.9, seed=11, n=2, stop=["zzz", "yyy"], logprobs=True, top_logprobs=3, user="me",
-        frequency_penalty=0, presence_penalty=0, response_format={"type": "text"},
+        temperature=1.5,
+        top_p=0.9,
+        seed=11,
+        n=2,
+        stop=["zzz", "yyy"],
+        logprobs=True,
+        top_logprobs=3,
+        user="me",
+        frequency_penalty=0,
+        presence_penalty=0,
+        response_format={"type": "text"},
         extra_body={"modalities": ["text"]},
-    )  # fmt: skip
+    )
     first, second = (client.chat.completions.create(**how) for _ in range(2))
     assert [c.message.content for c in first.choices] == [c.message.content for c in second.choices]
     assert first.choices[0].message.content != first.choices[1].message.content  # seeds 11 and 12
     assert [c.index for c in first.choices] == [0, 1]
     assert first.parameters == {
-        "n": 2, "modalities": ["text"], "max_tokens": 5, "temperature": 1.5, "top_p": 0.9, "seed": 11,
+        "n": 2,
+        "modalities": ["text"],
+        "max_tokens": 5,
+        "temperature": 1.5,
+        "top_p": 0.9,
+        "seed": 11,
         "stop": ["zzz", "yyy"],
-    }  # fmt: skip
+    }
     words = first.choices[0].logprobs.content
     assert 0 < len(words) <= 5 and all(len(w.top_logprobs) == 3 and w.logprob <= 0 for w in words)
     assert all(bytes(w.bytes).decode() == w.token for w in words)
@@ -210,11 +224,26 @@ def test_an_upload_is_a_picture_of_a_message(client, server):
 
 
 def test_every_parameter_of_a_drawing(client, engine, server):
-    how = {"seed": 7, "num_inference_steps": 3, "guidance_scale": 2.0, "negative_prompt": "red", "settings": {"timestep_shift": 2.0}}  # fmt: skip  # noqa: E501
+    how = {
+        "seed": 7,
+        "num_inference_steps": 3,
+        "guidance_scale": 2.0,
+        "negative_prompt": "red",
+        "settings": {"timestep_shift": 2.0},
+    }
     told = client.images.generate(
-        model="tiny", prompt="a blue star", n=3, size="32x16", response_format="b64_json", user="me",
-        output_format="png", quality="auto", background="opaque", moderation="auto", extra_body=how,
-    )  # fmt: skip
+        model="tiny",
+        prompt="a blue star",
+        n=3,
+        size="32x16",
+        response_format="b64_json",
+        user="me",
+        output_format="png",
+        quality="auto",
+        background="opaque",
+        moderation="auto",
+        extra_body=how,
+    )
     expected = engine.generate(
         "a blue star", 3, (32, 16), 7, "red", num_inference_steps=3, guidance_scale=2.0, timestep_shift=2.0
     )
@@ -222,7 +251,9 @@ def test_every_parameter_of_a_drawing(client, engine, server):
     assert [d.seed for d in told.data] == [7, 8, 9] and told.size == "32x16"
     assert told.parameters == json.loads(json.dumps(dict(expected.parameters))) | {"n": 3}
     assert told.usage.input_tokens > 0
-    linked = client.images.generate(prompt="a star", response_format="url", output_format="jpeg", output_compression=50, extra_body={"steps": 1})  # fmt: skip  # noqa: E501
+    linked = client.images.generate(
+        prompt="a star", response_format="url", output_format="jpeg", output_compression=50, extra_body={"steps": 1}
+    )
     got = server.http.get(linked.data[0].url)
     assert got.headers["content-type"] == "image/jpeg" and got.content[:2] == b"\xff\xd8"
     assert linked.parameters["seed"] == linked.data[0].seed  # drawn, and told
@@ -247,22 +278,36 @@ def test_an_edit_with_several_pictures_and_a_mask(client, engine):
     how = {"steps": 2, "seed": 5, "guidance_scale": 2.0, "image_guidance_scale": 1.5}
     told = client.images.edit(model="tiny", image=sources, prompt="make it red", n=2, extra_body=how)
     expected = engine.edit(
-        [tiny.picture(1), tiny.picture(2)], "make it red", 2, None, 5,
-        num_inference_steps=2, guidance_scale=2.0, image_guidance_scale=1.5,
-    )  # fmt: skip
+        [tiny.picture(1), tiny.picture(2)],
+        "make it red",
+        2,
+        None,
+        5,
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        image_guidance_scale=1.5,
+    )
     assert [opened(d.b64_json).tobytes() for d in told.data] == [i.tobytes() for i in expected.images]
     mask = PIL.Image.new("RGBA", (32, 32), (0, 0, 0, 255))
     mask.paste((0, 0, 0, 0), (0, 0, 16, 32))  # the left half may change
     out = io.BytesIO()
     mask.save(out, "PNG")
     masked = client.images.edit(
-        model="tiny", image=sources[0], mask=("m.png", out.getvalue()), prompt="make it red", size="32x32",
+        model="tiny",
+        image=sources[0],
+        mask=("m.png", out.getvalue()),
+        prompt="make it red",
+        size="32x32",
         extra_body=how | {"settings": json.dumps({"timestep_shift": 2.0})},
-    )  # fmt: skip
+    )
     pixels, before = np.asarray(opened(masked.data[0].b64_json)), np.asarray(tiny.picture(1))
     assert (pixels[:, 16:] == before[:, 16:]).all() and (pixels[:, :16] != before[:, :16]).any()
     assert masked.parameters["timestep_shift"] == 2.0
-    events = [*client.images.edit(model="tiny", image=sources[0], prompt="make it red", stream=True, partial_images=1, extra_body=how)]  # fmt: skip  # noqa: E501
+    events = [
+        *client.images.edit(
+            model="tiny", image=sources[0], prompt="make it red", stream=True, partial_images=1, extra_body=how
+        )
+    ]
     assert [e.type for e in events] == ["image_edit.partial_image", "image_edit.completed"]
 
 
@@ -283,18 +328,39 @@ def test_a_grey_mask_is_white_where_the_picture_may_change(client):
 
 def test_every_other_parameter_of_an_edit(client, engine, server):
     how = {
-        "num_inference_steps": 2, "seed": 5, "guidance_scale": 2.0, "image_guidance_scale": 1.5,
-        "negative_prompt": "red", "settings": json.dumps({"renorm": "global"}),
-    }  # fmt: skip
+        "num_inference_steps": 2,
+        "seed": 5,
+        "guidance_scale": 2.0,
+        "image_guidance_scale": 1.5,
+        "negative_prompt": "red",
+        "settings": json.dumps({"renorm": "global"}),
+    }
     told = client.images.edit(
-        model="tiny", image=("a.png", png(1)), prompt="a hat", size="32x16", response_format="url",
-        output_format="jpeg", output_compression=95, quality="auto", background="opaque", user="me", n=1,
+        model="tiny",
+        image=("a.png", png(1)),
+        prompt="a hat",
+        size="32x16",
+        response_format="url",
+        output_format="jpeg",
+        output_compression=95,
+        quality="auto",
+        background="opaque",
+        user="me",
+        n=1,
         extra_body=how,
-    )  # fmt: skip
+    )
     expected = engine.edit(
-        tiny.picture(1), "a hat", 1, (32, 16), 5, "red",
-        num_inference_steps=2, guidance_scale=2.0, image_guidance_scale=1.5, renorm="global",
-    )  # fmt: skip
+        tiny.picture(1),
+        "a hat",
+        1,
+        (32, 16),
+        5,
+        "red",
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        image_guidance_scale=1.5,
+        renorm="global",
+    )
     assert told.parameters == json.loads(json.dumps(dict(expected.parameters))) | {"n": 1}
     got = server.http.get(told.data[0].url)
     assert got.headers["content-type"] == "image/jpeg" and told.output_format == "jpeg"
@@ -305,17 +371,24 @@ def test_every_other_parameter_of_an_edit(client, engine, server):
 
 def test_every_parameter_of_a_picture_in_a_chat(client, engine):
     how = {
-        "modalities": ["image"], "size": "16x32", "num_inference_steps": 2, "guidance_scale": 3.0,
-        "negative_prompt": "red", "settings": {"timestep_shift": 2.0},
-    }  # fmt: skip
+        "modalities": ["image"],
+        "size": "16x32",
+        "num_inference_steps": 2,
+        "guidance_scale": 3.0,
+        "negative_prompt": "red",
+        "settings": {"timestep_shift": 2.0},
+    }
     messages = [{"role": "user", "content": "a star"}]
     told = client.chat.completions.create(model="tiny", messages=messages, n=2, seed=3, user="me", extra_body=how)
     expected = engine.generate(
         "a star", 2, (16, 32), 3, "red", num_inference_steps=2, guidance_scale=3.0, timestep_shift=2.0
     )
     assert told.parameters == {
-        "n": 2, "modalities": ["image"], "seed": 3, "image": json.loads(json.dumps(dict(expected.parameters))),
-    }  # fmt: skip
+        "n": 2,
+        "modalities": ["image"],
+        "seed": 3,
+        "image": json.loads(json.dumps(dict(expected.parameters))),
+    }
     for choice, image in zip(told.choices, expected.images, strict=True):
         assert opened(choice.message.content[0]["image_url"]["url"].partition(",")[2]).tobytes() == image.tobytes()
 
@@ -409,7 +482,9 @@ IMAGE_PART = {"type": "image_url"}
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_what_a_chat_refuses_by_name(server, change, told):
-    answer = server.http.post("/v1/chat/completions", content=json.dumps(hello() | change), headers={"content-type": "application/json"})  # fmt: skip  # noqa: E501
+    answer = server.http.post(
+        "/v1/chat/completions", content=json.dumps(hello() | change), headers={"content-type": "application/json"}
+    )
     assert answer.status_code in (400, 404) and told in answer.json()["error"]["message"], answer.text
 
 
@@ -578,7 +653,9 @@ def test_answers_do_not_depend_on_company(server):
             return server.http.post("/v1/images/generations", json=body).json()["data"]
         if i % 3 == 1:
             files = [("image", ("a.png", png(i)))]
-            return server.http.post("/v1/images/edits", data={"prompt": "red", "seed": i, "steps": 3}, files=files).json()["data"]  # fmt: skip  # noqa: E501
+            return server.http.post(
+                "/v1/images/edits", data={"prompt": "red", "seed": i, "steps": 3}, files=files
+            ).json()["data"]
         body = hello(f"hello {i}", temperature=1.0, seed=i, logprobs=True, max_tokens=3 + i % 5)
         return server.http.post("/v1/chat/completions", json=body).json()["choices"]
 
@@ -608,7 +685,8 @@ def test_a_client_that_leaves_frees_its_slot_within_a_step(engine, stream):
     with serving(engine) as server:
         [worker] = server.service.workers.values()
         body = json.dumps(slow(2, 200, stream=stream, **({"partial_images": 16} if stream else {}))).encode()
-        head = f"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"  # noqa: E501
+        head = "POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        head += f"content-length: {len(body)}\r\n\r\n"
         with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as raw:
             raw.sendall(head.encode() + body)
             until(lambda: len(worker.scheduler.running) == 2)
@@ -669,9 +747,18 @@ def test_health_ready_metrics_and_openapi(server):
     assert server.http.get("/ready").json() == {"ready": True, "waiting": {"tiny": 0, "other/copy": 0}}
     server.http.post("/v1/chat/completions", json=hello())
     told = server.http.get("/metrics").text
-    for measure in ("diptych_requests_total", "diptych_request_seconds_bucket", "diptych_waiting", "diptych_running",
-                    "diptych_tick_seconds_sum", "diptych_batch_size_bucket", "diptych_first_seconds_bucket",
-                    "diptych_tokens_total", "diptych_answers_total", "process_resident_memory_bytes"):  # fmt: skip
+    for measure in (
+        "diptych_requests_total",
+        "diptych_request_seconds_bucket",
+        "diptych_waiting",
+        "diptych_running",
+        "diptych_tick_seconds_sum",
+        "diptych_batch_size_bucket",
+        "diptych_first_seconds_bucket",
+        "diptych_tokens_total",
+        "diptych_answers_total",
+        "process_resident_memory_bytes",
+    ):
         assert f"\n{measure}" in told, measure
     api = server.http.get("/openapi.json").json()
     for path in ("/v1/chat/completions", "/v1/images/generations", "/v1/images/edits", "/v1/models", "/v1/files"):
@@ -680,8 +767,14 @@ def test_health_ready_metrics_and_openapi(server):
         examples = api["components"]["schemas"][name]["examples"]
         path = "chat/completions" if name == "ChatRequest" else "images/generations"
         for example in examples:
-            text = json.dumps(example).replace("bagel/tiny", "tiny").replace("base64,...", uri(png()).partition(":image/png;")[2])  # fmt: skip  # noqa: E501
-            fast = json.loads(text.replace("64x64", "32x32")) | ({"steps": 2} if "prompt" in example or "size" in example else {"max_tokens": 2})  # fmt: skip  # noqa: E501
+            text = (
+                json.dumps(example)
+                .replace("bagel/tiny", "tiny")
+                .replace("base64,...", uri(png()).partition(":image/png;")[2])
+            )
+            fast = json.loads(text.replace("64x64", "32x32")) | (
+                {"steps": 2} if "prompt" in example or "size" in example else {"max_tokens": 2}
+            )
             assert server.http.post(f"/v1/{path}", json=fast).status_code == 200, example
 
 
@@ -719,8 +812,24 @@ def test_the_verb_serves_and_ends_with_every_request_answered(tiny_model, tmp_pa
     """SIGTERM under load: what runs is finished, and what cannot be finished in time is told so."""
     (tmp_path / "keys").write_text("# mine\nsecret-key\n")
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "diptych", "serve", tiny_model, "--port", "0", "--api-key-file", tmp_path / "keys", "--grace", "2", "--slots", "4"]  # fmt: skip  # noqa: E501
-    process = subprocess.Popen([*map(str, command)], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip  # noqa: E501
+    command = [
+        sys.executable,
+        "-m",
+        "diptych",
+        "serve",
+        tiny_model,
+        "--port",
+        "0",
+        "--api-key-file",
+        tmp_path / "keys",
+        "--grace",
+        "2",
+        "--slots",
+        "4",
+    ]
+    process = subprocess.Popen(
+        [*map(str, command)], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         line = process.stdout.readline()
         assert line.startswith("random at http://127.0.0.1:"), (line, process.stderr.read() if not line else "")

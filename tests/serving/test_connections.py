@@ -75,19 +75,52 @@ def request_as(server, host: str, path="/v1/models", **headers):
 
 @pytest.mark.parametrize(
     "host",
-    ["127.0.0.1", "127.0.0.1:8000", "localhost", "LOCALHOST:1", "localhost.", "localhost.:80", "[::1]:8000", "[::1]",
-     "[0:0:0:0:0:0:0:1]", "pictures.example", "Pictures.Example.:443", "box.local"],
-)  # fmt: skip
+    [
+        "127.0.0.1",
+        "127.0.0.1:8000",
+        "localhost",
+        "LOCALHOST:1",
+        "localhost.",
+        "localhost.:80",
+        "[::1]:8000",
+        "[::1]",
+        "[0:0:0:0:0:0:0:1]",
+        "pictures.example",
+        "Pictures.Example.:443",
+        "box.local",
+    ],
+)
 def test_the_server_answers_to_its_names(server, host):
     assert request_as(server, host).status_code == 200
 
 
 @pytest.mark.parametrize(
     "host",
-    ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "evil-localhost",
-     "10.0.0.1", "[::2]", "169.254.169.254", "user@localhost", "localhost:port", "localhost:1:2", "localhost..",
-     "..", "", "[::1", "::1", "localhost/x", "localhost#x", "sub.pictures.example", "127.1", "2130706433", "0.0.0.0"],
-)  # fmt: skip
+    [
+        "evil.example",
+        "evil.example:8000",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example",
+        "evil-localhost",
+        "10.0.0.1",
+        "[::2]",
+        "169.254.169.254",
+        "user@localhost",
+        "localhost:port",
+        "localhost:1:2",
+        "localhost..",
+        "..",
+        "",
+        "[::1",
+        "::1",
+        "localhost/x",
+        "localhost#x",
+        "sub.pictures.example",
+        "127.1",
+        "2130706433",
+        "0.0.0.0",
+    ],
+)
 @pytest.mark.parametrize("path", ["/v1/models", "/", "/v1/diptych/runs", "/health"])
 def test_other_names_are_refused(server, host, path):
     refused = request_as(server, host, path)
@@ -206,8 +239,10 @@ def test_overload_is_told_and_probes_are_answered(engine):
         assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
         assert refused.json()["error"] == {
             "message": "1 requests are being answered and at most 1 may; try again",
-            "type": "server_error", "param": None, "code": "overloaded",
-        }  # fmt: skip
+            "type": "server_error",
+            "param": None,
+            "code": "overloaded",
+        }
         assert server.http.get("/health").status_code == server.http.get("/ready").status_code == 200
 
 

@@ -124,11 +124,15 @@ def test_data_uris_are_taken_as_they_are_written(server):
     plain = base64.b64encode(data).decode()
     lines = "\r\n".join(plain[i : i + 76] for i in range(0, len(plain), 76))
     written = [
-        f"data:image/jpeg;base64,{plain}", f"data:image/jpg;base64,{plain}", f"DATA:image/JPEG;BASE64,{plain}",
-        f"data:image/pjpeg;base64,{plain}", f"data:image/jpeg;base64,{lines}",
+        f"data:image/jpeg;base64,{plain}",
+        f"data:image/jpg;base64,{plain}",
+        f"DATA:image/JPEG;BASE64,{plain}",
+        f"data:image/pjpeg;base64,{plain}",
+        f"data:image/jpeg;base64,{lines}",
         f"data:image/jpeg;base64,{plain.rstrip('=')}",
-        f"data:image/jpeg;charset=utf-8;base64,{plain}", f"data:image/png;base64,{plain}",
-    ]  # fmt: skip
+        f"data:image/jpeg;charset=utf-8;base64,{plain}",
+        f"data:image/png;base64,{plain}",
+    ]
     answers = [show(server, one, temperature=1.0, seed=1) for one in written]
     assert {a.status_code for a in answers} == {200}, [a.text for a in answers]
     assert len({a.json()["choices"][0]["message"]["content"] for a in answers}) == 1
@@ -221,7 +225,9 @@ def test_which_addresses_are_public():
 
 @pytest.mark.parametrize("address", PRIVATE)
 def test_private_addresses_are_never_asked(monkeypatch, address):
-    monkeypatch.setattr(fetch_.socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("1.1.1.1", 80)), (0, 0, 0, "", (address, 80))])  # fmt: skip  # noqa: E501
+    monkeypatch.setattr(
+        fetch_.socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("1.1.1.1", 80)), (0, 0, 0, "", (address, 80))]
+    )
     monkeypatch.setattr(fetch_.socket, "create_connection", lambda *_: pytest.fail("connected"))
     with pytest.raises(ValueError, match="which is not public"):
         fetch_.fetch("http://rebinding.example/a.png", frozenset({"*"}))
@@ -324,10 +330,17 @@ def test_bodies_are_limited_before_they_are_read(server):
         for _ in range(100):
             yield b" " * 10_000
 
-    wrong(server.http.post("/v1/chat/completions", content=pieces(), headers={"content-type": "application/json"}), "more than", status=413)  # fmt: skip  # noqa: E501
+    wrong(
+        server.http.post("/v1/chat/completions", content=pieces(), headers={"content-type": "application/json"}),
+        "more than",
+        status=413,
+    )
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as raw:  # announces much, sends nothing
-        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 999999999\r\n\r\n")  # fmt: skip  # noqa: E501
+        raw.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            b"content-length: 999999999\r\n\r\n"
+        )
         assert raw.recv(100).startswith(b"HTTP/1.1 413")
 
 
@@ -430,7 +443,9 @@ def test_other_sites_are_kept_out(server):
         there = server.http.post("/v1/chat/completions", json=body, headers={"origin": origin})
         wrong(there, "are not taken", status=403)
         assert not [h for h in there.headers if h.startswith("access-control")]
-        asked = server.http.options("/v1/chat/completions", headers={"origin": origin, "access-control-request-method": "POST"})  # fmt: skip  # noqa: E501
+        asked = server.http.options(
+            "/v1/chat/completions", headers={"origin": origin, "access-control-request-method": "POST"}
+        )
         assert asked.status_code == 403
     for path in ("/", "/v1/models"):
         headers = server.http.get(path).headers

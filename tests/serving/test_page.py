@@ -143,7 +143,9 @@ def test_edit_with_a_slider(page):
     page.keyboard.press("End")
     assert page.locator("#edited .slider").evaluate("s => s.style.getPropertyValue('--at')") == "100%"
     page.get_by_role("button", name="Go on from this").click()
-    assert page.get_by_alt_text("The picture to edit").get_attribute("src") == page.get_by_alt_text("Edited: make it red").get_attribute("src")  # fmt: skip  # noqa: E501
+    assert page.get_by_alt_text("The picture to edit").get_attribute("src") == page.get_by_alt_text(
+        "Edited: make it red"
+    ).get_attribute("src")
 
 
 def test_drop_and_paste(page):

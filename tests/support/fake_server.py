@@ -53,10 +53,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.partition("?")[0].endswith("/chat/completions"):
             body = json.loads(raw)
             self.server.asked.append(body)
-            said = self.server.reply(text(body), pictures(body))
-            if said is None:
+            reply = self.server.reply(text(body), pictures(body))
+            if reply is None:
                 return self._send({"error": {"message": "the filter says no"}}, 400)
-            message = {"role": "assistant", "content": said}
+            message = {"role": "assistant", "content": reply}
             choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
             if body.get("logprobs") and self.server.tokens:
                 top = [{"token": t, "logprob": p, "bytes": None} for t, p in self.server.tokens(text(body)).items()]
@@ -71,16 +71,20 @@ class Handler(BaseHTTPRequestHandler):
     def _send(self, row, status=200, headers=None):
         data = json.dumps(row).encode()
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **(headers or {})}.items():  # fmt: skip  # noqa: E501
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(data)),
+            **(headers or {}),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
 
 
 @contextmanager
-def serving(**how):
+def serving(**options):
     """A running server."""
-    server = Server(**how)
+    server = Server(**options)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:

@@ -141,11 +141,12 @@ function defaults() {
 }
 function sizes(own) { // what the model draws, as choices; squares first
   if (!own?.sizes) return [];
-  const { default: [w, h], stride, shortest, longest } = own.sizes, squares = [];
+  const { default: [w, h], stride, shortest, longest, pixels } = own.sizes, squares = [];
   const step = stride * Math.max(1, Math.ceil((longest - shortest) / stride / 11));
   for (let side = longest; side >= shortest; side -= step) squares.push(`${side}x${side}`);
   const wide = Math.max(shortest, Math.round(longest * 2 / 3 / stride) * stride);
-  return [...new Set([`${w}x${h}`, ...squares, `${longest}x${wide}`, `${wide}x${longest}`])];
+  const fits = size => { const [width, height] = size.split("x"); return width * height <= (pixels ?? Infinity); };
+  return [...new Set([`${w}x${h}`, ...squares, `${longest}x${wide}`, `${wide}x${longest}`])].filter(fits);
 }
 const aboutLine = $("#about"); // leaves the page with the first message
 function describe(own) {
