@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import exp, prod
 from typing import Any, ClassVar, Literal, get_args
 
@@ -147,7 +147,8 @@ class Config:
     ``time_shift``  how training times depend on the picture: m = exp(0.5 + 0.65 (n - 256) / 3840) for n latent tokens
                     (``v1``, the release), sqrt(n) / 20 (``v2``), or not at all (``none``)
     ``source``      how references of a request are shrunk; ``sources`` those of a training row, by how many there are
-    ``draw``        how pictures to draw are shrunk in training"""
+    ``draw``        how pictures to draw are shrunk in training
+    ``files``       the JSON files of the published folder that the model was read from, so that an export has them"""
 
     mllm: MllmConfig
     dit: ReferenceDitConfig = ReferenceDitConfig()
@@ -169,6 +170,7 @@ class Config:
     size: tuple[int, int] = (1024, 1024)
     settings: Settings = Settings(50)
     edits: Settings | None = Settings(50, 5.0, 2.0)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         at_least(1, self, "latent_patch", "size")
@@ -344,17 +346,17 @@ class OmniGen2(UnifiedModel[Settings]):
         from, hidden from the reader. Without its words a request keeps its references, which the reader does not see.
 
         Raises ``ValueError`` for more references or longer sequences than the network takes."""
-        return self._checked(self._write(dropped(sample, drop), "text" in drop))
+        return self._checked(dropped(sample, drop), "text" in drop)
 
     def lay_out_away(self, sample: Sample, drop: Drop, words: str = "") -> Layout:
         if not words or "text" not in drop:
             return self.lay_out(sample, drop)
-        return self._checked(self._write(dropped(worded(sample, words), drop - {"text"}), True))
+        return self._checked(dropped(worded(sample, words), drop - {"text"}), True)
 
-    def _checked(self, laid: Layout) -> Layout:
-        """The layout. Raises ``ValueError`` where a picture would stand beyond the network's positions: its first is
-        the number of states that it is drawn from, plus the longer side of every reference."""
-        longest, offset, largest = self.config.dit.axes_lens, 0, 0
+    def _checked(self, sample: Sample, away: bool) -> Layout:
+        """The layout of ``_write``. Raises ``ValueError`` where a picture would stand beyond the network's positions:
+        its first is the number of states that it is drawn from, plus the longer side of every reference."""
+        laid, longest, offset, largest = self._write(sample, away), self.config.dit.axes_lens, 0, 0
         for s in laid.segments:
             if s.kind in (Kind.CLEAN, Kind.NOISED):
                 assert s.grid
@@ -363,7 +365,7 @@ class OmniGen2(UnifiedModel[Settings]):
                 offset += max(s.grid or (0, 0))
             elif s.kind != Kind.NOISED and not s.reference:
                 offset += len(s)
-        if any(s.drawn or s.kind == Kind.CLEAN for s in laid.segments) and offset >= longest[0]:
+        if sample.drawing is not None and offset >= longest[0]:
             raise ValueError(
                 f"sample {laid.id!r} puts its picture at position {offset} (words and the sides of its references); "
                 f"the model has {longest[0]} positions: shorten the text or use fewer or smaller references"
@@ -678,6 +680,7 @@ class OmniGen2(UnifiedModel[Settings]):
         velocities = iter([-v.float() for v in self.dit(rows)])
         out = []
         for d, branches in zip(drawings, active, strict=True):
+            assert d.times is not None
             v = d.settings.combine([next(velocities) for _ in range(branches)], d.branches)
             if d.settings.solver == "euler":
                 out.append(advance(d, euler_step(d.state, v, d.times, d.step), v, d.slot))

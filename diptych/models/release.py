@@ -97,6 +97,7 @@ def _known() -> set[str]:
     for layout in (published_layout(family) for family in PUBLISHED):
         assert layout
         names |= {*layout.json, *layout.optional, *(f"{stem}.safetensors" for stem in layout.weights)}
+        names |= {f"{layout.tokenizer}/{file}" for file in TOKENIZER if layout.tokenizer}
     return names
 
 

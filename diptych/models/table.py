@@ -24,6 +24,7 @@ FAMILIES = {
 PUBLISHED = {
     "bagel": "diptych.models.published.bagel",
     "cheers": "diptych.models.published.cheers",
+    "omnigen2": "diptych.models.published.omnigen2",
 }
 
 

@@ -7,6 +7,7 @@ caches and hidden segments are settled by ``parts.attention`` and nothing here k
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ class Mllm(nn.Module):
         super().__init__()
         auto = _transformers()
         row = {k: v for k, v in config.model.items() if k not in ("model_type", "architectures")}
-        own = self.own = auto.AutoConfig.for_model(config.model["model_type"], **row)
+        own = self.own = auto.AutoConfig.for_model(config.model["model_type"], **deepcopy(row))
         text = own.text_config
         if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
             raise ValueError("a vision-language model with sliding-window layers is not supported")

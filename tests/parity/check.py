@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-FAMILIES = ("bagel", "cheers")
+FAMILIES = ("bagel", "cheers", "omnigen2")
 
 
 def main(arguments: list[str] | None = None) -> int:

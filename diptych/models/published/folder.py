@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,8 @@ class PublishedFormat:
     ``mine``      whether the JSON files are this family's, where others name theirs alike
     ``exact``     globs over our names: kept in float32 (or whole numbers) whatever they are stored in, and stored in
                   the type of the other tensors where that is narrower
+    ``tokenizer`` the subfolder of the tokenizer's files; "": they lie in the folder itself
+    ``elsewhere`` other stems of the same weights, which a folder that is laid over another one has in their place
     """
 
     weights: Mapping[str, Callable[[Any], Rules]]
@@ -77,6 +79,13 @@ class PublishedFormat:
     computed: Callable[[Any], dict[str, Tensor]] = lambda config: {}
     mine: Callable[[Json], bool] = lambda json: True
     exact: tuple[str, ...] = ()
+    tokenizer: str = ""
+    elsewhere: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def find(self, places: Places, stem: str) -> Path | None:
+        """The weights of a stem: of the first folder that has them under one of their names."""
+        stems = (*self.elsewhere.get(stem, ()), stem)
+        return next((path for f in places.folders for s in stems if (path := Places((f,)).weights(s))), None)
 
 
 @dataclass(frozen=True)
@@ -103,14 +112,18 @@ class Places:
         return None
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the first folder that has one. Raises ``ValueError`` where none has."""
-        return Tokenizer.load(next((f for f in self.folders if Tokenizer.there(f)), self.folders[-1]))
+        """The tokenizer of the first folder that has one, in itself or in ``processor/``. Raises ``ValueError`` where
+        none has."""
+        found = (f for folder in self.folders for f in (folder, folder / "processor") if Tokenizer.there(f))
+        return Tokenizer.load(next(found, self.folders[-1]))
 
 
 def missing(layout: PublishedFormat, places: Places) -> list[str]:
     """The files of a layout that are not there (or are another family's), the tokenizer's aside."""
     lacks = [n for n in layout.json if not places.find(n)]
-    lacks += [f"{stem}.safetensors" for stem in layout.weights if not places.weights(stem)]
+    lacks += [f"{stem}.safetensors" for stem in layout.weights if not layout.find(places, stem)]
+    if layout.tokenizer and not any(Tokenizer.there(f / layout.tokenizer) for f in places.folders):
+        lacks.append(f"{layout.tokenizer}/tokenizer.json")
     return lacks if lacks or tells(layout, places) else [f"{' and '.join(layout.json)} of its own"]
 
 
@@ -196,7 +209,7 @@ def open_published(family: str, layout: PublishedFormat, places: Places) -> Sour
         raise ValueError(f"{places} lacks {', '.join(lacks)}; a published {family} folder holds them (or give base)")
     tokenizer = places.tokenizer()
     rows = {name: read_json(path) for name in (*layout.json, *layout.optional) if (path := places.find(name))}
-    tensors = {stem: Tensors(path) for stem in layout.weights if (path := places.weights(stem))}
+    tensors = {stem: Tensors(path) for stem in layout.weights if (path := layout.find(places, stem))}
     try:
         config = layout.config(rows, {stem: t.shapes for stem, t in tensors.items()})
     except ValueError as error:
@@ -312,5 +325,8 @@ def write_published(model: Trainable, layout: PublishedFormat, folder: Path, sta
     for stem, tensors in theirs.items():
         write_tensors(folder / f"{stem}.safetensors", tensors)
     for name, row in rows.items():
-        (folder / name).write_text(json.dumps(row, indent=2))
-    model.tokenizer.save(folder, split=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(row, indent=2, ensure_ascii=False) + "\n")
+    into = folder / layout.tokenizer
+    into.mkdir(exist_ok=True)
+    model.tokenizer.save(into, split=not (into / "tokenizer_config.json").is_file())

@@ -1,0 +1,262 @@
+"""The published folders of OmniGen2: key maps and JSON files.
+
+``OmniGen2/OmniGen2`` holds ``transformer/``, ``mllm/``, ``vae/``, ``scheduler/`` and ``processor/``.
+``Two-hot/SGT-Gen2`` lays ``transformer/transformer/`` and ``transformer/text_encoder/`` over it; these are read, and
+never written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diptych.models.omnigen2 import Config, reader_template
+from diptych.models.published.folder import Json, PublishedFormat, States
+from diptych.models.published.key_map import Rule, Rules, rules, within
+from diptych.models.published.parts import autoencoder_kl
+from diptych.parts.autoencoder import AutoencoderConfig
+from diptych.parts.images import AreaRule
+from diptych.parts.mllm import MllmConfig
+from diptych.parts.reference_dit import ReferenceDitConfig
+
+INDEX, TRANSFORMER, MLLM, VAE = "model_index.json", "transformer/config.json", "mllm/config.json", "vae/config.json"
+SCHEDULER, PROCESSOR = "scheduler/scheduler_config.json", "processor/preprocessor_config.json"
+OTHERS = (
+    "mllm/generation_config.json",
+    *(f"processor/{name}.json" for name in ("chat_template", "added_tokens", "special_tokens_map", "tokenizer_config")),
+)
+
+# ---- settings ---------------------------------------------------------------------------------------------------
+
+_FIELDS = {  # keys of transformer/config.json -> fields of the config, with the defaults of the published class
+    "hidden_size": ("hidden_size", 2304),
+    "num_layers": ("layers", 26),
+    "num_refiner_layers": ("refiners", 2),
+    "num_attention_heads": ("heads", 24),
+    "num_kv_heads": ("kv_heads", 8),
+    "axes_dim_rope": ("axes", (32, 32, 32)),
+    "axes_lens": ("axes_lens", (300, 512, 512)),
+    "text_feat_dim": ("text_width", 1024),
+    "multiple_of": ("multiple_of", 256),
+    "ffn_dim_multiplier": ("multiplier", None),
+    "norm_eps": ("norm_eps", 1e-5),
+    "timestep_scale": ("timestep_scale", 1.0),
+}
+_FIXED_VAE = {
+    "act_fn": "silu",
+    "in_channels": 3,
+    "out_channels": 3,
+    "mid_block_add_attention": True,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "latents_mean": None,
+    "latents_std": None,
+}
+
+
+def published_config(json: Json, states: States) -> Config:
+    """Sizes of a published folder. Raises ``ValueError`` for settings that this family does not compute."""
+    return Config(
+        mllm=reader(json),
+        dit=transformer(json[TRANSFORMER]),
+        autoencoder=autoencoder(json[VAE]),
+        latent_patch=_whole(json[TRANSFORMER], "patch_size", 2),
+        time_shift="v1" if json.get(SCHEDULER, {}).get("dynamic_time_shift", True) else "none",
+        files={n: dict(json[n]) for n in (*JSON, *OPTIONAL) if n in json},
+    )
+
+
+def transformer(row: Any) -> ReferenceDitConfig:
+    """The diffusion transformer of ``transformer/config.json``."""
+    wrong = []
+    if row.get("out_channels") not in (None, row.get("in_channels", 16)):
+        wrong.append(f"out_channels {row['out_channels']} must be in_channels {row.get('in_channels', 16)} or null")
+    values: dict[str, Any] = {}
+    for key, (name, default) in _FIELDS.items():
+        value = row.get(key, default)
+        if isinstance(default, tuple):
+            if not (isinstance(value, (list, tuple)) and len(value) == 3 and all(type(v) is int for v in value)):
+                wrong.append(f"{key} must be three whole numbers, not {value!r}")
+                continue
+            value = tuple(value)
+        elif isinstance(value, bool) or not isinstance(value, type(default) if type(default) is int else (int, float)):
+            if value is not None or default is not None:
+                wrong.append(f"{key} must be a number, not {value!r}")
+                continue
+        values[name] = value
+    if wrong:
+        raise ValueError(f"{TRANSFORMER}: {'; '.join(wrong)}")
+    try:
+        return ReferenceDitConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"{TRANSFORMER}: {error}") from error
+
+
+def autoencoder(row: Any) -> AutoencoderConfig:
+    """FLUX.1's autoencoder of ``vae/config.json`` (diffusers' ``AutoencoderKL``)."""
+    wrong = [f"{n} must be {v!r}, not {row[n]!r}" for n, v in _FIXED_VAE.items() if n in row and row[n] != v]
+    widths = row.get("block_out_channels")
+    if not (isinstance(widths, list) and widths and all(type(w) is int and w % widths[0] == 0 for w in widths)):
+        wrong.append(f"block_out_channels must be multiples of the first, not {widths!r}")
+    if wrong:
+        raise ValueError(f"{VAE}: {'; '.join(wrong)}")
+    assert isinstance(widths, list)
+    return AutoencoderConfig(
+        channels=widths[0],
+        multipliers=tuple(w // widths[0] for w in widths),
+        blocks=_whole(row, "layers_per_block", 2),
+        latent_channels=_whole(row, "latent_channels", 16),
+        groups=_whole(row, "norm_num_groups", 32),
+        scale=row.get("scaling_factor", AutoencoderConfig.scale),
+        shift=row.get("shift_factor") or 0.0,
+    )
+
+
+def reader(json: Json) -> MllmConfig:
+    """The reader of ``mllm/config.json``, with the pixel limits of the processor."""
+    row, limits = json[MLLM], json.get(PROCESSOR, {})
+    if row.get("model_type") != "qwen2_5_vl":
+        raise ValueError(f"{MLLM}: model_type {row.get('model_type')!r} is not supported; there is qwen2_5_vl")
+    vision = row.get("vision_config", {})
+    stride = vision.get("patch_size", 14) * vision.get("spatial_merge_size", 2)
+    size = limits.get("size") or {}
+    least = limits.get("min_pixels") or size.get("shortest_edge") or 4 * stride**2
+    most = limits.get("max_pixels") or size.get("longest_edge") or 1280 * stride**2
+    return MllmConfig(dict(row), reader_template(), AreaRule(least, most, stride))
+
+
+def _whole(row: Any, key: str, default: int) -> int:
+    value = row.get(key, default)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{key} must be a positive whole number, not {value!r}")
+    return value
+
+
+def published_files(c: Config) -> dict[str, dict]:
+    """The JSON files of a published folder, the inverse of ``published_config``. Files that were read are written as
+    they came, with what the config says in their place."""
+    a, kept = c.autoencoder, c.files
+    sizes = {key: getattr(c.dit, name) for key, (name, _) in _FIELDS.items()}
+    sizes = {k: list(v) if isinstance(v, tuple) else v for k, v in sizes.items()}
+    see = c.mllm.see
+    pixels = {"min_pixels": see.least, "max_pixels": see.most} if isinstance(see, AreaRule) else {}
+    widths = [a.channels * m for m in a.multipliers]
+    vae = {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": widths,
+        "layers_per_block": a.blocks,
+        "latent_channels": a.latent_channels,
+        "norm_num_groups": a.groups,
+        "scaling_factor": a.scale,
+        "shift_factor": a.shift,
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+    }
+    own: dict[str, dict] = {
+        INDEX: _COMPONENTS,
+        TRANSFORMER: {
+            "_class_name": "OmniGen2Transformer2DModel",
+            "patch_size": c.latent_patch,
+            "in_channels": a.latent_channels,
+            "out_channels": None,
+        }
+        | sizes,
+        MLLM: c.mllm.model,
+        VAE: _FIXED_VAE | vae,
+        SCHEDULER: {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+        | {"dynamic_time_shift": c.time_shift != "none"},
+        PROCESSOR: {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"} | pixels,
+    }
+    return {name: {**kept.get(name, {}), **own.get(name, {})} for name in (*own, *kept)}
+
+
+_COMPONENTS = {
+    "_class_name": "OmniGen2Pipeline",
+    "mllm": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+    "processor": ["transformers", "Qwen2_5_VLProcessor"],
+    "scheduler": ["scheduling_flow_match_euler_discrete", "FlowMatchEulerDiscreteScheduler"],
+    "transformer": ["transformer_omnigen2", "OmniGen2Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+# ---- key maps ---------------------------------------------------------------------------------------------------
+
+_ATTENTION = {
+    "attn.to_q.weight": "q_proj.weight",
+    "attn.to_k.weight": "k_proj.weight",
+    "attn.to_v.weight": "v_proj.weight",
+    "attn.to_out.0.weight": "out_proj.weight",
+    "attn.norm_q.weight": "q_norm.weight",
+    "attn.norm_k.weight": "k_norm.weight",
+    "feed_forward.linear_1.weight": "gate_proj.weight",
+    "feed_forward.linear_2.weight": "down_proj.weight",
+    "feed_forward.linear_3.weight": "up_proj.weight",
+    "norm2.weight": "norms.after.weight",
+    "ffn_norm1.weight": "norms.mlp_before.weight",
+    "ffn_norm2.weight": "norms.mlp_after.weight",
+}
+_BLOCK = _ATTENTION | {"norm1.linear.*": "modulation.*", "norm1.norm.weight": "norms.before.weight"}
+_STACKS = {"noise_refiner": "picture_refiner", "ref_image_refiner": "reference_refiner", "layers": "layers"}
+
+DIT: Rules = (
+    rules(
+        {
+            "x_embedder.*": "enter.*",
+            "ref_image_patch_embedder.*": "enter_reference.*",
+            "image_index_embedding": "reference_index",
+            "time_caption_embed.timestep_embedder.linear_1.*": "time.mlp.0.*",
+            "time_caption_embed.timestep_embedder.linear_2.*": "time.mlp.2.*",
+            "time_caption_embed.caption_embedder.0.weight": "condition_norm.weight",
+            "time_caption_embed.caption_embedder.1.*": "condition_in.*",
+            "norm_out.linear_1.*": "modulation.*",
+            "norm_out.linear_2.*": "leave.*",
+        }
+    )
+    + within(rules(_ATTENTION | {"norm1.weight": "norms.before.weight"}), "context_refiner.*.", "condition_refiner.*.")
+    + tuple(rule for a, b in _STACKS.items() for rule in within(rules(_BLOCK), f"{a}.*.", f"{b}.*."))
+)
+"""``transformer/``: the diffusion transformer."""
+
+READER: Rules = (
+    rules({f"model.{n}": f"model.language_model.{n}" for n in ("embed_tokens.weight", "layers.**", "norm.weight")})
+    + rules({"visual.**": "model.visual.**"})
+    + rules({"model.language_model.**": "model.language_model.**", "model.visual.**": "model.visual.**"})
+    + rules({"language_model.**": "model.language_model.**"})
+    + (Rule("lm_head.weight", ("lm_head.weight",), alias="model.embed_tokens.weight"),)
+)
+"""``mllm/``: the names of transformers 4.51.3, which are written, those of later versions and those of SGT's files."""
+
+JSON = (TRANSFORMER, MLLM, VAE)
+OPTIONAL = (INDEX, SCHEDULER, PROCESSOR, *OTHERS)
+
+PUBLISHED = PublishedFormat(
+    weights={
+        "transformer/diffusion_pytorch_model": lambda c: within(DIT, ours="dit."),
+        "mllm/model": lambda c: within(READER, ours="mllm."),
+        "vae/diffusion_pytorch_model": lambda c: within(
+            autoencoder_kl(len(c.autoencoder.multipliers)), ours="autoencoder."
+        ),
+    },
+    json=JSON,
+    optional=OPTIONAL,
+    mine=lambda json: json[TRANSFORMER].get("_class_name") == "OmniGen2Transformer2DModel",
+    config=published_config,
+    describe=published_files,
+    free=(
+        "files",
+        "times",
+        "source",
+        "sources",
+        "draw",
+        "size",
+        "settings",
+        "edits",
+        "system",
+        "dropped_system",
+        "labels",
+    ),
+    tokenizer="processor",
+    elsewhere={
+        "transformer/diffusion_pytorch_model": ("transformer/transformer/diffusion_pytorch_model",),
+        "mllm/model": ("transformer/text_encoder/model",),
+    },
+)

@@ -1,0 +1,205 @@
+"""What OmniGen2 does beyond the protocol: templates, roles, guidance, references, limits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diptych.core.layout import Kind
+from diptych.core.sample import Image, Sample, Text, assistant, user
+from diptych.generation.engine import Engine
+from diptych.models import store
+from diptych.models.omnigen2 import BOTH, DROPPED_SYSTEM, SYSTEM, Settings
+from diptych.models.protocol import NOTHING, TEXT
+from diptych.parts.solvers import dpm_step, euler_step
+from tests.support import tiny
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.shake(tiny.model("omnigen2")).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def verbose():
+    """The same with the published templates: a system turn, roles and labels."""
+    config = replace(tiny.FAMILIES["omnigen2"](), system=SYSTEM, dropped_system=DROPPED_SYSTEM, labels="always")
+    made = store.create("omnigen2", config)
+    made.initialise(0)
+    return made.eval()
+
+
+def shown(seed: int, role="condition", size=(32, 32)) -> Image:
+    return Image(tiny.picture(seed, *size), role)
+
+
+def asked(*parts) -> Sample:
+    return Sample("r", (user(*parts), assistant(Image(None, "target"))))
+
+
+def kinds(model, sample, drop=NOTHING) -> list[Kind]:
+    return [s.kind for s in model.lay_out(sample, drop).segments]
+
+
+def test_a_request_answered_by_a_picture_takes_the_drawing_template_and_references_stay_outside_the_reader(model):
+    sample = asked(shown(1), shown(2, size=(64, 32)), "both")
+    laid = model.lay_out(sample)
+    assert [s.kind for s in laid.segments] == [Kind.TEXT, Kind.CLEAN, Kind.CLEAN]
+    assert all(s.hidden and s.moves == 0 for s in laid.segments[1:])
+    assert kinds(model, sample, TEXT) == [Kind.TEXT, Kind.CLEAN, Kind.CLEAN]
+    assert kinds(model, sample, BOTH) == [Kind.TEXT]
+
+
+def test_a_picture_to_understand_is_read_and_is_no_reference(model):
+    laid = model.lay_out(asked(shown(1, "understand"), "x"))
+    [vision] = [s for s in laid.segments if s.kind == Kind.VISION]
+    assert not vision.reference and not any(s.kind == Kind.CLEAN for s in laid.segments)
+    [context] = model.extend([model.open()], [laid])
+    assert len(model._states(context)) == len(laid) - 1  # every state but that of the token that opens the picture
+
+
+def test_in_a_conversation_the_reader_sees_a_reference_and_its_states_are_left_out(model):
+    turn = assistant(Text("", loss=True), Image(None, "target"))
+    laid = model.lay_out(Sample("c", (user(shown(1), "x"), turn)))
+    [vision] = [s for s in laid.segments if s.kind == Kind.VISION]
+    [clean] = [s for s in laid.segments if s.kind == Kind.CLEAN]
+    assert vision.reference
+    [context] = model.extend([model.open()], [laid])
+    opening = 1  # the token that opens the picture conditions nothing either
+    assert len(model._states(context)) == len(laid) - len(vision) - len(clean) - opening
+
+
+def test_the_picture_drawn_last_is_the_reference_of_a_request_that_shows_none(model):
+    first = assistant(Image(tiny.picture(4), "target"))
+    later = Sample("l", (user("a star"), first, user("make it red"), assistant(Image(None, "target"))))
+    [reference] = model._references(later)
+    assert reference.image is first.parts[0].image
+    assert [s.kind for s in model.lay_out(later).segments].count(Kind.CLEAN) == 1
+
+
+def test_a_training_row_without_its_words_has_the_other_system_text_and_a_request_has_not(verbose):
+    def told(sample):
+        return verbose.lay_out(sample, TEXT).describe(verbose.tokenizer.decode)
+
+    drawn = Sample("d", (user("a star"), assistant(Image(tiny.picture(1), "target"))))
+    assert "generates images." in told(drawn) and "high-quality" not in told(drawn)
+    assert "high-quality" in told(asked("a star"))
+
+
+def test_pictures_of_a_turn_are_labelled(verbose):
+    laid = verbose.lay_out(Sample("q", (user(shown(1, "understand"), shown(2, "understand"), "x"), assistant())))
+    told = laid.describe(verbose.tokenizer.decode)
+    assert "<img1>: " in told and "<img2>: " in told
+
+
+def test_branches_are_those_of_the_paper(model):
+    edit, plain = asked(shown(1), "x"), asked("x")
+    assert model.branches(plain, Settings(2, 4.0, 2.0)) == {NOTHING: 1.0, TEXT: 4.0}
+    assert model.branches(edit, Settings(2, 4.0, 2.0)) == {NOTHING: 1.0, TEXT: 4.0, BOTH: 2.0}
+    assert model.branches(edit, Settings(2, 4.0, 1.0)) == {NOTHING: 1.0, BOTH: 4.0}
+    with pytest.warns(UserWarning, match="image_guidance_scale has no effect"):
+        assert model.branches(edit, Settings(2, 1.0, 2.0)) == {NOTHING: 1.0}
+
+
+def test_guidance_is_active_in_a_share_of_the_steps():
+    settings = Settings(5, guidance_range=(0.2, 0.4))
+    assert [settings.guided(i, 5) for i in range(5)] == [False, True, True, False, False]
+
+
+def test_combined_guidance():
+    f, r, u = torch.tensor([[3.0]]), torch.tensor([[2.0]]), torch.tensor([[1.0]])
+    branches = {NOTHING: 1.0, TEXT: 4.0, BOTH: 2.5}
+    assert Settings().combine([f, r, u], branches) == u + 2.5 * (r - u) + 4.0 * (f - r)
+    assert torch.equal(Settings().combine([f], branches), f)
+    assert Settings().combine([f, u], {NOTHING: 1.0, BOTH: 4.0}) == u + 4.0 * (f - u)
+
+
+def test_a_reference_matters_in_its_place(model):
+    """Which picture is shown, and which comes first."""
+    engine, few = Engine(model), {"num_inference_steps": 2, "seed": 1, "size": (32, 32)}
+    pictures = [tiny.picture(1), tiny.picture(2)]
+    made = {
+        name: engine.edit(order, "both", **few).images[0].tobytes()
+        for name, order in {"ab": pictures, "ba": pictures[::-1], "a": pictures[:1], "b": pictures[1:]}.items()
+    }
+    assert len(set(made.values())) == 4
+
+
+def test_a_seed_fixes_the_posterior_too():
+    made, request = tiny.sampling("omnigen2"), asked(shown(1), "x")
+
+    def references(seed, **changes):
+        settings = replace(made.settings, guidance_scale=1.0, **changes)
+        context = made.extend([made.open()], [made.lay_out(request)])[0]
+        [drawing] = made.start([(context,)], [request], [settings], [seed])
+        return drawing.slot.references[0][0].tokens
+
+    assert torch.equal(references(3), references(3)) and not torch.equal(references(3), references(4))
+    assert torch.equal(references(3, posterior="mean"), references(4, posterior="mean"))
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpm"])
+def test_solvers_end_at_the_data_of_a_straight_path(solver):
+    """On a straight path every solver is exact, whatever the number of steps."""
+    data, noise = torch.randn(3, 4), torch.randn(3, 4)
+    for steps in (1, 2, 3, 7):
+        times, x, before = Settings(steps, timestep_shift=3.0).times(steps, 64), noise, None
+        for i in range(steps):
+            if solver == "euler":
+                x = euler_step(x, noise - data, times, i)
+            else:
+                x, before = dpm_step(x, noise - data, times, i, before)
+        assert torch.allclose(x, data, atol=1e-5)
+
+
+def test_dpm_needs_fewer_steps_than_euler():
+    """A curved field (v of a Gaussian of deviation 1/2): the same error in fewer steps."""
+
+    def end(solver, steps):
+        x, before = torch.ones(1, 1, dtype=torch.float64), None
+        times = Settings(steps, timestep_shift=1.0).times(steps, 64)
+        for i in range(steps):
+            t = float(times[i])
+            v = x * (t - (1 - t) / 4) / (t**2 + (1 - t) ** 2 / 4)
+            if solver == "euler":
+                x = euler_step(x, v, times, i)
+            else:
+                x, before = dpm_step(x, v, times, i, before)
+        return abs(float(x) - 0.5)
+
+    assert end("dpm", 8) < end("euler", 8) / 2
+
+
+def test_more_references_than_the_model_takes_are_one_clear_line(model):
+    with pytest.raises(ValueError, match="shows 6 pictures to draw from; the model takes at most 5"):
+        Engine(model).edit([tiny.picture(i) for i in range(6)], "x")
+
+
+def test_what_does_not_fit_the_positions_is_refused_before_anything_is_computed():
+    config = tiny.FAMILIES["omnigen2"]()
+    short = store.create("omnigen2", replace(config, dit=replace(config.dit, axes_lens=(24, 4, 4))))
+    with pytest.raises(ValueError, match=r"position \d+ .* the model has 24 positions"):
+        short.lay_out(asked("a star " * 30))
+    with pytest.raises(ValueError, match="multiples of 16 up to 64"):
+        short.canvas(Sample("s", (user("x"), assistant(Image(None, "target", (128, 32))))))
+
+
+def test_settings_name_what_is_wrong():
+    for bad, told in (
+        ({"guidance_range": (0.5, 0.2)}, "guidance_range must be 0 <= low <= high <= 1"),
+        ({"guidance_scale": -1.0}, "guidance scales must be at least 0"),
+        ({"timestep_shift": 0.0}, "timestep_shift must be positive or None"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            Settings(**bad)
+
+
+def test_the_reader_learns_through_the_condition():
+    made = tiny.shake(tiny.model("omnigen2"))
+    from diptych.core.batch import pack
+    from diptych.core.noise import Noise
+
+    sample = Sample("s", (user(shown(1, "understand"), "x"), assistant(Image(tiny.picture(2), "target"))))
+    made.losses(pack([made.lay_out(sample)]), Noise())["image"].sum.backward()
+    moved = {n for n, p in made.mllm.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any("visual" in n for n in moved) and any("language_model.layers.0" in n for n in moved)
