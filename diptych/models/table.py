@@ -53,7 +53,7 @@ SIZES: dict[str, Size] = {
     "synergen/tiny": Size("synergen", "tiny", "ships with diptych", "synergen-tiny"),
     "synergen/2b": Size("synergen", "b2", "no weights were published"),
     "synergen/qwen2-0.5b": Size("synergen", "qwen2", "no weights were published"),
-    "omnigen2/tiny": Size("omnigen2", "tiny", "train it: diptych train omnigen2/tiny"),
+    "omnigen2/tiny": Size("omnigen2", "tiny", "not trained yet"),
     "omnigen2/3b-4b": Size("omnigen2", "b3_4", "OmniGen2/OmniGen2"),
     "omnigen2/3b-4b-sgt": Size("omnigen2", "b3_4", "Two-hot/SGT-Gen2", base="omnigen2/3b-4b"),
     "autoencoder/vq-tiny": Size("autoencoder", "vq_tiny", "ships with diptych", "vq-tiny"),
