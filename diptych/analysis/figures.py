@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from diptych.data.written import MARK
+
 STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5}
 MARKS = "osD^vP*Xph"
 Models = Mapping[str, Any]  # name of a model -> its numbers; the base, where there is one, comes last
@@ -25,7 +27,7 @@ def _figure(rows: int, columns: int, size: tuple[float, float], draw: Callable[[
         for ax in axes.flat:
             ax.set_axisbelow(True)
         out = io.BytesIO()
-        figure.savefig(out, format="png", metadata={"Software": None})
+        figure.savefig(out, format="png", metadata={"Software": MARK})
     return out.getvalue()
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from diptych.analysis import attention, figures, gates, keywords, layers, separability
 from diptych.analysis.published import published_attention, published_shares
 from diptych.core.sample import Image, Sample, assistant, user
+from diptych.data.written import check_picture_path
 from diptych.machine import disk
 from diptych.models.protocol import UnifiedModel
 
@@ -28,13 +29,27 @@ class Found:
     figures: Mapping[str, bytes]
 
     def write(self, folder: Path) -> list[Path]:
-        """Writes ``<name>.json`` and the figures into ``folder`` and returns the files; other files stay."""
+        """Writes ``<name>.json`` and the figures into ``folder`` and returns the files. Raises ``ValueError`` where a
+        file of such a name was not written by a probe."""
         files = [folder / f"{self.name}.json", *(folder / f"{name}.png" for name in self.figures)]
+        for file in files[1:]:
+            check_picture_path(file)
+        if files[0].exists() and not _is_probe(files[0]):
+            raise ValueError(f"{files[0]} is there and was not written by diptych; name another folder")
         disk.write_text(files[0], json.dumps(self.numbers, indent=1))
         for file, png in zip(files[1:], self.figures.values(), strict=True):
             with disk.atomic(file) as part:
                 part.write_bytes(png)
         return files
+
+
+def _is_probe(file: Path) -> bool:
+    """Whether a JSON file holds the numbers of a probe."""
+    try:
+        numbers = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(numbers, dict) and "what" in numbers
 
 
 def run_separability(

@@ -29,7 +29,6 @@ from diptych.cli.options import (
     complete_models,
     listed,
     numbers,
-    picture_file,
     show_skipped,
     show_table,
 )
@@ -106,10 +105,11 @@ def show(
     """Draw a contact sheet of samples with the segments that a model lays them out as."""
     from diptych.data.catalog import sources
     from diptych.data.sheet import show
+    from diptych.data.written import check_picture_path
     from diptych.models.store import skeleton
 
     at_least_one(n=n, size=size)
-    picture_file(out)
+    check_picture_path(out)
     model = skeleton(layout)
     data_sets = sources(names, catalog=catalog, size=size)
     show(data_sets, model.lay_out, model.tokenizer.decode, n * len(names), out)

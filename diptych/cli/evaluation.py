@@ -214,6 +214,9 @@ def run(
             engine = load(model, device, dtype, base, quantize)
         changed = sampling.given(engine)
         tools = scoring.tools(device, tasks)
+        ours = [name for name in benchmarks or [] if not name.startswith("lmms-eval:")]
+        if layout:
+            harness.check_layout(layout, resolve(ours, tools)[0])
         result = harness.evaluate(
             engine,
             benchmarks or [],
@@ -231,7 +234,6 @@ def run(
         if rank > 0:
             return
         if layout:
-            ours = [name for name in benchmarks or [] if not name.startswith("lmms-eval:")]
             for folder in harness.write_layout(layout, result, resolve(ours, tools)[0]):
                 print(folder, file=sys.stderr)
         if no_score and not as_json:

@@ -96,6 +96,7 @@ def spread(handler: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(handler)
     def call(**given: Any) -> Any:
+        given = {name: expanded(value) for name, value in given.items()}
         for name, kind in groups.items():
             given[name] = kind(**{field.name: given.pop(field.name) for field in dataclasses.fields(kind)})
         return handler(**given)
@@ -104,6 +105,13 @@ def spread(handler: Callable[..., Any]) -> Callable[..., Any]:
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what inspect and typer read
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
+
+
+def expanded(value: Any) -> Any:
+    """A path, or a list of paths, with ``~`` expanded: a shell leaves it in ``--out=~/x``. Other values stay."""
+    if isinstance(value, list):
+        return [expanded(item) for item in value]
+    return value.expanduser() if isinstance(value, Path) else value
 
 
 def names_in(module: str, table: str) -> Callable[[str], list[str]]:
@@ -264,16 +272,26 @@ class Drawing:
     as_json: JsonOption = False
 
     def check(self) -> tuple[int, int] | None:
-        """(width, height), if any. Raises ``ValueError`` for a bad size or file name, before a model is loaded."""
-        picture_file(self.out)
+        """(width, height), if any. Raises ``ValueError`` for a bad size, and for a file that cannot be written without
+        the loss of another, before a model is loaded."""
+        from diptych.data.written import check_picture_path
+
+        for file in self.files(self.n):
+            check_picture_path(file)
         return pixels(self.size) if self.size else None
 
+    def files(self, n: int) -> list[Path]:
+        """The files of ``n`` pictures."""
+        return [self.out] if n == 1 else [self.out.with_stem(f"{self.out.stem}-{i}") for i in range(n)]
 
-def picture_file(path: Path) -> Path:
-    """The path of a picture to write. Raises ``ValueError`` for an ending that is no picture's."""
-    if path.suffix.lower() not in (endings := (".png", ".jpg", ".jpeg", ".webp")):
-        raise ValueError(f"{str(path)!r} is no picture file; its name must end in {', '.join(endings)}")
-    return path
+
+@dataclasses.dataclass(frozen=True)
+class DrawingEdit(Drawing):
+    """The same of an edit, whose picture is not named as the one that ``generate`` drew."""
+
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="picture file; several pictures get -0, -1 ... appended")
+    ] = Path("edited.png")
 
 
 def pixels(text: str) -> tuple[int, int]:

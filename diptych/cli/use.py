@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from diptych.cli.options import (
     BaseOption,
     DeviceOption,
     Drawing,
+    DrawingEdit,
     Dtype,
     DtypeOption,
     EditSampling,
@@ -110,27 +112,30 @@ def edit(
     loading: Loading,
     image: ImageArgument,
     instruction: Annotated[str, typer.Argument(help="what to change")],
-    drawing: Drawing,
+    drawing: DrawingEdit,
     sampling: EditSampling,
 ) -> None:
     """Change a picture by instruction."""
     size = drawing.check()
+    if any(file.exists() and image.exists() and file.samefile(image) for file in drawing.files(drawing.n)):
+        raise ValueError(f"--out would overwrite {image}, the picture to edit; name another file")
     engine = loading.load()
     save_pictures(drawing, engine.edit(image, instruction, drawing.n, size, drawing.seed, **sampling.given(engine)))
 
 
 def save_pictures(drawing: Drawing, pictures: Any) -> None:
     """Writes the pictures of a result and prints their files."""
-    files = []
-    drawing.out.parent.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(pictures.images):
-        file = drawing.out if len(pictures.images) == 1 else drawing.out.with_stem(f"{drawing.out.stem}-{i}")
-        image.save(file)
-        files.append(str(file))
+    from diptych.data.written import save_picture
+
+    files = drawing.files(len(pictures.images))
+    for file, image in zip(files, pictures.images, strict=True):
+        save_picture(image, file)
     if drawing.as_json:
-        print(json.dumps({"files": files, "seed": pictures.seed, "parameters": dict(pictures.parameters)}))
+        print(
+            json.dumps({"files": list(map(str, files)), "seed": pictures.seed, "parameters": dict(pictures.parameters)})
+        )
     else:
-        print("\n".join(files))
+        print("\n".join(map(str, files)))
 
 
 def ask(
@@ -157,6 +162,9 @@ def chat(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="where pictures are saved")] = Path("pictures"),
 ) -> None:
     """Talk in the terminal. /image PATH shows a picture, /draw PROMPT draws one, /new starts anew, /quit ends."""
+    from diptych.machine.disk import check_folder
+
+    check_folder(out)
     engine = loading.load()
     print(f"{engine.name}: type a message; /image PATH shows a picture, /draw PROMPT draws one, /new, /quit")
     Chat(engine, answering, out).run()
@@ -223,10 +231,12 @@ class Chat:
         self.messages.append(Message("assistant", (*answer, Text(text))))
 
     def save(self, image: Any) -> Path:
-        """Writes the next picture and returns its file."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"picture-{self.saved:03d}.png"
-        image.save(file)
+        """Writes the next picture, under the first number that is free, and returns its file."""
+        from diptych.data.written import save_picture
+
+        numbered = (self.folder / f"picture-{number:03d}.png" for number in count(self.saved))
+        file = next(file for file in numbered if not file.exists())
+        save_picture(image, file)
         self.saved += 1
         return file
 

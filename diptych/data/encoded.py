@@ -28,7 +28,7 @@ from diptych.core.tensors import Tensor
 from diptych.data.mixture import Source
 from diptych.data.sources import Tar, webdataset
 from diptych.data.workers import read_ahead
-from diptych.machine.disk import atomic, write_text
+from diptych.machine.disk import atomic, check_folder, write_text
 
 INDEX = "encoded.json"
 WINDOW = 64  # samples in memory at a time
@@ -186,7 +186,8 @@ def precompute(
     ``origin``    what else decided the pictures, compared when the folder is read
     ``rank``      of ``world`` processes, which share the shards
 
-    Raises ``ValueError`` for unknown encoders and for a folder that something else was encoded into."""
+    Raises ``ValueError`` for unknown encoders, for a folder that something else was encoded into, and for one that
+    holds shards of others."""
     names = list(model.encoders) if encoders is None else list(encoders)
     if unknown := sorted(set(names) - set(model.encoders)):
         raise ValueError(f"unknown encoders {unknown}; {model.family} has: {', '.join(model.encoders) or 'none'}")
@@ -198,11 +199,7 @@ def precompute(
         "name": source.name, "family": model.family, "origin": dict(origin), "rows": len(source), "shard": shard,
         "dtype": dtype, "digests": {name: model.digest(name) for name in names},
     }  # fmt: skip
-    if there(folder) and (other := _read(folder / INDEX)) != index:
-        changed = ", ".join(f"{k} was {other.get(k)} and is {v}" for k, v in index.items() if other.get(k) != v)
-        raise ValueError(f"{folder} holds something else ({changed}); remove it or name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / INDEX, json.dumps(index, indent=1))
+    _claim(folder, index)
     done: dict[str, Any] = {"rows": 0, "pictures": 0, "bytes": 0, "skipped": {}}
     for k in range(rank, -(-len(source) // shard), world):
         rows = range(k * shard, min((k + 1) * shard, len(source)))
@@ -226,6 +223,22 @@ def precompute(
                 progress(len(window))
         done["bytes"] += (folder / shard_name(k)).stat().st_size
     return done
+
+
+def _claim(folder: Path, index: Mapping[str, Any]) -> None:
+    """Writes the index of the folder. Raises ``ValueError`` where the folder has another one, and where it holds shards
+    but no index: ``precompute`` did not write them, and would take them for its own."""
+    check_folder(folder)
+    if there(folder):
+        other = _read(folder / INDEX)
+        if changed := ", ".join(f"{k} was {other.get(k)} and is {v}" for k, v in index.items() if other.get(k) != v):
+            raise ValueError(f"{folder} holds something else ({changed}); name another folder")
+        return
+    if folder.is_dir() and (shards := sorted(file.name for file in folder.glob("*.tar"))):
+        raise ValueError(
+            f"{folder} holds {shards[0]}, which `diptych data precompute` did not write; name another folder"
+        )
+    write_text(folder / INDEX, json.dumps(index, indent=1))
 
 
 @torch.inference_mode()
@@ -299,10 +312,14 @@ def written(path: Path) -> Iterator[tarfile.TarFile]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """The index of an encoded data set. Raises ``ValueError`` for a file that is none."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        index = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(index, dict) or not {"origin", "rows", "shard", "digests"} <= index.keys():
+        raise ValueError(f"{path} was not written by `diptych data precompute`; name another folder")
+    return index
 
 
 def shard_name(number: int) -> str:

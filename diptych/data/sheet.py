@@ -14,7 +14,7 @@ from diptych.core.layout import Kind, Layout
 from diptych.core.sample import Image, Sample, Text
 from diptych.data.contact_sheet import clip, wrap
 from diptych.data.mixture import Source
-from diptych.machine.disk import atomic
+from diptych.data.written import check_picture_path, save_picture
 
 WIDTH, MARGIN, PAD, THUMB, TEXT = 1280, 28, 20, 144, 420  # pixels
 PAPER, CARD, EDGE, INK, SOFT = "#f1f2f6", "#ffffff", "#dfe2ea", "#1c2333", "#697086"
@@ -42,12 +42,12 @@ def show(
     """A contact sheet of ``n`` samples, taken from the sources in turn, written to ``path`` and returned.
 
     A card shows the conversation (pictures framed in the colour of their role, texts that carry loss underlaid), the
-    laid-out segments as a bar, and ``Layout.describe(decode)``. Raises ``ValueError`` where ``path`` is a file that is
-    no such sheet, or is no .png, .jpg or .webp.
+    laid-out segments as a bar, and ``Layout.describe(decode)``. Raises ``ValueError`` where ``path`` is a file that
+    this library did not write, or is no .png, .jpg or .webp.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
-    _check_path(path := Path(path))
+    check_picture_path(path := Path(path))
     turns = ((name, source, i) for i in range(n) for name, source in sources.items() if i < len(source))
     picked = list(islice(turns, n))
     if not picked:
@@ -63,30 +63,8 @@ def show(
     for card in cards:
         sheet.paste(card, (MARGIN, y))
         y += card.height + PAD
-    marked = PIL.Image.Exif()
-    marked[_SOFTWARE] = _MARK
-    with atomic(path) as part:
-        sheet.save(part, _FORMATS[path.suffix.lower()], exif=marked)
+    save_picture(sheet, path)
     return sheet
-
-
-_SOFTWARE, _MARK = 0x0131, "diptych data show"  # EXIF tag, and what it says of a sheet
-_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-
-
-def _check_path(path: Path) -> None:
-    """Raises ``ValueError`` for a path that no sheet can be written to without the loss of another file."""
-    if path.suffix.lower() not in _FORMATS:
-        raise ValueError(f"{path}: a sheet is written as {', '.join(_FORMATS)}")
-    if not path.exists():
-        return
-    try:
-        with PIL.Image.open(path) as image:
-            written_here = image.getexif().get(_SOFTWARE) == _MARK
-    except (OSError, ValueError, SyntaxError):
-        written_here = False
-    if not written_here:
-        raise ValueError(f"{path} is there and was not written by `diptych data show`; name another file")
 
 
 def _legend(draw: PIL.ImageDraw.ImageDraw, x: int, y: int) -> None:

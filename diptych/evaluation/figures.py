@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from diptych.data.written import MARK
 from diptych.evaluation.scores import Score
 from diptych.training.log import read_metrics
 
@@ -101,7 +102,7 @@ def bars(categories: Sequence[str], scores: Mapping[str, Mapping[str, Score]]) -
 
 def _png(figure: Any) -> bytes:
     out = io.BytesIO()
-    figure.savefig(out, format="png", metadata={"Software": None})
+    figure.savefig(out, format="png", metadata={"Software": MARK})
     return out.getvalue()
 
 

@@ -45,6 +45,8 @@ from diptych.evaluation.remote import Endpoint, Pictures
 from diptych.evaluation.scores import UNJUDGED, Baselines, Benchmark, Item, Outcome, Score, Verdict
 from diptych.machine import disk, processes
 
+LAYOUT = "layout.json"  # of a folder with official layouts: the list of those that were written
+
 
 @runtime_checkable
 class Engine(Protocol):
@@ -512,13 +514,30 @@ def _hash(benchmark: Benchmark, row: Mapping[str, Any], image: PIL.Image.Image |
 
 
 def write_layout(folder: str | Path, result: Result, benchmarks: Sequence[Benchmark]) -> list[Path]:
-    """Writes each benchmark's pictures as its official scorer reads them, into FOLDER/NAME. Returns the folders."""
-    written = []
-    for b in benchmarks:
-        if b.layout is not None:
-            b.layout(Path(folder) / b.name, [o for o in result.outcomes if o.item.benchmark == b.name])
-            written.append(Path(folder) / b.name)
-    return written
+    """Writes each benchmark's pictures as its official scorer reads them, into FOLDER/NAME. Returns the folders.
+
+    FOLDER/layout.json lists them. Raises ``ValueError`` for a FOLDER/NAME that holds files and is not in that list."""
+    wanted = {b.name: b.layout for b in benchmarks if b.layout is not None}
+    check_layout(folder, benchmarks)
+    index = Path(folder) / LAYOUT
+    disk.write_text(index, json.dumps(sorted({*(files.load(index) if index.is_file() else ()), *wanted})))
+    for name, layout in wanted.items():
+        layout(Path(folder) / name, [o for o in result.outcomes if o.item.benchmark == name])
+    return [Path(folder) / name for name in wanted]
+
+
+def check_layout(folder: str | Path, benchmarks: Sequence[Benchmark]) -> None:
+    """Raises ``ValueError`` where ``write_layout`` would write among files of others, and where it would write nothing."""
+    if not any(b.layout for b in benchmarks):
+        raise ValueError("--layout: the official scorers of these benchmarks read no pictures")
+    index = Path(folder) / LAYOUT
+    listed = files.load(index) if index.is_file() else []
+    if not isinstance(listed, list):
+        raise ValueError(f"{index} was not written by `diptych evaluate --layout`; name another folder")
+    for place in (Path(folder) / b.name for b in benchmarks if b.layout is not None and b.name not in listed):
+        disk.check_folder(place)
+        if place.is_dir() and any(place.iterdir()):
+            raise ValueError(f"{place} holds files that `diptych evaluate --layout` did not write; name another folder")
 
 
 def _bar(progress: bool) -> Progress:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,11 +102,14 @@ def generate_file(
     """Draws ``n`` pictures of each prompt of this shard into the folder ``out`` and returns the shard's list of them.
 
     The list is ``prompts.jsonl`` (of one shard) or ``prompts-I-of-N.jsonl``: a row a picture with ``file``, ``id``,
-    ``prompt``, ``seed``. ``progress`` is called with (pictures done, pictures in all). Raises ``ValueError`` for a
-    folder whose pictures were drawn by another model or with other settings."""
-    rows = read_prompts(prompts, seed)[shard[0] :: shard[1]]
+    ``prompt``, ``seed``. ``progress`` is called with (pictures done, pictures in all). Prompts may be added to the file
+    later. Raises ``ValueError`` for a folder whose pictures were drawn by another model, with other settings, or of
+    other prompts or seeds under the same ids, and for one that holds such files without ``generate.json``."""
+    every = read_prompts(prompts, seed)
+    rows = every[shard[0] :: shard[1]]
     chosen = engine.settings(settings or {})
-    _agree(out, {"model": engine.name, "n": n, "size": size and list(size), "settings": asdict(chosen)})
+    described = {"model": engine.name, "n": n, "size": size and list(size), "settings": asdict(chosen)}
+    _agree(out, described, every)
     wanted = [(p, k, out / p.file(k, n)) for p in rows for k in range(n)]
     missing = [w for w in wanted if not w[2].is_file()]
     done = len(wanted) - len(missing)
@@ -126,12 +129,38 @@ def generate_file(
     return out / name
 
 
-def _agree(out: Path, settings: dict[str, Any]) -> None:
-    """Writes the settings of the folder's pictures, or compares with those that are there."""
+def _agree(out: Path, settings: dict[str, Any], prompts: Sequence[Prompt]) -> None:
+    """Writes the settings and the prompts of the folder's pictures, or compares with those that are there."""
+    disk.check_folder(out)
     file, settings = out / SETTINGS, json.loads(json.dumps(settings))
+    asked = {p.id: [p.prompt, p.seed] for p in prompts}
+    before: dict[str, list] = {}
     if file.is_file():
-        before = json.loads(file.read_text("utf-8"))
-        if wrong := [f"{k} {before.get(k)!r}, not {v!r}" for k, v in settings.items() if before.get(k) != v]:
+        written = _settings_of(file)
+        if wrong := [f"{k} {written.get(k)!r}, not {v!r}" for k, v in settings.items() if written.get(k) != v]:
             raise ValueError(f"{out} holds pictures of {'; '.join(wrong)}; choose another folder")
-        return
-    disk.write_text(file, json.dumps(settings, indent=1))
+        before = written["prompts"]
+        for name in asked.keys() & before.keys():
+            if asked[name] != before[name]:
+                (prompt, seed), (other, other_seed) = before[name], asked[name]
+                raise ValueError(
+                    f"{out} holds pictures of {name}: {prompt!r} with seed {seed}, not {other!r} with seed "
+                    f"{other_seed}; choose another folder"
+                )
+    taken = (out / p.file(k, settings["n"]) for p in prompts if p.id not in before for k in range(settings["n"]))
+    lists = () if before else out.glob("prompts*.jsonl")
+    if existing := next((path for path in (*taken, *lists) if path.exists()), None):
+        raise ValueError(f"{existing} is there and was not drawn by `diptych generate`; choose another folder")
+    if asked.keys() - before.keys():
+        disk.write_text(file, json.dumps(settings | {"prompts": before | asked}, indent=1, ensure_ascii=False))
+
+
+def _settings_of(file: Path) -> dict[str, Any]:
+    """The content of ``generate.json``. Raises ``ValueError`` for a file that ``_agree`` did not write."""
+    try:
+        settings = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("prompts"), dict):
+        raise ValueError(f"{file} was not written by `diptych generate`; choose another folder")
+    return settings

@@ -27,6 +27,15 @@ def write_bytes(path: Path, data: bytes) -> None:
         part.write_bytes(data)
 
 
+def check_folder(folder: Path) -> None:
+    """Raises ``ValueError`` for a folder that cannot be written into: a file is in its way, or it is read-only."""
+    above = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not above.is_dir():
+        raise ValueError(f"{above} is a file; a folder is needed there")
+    if not os.access(above, os.W_OK):
+        raise ValueError(f"{above} is read-only")
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``, unique to this thread; it is renamed to ``path`` on success and removed

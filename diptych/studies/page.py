@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diptych.core.intervals import mean
+from diptych.data.written import check_picture_path
 from diptych.evaluation.figures import intervals
 from diptych.evaluation.scores import Score, macro, paired
 from diptych.machine import disk
@@ -15,7 +16,7 @@ Plots = dict[str, dict[str, Score]]  # panel -> arm -> score
 
 
 def write_page(results: Results, out: Path) -> Path:
-    """Writes ``out/NAME.md`` and ``out/NAME.png`` and returns the page's path."""
+    """Writes ``out/NAME.md`` and ``out/NAME.png`` and returns the page's path. Raises as ``check_page``."""
     name, plots = results.name, Plots()
     lines = [f"# {results.study.title}", "", f"`{_command(results)}`", "", _introduction(results)]
     for benchmark in results.study.benchmarks:
@@ -23,10 +24,19 @@ def write_page(results: Results, out: Path) -> Path:
     if results.measures:
         lines += _measures_table(results, plots)
     lines += ["", f"![scores by arm]({name}.png)", ""]
+    check_page(out, name)
     with disk.atomic(out / f"{name}.png") as file:
         file.write_bytes(intervals(plots))
     disk.write_text(out / f"{name}.md", "\n".join(lines))
     return out / f"{name}.md"
+
+
+def check_page(out: Path, name: str) -> None:
+    """Raises ``ValueError`` where ``write_page`` would overwrite a file that it did not write."""
+    page = out / f"{name}.md"
+    if page.exists() and f"`diptych study {name}" not in page.read_text("utf-8", errors="replace"):
+        raise ValueError(f"{page} is there and is no page of this study; name another folder")
+    check_picture_path(out / f"{name}.png")
 
 
 def _command(results: Results) -> str:

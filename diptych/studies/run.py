@@ -17,7 +17,7 @@ from rich.console import Console
 from diptych.core.errors import nearest
 from diptych.generation.engine import load
 from diptych.models import store
-from diptych.studies.page import write_page
+from diptych.studies.page import check_page, write_page
 from diptych.studies.study import Results, check_frozen, claim, score, train_stages
 from diptych.studies.table import STUDIES
 
@@ -52,6 +52,7 @@ def study(
     steps = steps or this.steps
     named = model or (this.model if isinstance(this.model, str) else None)
     config = named and store.read_config(named)
+    check_page(out, name)
     claim(folder, {"study": name, "model": config, "from": named, "steps": steps, "limit": limit})
     start = this.model(folder / "start") if callable(this.model) else named or ""
     results = Results(name, this, named, tuple(seeds), steps, limit, {}, {})

@@ -41,6 +41,18 @@ from diptych.training.rows import Sources, stage_loader
 Hook = Callable[[Trainable, int, Path], None]  # called with the model, the step and the run after every checkpoint
 
 
+# What a run writes into its folder, besides recipe.json.
+OWN_NAMES = (
+    "environment.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "samples",
+    "release",
+    "tensorboard",
+    "trace.json",
+)
+
+
 class Interrupted(Exception):
     """The run was asked to stop; ``path`` is the checkpoint that it resumes from."""
 
@@ -135,7 +147,7 @@ def train(
 def agreed_folder(run: str | Path | None, recipe: Recipe) -> Path:
     """The folder of a run: ``run``, or a new one under ``runs`` that process 0 names for all."""
     if run is not None:
-        return Path(run)
+        return Path(run).expanduser()
     return Path(gather(f"runs/{recipe.name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")[0])
 
 
@@ -384,9 +396,17 @@ def _check(recipe: Recipe, model: Trainable) -> None:
         check_weights(set(model.counts(none)), stage.loss)
 
 
+def _holds(path: Path) -> bool:
+    """Whether a path is a file, or a folder that is not empty."""
+    return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
+
+
 def _prepare(run: Path, recipe: Recipe, resume: bool) -> None:
     if (run / "recipe.json").exists() and not resume:
         raise ValueError(f"{run} already holds a run; go on with it (diptych resume {run}) or name another folder")
+    disk.check_folder(run)
+    if not resume and (taken := [name for name in OWN_NAMES if _holds(run / name)]):
+        raise ValueError(f"{run} is no run, but holds {taken[0]}, which a run would write; name another folder")
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     (run / "samples").mkdir(exist_ok=True)
     disk.write_text(run / "recipe.json", recipe.to_json())

@@ -300,7 +300,10 @@ def test_what_cannot_be_done_is_said_in_one_line_with_exit_code_2(call, tiny_mod
     refused(call("generate", "nowhere", "x"), "error: no model 'nowhere'", "these ship")
     refused(call("generate", tiny_model, "x", "--size", "64"), "'64' is not WIDTHxHEIGHT, such as 64x64")
     refused(call("generate", tiny_model, "x", "--out", "drawn"), "'drawn' is no picture file; its name must end in")
-    refused(call("generate", tiny_model, "x", "--size", "33x32"), "size must be multiples of 16 up to 128, not 33x32")
+    refused(
+        call("generate", tiny_model, "x", "--size", "33x32"),
+        "must be multiples of 16 from 16 to 128, which the model was trained on, not 33x32",
+    )
     refused(call("generate", tiny_model, "x", "-n", "0"), "n must be at least 1, not 0")
     refused(call("generate", tiny_model, "x", "--steps", "0"), "num_inference_steps must be at least 1, not 0")
     asked = call("generate", tiny_model, "x", "--top-k", "3", "--temperature", "0.5")

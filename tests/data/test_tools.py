@@ -155,7 +155,7 @@ def test_files_of_others_are_kept(tmp_path):
     assert foreign["shards/notes.txt"].read_text() == "mine"
     for _ in range(2):  # a sheet of ours is drawn anew
         show({"a": source}, model.lay_out, None, 1, tmp_path / "new.png")
-    with pytest.raises(ValueError, match="a sheet is written as .png"):
+    with pytest.raises(ValueError, match="its name must end in .png, .jpg"):
         show({"a": source}, model.lay_out, None, 1, tmp_path / "new.gif")
 
 

@@ -87,3 +87,18 @@ def test_from_the_command_line(tiny_model, prompts, tmp_path, capsys):
     assert [f.name for f in (tmp_path / "o").glob("*.png")] == ["00001.png"]
     assert cli.main([*words, "--out", str(tmp_path / "o.png")]) == 2
     assert cli.main(["generate", str(tiny_model)]) == 2
+
+
+def test_pictures_of_other_prompts_and_seeds_are_refused(engine, tmp_path):
+    out, file = tmp_path / "out", tmp_path / "p.txt"
+    file.write_text("a red circle\n")
+    generate_file(engine, file, out, size=(32, 32), settings=FEW)
+    first = (out / "00000.png").read_bytes()
+    file.write_text("a blue star\n")
+    with pytest.raises(ValueError, match="00000: 'a red circle' with seed 0, not 'a blue star' with seed 0"):
+        generate_file(engine, file, out, size=(32, 32), settings=FEW)
+    file.write_text("a red circle\na blue star\n")
+    with pytest.raises(ValueError, match="with seed 0, not 'a red circle' with seed 5"):
+        generate_file(engine, file, out, size=(32, 32), seed=5, settings=FEW)
+    generate_file(engine, file, out, size=(32, 32), settings=FEW)  # added prompts are drawn
+    assert (out / "00000.png").read_bytes() == first and (out / "00001.png").is_file()
