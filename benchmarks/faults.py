@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -101,6 +102,7 @@ def same(a: Path, b: Path) -> bool:
 ERRORS = {e.__name__: e("injected") for e in (RuntimeError, KeyError)}
 CODES = dict.fromkeys(("RuntimeError", "KeyError"), 1)
 CODES |= dict.fromkeys(("ValueError", "killed worker", "full disk"), 2) | dict.fromkeys(("SIGTERM", "SIGINT"), 4)
+START = 180.0  # seconds from the start to the fault
 PATIENCE = 20.0  # seconds from the fault to the end of all processes
 AT = 3  # the step before which it happens; a checkpoint is written after every second one
 
@@ -155,9 +157,9 @@ def fails(kind: str, recipe: Recipe, folder: Path, processes: int, workers: int)
     """Starts the recipe in a ``folder`` of its own, alone or under torchrun, lets the fault happen and tells what is
     wrong with how the run ended; ``wrong`` is empty where nothing is."""
     made = replace(recipe, checkpoint_every=2, workers=workers, engine=replace(recipe.engine, timeout=1.0))
-    file, run, moment, temporary = (folder / name for name in ("recipe.json", "run", "moment", "temporary"))
+    file, run, moment = (folder / name for name in ("recipe.json", "run", "moment"))
     file.write_text(made.to_json())
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(prefix="faults-"))  # a short path: loader workers put sockets there
     mark = f"DIPTYCH_FAULT={uuid.uuid4().hex}"
     env = os.environ | dict([mark.split("=")]) | {"OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
@@ -168,7 +170,10 @@ def fails(kind: str, recipe: Recipe, folder: Path, processes: int, workers: int)
     command = [*launcher, __file__, "--inject", kind, str(moment), "train", file, "--out", run, "--device", "cpu"]
     with folder.with_suffix(".output").open("w") as output:
         process = subprocess.Popen([*map(str, command)], env=env, stdout=output, stderr=output, start_new_session=True)
+        begun = time.time()
         while process.poll() is None:
+            if not moment.exists() and time.time() - begun > START:
+                break
             if moment.exists() and time.time() - float(moment.read_text() or "inf") > 3 * PATIENCE:
                 break
             time.sleep(0.05)
@@ -188,6 +193,7 @@ def fails(kind: str, recipe: Recipe, folder: Path, processes: int, workers: int)
         if not p.name.startswith("torch") and (p.name.startswith("pymp-") or any(q.is_file() for q in p.rglob("*")))
     ]:
         wrong.append(f"temporary files left: {half}")
+    shutil.rmtree(temporary, ignore_errors=True)
     crash = run / ("crash.json" if processes == 1 else f"crash-{processes - 1}.json")
     if crash.is_file() == kind.startswith("SIG"):
         wrong.append(f"{crash.name} is {'there' if crash.is_file() else 'not there'}")

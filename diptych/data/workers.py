@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
@@ -13,6 +14,7 @@ from contextlib import contextmanager, suppress
 from ctypes import c_byte
 from functools import partial
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from multiprocessing.sharedctypes import RawValue
 from multiprocessing.util import get_temp_dir
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+SOCKET_PATH = 107  # bytes of a Unix socket's path (108 with the final zero, sys/un.h)
 GRACE = 3.0  # seconds that a worker gets to end before it is killed
 
 
@@ -31,16 +34,17 @@ def read_ahead(dataset: Dataset, workers: int, **options: Any) -> Iterator[Itera
     ``scancel``), they must not end a worker whose position the trainer is about to save. They end when the block ends,
     at the latest when the interpreter exits, and are killed where they do not react within ``GRACE`` seconds.
 
-    Raises ``ChildProcessError``, which is an ``OSError``, where a worker died during the block."""
+    Raises ``ChildProcessError``, which is an ``OSError``, where a worker died during the block. Raises ``ValueError``
+    where the path of the temporary folder is too long for the sockets through which workers hand over tensors."""
     ending = RawValue(c_byte, 0)
     if workers:
-        get_temp_dir()  # forked workers share this process's, which goes at its exit, also when a worker is killed
+        _check_temporary(get_temp_dir())  # of this process, which forked workers share; it goes at this process's exit
     before = set(multiprocessing.active_children())
     loader = DataLoader(
         dataset,
         batch_size=None,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_pickled if workers else _as_it_is,
         worker_init_fn=partial(_start, ending),
         generator=torch.Generator(),  # DataLoader draws a seed that nothing uses; not from the global state
         multiprocessing_context="fork" if workers else None,
@@ -55,7 +59,7 @@ def read_ahead(dataset: Dataset, workers: int, **options: Any) -> Iterator[Itera
 
     atexit.register(end)  # runs before multiprocessing's own handler, which waits for daemons without a limit
     try:
-        yield items
+        yield map(pickle.loads, items) if workers else items
     except (RuntimeError, OSError, EOFError) as error:  # DataLoader's handler of SIGCHLD raises anywhere in the block
         if dead := [w for w in started if w.exitcode]:
             raise ChildProcessError(_cause_of_death(dead[0])) from error
@@ -104,6 +108,20 @@ def _cause_of_death(worker: BaseProcess) -> str:
             how = f"was killed by {signal.Signals(-code).name}"
     memory = "; the machine may be out of memory: use fewer workers (--set workers=0)" if code == -9 else ""
     return f"a loader worker (process {worker.pid}) {how}{memory}"
+
+
+def _check_temporary(folder: str) -> None:
+    """Raises ``ValueError`` where a socket in ``folder`` has a path that the system refuses."""
+    length = len(os.fsencode(os.path.join(folder, "listener-xxxxxxxx")))
+    if length > SOCKET_PATH:
+        where = f"{length} bytes, of at most {SOCKET_PATH}: set TMPDIR to a shorter folder, or workers to 0"
+        raise ValueError(f"the temporary folder {folder} is too long for the sockets of loader workers ({where})")
+
+
+def _pickled(item: Any) -> bytes:
+    """An item as it goes through the queue. An item that cannot be pickled raises here, in sight of ``DataLoader``; in
+    the queue's own thread the error would be printed and the trainer would wait for ever."""
+    return bytes(ForkingPickler.dumps(item))
 
 
 def _as_it_is(item: Any) -> Any:

@@ -23,7 +23,14 @@ from diptych.core.noise import Noise
 from diptych.core.sample import Sample
 from diptych.core.tensors import NONE, Tensor, to_float
 from diptych.models.protocol import NOTHING, Drop, Trainable
-from diptych.parts.autoencoder import AutoencoderConfig, Quantised, build_autoencoder, tiny_autoencoder, tiny_tokenizer
+from diptych.parts.autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    Quantised,
+    build_autoencoder,
+    tiny_autoencoder,
+    tiny_tokenizer,
+)
 from diptych.parts.images import to_tensor
 from diptych.parts.tokenizer import Tokenizer
 
@@ -55,12 +62,13 @@ class AutoencoderTraining(Trainable):
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self.autoencoder = build_autoencoder(config.autoencoder)
-        trained = isinstance(self.autoencoder, Quantised) or config.autoencoder.statistics
-        if not trained:
+        autoencoder = build_autoencoder(config.autoencoder)
+        latents = isinstance(autoencoder, Autoencoder) and config.autoencoder.statistics
+        if not isinstance(autoencoder, Quantised) and not latents:
             raise ValueError(
                 "an autoencoder with 'statistics' or 'levels' is trained here; a published one has its own"
             )
+        self.autoencoder: Autoencoder | Quantised = autoencoder  # type: ignore[assignment]  # narrowed above
 
     def initialise(self, seed: int) -> None:
         """Kaiming-normal convolutions."""
@@ -93,12 +101,14 @@ class AutoencoderTraining(Trainable):
         return Layout(sample.id, tuple(segments))
 
     def counts(self, batch: Batch) -> dict[str, float]:
-        pixels = float(sum(g.images.numel() for g in batch.of(Kind.CLEAN)))
+        pixels = float(sum(g.images.numel() for g in batch.of(Kind.CLEAN) if g.images is not None))
         return {"mse": pixels, "l1": pixels}
 
     def losses(self, batch: Batch, noise: Noise) -> Losses:
-        counts, terms = self.counts(batch), {"mse": [], "l1": []}
+        counts = self.counts(batch)
+        terms: dict[str, list[Tensor]] = {"mse": [], "l1": []}
         for g in batch.of(Kind.CLEAN):
+            assert g.images is not None
             images = to_float(g.images).contiguous(memory_format=torch.channels_last)
             error = self._again(images, g, noise) - images
             terms["mse"].append(error.square().sum())
@@ -109,6 +119,7 @@ class AutoencoderTraining(Trainable):
         """The pictures after the bottleneck."""
         if isinstance(self.autoencoder, Quantised):
             return self.autoencoder.picture(self.autoencoder.digits(images))
+        assert self.autoencoder.bn is not None
         z = self.autoencoder.bn(self.autoencoder.moments(images))  # batch statistics; the running ones follow
         eps = [
             self.config.noise * noise.uniform(o, f"level{i}") * noise.normal(o, f"noise{i}", tuple(z.shape[1:]))

@@ -52,7 +52,7 @@ from diptych.models.protocol import (
 from diptych.models.sizes import Sizes
 from diptych.parts.adapters import Projector
 from diptych.parts.attention import Attend, Cached, Fixed, documents, inverse_permutation
-from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, tiny_autoencoder
+from diptych.parts.autoencoder import AutoencoderConfig, build_latents, tiny_autoencoder
 from diptych.parts.cross_entropy import linear_cross_entropy
 from diptych.parts.decoder import Decoder, DecoderConfig
 from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, euler, mix, squared_error, velocity
@@ -197,7 +197,7 @@ class Bagel(UnifiedModel[FlowSettings]):
         self.decoder = Decoder(c.decoder)
         self.vision = VisionEncoder(c.vision)
         self.projector = Projector(c.vision.hidden_size, d)
-        self.autoencoder = build_autoencoder(c.autoencoder)
+        self.autoencoder = build_latents(c.autoencoder)
         features = c.autoencoder.latent_channels * c.latent_patch**2
         self.time = TimestepEmbedding(d)
         self.latent_in = nn.Linear(features, d)

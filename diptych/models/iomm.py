@@ -58,7 +58,7 @@ from diptych.models.protocol import (
 from diptych.models.sizes import Sizes
 from diptych.parts.adapters import Connector, NoQueries, QueryBlock, ResidualQueries, StaticQueries
 from diptych.parts.attention import Cached, Continued, Recorded, documents
-from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, tiny_autoencoder
+from diptych.parts.autoencoder import AutoencoderConfig, build_latents, tiny_autoencoder
 from diptych.parts.cross_entropy import linear_cross_entropy
 from diptych.parts.dit import DitConfig, Group, blocks, build_dit
 from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, euler, mix, squared_error, velocity
@@ -236,7 +236,7 @@ class Iomm(UnifiedModel[FlowSettings]):
         self.connector = Connector(width, c.dit.hidden_size, c.adapter_heads, c.connector_layers)
         self.features = c.autoencoder.latent_channels * c.latent_patch**2
         self.dit = build_dit(c.dit, self.features)
-        self.autoencoder = build_autoencoder(c.autoencoder)
+        self.autoencoder = build_latents(c.autoencoder)
         self.stop = tokenizer.id(c.mllm.template.stop)
         self.image_markers = tuple(tokenizer.encode_markup(m) for m in c.mllm.template.image)
 
@@ -326,6 +326,7 @@ class Iomm(UnifiedModel[FlowSettings]):
         words = (batch.ids != NONE) & inside
         places, values = [words.nonzero()[:, 0]], [self.mllm.embed(batch.ids[words])]
         for g in pictures:
+            assert g.images is not None
             tokens = g.images.to(values[0].dtype) if g.encoded else self.mllm.look(g.images)
             if g.masked:
                 keep = kept(g, noise)
@@ -367,7 +368,7 @@ class Iomm(UnifiedModel[FlowSettings]):
             states = torch.cat([run, states], 1) if everything else run
             valid = torch.cat([own, valid], 1) if everything else own
             if everything:  # the connector has padding last, the generator the queries
-                return tuple(x.roll(-n, 1) for x in (self.connector(states, valid), valid))
+                return self.connector(states, valid).roll(-n, 1), valid.roll(-n, 1)
         return self.connector(states, valid), valid
 
     def _condition(self, batch: Batch, s: _Stream, states: Tensor, memory: dict) -> tuple[Tensor, Tensor]:
@@ -433,7 +434,10 @@ class Iomm(UnifiedModel[FlowSettings]):
             noised.append((nothing, nothing, nothing[:, 0, 0], (1, 1)))
         conditions, valid = self._condition(batch, s, states, attend.memory)
         rows = zip(*(x.split([len(data) for data, *_ in noised]) for x in (conditions, valid)), strict=True)
-        groups = [Group(mix(d, e, t), t, *row, grid) for (d, e, t, grid), row in zip(noised, rows, strict=True)]
+        groups = [
+            Group(mix(d, e, t), t, condition, seen, grid)
+            for (d, e, t, grid), (condition, seen) in zip(noised, rows, strict=True)
+        ]
         image, shown = states.new_zeros((), dtype=torch.float32), torch.zeros_like(words)
         owners = [batch.document[g.tokens[:, 0]] for g in drawn] or [batch.document[:1]]
         for (data, eps, t, _), owner, prediction in zip(noised, owners, self.dit(groups), strict=True):
@@ -444,7 +448,7 @@ class Iomm(UnifiedModel[FlowSettings]):
 
     def _reader_learns(self, batch: Batch) -> bool:
         """Whether anything before the queries asks for a gradient: the reader's weights, or a picture itself."""
-        pictures = (g.images for g in batch.of(Kind.VISION))
+        pictures = (g.images for g in batch.of(Kind.VISION) if g.images is not None)
         return any(p.requires_grad for p in self.mllm.parameters()) or any(x.requires_grad for x in pictures)
 
     @torch.no_grad()

@@ -182,7 +182,7 @@ class Trainable(nn.Module, ABC):
         plain = {name: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for name, v in values.items()}
         for own in (v for v in plain.values() if isinstance(v, dict) and "folder" in v):
             own["folder"] = None  # where weights lie decides nothing, what they are does
-        made = hashlib.sha256(json.dumps([self.family, encoder, plain], sort_keys=True).encode())
+        made = hashlib.sha256(json.dumps([self.family, encoder, plain], sort_keys=True, default=asdict).encode())
         for module in modules:
             apart = getattr(self.get_submodule(module), "files", None)
             if apart is not None:

@@ -42,8 +42,10 @@ class QueryBlock(nn.Module):
         self, queries: Float[Tensor, "N Q D"], sequence: Float[Tensor, "N L D"], valid: Bool[Tensor, "N L"]
     ) -> Float[Tensor, "N Q D"]:
         a, (q, kv) = self.attention, (_norm(queries), _norm(sequence))
-        heads = [a[n](x).unflatten(-1, (self.heads, -1)) for n, x in (("q_proj", q), ("k_proj", kv), ("v_proj", kv))]
-        seen = padded_sdpa(*heads, valid[:, None, None])
+        query, key, value = (
+            a[n](x).unflatten(-1, (self.heads, -1)) for n, x in (("q_proj", q), ("k_proj", kv), ("v_proj", kv))
+        )
+        seen = padded_sdpa(query, key, value, valid[:, None, None])
         u = _norm(q + a["out_proj"](seen.flatten(-2)))
         return u + self.mlp["fc2"](F.gelu(self.mlp["fc1"](u), approximate="tanh"))
 
@@ -103,6 +105,7 @@ class ResidualQueries(StaticQueries):
     def initialise(self, generator: torch.Generator) -> None:
         super().initialise(generator)
         for layer in self.layers:
+            assert isinstance(layer, QueryBlock)
             layer.initialise(generator)
 
 
@@ -124,6 +127,7 @@ class Connector(nn.Module):
     def initialise(self, generator: torch.Generator) -> None:
         """Blocks as the adapter's; the linear keeps the variance."""
         for layer in self.layers:
+            assert isinstance(layer, QueryBlock)
             layer.initialise(generator)
         nn.init.normal_(self.linear.weight, std=self.linear.in_features**-0.5, generator=generator)
         nn.init.zeros_(self.linear.bias)

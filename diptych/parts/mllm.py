@@ -100,7 +100,7 @@ class Mllm(nn.Module):
         if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
             raise ValueError("a vision-language model with sliding-window layers is not supported")
         own._attn_implementation = {"text_config": ATTENTION, "vision_config": "sdpa"}
-        self.model = auto.AutoModel.from_config(own, dtype=torch.get_default_dtype())
+        self.model: Any = auto.AutoModel.from_config(own, dtype=torch.get_default_dtype())  # transformers: untyped
         self.tower: Tower = TOWERS[own.model_type](own, config.see)
         tied = getattr(own, "tie_word_embeddings", None)
         tied = text.tie_word_embeddings if tied is None else tied
@@ -115,7 +115,7 @@ class Mllm(nn.Module):
                         setattr(module, name, type(child)(child.config))
 
     @property
-    def language(self) -> nn.Module:
+    def language(self) -> Any:
         """The decoder of transformers."""
         return self.model.language_model
 
@@ -217,13 +217,13 @@ class Tower:
     def segment(self, size: tuple[int, int], **columns: Any) -> Segment:
         raise NotImplementedError
 
-    def look(self, model: nn.Module, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N n D"]:
+    def look(self, model: Any, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N n D"]:
         raise NotImplementedError
 
     def positions(self, positions: Tensor, pictures: list[Pictures]) -> Tensor:
         raise NotImplementedError
 
-    def blocks(self, model: nn.Module) -> Iterator[nn.Module]:
+    def blocks(self, model: Any) -> Iterator[nn.Module]:
         raise NotImplementedError
 
 
@@ -246,13 +246,13 @@ class InternVL(Tower):
     def segment(self, size: tuple[int, int], **columns: Any) -> Segment:
         return Segment(Kind.VISION, (NONE,) * (self.grid[0] * self.grid[1]), grid=self.grid, **columns)
 
-    def look(self, model: nn.Module, pixels: Tensor) -> Tensor:
+    def look(self, model: Any, pixels: Tensor) -> Tensor:
         return model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
 
     def positions(self, positions: Tensor, pictures: list[Pictures]) -> Tensor:
         return positions
 
-    def blocks(self, model: nn.Module) -> Iterator[nn.Module]:
+    def blocks(self, model: Any) -> Iterator[nn.Module]:
         yield from model.vision_tower.encoder.layer
 
 
@@ -278,7 +278,7 @@ class Qwen25VL(Tower):
         ids = (NONE,) * (grid[0] * grid[1])
         return Segment(Kind.VISION, ids, grid=grid, shared=True, advance=max(grid), **columns)
 
-    def look(self, model: nn.Module, pixels: Tensor) -> Tensor:
+    def look(self, model: Any, pixels: Tensor) -> Tensor:
         p, m = self.patch, self.merge
         patches = rearrange(pixels, "N c (h m p) (w n q) -> N (h w m n) c p q", p=p, q=p, m=m, n=m)
         patches = repeat(patches, "N l c p q -> (N l) (c t p q)", t=self.frames)
@@ -296,7 +296,7 @@ class Qwen25VL(Tower):
             out[2, group.tokens] += columns
         return out
 
-    def blocks(self, model: nn.Module) -> Iterator[nn.Module]:
+    def blocks(self, model: Any) -> Iterator[nn.Module]:
         yield from model.visual.blocks
 
 

@@ -67,7 +67,7 @@ def test_pixels_stay_only_where_the_layout_asks_for_them(tmp_path):
     for name, kind in (("clean", Kind.CLEAN), ("noised", Kind.NOISED)):
         fresh, kept = (pack([x], 2).of(kind)[0].images for x in (laid, again))
         assert torch.allclose(made.encode("autoencoder", fresh), kept, atol=1e-6), name
-    with pytest.raises(ValueError, match="picture has no pixels, only what autoencoder made of it"):
+    with pytest.raises(ValueError, match="picture has no pixels, only the features of autoencoder"):
         target.pixels  # noqa: B018
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 from dataclasses import dataclass, fields
 from itertools import islice
 
@@ -17,6 +18,7 @@ from diptych.core.sample import Image, Sample, Text, assistant, user
 from diptych.core.tensors import NONE
 from diptych.data.loader import Loader, Row, merge_states
 from diptych.data.mixture import bits
+from diptych.data.workers import read_ahead
 from tests.support.loading import make_loader
 
 
@@ -351,3 +353,26 @@ def test_grown_data_are_all_visited_once_more():
     again = make_loader({"a": Words("a", 400)}, {"a": 1}, lay_out, **how)
     again.load_state_dict(grown.state_dict())
     assert same(first(again, 8), first(grown, 8))
+
+
+class Unpicklable(torch.utils.data.IterableDataset):
+    """Its second item cannot go to another process."""
+
+    def __iter__(self):
+        yield 1
+        yield lambda: 2
+
+
+def test_an_item_that_cannot_be_pickled_raises_and_does_not_hang():
+    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"), read_ahead(Unpicklable(), 1) as items:
+        assert next(items) == 1
+        next(items)
+
+
+def test_a_temporary_folder_too_long_for_sockets_is_named(monkeypatch):
+    monkeypatch.setattr("diptych.data.workers.get_temp_dir", lambda: "/" + "long" * 30)
+    with (
+        pytest.raises(ValueError, match="set TMPDIR to a shorter folder, or workers to 0"),
+        read_ahead(Unpicklable(), 1),
+    ):
+        pass

@@ -60,9 +60,9 @@ def published_config(json: Json, states: States) -> Config:
             fold=2,
             quant=True,
         ),
-        head_layers=tuple(
-            count(states["model"], f"model.{stage}_projector.diffusion_head_a.*") or n
-            for stage, n in (("gen", 7), ("hi", 3))
+        head_layers=(
+            count(states["model"], "model.gen_projector.diffusion_head_a.*") or 7,
+            count(states["model"], "model.hi_projector.diffusion_head_a.*") or 3,
         ),
         size=(size, size),
         published_quirks=("repeated_positions",),
