@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from ctypes import c_byte
 from functools import partial
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.sharedctypes import RawValue
@@ -61,6 +62,7 @@ def read_ahead(dataset: Dataset, workers: int, **options: Any) -> Iterator[Itera
     try:
         yield map(pickle.loads, items) if workers else items
     except (RuntimeError, OSError, EOFError) as error:  # DataLoader's handler of SIGCHLD raises anywhere in the block
+        wait([w.sentinel for w in started], timeout=1.0)  # a worker that broke the pipe is about to be dead
         if dead := [w for w in started if w.exitcode]:
             raise ChildProcessError(_cause_of_death(dead[0])) from error
         raise

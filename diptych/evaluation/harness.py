@@ -527,7 +527,7 @@ def write_layout(folder: str | Path, result: Result, benchmarks: Sequence[Benchm
 
 
 def check_layout(folder: str | Path, benchmarks: Sequence[Benchmark]) -> None:
-    """Raises ``ValueError`` where ``write_layout`` would write among files of others, and where it would write nothing."""
+    """Raises ``ValueError`` where ``write_layout`` would write among files of others or write nothing."""
     if not any(b.layout for b in benchmarks):
         raise ValueError("--layout: the official scorers of these benchmarks read no pictures")
     index = Path(folder) / LAYOUT
