@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -142,6 +143,8 @@ class Engine:
         ``size`` is (width, height) in pixels, "64x48" or one number for a square; it must be one of ``sizes``. Picture
         i of a prompt has the seed ``seed + i``; a seed of None is drawn at random. Guidance goes away from
         ``negative_prompt``. ``settings`` are fields of ``model.settings``."""
+        if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
+            raise ValueError(f"prompt must be a text or a list of texts, not {type(prompt).__name__}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         samples = [Sample("prompt", (user(_text(p, "prompt")),)) for p in prompts]
         drawn = self._pictures(samples, n, size, seed, negative_prompt, settings)
@@ -176,6 +179,8 @@ class Engine:
         changes: Mapping[str, Any],
     ) -> list[Pictures]:
         """``n`` pictures of each sample, drawn in one batch; the samples are of one kind (all edits, or none)."""
+        if not isinstance(n, int) or isinstance(n, bool):
+            raise ValueError(f"n must be a whole number, not {n!r}")
         if n < 1:
             raise ValueError(f"n must be at least 1, not {n}")
         if not samples:
@@ -194,12 +199,19 @@ class Engine:
 
     def settings(self, changes: Mapping[str, Any], sample: Sample | None = None) -> Settings:
         """The model's own settings (those that suit the request ``sample``, where one is given) with ``changes``; a
-        value of None changes nothing. Raises ``ValueError`` for unknown names, listing the known."""
+        value of None changes nothing. Raises ``ValueError`` for unknown names, listing the known, and for anything but
+        a number where the setting is one."""
         defaults = self.model.defaults(sample) if sample else self.model.settings
         known = asdict(defaults)
         if unknown := sorted(changes.keys() - known.keys()):
             raise ValueError(f"unknown settings {unknown}; known: {', '.join(known)}")
-        return replace(defaults, **{k: v for k, v in changes.items() if v is not None})
+        given = {k: v for k, v in changes.items() if v is not None}
+        for name, value in given.items():
+            wanted = type(known[name])
+            kinds = {int: (Integral, "a whole number"), float: (Real, "a number")}.get(wanted)
+            if kinds and (isinstance(value, bool) or not isinstance(value, kinds[0])):
+                raise ValueError(f"{name} must be {kinds[1]}, not {value!r}")
+        return replace(defaults, **given)
 
     # ---- events -------------------------------------------------------------------------------------------------
 

@@ -348,6 +348,16 @@ def test_engine_refuses_what_it_cannot_do(engine):
         engine.generate("x", steps=3)
     with pytest.raises(ValueError, match="n must be at least 1, not 0"):
         engine.generate("x", n=0)
+    for n in (1.5, "2", True):
+        with pytest.raises(ValueError, match="n must be a whole number"):
+            engine.generate("x", n=n)
+    for prompt in ({"prompt": "x"}, b"x", None, 5):
+        with pytest.raises(ValueError, match=f"a text or a list of texts, not {type(prompt).__name__}"):
+            engine.generate(prompt)
+    for name, value in asdict(engine.model.settings).items():
+        if type(value) in (int, float):
+            with pytest.raises(ValueError, match=f"{name} must be a"):
+                engine.generate("x", **{name: "3"})
     with pytest.raises(ValueError, match="must end with a user's message"):
         engine.chat(tiny.say().messages)
     for bad in tiny.having(engine.model, num_inference_steps=0, temperature=-1.0, guidance_scale=-1.0).items():
