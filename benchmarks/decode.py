@@ -41,7 +41,14 @@ def ours(decoder: Decoder, prompt: list[int]) -> list[int]:
 @torch.inference_mode()
 def main() -> None:
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=4096, hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2)  # fmt: skip  # noqa: E501
+    config = Qwen2Config(
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+    )
     theirs = Qwen2ForCausalLM(config).eval()
     decoder = Decoder(parts.decoder_config(config.to_dict())).eval()
     rules = parts.decoder_rules(config.to_dict())

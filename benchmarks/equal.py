@@ -51,12 +51,14 @@ def main() -> None:
                 losses, weights = run(replace(base, engine=engine), Path(name) / arm.replace(" ", "-"), n)
                 rows.append(
                     {
-                        "family": family, "arm": arm,
-                        "losses apart": max(abs(x - y) / max(abs(x), 1e-9) for x, y in zip(one[0], losses,
-                        strict=True)), "parameters apart": max(float((one[1][k] - w).abs().max()) for k, w in
-                        weights.items()),
+                        "family": family,
+                        "arm": arm,
+                        "losses apart": max(
+                            abs(x - y) / max(abs(x), 1e-9) for x, y in zip(one[0], losses, strict=True)
+                        ),
+                        "parameters apart": max(float((one[1][k] - w).abs().max()) for k, w in weights.items()),
                     }
-                )  # fmt: skip
+                )
     finish("equal", rows, steps=a.steps)
 
 

@@ -68,7 +68,12 @@ def overhead(engine, name: str, limit: int, batch: int, repeat: int = 6) -> dict
             work()
             best[work] = min(best[work], time.process_time() - start)
     share = (best[harness] - best[bare]) / best[bare]
-    return {"what": f"harness over bare, {len(chosen())} items of {name}", "seconds": best[harness], "bare": best[bare], "share": share}  # fmt: skip  # noqa: E501
+    return {
+        "what": f"harness over bare, {len(chosen())} items of {name}",
+        "seconds": best[harness],
+        "bare": best[bare],
+        "share": share,
+    }
 
 
 def scorer(n: int = 3) -> dict:
@@ -79,8 +84,13 @@ def scorer(n: int = 3) -> dict:
     if len(sys.argv) > 2:
         find = detector.detector(sys.argv[2], device)
     else:
-        swin = SwinConfig(embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], window_size=7,
-                          out_features=["stage1", "stage2", "stage3", "stage4"])  # fmt: skip
+        swin = SwinConfig(
+            embed_dim=96,
+            depths=[2, 2, 18, 2],
+            num_heads=[3, 6, 12, 24],
+            window_size=7,
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+        )
         find = detector.Detector.__new__(detector.Detector)
         find.device = torch.device(device)
         net = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=swin, num_labels=80))

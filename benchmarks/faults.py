@@ -163,10 +163,23 @@ def fails(kind: str, recipe: Recipe, folder: Path, processes: int, workers: int)
     mark = f"DIPTYCH_FAULT={uuid.uuid4().hex}"
     env = os.environ | dict([mark.split("=")]) | {"OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    launcher = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0",
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
-    ]  # fmt: skip
+    launcher = (
+        [sys.executable]
+        if processes == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(processes),
+            "--master-port",
+            "0",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "localhost:0",
+        ]
+    )
     command = [*launcher, __file__, "--inject", kind, str(moment), "train", file, "--out", run, "--device", "cpu"]
     with folder.with_suffix(".output").open("w") as output:
         process = subprocess.Popen([*map(str, command)], env=env, stdout=output, stderr=output, start_new_session=True)

@@ -62,9 +62,12 @@ def config(family: str, width: int, layers: int) -> Any:
     if family == "iomm":
         model = deepcopy(tiny.mllm.model)
         model["text_config"] |= {
-            "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers,
-            "num_attention_heads": max(2, width // 64), "num_key_value_heads": max(1, width // 128),
-        }  # fmt: skip
+            "hidden_size": width,
+            "intermediate_size": 3 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": max(2, width // 64),
+            "num_key_value_heads": max(1, width // 128),
+        }
         heads = max(2, width // 64)
         side = width // heads // 2
         dit = DitConfig("double", width, layers, heads, (0, side, side))
@@ -74,15 +77,26 @@ def config(family: str, width: int, layers: int) -> Any:
 
 def wide(decoder: DecoderConfig, width: int, layers: int) -> DecoderConfig:
     heads = max(2, width // 64)
-    return replace(decoder, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-                   num_attention_heads=heads, num_key_value_heads=max(1, heads // 4))  # fmt: skip
+    return replace(
+        decoder,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 4),
+    )
 
 
 def sized(family: str, width: int, layers: int, tokens: int, workers: int) -> Recipe:
     """The last stage of the family's tiny recipe, on fresh weights."""
     base = recipes.find(f"{family}/tiny")
-    stage = replace(base.stages[-1], steps=STEPS, optimizer=Optimizer("adamw"), ema=None,
-                    limits=Limits(tokens, max(1, tokens // 16)))  # fmt: skip
+    stage = replace(
+        base.stages[-1],
+        steps=STEPS,
+        optimizer=Optimizer("adamw"),
+        ema=None,
+        limits=Limits(tokens, max(1, tokens // 16)),
+    )
     made = configs.config_to_json(family, config(family, width, layers))
     return replace(base, model=made, stages=(stage,), init={}, workers=workers, checkpoint_every=10**9)
 
@@ -108,8 +122,18 @@ def plain_words(decoder: DecoderConfig, device: str) -> tuple[torch.nn.Module, C
     """(Qwen3 of these sizes; a row's documents -> its loss, its tokens)."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    sizes = {n: getattr(decoder, n) for n in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-             "num_attention_heads", "num_key_value_heads", "tie_word_embeddings")}  # fmt: skip
+    sizes = {
+        n: getattr(decoder, n)
+        for n in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "tie_word_embeddings",
+        )
+    }
     model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=decoder.width, use_cache=False)).to(device)
 
     def step(batch: Batch) -> tuple[Any, int]:
@@ -132,11 +156,19 @@ def plain_pictures(made: Any, device: str) -> tuple[torch.nn.Module, Callable[[B
     features = made.autoencoder.latent_channels * made.latent_patch**2
     side = made.size[0] // made.stride
     model = SD3Transformer2DModel(
-        sample_size=side, patch_size=1, in_channels=features, num_layers=d.layers,
-        attention_head_dim=d.hidden_size // d.heads, num_attention_heads=d.heads, qk_norm="rms_norm",
-        joint_attention_dim=text["hidden_size"], caption_projection_dim=d.hidden_size,
-        pooled_projection_dim=text["hidden_size"], out_channels=features, pos_embed_max_size=2 * side,
-    ).to(device)  # fmt: skip
+        sample_size=side,
+        patch_size=1,
+        in_channels=features,
+        num_layers=d.layers,
+        attention_head_dim=d.hidden_size // d.heads,
+        num_attention_heads=d.heads,
+        qk_norm="rms_norm",
+        joint_attention_dim=text["hidden_size"],
+        caption_projection_dim=d.hidden_size,
+        pooled_projection_dim=text["hidden_size"],
+        out_channels=features,
+        pos_embed_max_size=2 * side,
+    ).to(device)
 
     def step(batch: Batch) -> tuple[Any, int]:
         mask = padded(batch.lengths, device)
@@ -184,8 +216,9 @@ def plain(recipe: Recipe, run: Path, device: str, precision: str) -> None:
         start = time.perf_counter()
         tokens = step()
         seconds = time.perf_counter() - start
-        lines.append({"seconds": seconds, "tokens_per_second": tokens / seconds, "data_wait": 0.0,
-                      "memory": memory(device)})  # fmt: skip
+        lines.append(
+            {"seconds": seconds, "tokens_per_second": tokens / seconds, "data_wait": 0.0, "memory": memory(device)}
+        )
     rate = matmul_rate(dtype, device, n=768 if device == "cpu" else 8192) * 1e9
     lines[-1]["mfu"] = each * lines[-1]["tokens_per_second"] / rate
     (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
@@ -229,10 +262,15 @@ def measure(recipe: Recipe, arm: str, where: Path, device: str, here: bool) -> d
         need = plan(recipe, stage_sources, gpus=world, device=device)[0]
         planned = (need.host if device == "cpu" else need.total) / GIB
     return {
-        "family": recipe.model["family"], "arm": arm, "processes": world, "tokens/s": world * tokens / seconds,
-        "mfu": logged[-1].get("mfu", 0.0), "memory GiB": logged[-1]["memory"], "planned GiB": planned,
+        "family": recipe.model["family"],
+        "arm": arm,
+        "processes": world,
+        "tokens/s": world * tokens / seconds,
+        "mfu": logged[-1].get("mfu", 0.0),
+        "memory GiB": logged[-1]["memory"],
+        "planned GiB": planned,
         "data wait": sum(r["data_wait"] for r in logged) / len(logged),
-    }  # fmt: skip
+    }
 
 
 def main() -> int:

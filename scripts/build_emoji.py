@@ -55,14 +55,16 @@ def join(pictures: Path, words: Path) -> list[dict]:
     for row in sorted(read(words / "en" / "data.json"), key=lambda row: row.get("order", 10**6)):
         slug = slugs.get(bare(row["hexcode"]))
         if slug in icons and "group" in row:
-            rows.append({
-                "id": slug,
-                "labels": {language: labels[language][row["hexcode"]] for language in LANGUAGES},
-                "tags": row["tags"],
-                "group": groups[row["group"]],
-                "subgroup": subgroups[row["subgroup"]],
-                "body": icons[slug]["body"],
-            })  # fmt: skip
+            rows.append(
+                {
+                    "id": slug,
+                    "labels": {language: labels[language][row["hexcode"]] for language in LANGUAGES},
+                    "tags": row["tags"],
+                    "group": groups[row["group"]],
+                    "subgroup": subgroups[row["subgroup"]],
+                    "body": icons[slug]["body"],
+                }
+            )
     return rows
 
 

@@ -87,8 +87,9 @@ def _batch(rng: np.random.Generator, stickers: list, n: int) -> tuple[torch.Tens
             sticker = stickers[kind][int(rng.integers(len(stickers[kind])))]
             s = sticker.shape[0]
             x, y = (int(v) for v in rng.integers(0, SIDE - s + 1, 2))
-            if any(abs(x + s / 2 - cx) < (s + cs) * 0.45 and abs(y + s / 2 - cy) < (s + cs) * 0.45
-                   for cx, cy, cs in taken):  # fmt: skip
+            if any(
+                abs(x + s / 2 - cx) < (s + cs) * 0.45 and abs(y + s / 2 - cy) < (s + cs) * 0.45 for cx, cy, cs in taken
+            ):
                 continue
             alpha = sticker[..., 3:]
             patch = images[i, y : y + s, x : x + s]

@@ -149,11 +149,17 @@ def test_help_is_fast_and_light(arguments):
 
 
 def test_importing_the_package_costs_nothing_and_its_names_exist():
-    done = run(sys.executable, "-c", "import sys, diptych; assert 'torch' not in sys.modules; print(*diptych.__all__)")
+    code = (
+        "import time; start = time.process_time(); import diptych; seconds = time.process_time() - start\n"
+        "import sys; assert 'torch' not in sys.modules; print(seconds, *diptych.__all__)"
+    )
+    done = run(sys.executable, "-c", code)
     assert done.returncode == 0, done.stderr
+    seconds, *names = done.stdout.split()
+    assert float(seconds) < 0.25
     import diptych
 
-    for public in done.stdout.split():
+    for public in names:
         assert getattr(diptych, public) is not None and public in dir(diptych)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         diptych.nothing  # noqa: B018
@@ -206,6 +212,14 @@ def parse(words) -> None:
         rest = [*context._protected_args, *context.args]
         name, inner, rest = command.resolve_command(context, rest)
         context = inner.make_context(name, rest, parent=context)
+
+
+@pytest.mark.parametrize("words", [(), *(w for w, verb in verbs().items() if hasattr(verb, "commands"))], ids=" ".join)
+def test_a_list_of_verbs_shows_whole_sentences_at_80_columns(words, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = help_of(words).partition("Commands:")[2].partition("examples:")[0].partition("first steps:")[0]
+    listed = [line for line in shown.splitlines() if line.strip()]
+    assert listed and not [line for line in listed if line.endswith("...")]
 
 
 @pytest.mark.parametrize("words", verbs(), ids=" ".join)
@@ -288,6 +302,43 @@ def test_only_the_edges_touch_the_global_random_state_or_the_environment(path):
         )
     if name(path) not in allowed_environment:
         assert "os.environ" not in text and "getenv" not in text, name(path)
+
+
+def test_all_python_is_formatted():
+    python = [p for p in tracked() if p.suffix == ".py"]
+    skipping = [name(p) for p in python if re.search(r"# fmt: (skip" + "|off)", p.read_text())]
+    assert not skipping
+    done = run(Path(sys.executable).with_name("ruff"), "format", "--no-cache", "--check", *python)
+    assert done.returncode == 0, done.stdout
+
+
+PARAMETERS = 12
+LONG_SIGNATURES = {  # each parameter is an option of the command line, which typer reads from the signature
+    "diptych/cli/data.py": {"precompute"},
+    "diptych/cli/evaluation.py": {"run"},
+    "diptych/cli/training.py": {"plan", "train"},
+    "diptych/cli/use.py": {"serve"},
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_no_function_takes_more_than_12_parameters(path):
+    long = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            if len([a for a in arguments if a not in ("self", "cls")]) > PARAMETERS:
+                long.add(node.name)
+    assert long == LONG_SIGNATURES.get(name(path), set())
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"], ids=name)
+def test_prose_is_at_most_120_columns_wide(path):
+    """Outside blocks of code, tables and HTML, whose lines cannot be broken."""
+    prose = re.sub(r"^ *```.*?^ *```", lambda block: "\n" * block[0].count("\n"), path.read_text(), flags=re.S | re.M)
+    for number, line in enumerate(prose.splitlines(), start=1):
+        whole = line.lstrip().startswith(("|", "<", "![", "[!["))
+        assert len(line) <= 120 or whole, f"{name(path)}:{number} has {len(line)} characters"
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.read_text().strip()], ids=name)

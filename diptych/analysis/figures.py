@@ -77,8 +77,15 @@ def maps(models: Models, labels: Sequence[int], classes: Sequence[str], title: s
             for ax, (point, plane) in zip(row, planes.items(), strict=True):
                 for c, label in enumerate(classes):
                     some = np.asarray(plane)[number == c]
-                    ax.scatter(*some.T, s=15, marker=MARKS[c % len(MARKS)], color=f"C{c % 10}", label=label,
-                               alpha=0.8, linewidths=0)  # fmt: skip
+                    ax.scatter(
+                        *some.T,
+                        s=15,
+                        marker=MARKS[c % len(MARKS)],
+                        color=f"C{c % 10}",
+                        label=label,
+                        alpha=0.8,
+                        linewidths=0,
+                    )
                 ax.set(xticks=[], yticks=[], title=point)
                 ax.spines[:].set_visible(True)
                 ax.spines[:].set_color("0.8")
@@ -104,11 +111,25 @@ def attention(models: Models, changes: Sequence[Mapping[str, float | None]] | No
             for key, style, filled in (("picture", "-", True), ("text", "--", False)):
                 values = [r[key]["value"] for r in rows]
                 label = f"{name}: on the {key}" if len(models) > 1 else f"on the {key}"
-                ax.plot(range(len(rows)), values, style, color=f"C{m}", marker="o", markersize=4,
-                        markerfacecolor=f"C{m}" if filled else "w", label=label)  # fmt: skip
+                ax.plot(
+                    range(len(rows)),
+                    values,
+                    style,
+                    color=f"C{m}",
+                    marker="o",
+                    markersize=4,
+                    markerfacecolor=f"C{m}" if filled else "w",
+                    label=label,
+                )
                 if rows[0][key]["low"] is not None:
-                    ax.fill_between(range(len(rows)), [r[key]["low"] for r in rows], [r[key]["high"] for r in rows],
-                                    color=f"C{m}", alpha=0.13, linewidth=0)  # fmt: skip
+                    ax.fill_between(
+                        range(len(rows)),
+                        [r[key]["low"] for r in rows],
+                        [r[key]["high"] for r in rows],
+                        color=f"C{m}",
+                        alpha=0.13,
+                        linewidth=0,
+                    )
         ax.set(ylim=(0, 1.02), ylabel="attention mass")
         ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         if changes:
@@ -143,8 +164,14 @@ def similarity(models: Models, title: str) -> bytes:
             ax.plot(
                 at, [r["same"]["value"] for r in rows], "-o", color=f"C{m}", markersize=4, label=f"{of}same picture"
             )
-            ax.fill_between(at, [r["same"]["low"] for r in rows], [r["same"]["high"] for r in rows], color=f"C{m}",
-                            alpha=0.15, linewidth=0)  # fmt: skip
+            ax.fill_between(
+                at,
+                [r["same"]["low"] for r in rows],
+                [r["same"]["high"] for r in rows],
+                color=f"C{m}",
+                alpha=0.15,
+                linewidth=0,
+            )
             ax.plot(at, [r["centred"] for r in rows], "--", color=f"C{m}", label=f"{of}mean-centred")
             ax.plot(at, [r["other"] for r in rows], ":", color=f"C{m}", label=f"{of}another picture")
         ax.set(
@@ -164,14 +191,19 @@ def locality(models: Models, title: str) -> bytes:
 
     def draw(figure: Any, axes: np.ndarray) -> None:
         figure.suptitle(title, fontsize=10)
-        panels = {"locality": "mass within one token", "distance": "mean distance, tokens",
-                  "periodicity": "one row up / its neighbours", "to text": "mass off the picture"}  # fmt: skip
+        panels = {
+            "locality": "mass within one token",
+            "distance": "mean distance, tokens",
+            "periodicity": "one row up / its neighbours",
+            "to text": "mass off the picture",
+        }
         for ax, (key, label) in zip(axes[0], panels.items(), strict=True):
             for m, (name, found) in enumerate(models.items()):
                 for style, (task, rows) in zip(("-o", "--s"), found.rows.items(), strict=True):
                     said = f"{name}: {task}" if len(models) > 1 else task
-                    ax.plot(range(1, len(rows) + 1), [r[key] for r in rows], style, color=f"C{m}", markersize=4,
-                            label=said)  # fmt: skip
+                    ax.plot(
+                        range(1, len(rows) + 1), [r[key] for r in rows], style, color=f"C{m}", markersize=4, label=said
+                    )
                 if key in found.even and m == 0:
                     ax.axhline(found.even[key], color="0.4", linewidth=1, linestyle=":", label="even causal attention")
             ax.set(title=label, xlabel="layer", ylim=(0, None))
@@ -204,8 +236,9 @@ def regions(local: Any, title: str, shown: int = 4) -> bytes:
                 on = w[places[query], places].reshape(rows, columns)
                 below.imshow(local.first.picture, extent=(0, columns, rows, 0), aspect="auto")
                 blue = np.zeros((rows, columns))
-                below.imshow(blue, extent=(0, columns, rows, 0), aspect="auto", cmap="Blues", vmin=-1,
-                             alpha=0.85 * on / on.max())  # fmt: skip
+                below.imshow(
+                    blue, extent=(0, columns, rows, 0), aspect="auto", cmap="Blues", vmin=-1, alpha=0.85 * on / on.max()
+                )
                 below.add_patch(_square(query % columns, query // columns))
                 below.set(xticks=[], yticks=[])
 
@@ -242,8 +275,9 @@ def keywords(models: Models, title: str) -> bytes:
             row[0].set_ylabel(f"{name}\nshare of attention\nto words, %")
             means, at = share.mean((0, 1)), np.arange(len(k.classes))
             row[-1].bar(at, means, 0.66, color=[f"C{c}" for c in at])
-            row[-1].plot(at, k.even, linestyle="", marker="_", markersize=18, markeredgewidth=1.6, color="0.15",
-                         label="even")  # fmt: skip
+            row[-1].plot(
+                at, k.even, linestyle="", marker="_", markersize=18, markeredgewidth=1.6, color="0.15", label="even"
+            )
             for x, v in zip(at, means, strict=True):
                 row[-1].text(x, 0.6, f"{v:.1f}", ha="center", va="bottom", fontsize=8, color="w")
             row[-1].set_xticks(at, k.classes, rotation=30, ha="right")

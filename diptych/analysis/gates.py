@@ -47,20 +47,34 @@ class Gates:
         """Correlation over a picture of the gate's size with how strongly the finished picture changes there (nan where
         either is the same everywhere)."""
         edges = _edges(self.pictures, self.values.shape[-2:])
-        return np.array([
-            [_correlation(np.abs(step), edge) for step in steps] for steps, edge in zip(self.values, edges, strict=True)
-        ])  # fmt: skip
+        return np.array(
+            [
+                [_correlation(np.abs(step), edge) for step in steps]
+                for steps, edge in zip(self.values, edges, strict=True)
+            ]
+        )
 
     def to_json(self) -> list[dict[str, float | None]]:
         """Means over pictures, one row a step."""
         with np.errstate(invalid="ignore"):
             contours = [float(np.mean(c[~np.isnan(c)])) if not np.isnan(c).all() else None for c in self.contours.T]
         return [
-            {"t": round(t, 6), "activity": round(float(a), 6), "signed": round(float(v), 6),
-             "share": round(float(s), 6), "contours": None if c is None else round(c, 6)}
-            for t, a, v, s, c in zip(self.times, self.activity.mean(0), self.values.mean((0, 2, 3)),
-                                     self.sparsity.mean(0), contours, strict=True)
-        ]  # fmt: skip
+            {
+                "t": round(t, 6),
+                "activity": round(float(a), 6),
+                "signed": round(float(v), 6),
+                "share": round(float(s), 6),
+                "contours": None if c is None else round(c, 6),
+            }
+            for t, a, v, s, c in zip(
+                self.times,
+                self.activity.mean(0),
+                self.values.mean((0, 2, 3)),
+                self.sparsity.mean(0),
+                contours,
+                strict=True,
+            )
+        ]
 
 
 @torch.inference_mode()

@@ -62,9 +62,15 @@ def run_separability(
         measures[name], found = separability.separability(model, data, at, seed)
         planes[name] = {point: separability.tsne(x, seed=seed) for point, x in found.items()}
     numbers = {
-        "what": "separability", "data": what, "classes": list(data.classes), "pictures": len(data.pictures),
-        "folds": separability.FOLDS, "perplexity": separability.PERPLEXITY, "seed": seed, "models": measures,
-    }  # fmt: skip
+        "what": "separability",
+        "data": what,
+        "classes": list(data.classes),
+        "pictures": len(data.pictures),
+        "folds": separability.FOLDS,
+        "perplexity": separability.PERPLEXITY,
+        "seed": seed,
+        "models": measures,
+    }
     if len(models) == 2:
         ours, base = measures.values()
         numbers["change"] = {p: _difference(ours[p], base[p]) for p in ours}
@@ -94,9 +100,12 @@ def run_attention(
     found = {name: attention.allocation(m, samples, rows, markers) for name, m in models.items()}
     by_layer = {name: a.to_json() for name, a in found.items()}
     numbers: dict[str, Any] = {
-        "what": "attention", "data": what, "requests": len(samples), **attention.describe(rows, markers),
+        "what": "attention",
+        "data": what,
+        "requests": len(samples),
+        **attention.describe(rows, markers),
         "models": by_layer,
-    }  # fmt: skip
+    }
     changes = None
     if len(models) == 2:
         ours, base = found.values()
@@ -124,7 +133,13 @@ def _published(model: UnifiedModel, samples: Sequence[Sample]) -> list[float]:
 def run_similarity(models: Models, samples: Sequence[Sample], what: str) -> Found:
     """Layer-wise cosine of the same picture read and drawn, and its controls (SynerGen-VL, figure 4)."""
     found = {name: layers.similarity(m, samples) for name, m in models.items()}
-    numbers = {"what": "similarity", "data": what, "pictures": len(samples), "instruction": layers.INSTRUCTION, "models": found}  # fmt: skip  # noqa: E501
+    numbers = {
+        "what": "similarity",
+        "data": what,
+        "pictures": len(samples),
+        "instruction": layers.INSTRUCTION,
+        "models": found,
+    }
     title = f"the same picture read and drawn, {len(samples)} of {what}"
     return Found("similarity", numbers, {"similarity": figures.similarity(found, title)})
 
@@ -132,7 +147,12 @@ def run_similarity(models: Models, samples: Sequence[Sample], what: str) -> Foun
 def run_locality(models: Models, samples: Sequence[Sample], what: str) -> Found:
     """How local the attention among a picture's tokens is, read and drawn, and the first picture's maps (figure 5)."""
     found = {name: layers.locality(m, samples) for name, m in models.items()}
-    numbers = {"what": "locality", "data": what, "pictures": len(samples), "models": {n: f.to_json() for n, f in found.items()}}  # fmt: skip  # noqa: E501
+    numbers = {
+        "what": "locality",
+        "data": what,
+        "pictures": len(samples),
+        "models": {n: f.to_json() for n, f in found.items()},
+    }
     shown = {"locality": figures.locality(found, f"attention among the tokens of a picture, {len(samples)} of {what}")}
     for i, (name, local) in enumerate(found.items()):
         shown["regions" if not i else "regions-against"] = figures.regions(local, f"{name}: {local.first.caption}")
@@ -152,10 +172,13 @@ def run_keywords(
     the released code's percentages, means over prompts by step, class and layer."""
     found = {name: keywords.keywords(m, prompts, words, steps, seed=seed) for name, m in models.items()}
     numbers: dict[str, Any] = {
-        "what": "keywords", "data": what, "prompts": list(prompts), "seed": seed,
+        "what": "keywords",
+        "data": what,
+        "prompts": list(prompts),
+        "seed": seed,
         "words": {name: sorted(some) for name, some in words.items()},
         "models": {name: k.to_json() for name, k in found.items()},
-    }  # fmt: skip
+    }
     if len(models) == 2:
         ours, base = (k.share.mean((0, 1)) for k in found.values())  # (layers, classes)
         if ours.shape != base.shape:
@@ -179,9 +202,12 @@ def run_gates(models: Models, prompts: Sequence[str], what: str, steps: int = 20
     """The gate's size by step and place while prompts are drawn; a base draws the same prompts from the same seeds."""
     found = {name: gates.gates(m, prompts, steps, seed) for name, m in models.items()}
     numbers = {
-        "what": "gates", "data": what, "prompts": list(prompts), "seed": seed,
+        "what": "gates",
+        "data": what,
+        "prompts": list(prompts),
+        "seed": seed,
         "models": {name: g.to_json() for name, g in found.items()},
-    }  # fmt: skip
+    }
     title = f"where the gate is open while drawing, {len(prompts)} prompts"
     return Found("gates", numbers, {"gates": figures.gates(found, prompts, title)})
 

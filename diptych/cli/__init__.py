@@ -100,6 +100,7 @@ app = Verbs(
 
 
 def show_version(asked: bool) -> None:
+    """Prints the version and ends, if ``--version`` is given."""
     if asked:
         from diptych import __version__
 

@@ -41,7 +41,7 @@ def number_option(what: str) -> Any:
 def add(app: Verbs) -> None:
     """Adds the verbs of this file to the command line."""
     verbs = Verbs(
-        help="Look inside a model: what its layers tell apart, where attention goes, what reading and drawing share.",
+        help="Look inside a model: features, attention, gates.",
         subcommand_metavar="PROBE MODEL ...",
         epilog="\b\nexamples:\n"
         "  diptych analyze attention bagel/tiny\n"
@@ -114,7 +114,7 @@ def separability(
     size: SizeOption = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Measure how well the features of look-alikes are told apart, by layer."""
+    """Measure how well features separate look-alikes, by layer."""
     from diptych.analysis import run
     from diptych.analysis.separability import SETS, folder, labelled
 
@@ -141,7 +141,9 @@ def attention(
     n: Annotated[int, number_option("questions")] = 32,
     size: SizeOption = None,
 ) -> None:
-    """Measure the attention that the answer, or the question, pays to the picture, by layer."""
+    """Measure the attention of answer or question to the picture.
+
+    The report has one value for each layer."""
     from diptych.analysis import run
 
     at_least_one(n=n, size=size)
@@ -165,7 +167,7 @@ def keywords(
     n: Annotated[int | None, number_option("prompts of shapes (default: 8)")] = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Measure which words of the prompt a picture attends to while it is drawn."""
+    """Measure which prompt words a drawn picture attends to."""
     from diptych.analysis import run
     from diptych.analysis.keywords import parse_words, shapes_words
 
@@ -184,7 +186,7 @@ def gates(
     n: Annotated[int | None, number_option("prompts of shapes (default: 8)")] = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Measure how far the gate of detail opens while a picture is drawn (Cheers)."""
+    """Measure how far the gate of detail opens (Cheers)."""
     from diptych.analysis import run
 
     at_least_one(n=n, steps=steps)
@@ -200,7 +202,9 @@ def similarity(
     n: Annotated[int, number_option("pictures")] = 200,
     size: SizeOption = None,
 ) -> None:
-    """Measure how far the same picture tokens part when they are read and when they are drawn, by layer."""
+    """Compare the same picture tokens when read and when drawn.
+
+    The report has the similarity at each layer."""
     from diptych.analysis import run
 
     at_least_one(n=n, size=size)
@@ -217,7 +221,9 @@ def locality(
     n: Annotated[int, number_option("pictures")] = 32,
     size: SizeOption = None,
 ) -> None:
-    """Measure how near to a token its attention to other picture tokens stays, by layer."""
+    """Measure how local attention between picture tokens is.
+
+    The report has one value for each layer."""
     from diptych.analysis import run
 
     at_least_one(n=n, size=size)

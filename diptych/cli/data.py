@@ -102,7 +102,9 @@ def show(
     size: SideOption = 64,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="the picture to write")] = Path("sheet.png"),
 ) -> None:
-    """Draw a contact sheet of samples with the segments that a model lays them out as."""
+    """Draw a contact sheet of samples with their segments.
+
+    The model decides how a sample is laid out as segments."""
     from diptych.data.catalog import sources
     from diptych.data.sheet import show
     from diptych.data.written import check_picture_path
@@ -206,7 +208,9 @@ def stats(
     layout: LayoutOption = "bagel/tiny",
     as_json: JsonOption = False,
 ) -> None:
-    """Count lengths, kinds of tokens and shapes of pictures, as a model lays them out."""
+    """Count lengths, kinds of tokens and shapes of pictures.
+
+    The model decides how a sample is laid out as tokens."""
     from diptych.data.catalog import sources
     from diptych.data.shards import stats
     from diptych.data.sources import describe_left_out
@@ -246,7 +250,7 @@ def bench(
     override: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure how fast the loader of a recipe delivers, and how full its rows are."""
+    """Measure the speed of a recipe's loader and the fill of rows."""
     from diptych.recipes.bench import loader_speed
     from diptych.recipes.run import configured
 
@@ -292,7 +296,7 @@ def precompute(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Encode the pictures of a recipe's data sets once, with its frozen encoders."""
+    """Encode a recipe's pictures once, with its frozen encoders."""
     from diptych.machine.processes import device_of_process, launched
     from diptych.recipes.run import precompute
 

@@ -74,7 +74,7 @@ def recipes(
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """Show what this machine can do: devices, memory, dtypes, attention, extras."""
+    """Show devices, memory, dtypes, attention and extras here."""
     from diptych.machine.doctor import report
 
     findings = report()

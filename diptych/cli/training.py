@@ -83,7 +83,7 @@ def demo(
     limit: Annotated[int, typer.Option("--limit", metavar="N", help="items per category in the evaluations")] = 4,
     seed: SeedOption = 0,
 ) -> None:
-    """See the shipped model work, train one from scratch, read the report."""
+    """Run the shipped model, train one from scratch, write a report."""
     from diptych.studies.demo import demo
 
     if out and out.suffix == ".html":
@@ -203,7 +203,7 @@ def plan(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> int:
-    """Compute what a recipe needs before it is launched: memory, work, time, cost."""
+    """Compute the memory, work, time and cost of a recipe."""
     from diptych.recipes.run import configured, stage_sources
     from diptych.training.plan import limits_of, plan
 

@@ -343,7 +343,9 @@ def export(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite files of the same names, keep all others")] = False,
 ) -> None:
-    """Write a model: safetensors, config.json and tokenizer.json, or as its family publishes it."""
+    """Write a model as a release, or as its family publishes it.
+
+    A release is model.safetensors, config.json and tokenizer.json."""
     from diptych.models.store import export
 
     written = export(model, folder, format, dtype, base, force)

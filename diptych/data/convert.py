@@ -138,9 +138,10 @@ def cheers(file: Path) -> Iterator[Made]:
         if isinstance(row.get("image"), str):
             row = row | {"image": [name.strip() for name in re.split("[,;]", row["image"])]}
         return _turns(
-            row, r"<im_start><image(?:_gen)?><im_end>",
+            row,
+            r"<im_start><image(?:_gen)?><im_end>",
             lambda marker, _: "target" if "_gen" in marker else "condition" if draws else "understand",
-        )  # fmt: skip
+        )
 
     yield from _each(file, turns)
 

@@ -196,9 +196,14 @@ def precompute(
     if dtype not in (None, *DTYPES):
         raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
     index = {
-        "name": source.name, "family": model.family, "origin": dict(origin), "rows": len(source), "shard": shard,
-        "dtype": dtype, "digests": {name: model.digest(name) for name in names},
-    }  # fmt: skip
+        "name": source.name,
+        "family": model.family,
+        "origin": dict(origin),
+        "rows": len(source),
+        "shard": shard,
+        "dtype": dtype,
+        "digests": {name: model.digest(name) for name in names},
+    }
     _claim(folder, index)
     done: dict[str, Any] = {"rows": 0, "pictures": 0, "bytes": 0, "skipped": {}}
     for k in range(rank, -(-len(source) // shard), world):
@@ -323,4 +328,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def shard_name(number: int) -> str:
+    """The file name of a shard of an encoded data set."""
     return f"{number:06d}.tar"

@@ -123,12 +123,18 @@ class Lengths:
         """Counts, and quantiles of the lengths."""
         q = {f"p{p}": float(np.percentile(self.tokens, p)) for p in (5, 50, 95)} if self.tokens else {}
         return {
-            "rows": self.rows, "bad": len(self.skipped), "skipped": self.skipped,
-            "tokens": sum(self.tokens), "longest": max(self.tokens, default=0), **q,
-            "kinds": {str(k): n for k, n in self.kinds.most_common()}, "supervised": self.supervised,
-            "no_target": self.no_target, "left_out": dict(self.left_out),
+            "rows": self.rows,
+            "bad": len(self.skipped),
+            "skipped": self.skipped,
+            "tokens": sum(self.tokens),
+            "longest": max(self.tokens, default=0),
+            **q,
+            "kinds": {str(k): n for k, n in self.kinds.most_common()},
+            "supervised": self.supervised,
+            "no_target": self.no_target,
+            "left_out": dict(self.left_out),
             "shapes": {shape: n for shape, n in self.shapes.most_common()},
-        }  # fmt: skip
+        }
 
 
 def stats(sources: Mapping[str, Source], lay_out: Callable[[Sample], Layout], limit: int = 1000) -> dict[str, Lengths]:

@@ -75,8 +75,11 @@ class TextJob:
         r = self.request = request
         self.opened = _opened(r.sample, assistant())
         self.parameters: dict[str, Any] = {
-            "max_new_tokens": r.max_new_tokens, "temperature": r.temperature, "top_p": r.top_p, "seed": r.seed,
-        }  # fmt: skip
+            "max_new_tokens": r.max_new_tokens,
+            "temperature": r.temperature,
+            "top_p": r.top_p,
+            "seed": r.seed,
+        }
         self.generator = torch.Generator().manual_seed(r.seed)
         self.context: Context = model.open()
         self.laid: Layout | None = None

@@ -175,11 +175,27 @@ class Config:
 
 def internvl3_2b() -> MllmConfig:
     """InternVL3-2B: InternViT-300M at 448 pixels, 256 tokens a picture, Qwen2.5-1.5B (D = 1536)."""
-    vision = {"attention_bias": True, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
-              "intermediate_size": 4096, "image_size": [448, 448], "patch_size": [14, 14]}  # fmt: skip
-    text = {"model_type": "qwen2", "vocab_size": 151674, "hidden_size": 1536, "intermediate_size": 8960,
-            "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "tie_word_embeddings": False}  # fmt: skip
+    vision = {
+        "attention_bias": True,
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "image_size": [448, 448],
+        "patch_size": [14, 14],
+    }
+    text = {
+        "model_type": "qwen2",
+        "vocab_size": 151674,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "tie_word_embeddings": False,
+    }
     return MllmConfig(
         {"model_type": "internvl", "vision_config": vision, "text_config": text, "tie_word_embeddings": False}
     )
@@ -187,11 +203,27 @@ def internvl3_2b() -> MllmConfig:
 
 def tiny_mllm(vocab_size: int = 1024) -> MllmConfig:
     """InternVL's classes with a decoder of width 128 and a tower of width 96: 64 pixels are 16 tokens."""
-    vision = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 192,
-              "image_size": [64, 64], "patch_size": [8, 8], "layer_scale_init_value": 1.0}  # fmt: skip
-    text = {"model_type": "qwen2", "vocab_size": vocab_size, "hidden_size": 128, "intermediate_size": 320,
-            "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "tie_word_embeddings": True}  # fmt: skip
+    vision = {
+        "hidden_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "intermediate_size": 192,
+        "image_size": [64, 64],
+        "patch_size": [8, 8],
+        "layer_scale_init_value": 1.0,
+    }
+    text = {
+        "model_type": "qwen2",
+        "vocab_size": vocab_size,
+        "hidden_size": 128,
+        "intermediate_size": 320,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "tie_word_embeddings": True,
+    }
     template = Template(
         system="<|im_start|>",
         user="<|im_start|>",
@@ -479,14 +511,23 @@ class Iomm(UnifiedModel[FlowSettings]):
         logits = self.mllm.logits(states[last]).float()
         return [
             Context(
-                cache, c.length + n, c.position + sum(g.moves for g in laid.segments), scores,
+                cache,
+                c.length + n,
+                c.position + sum(g.moves for g in laid.segments),
+                scores,
                 _Read(c.slot, c.length, x, h),
             )
             for cache, c, n, laid, scores, x, h in zip(
-                caches, contexts, batch.lengths, sequences, logits, s.x.split(batch.lengths),
-                states.split(batch.lengths), strict=True,
+                caches,
+                contexts,
+                batch.lengths,
+                sequences,
+                logits,
+                s.x.split(batch.lengths),
+                states.split(batch.lengths),
+                strict=True,
             )
-        ]  # fmt: skip
+        ]
 
     @property
     def stop_ids(self) -> frozenset[int]:

@@ -586,11 +586,14 @@ class OmniGen2(UnifiedModel[Settings]):
         pieces = zip(*(x.split(read) for x in (s.places - firsts, s.columns.ids, states, s.condition)), strict=True)
         return [
             Context(
-                cache, c.length + len(laid), c.position + sum(x.moves for x in laid.segments), scores,
+                cache,
+                c.length + len(laid),
+                c.position + sum(x.moves for x in laid.segments),
+                scores,
                 _Read(c.slot, c.length, *piece),
             )
             for cache, c, laid, scores, piece in zip(caches, contexts, sequences, logits, pieces, strict=True)
-        ]  # fmt: skip
+        ]
 
     @property
     def stop_ids(self) -> frozenset[int]:

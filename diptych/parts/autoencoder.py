@@ -144,6 +144,8 @@ class DiffusersAutoencoder(nn.Module):
 
 
 class ResBlock(nn.Module):
+    """Two 3x3 convolutions with group norm and SiLU, and a residual connection."""
+
     def __init__(self, width_in: int, width_out: int, groups: int) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, width_in, eps=1e-6)
@@ -210,6 +212,8 @@ class _Level(nn.Module):
 
 
 class Encoder(nn.Module):
+    """The convolutional encoder of FLUX: (N, 3, H, W) pictures to latents, or to their mean and log-variance."""
+
     def __init__(self, c: AutoencoderConfig) -> None:
         super().__init__()
         widths = [c.channels * m for m in c.multipliers]
@@ -233,6 +237,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """The convolutional decoder of FLUX: (N, z, h, w) latents to (N, 3, H, W) pictures."""
+
     def __init__(self, c: AutoencoderConfig) -> None:
         super().__init__()
         widths = [c.channels * m for m in c.multipliers]

@@ -136,6 +136,8 @@ class Rope:
 
 
 class Layer(nn.Module):
+    """One pre-norm decoder block: attention and MLP, each with a residual connection and a copy per route."""
+
     def __init__(self, c: DecoderConfig, index: int) -> None:
         super().__init__()
         self.index = index

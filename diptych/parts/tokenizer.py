@@ -79,10 +79,16 @@ class Tokenizer:
         if split and self._like_qwen2():
             self.inner.model.save(str(folder))
             added = {
-                str(i): {"content": t.content, "special": t.special, "normalized": t.normalized, "lstrip": t.lstrip,
-                         "rstrip": t.rstrip, "single_word": t.single_word}
+                str(i): {
+                    "content": t.content,
+                    "special": t.special,
+                    "normalized": t.normalized,
+                    "lstrip": t.lstrip,
+                    "rstrip": t.rstrip,
+                    "single_word": t.single_word,
+                }
                 for i, t in sorted(self.inner.get_added_tokens_decoder().items())
-            }  # fmt: skip
+            }
             config = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added}
             (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False))
 

@@ -62,6 +62,8 @@ def patchify(images: Float[Tensor, "N c H W"], patch: int) -> Float[Tensor, "N n
 
 
 class Block(nn.Module):
+    """One pre-norm block of the vision transformer: attention over a picture's patches, then an MLP."""
+
     def __init__(self, c: VisionConfig) -> None:
         super().__init__()
         d = c.hidden_size

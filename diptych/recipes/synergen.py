@@ -141,15 +141,29 @@ def _small(layers: int, side: int, ratio: tuple[int, int], experts: bool = True,
     tiny_size = config("synergen/tiny")
     routes: dict[str, Any] = {"routes": 2, "routed": ("mlp",)} if experts else {"routes": 1, "routed": ()}
     decoder = replace(
-        tiny_size.decoder, hidden_size=96, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, qk_norm=False, qkv_bias=False, **routes,
-    )  # fmt: skip
+        tiny_size.decoder,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        qk_norm=False,
+        qkv_bias=False,
+        **routes,
+    )
     head = replace(tiny_size.head, hidden_size=96, num_attention_heads=4, qk_norm=False, qkv_bias=False)
     made = replace(
-        tiny_size, decoder=decoder, head=head, fold=ratio, embed_size=32, grid=(side // 4, side // 4),
-        see=replace(tiny_size.see, side=side, **more.pop("tiles", {})), size=(side, side),
-        draw=replace(tiny_size.draw, longest=side, shortest=side, stride=side), **more,
-    )  # fmt: skip
+        tiny_size,
+        decoder=decoder,
+        head=head,
+        fold=ratio,
+        embed_size=32,
+        grid=(side // 4, side // 4),
+        see=replace(tiny_size.see, side=side, **more.pop("tiles", {})),
+        size=(side, side),
+        draw=replace(tiny_size.draw, longest=side, shortest=side, stride=side),
+        **more,
+    )
     return config_to_json("synergen", made)
 
 
@@ -167,9 +181,12 @@ def reader(steps: int, side: int, tiles: int, ratio: tuple[int, int]) -> Recipe:
         limits=Limits(tokens=100_000, pictures=52),
     )
     return Recipe(
-        "synergen/reader", _small(3, side, ratio, **more), (stage,), init={"autoencoder": "autoencoder/vq-tiny"},
+        "synergen/reader",
+        _small(3, side, ratio, **more),
+        (stage,),
+        init={"autoencoder": "autoencoder/vq-tiny"},
         checkpoint_every=steps,
-    )  # fmt: skip
+    )
 
 
 def words() -> Recipe:
@@ -185,9 +202,13 @@ def words() -> Recipe:
         limits=Limits(tokens=1536),
     )
     return Recipe(
-        "synergen/words", _small(6, 32, (1, 1), experts=False), (stage,), init={"autoencoder": "autoencoder/vq-tiny"},
-        size=32, checkpoint_every=1000,
-    )  # fmt: skip
+        "synergen/words",
+        _small(6, 32, (1, 1), experts=False),
+        (stage,),
+        init={"autoencoder": "autoencoder/vq-tiny"},
+        size=32,
+        checkpoint_every=1000,
+    )
 
 
 def miniature(

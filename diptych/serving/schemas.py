@@ -71,26 +71,36 @@ class ToDraw(Strict):
 
 
 class ImageUrl(Strict):
+    """Where the picture of a message is."""
+
     url: str = Field(description="a data URI (data:image/png;base64,...), or the address of an upload")
     detail: Literal["auto", "low", "high"] | None = Field(None, description="no effect: each model reads at its size")
     IGNORED = frozenset({"detail"})
 
 
 class FileId(Strict):
+    """A file that was uploaded before."""
+
     file_id: str = Field(description="the id that POST /v1/files returned")
 
 
 class TextPart(Strict):
+    """Text in a message."""
+
     type: Literal["text"]
     text: str
 
 
 class ImagePart(Strict):
+    """A picture in a message."""
+
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
 class FilePart(Strict):
+    """An uploaded picture in a message."""
+
     type: Literal["file"]
     file: FileId
 
@@ -99,6 +109,8 @@ Part = Annotated[TextPart | ImagePart | FilePart, Field(discriminator="type")]
 
 
 class ChatMessage(Strict):
+    """One message of a conversation."""
+
     role: Literal["system", "developer", "user", "assistant"] = Field(description="developer is system")
     content: str | Annotated[list[Part], Field(min_length=1)] | None = Field(None, description="null: of an assistant")
     name: str | None = Field(None, max_length=256, description="no effect")
@@ -113,10 +125,14 @@ class ChatMessage(Strict):
 
 
 class StreamOptions(Strict):
+    """Options of a streamed answer."""
+
     include_usage: bool = False
 
 
 class TextFormat(Strict):
+    """The format of an answer: plain text."""
+
     type: Literal["text"]
 
 
@@ -201,6 +217,8 @@ class ChatRequest(ToDraw):
 
 
 class ImagesRequest(ToDraw):
+    """Draws pictures from a prompt."""
+
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [

@@ -28,9 +28,19 @@ from diptych.training.loop import Interrupted
 from diptych.training.recipe import Limits, Recipe
 
 PROMPTS = (
-    "a red circle", "three blue stars", "a green square left of a black cross", "a yellow star and a purple circle",
-    "two triangles", "a cross above a circle", "sun", "red apple", "red heart", "cat face", "pizza", "house",
-)  # fmt: skip
+    "a red circle",
+    "three blue stars",
+    "a green square left of a black cross",
+    "a yellow star and a purple circle",
+    "two triangles",
+    "a cross above a circle",
+    "sun",
+    "red apple",
+    "red heart",
+    "cat face",
+    "pizza",
+    "house",
+)
 BENCHMARKS = ("geneval-mini", "vqa-mini", "caption-mini", "edit-mini")
 QUESTIONS, EDITS = 6, 4
 TRAINED, SHIPPED = "trained here", "shipped"

@@ -152,21 +152,27 @@ def each_whole(stack: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
     by_matrix = stack.redistribute(placements=[Shard(0) if p.is_shard() else p for p in stack.placements])
     mine = by_matrix.to_local()
     done = DTensor.from_local(
-        work(mine) if len(mine) else mine.float(), stack.device_mesh, by_matrix.placements, run_check=False,
-        shape=stack.shape, stride=stack.stride(),
-    )  # fmt: skip
+        work(mine) if len(mine) else mine.float(),
+        stack.device_mesh,
+        by_matrix.placements,
+        run_check=False,
+        shape=stack.shape,
+        stride=stack.stride(),
+    )
     return done.redistribute(placements=stack.placements)
 
 
 # ---- recomputing ----------------------------------------------------------------------------------------------------
 
 KEPT = {  # products and attention: expensive to compute, small beside what is computed from them
-    torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-}  # fmt: skip
+}
 
 
 def recomputed(forward: Callable, how: str) -> Callable:

@@ -40,9 +40,18 @@ from diptych.training.rows import Sources, stage_loader
 
 GIB = 2**30
 GPUS = {  # dense bf16 TFLOP/s and GiB, from the data sheets
-    "3090": (71, 24), "4090": (165, 24), "5090": (210, 32), "a10": (125, 24), "l4": (121, 24), "l40s": (362, 48),
-    "a100-40": (312, 40), "a100": (312, 80), "h100": (989, 80), "h200": (989, 141), "b200": (2250, 180),
-}  # fmt: skip
+    "3090": (71, 24),
+    "4090": (165, 24),
+    "5090": (210, 32),
+    "a10": (125, 24),
+    "l4": (121, 24),
+    "l40s": (362, 48),
+    "a100-40": (312, 40),
+    "a100": (312, 80),
+    "h100": (989, 80),
+    "h200": (989, 141),
+    "b200": (2250, 180),
+}
 
 
 def limits_of(gpu: str, device: str = "cuda", memory: float | None = None) -> tuple[float, float]:
@@ -178,10 +187,15 @@ def plan(
         memory = _memory(model, recipe, stage, work, gpus, gpus // nodes, device)
         needs.append(
             Need(
-                stage=stage.name, **memory, tokens=row.stats.tokens, flops=flops, step_seconds=seconds,
-                seconds=seconds * stage.steps, cost=seconds * stage.steps * gpus * price / 3600,
+                stage=stage.name,
+                **memory,
+                tokens=row.stats.tokens,
+                flops=flops,
+                step_seconds=seconds,
+                seconds=seconds * stage.steps,
+                cost=seconds * stage.steps * gpus * price / 3600,
             )
-        )  # fmt: skip
+        )
     return needs
 
 
@@ -285,9 +299,17 @@ def _memory(
     elif engine.offload:
         total -= weights + gradients + optimizer + average
     return {
-        "weights": weights, "gradients": gradients, "optimizer": optimizer, "average": average, "gathered": gathered,
-        "activations": activations, "saving": saving, "process": process, "total": total, "host": on_host,
-    }  # fmt: skip
+        "weights": weights,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "average": average,
+        "gathered": gathered,
+        "activations": activations,
+        "saving": saving,
+        "process": process,
+        "total": total,
+        "host": on_host,
+    }
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> int:

@@ -15,11 +15,27 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from diptych.models import configs, store
 
 CHANGEABLE = (  # what a resumed run may change; * stands for one part of a path, ** for any
-    "workers", "checkpoint_every", "keep", "skip_limit", "minutes", "catalog", "encoded", "folders**",
-    "engine.shard", "engine.recompute", "engine.compile", "engine.offload", "engine.async_save", "engine.timeout",
-    "stages.*.steps", "stages.*.train.**", "stages.*.loss.**", "stages.*.schedule.*", "stages.*.optimizer.clip",
+    "workers",
+    "checkpoint_every",
+    "keep",
+    "skip_limit",
+    "minutes",
+    "catalog",
+    "encoded",
+    "folders**",
+    "engine.shard",
+    "engine.recompute",
+    "engine.compile",
+    "engine.offload",
+    "engine.async_save",
+    "engine.timeout",
+    "stages.*.steps",
+    "stages.*.train.**",
+    "stages.*.loss.**",
+    "stages.*.schedule.*",
+    "stages.*.optimizer.clip",
     "stages.*.optimizer.weight_decay",
-)  # fmt: skip
+)
 FREE = ("data", "train", "loss", "dropout", "init", "folders", "lora")  # mappings of a recipe whose keys are the user's
 
 

@@ -88,18 +88,42 @@ def test_roles_and_losses_by_default():
         ([], "row must be an object, not []"),
         ({}, "row lacks ['messages']"),
         ({"messages": []}, "'messages' must be a list with at least one message"),
-        ({"messages": [{"role": "user", "content": "x"}], "image": 1}, "row has unknown keys ['image']; known: ['id', 'info', 'messages']"),  # noqa: E501
-        ({"messages": [{"role": "human", "content": "x"}]}, "messages[0].role is 'human'; choose from system, user, assistant"),  # noqa: E501
-        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content must be a text or a list with at least one part"),  # noqa: E501
-        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages[0].content[0].type is 'video'; choose from text, image"),  # noqa: E501
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, "content[0].text must be a string, not 3"),  # noqa: E501
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "", "loss": 1}]}]}, "loss must be true or false, not 1"),  # noqa: E501
+        (
+            {"messages": [{"role": "user", "content": "x"}], "image": 1},
+            "row has unknown keys ['image']; known: ['id', 'info', 'messages']",
+        ),  # noqa: E501
+        (
+            {"messages": [{"role": "human", "content": "x"}]},
+            "messages[0].role is 'human'; choose from system, user, assistant",
+        ),  # noqa: E501
+        (
+            {"messages": [{"role": "user", "content": []}]},
+            "messages[0].content must be a text or a list with at least one part",
+        ),  # noqa: E501
+        (
+            {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
+            "messages[0].content[0].type is 'video'; choose from text, image",
+        ),  # noqa: E501
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]},
+            "content[0].text must be a string, not 3",
+        ),  # noqa: E501
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "", "loss": 1}]}]},
+            "loss must be true or false, not 1",
+        ),  # noqa: E501
         ({"messages": [{"role": "user", "content": [{"type": "image", "image": ""}]}]}, "image must be a path, not ''"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "a", "role": "x"}]}]}, "role is 'x'; choose from understand"),  # noqa: E501
-        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "a", "size": [0, 1]}]}]}, "size must be [width, height]"),  # noqa: E501
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": "a", "role": "x"}]}]},
+            "role is 'x'; choose from understand",
+        ),  # noqa: E501
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": "a", "size": [0, 1]}]}]},
+            "size must be [width, height]",
+        ),  # noqa: E501
         ({"messages": [{"role": "user", "content": "x"}], "info": 3}, "'info' must be an object, not 3"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_row_is_named(row, told):
     with pytest.raises(ValueError) as error:
         sample_from_json(row)

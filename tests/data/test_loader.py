@@ -256,9 +256,15 @@ def test_bad_samples_are_skipped_and_named(caplog):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_skip_limit(workers):
     loader = make_loader(
-        {"a": Words("a", 40, bad=4)}, {"a": 1}, lay_out,
-        tokens=256, pictures=0, streams=2, skip_limit=6, workers=workers,
-    )  # fmt: skip
+        {"a": Words("a", 40, bad=4)},
+        {"a": 1},
+        lay_out,
+        tokens=256,
+        pictures=0,
+        streams=2,
+        skip_limit=6,
+        workers=workers,
+    )
     with pytest.raises(ValueError, match=r"7 bad samples, and the limit is 6:\n  a/\d+: a.jsonl:\d+: pic") as error:
         first(loader, 100)
     assert str(error.value).count("truncated") == 5 and "and 2 more" in str(error.value)

@@ -37,24 +37,29 @@ def test_chance_is_low_and_known():
     assert max(rates.values()) < 0.35 and rates["color_attr"] < 0.05
 
 
-THREE = Scene((
-    Thing("circle", "red", 0.2, 0.2, 0.27),
-    Thing("star", "blue", 0.8, 0.2, 0.27),
-    Thing("star", "blue", 0.8, 0.8, 0.27),
-))  # fmt: skip
+THREE = Scene(
+    (
+        Thing("circle", "red", 0.2, 0.2, 0.27),
+        Thing("star", "blue", 0.8, 0.2, 0.27),
+        Thing("star", "blue", 0.8, 0.8, 0.27),
+    )
+)
 
 
-@pytest.mark.parametrize("needs, relation, ok", [
-    ([Need("circle", "red"), Need("star", "blue", 2)], None, True),
-    ([Need("star", None, 2), Need("circle", None)], None, True),
-    ([Need("circle", "red"), Need("star", "blue")], None, False),  # one object too many
-    ([Need("circle", "red"), Need("star", "blue", 3)], None, False),
-    ([Need("circle", "red"), Need("star", "green", 2)], None, False),
-    ([Need("circle", "blue"), Need("star", "red"), Need("star", "blue")], None, False),  # colours swapped
-    ([Need("square", "red"), Need("star", "blue", 2)], None, False),
-    ([Need("circle", "red"), Need("star", None, 2)], "left of", True),
-    ([Need("circle", "red"), Need("star", None, 2)], "right of", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "needs, relation, ok",
+    [
+        ([Need("circle", "red"), Need("star", "blue", 2)], None, True),
+        ([Need("star", None, 2), Need("circle", None)], None, True),
+        ([Need("circle", "red"), Need("star", "blue")], None, False),  # one object too many
+        ([Need("circle", "red"), Need("star", "blue", 3)], None, False),
+        ([Need("circle", "red"), Need("star", "green", 2)], None, False),
+        ([Need("circle", "blue"), Need("star", "red"), Need("star", "blue")], None, False),  # colours swapped
+        ([Need("square", "red"), Need("star", "blue", 2)], None, False),
+        ([Need("circle", "red"), Need("star", None, 2)], "left of", True),
+        ([Need("circle", "red"), Need("star", None, 2)], "right of", False),
+    ],
+)
 def test_check_is_strict(needs, relation, ok):
     verdict = shapes_judge.check(shapes.render(THREE, 64), Prompt("x", "x", tuple(needs), relation))
     assert verdict.ok == ok and bool(verdict.reason) != ok

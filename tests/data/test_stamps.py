@@ -42,20 +42,23 @@ def root(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("caption, noun", [
-    ("A frog.", "frog"),
-    ("An hippopotamus.", "hippopotamus"),
-    ("A peacock (a male peafowl).", "peacock"),
-    ("A “Sierra Beauty” apple.", "sierra beauty apple"),
-    ("A ginger 'root'.", "ginger root"),
-    ("A Seville orange, also called a bitter orange.", "seville orange"),
-    ("A plumber’s wrench.", "plumber's wrench"),
-    ("Eat your broccoli!", None),
-    ("A dumper. It carries its load in the front.", None),
-    ("A very poisonous lionfish!", None),
-    ("Two wild boars.", None),
-    ("A stethoscope lets your doctor listen to your heart and lungs.", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "caption, noun",
+    [
+        ("A frog.", "frog"),
+        ("An hippopotamus.", "hippopotamus"),
+        ("A peacock (a male peafowl).", "peacock"),
+        ("A “Sierra Beauty” apple.", "sierra beauty apple"),
+        ("A ginger 'root'.", "ginger root"),
+        ("A Seville orange, also called a bitter orange.", "seville orange"),
+        ("A plumber’s wrench.", "plumber's wrench"),
+        ("Eat your broccoli!", None),
+        ("A dumper. It carries its load in the front.", None),
+        ("A very poisonous lionfish!", None),
+        ("Two wild boars.", None),
+        ("A stethoscope lets your doctor listen to your heart and lungs.", None),
+    ],
+)
 def test_captions_are_cleaned(caption, noun):
     assert stamps.noun_of(caption) == noun
 

@@ -194,7 +194,10 @@ def test_pictures_of_others_are_kept(tmp_path):
 def test_rows_as_they_come(tmp_path):
     """Ids that come twice, names with a comma, separators that only look like line ends, a byte order mark."""
     comma = LLAVA | {"id": "8", "image": "a,b.png"}
-    odd = json.dumps(LLAVA | {"id": "9", "conversations": talk(("human", "<image>one\u2028two"), ("gpt", "a\x85b"))}, ensure_ascii=False)  # fmt: skip  # noqa: E501
+    odd = json.dumps(
+        LLAVA | {"id": "9", "conversations": talk(("human", "<image>one\u2028two"), ("gpt", "a\x85b"))},
+        ensure_ascii=False,
+    )
     bad = [
         LLAVA | {"image": [{"path": "a.png"}]},
         {"conversations": talk(("human", " "))},
@@ -208,7 +211,11 @@ def test_rows_as_they_come(tmp_path):
     assert [s.id for s in made] == ["in/7", "in/7#2", "in/8", "in/9", "in/7#3"] and len(told.skipped) == 6
     assert [i.image for i in made[2].images()] == ["a,b.png"]
     assert made[3].messages[0].parts[1].text == "one\u2028two"
-    told, _ = converted("omnigen2", jsonl(tmp_path / "o.jsonl", {"instruction": "red", "output_image": "a.png", "input_images": [7]}), tmp_path)  # fmt: skip  # noqa: E501
+    told, _ = converted(
+        "omnigen2",
+        jsonl(tmp_path / "o.jsonl", {"instruction": "red", "output_image": "a.png", "input_images": [7]}),
+        tmp_path,
+    )
     assert (told.rows, len(told.skipped)) == (0, 1)
 
 
@@ -221,8 +228,10 @@ def test_cheers_and_omnigen2(tmp_path):
     ]
     _, made = converted("cheers", jsonl(tmp_path / "in.jsonl", *rows), tmp_path)
     assert [[(i.role, i.image) for i in s.images()] for s in made] == [
-        [("understand", "a.png")], [("target", "b.png")], [("condition", "a.png"), ("target", "b.png")],
-    ]  # fmt: skip
+        [("understand", "a.png")],
+        [("target", "b.png")],
+        [("condition", "a.png"), ("target", "b.png")],
+    ]
     root = tmp_path / "pictures"
     rows = [
         {"instruction": "a cat", "output_image": str(root / "c.png")},
@@ -232,8 +241,9 @@ def test_cheers_and_omnigen2(tmp_path):
     ]
     told, made = converted("omnigen2", jsonl(tmp_path / "in.jsonl", *rows), tmp_path, images=root)
     assert [[(i.role, i.image) for i in s.images()] for s in made] == [
-        [("target", "c.png")], [("condition", "c.png"), ("target", "d.png")],
-    ]  # fmt: skip
+        [("target", "c.png")],
+        [("condition", "c.png"), ("target", "d.png")],
+    ]
     assert "lies outside" in told.skipped[0] and "lacks output_image" in told.skipped[1]
 
 

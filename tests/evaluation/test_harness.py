@@ -108,8 +108,13 @@ def test_the_truth_scores_one_and_noise_scores_nothing(tmp_path):
         partial = removed or name.startswith("seg-mini") or "similarity" in name  # noise is a little like anything
         assert noise.scores[name].value < (0.5 if partial else 0.05) and noise.scores[name].high > 0, name
     assert truth.failures == noise.failures == 0
-    for name in ("geneval-mini@strict/overall", "geneval-mini@strict/held_out/position", "vqa-mini@exact/colour",
-                 "caption-mini@strict/overall", "edit-mini@strict/preserved"):  # fmt: skip
+    for name in (
+        "geneval-mini@strict/overall",
+        "geneval-mini@strict/held_out/position",
+        "vqa-mini@exact/colour",
+        "caption-mini@strict/overall",
+        "edit-mini@strict/preserved",
+    ):
         assert name in truth.scores
     assert truth.scores["geneval-mini@strict/counting"].n == 3
     assert truth.baselines["geneval-mini@strict/overall"]["truth"] > 0.95
@@ -190,12 +195,15 @@ def test_failures_are_counted_as_wrong():
         evaluate(Fake(refuse=("all",)), ("vqa-mini",), limit=1, progress=False)
 
 
-@pytest.mark.parametrize("wrong, text", [
-    (dict(benchmarks=("genevel",)), "unknown benchmark 'genevel'; choose from mini, geneval-mini"),
-    (dict(benchmarks=()), "no benchmark"),
-    (dict(limit=0), "limit is 0"),
-    (dict(batch_size=0), "batch_size is 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong, text",
+    [
+        (dict(benchmarks=("genevel",)), "unknown benchmark 'genevel'; choose from mini, geneval-mini"),
+        (dict(benchmarks=()), "no benchmark"),
+        (dict(limit=0), "limit is 0"),
+        (dict(batch_size=0), "batch_size is 0"),
+    ],
+)
 def test_wrong_arguments_are_named(wrong, text):
     with pytest.raises(ValueError, match=text):
         evaluate(Fake(), progress=False, **wrong)

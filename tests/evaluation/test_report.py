@@ -80,9 +80,22 @@ def test_hostile_text_stays_text(tmp_path):
     assert page.text.count(HOSTILE) > 15  # shown as written
     plain = write_report(tmp_path / "p.html", [Text("t", "x"), Figure("f", picture())])
     assert {tag for tag, _ in page.tags} - {tag for tag, _ in parse(plain).tags} <= {
-        "table", "thead", "tbody", "tr", "th", "td", "div", "b", "i", "small", "figcaption", "span", "strong", "pre",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "div",
+        "b",
+        "i",
+        "small",
+        "figcaption",
+        "span",
+        "strong",
+        "pre",
         "wbr",
-    }  # fmt: skip
+    }
     assert 'name="viewport"' in path.read_text() and "prefers-color-scheme: dark" in path.read_text()
 
 
@@ -131,17 +144,45 @@ def test_the_usual_page_shows_everything(tmp_path):
     made = sections(results, tmp_path / "metrics.jsonl", "diptych evaluate runs/tiny mini --seed 0 --json")
     path = write_report(tmp_path / "report.html", made, "diptych tiny", "What ten minutes of two CPU cores teach.")
     page = self_contained(path)
-    for text in ("geneval-mini@strict/overall", "untrained", "chance 0.07 · truth 1.00", "color_attr", "✗", "--seed 0",
-                 "guidance_scale", "failed: too long", "found a green cross instead", "counted as wrong"):  # fmt: skip
+    for text in (
+        "geneval-mini@strict/overall",
+        "untrained",
+        "chance 0.07 · truth 1.00",
+        "color_attr",
+        "✗",
+        "--seed 0",
+        "guidance_scale",
+        "failed: too long",
+        "found a green cross instead",
+        "counted as wrong",
+    ):
         assert text in page.text, text
     assert curves(rows) in [base64.b64decode(link[22:]) for link in page.links if link.startswith("data:")]
 
 
 MARKUP = (
-    "<script>alert(1)</script>", "a | b", "`code`", "[text](https://evil.example)", "![x](x.png)", "**bold** _it_",
-    "https://evil.example/x", "www.evil.example", "me@evil.example", "# head", "- item", "1. item", "a\n\n# b",
-    "&lt;b&gt;", "\\|", "~~gone~~", "$x$", "<https://evil.example>", "[ref]: https://evil.example", "> quote", "---",
-)  # fmt: skip
+    "<script>alert(1)</script>",
+    "a | b",
+    "`code`",
+    "[text](https://evil.example)",
+    "![x](x.png)",
+    "**bold** _it_",
+    "https://evil.example/x",
+    "www.evil.example",
+    "me@evil.example",
+    "# head",
+    "- item",
+    "1. item",
+    "a\n\n# b",
+    "&lt;b&gt;",
+    "\\|",
+    "~~gone~~",
+    "$x$",
+    "<https://evil.example>",
+    "[ref]: https://evil.example",
+    "> quote",
+    "---",
+)
 
 
 @pytest.mark.parametrize("text", MARKUP)

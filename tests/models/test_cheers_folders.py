@@ -79,14 +79,38 @@ def test_it_reads_and_draws(made, tmp_path):
 
 def test_what_the_stored_config_leaves_out_is_filled_in():
     """The released config.json names neither depth, rope nor the autoencoder's sizes."""
-    text = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2,
-            "vocab_size": 151936, "max_position_embeddings": 32768, "tie_word_embeddings": True,
-            "max_window_layers": 21, "sliding_window": 32768, "model_type": "umm"}  # fmt: skip
-    vit = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
-           "num_channels": 3, "image_size": 512, "patch_size": 16, "num_patches": 1024,
-           "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "attention_dropout": 0}  # fmt: skip
-    row = {"model_type": "umm", "vae_encoder_config": {"resolution": 512}, "vae_decoder_config": {"resolution": 512},
-           "vision_representation_config": vit, "text_config": text}  # fmt: skip
+    text = {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+        "max_window_layers": 21,
+        "sliding_window": 32768,
+        "model_type": "umm",
+    }
+    vit = {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "num_channels": 3,
+        "image_size": 512,
+        "patch_size": 16,
+        "num_patches": 1024,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+        "attention_dropout": 0,
+    }
+    row = {
+        "model_type": "umm",
+        "vae_encoder_config": {"resolution": 512},
+        "vae_decoder_config": {"resolution": 512},
+        "vision_representation_config": vit,
+        "text_config": text,
+    }
     assert published_config({"config.json": row}, {"model": {}}) == table.config("cheers/1.5b")
 
 
@@ -147,8 +171,14 @@ def test_a_vision_encoder_of_transformers(tmp_path):
     """SigLIP with its pooling head, beside a text encoder."""
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
-    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
-             "patch_size": 16, "image_size": 64}  # fmt: skip
+    sizes = {
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "patch_size": 16,
+        "image_size": 64,
+    }
     torch.manual_seed(0)
     theirs = SiglipVisionModel(SiglipVisionConfig(**sizes)).eval()
     theirs.save_pretrained(tmp_path / "alone")

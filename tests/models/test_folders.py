@@ -147,7 +147,10 @@ def test_the_published_size_is_read_as_our_config():
     """BAGEL-7B-MoT on the meta device: JSON files and shapes give the named Config back."""
     config = table.config("bagel/7b-mot")
     layout, state = table.published_layout("bagel"), store.create("bagel", config, device="meta").state_dict()
-    mine = {stem: {n: t for n, t in state.items() if n.startswith("autoencoder.") == (stem == "ae")} for stem in ("ema", "ae")}  # fmt: skip  # noqa: E501
+    mine = {
+        stem: {n: t for n, t in state.items() if n.startswith("autoencoder.") == (stem == "ae")}
+        for stem in ("ema", "ae")
+    }
     theirs = {stem: export(rules(config), mine[stem]) for stem, rules in layout.weights.items()}
     rows = layout.describe(config)
     assert set(rows) == {"llm_config.json", "vit_config.json"} and rows["vit_config.json"]["num_hidden_layers"] == 27

@@ -155,8 +155,18 @@ def test_text_stands_before_the_picture_and_drawing_has_its_prompt(model):
     assert "make the star red" in decode(swapped.segments[2].ids)
 
 
-@pytest.mark.parametrize("changes", [{}, {"cond_tokens": "queries"}, {"mask_mode": "zero_hide"}, {"mask_mode": "drop"},
-                                     {"adapter": "static"}, {"adapter_layers": 2, "connector_layers": 1}], ids=str)  # fmt: skip  # noqa: E501
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"cond_tokens": "queries"},
+        {"mask_mode": "zero_hide"},
+        {"mask_mode": "drop"},
+        {"adapter": "static"},
+        {"adapter_layers": 2, "connector_layers": 1},
+    ],
+    ids=str,
+)
 def test_the_kept_prefix_equals_the_plain_way(changes):
     model = made(**changes)
     samples = [tiny.say(), tiny.draw(), alone(), tiny.edit(), tiny.story(), tiny.draw("wide", 7, "a star", (64, 32))]
@@ -515,11 +525,14 @@ def test_bad_settings_are_refused():
         bare(tiny.ask())
 
 
-@pytest.mark.parametrize("config", [
-    DitConfig("single", 32, 2, 2, (4, 6, 6), refiners=1, theta=256.0),  # as XL
-    DitConfig("double", 32, 2, 2, (4, 6, 6)),
-    DitConfig("double", 32, 2, 2, (0, 8, 8)),  # as B and L
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        DitConfig("single", 32, 2, 2, (4, 6, 6), refiners=1, theta=256.0),  # as XL
+        DitConfig("double", 32, 2, 2, (4, 6, 6)),
+        DitConfig("double", 32, 2, 2, (0, 8, 8)),  # as B and L
+    ],
+)
 def test_padding_of_a_condition_changes_nothing_its_words_do_and_their_order_where_it_is_known(config):
     dit = build_dit(config, 8)
     dit.initialise(torch.Generator().manual_seed(0))
@@ -530,8 +543,11 @@ def test_padding_of_a_condition_changes_nothing_its_words_do_and_their_order_whe
     with torch.no_grad():
         [together] = dit([Group(x, t, c, valid, (2, 3))])
         alone = Group(x[1:], t[1:], c[1:, [0, 1, 4]], valid[1:, [0, 1, 4]], (2, 3))
-        kinds = {"other": alone._replace(condition=alone.condition.flip(2)), "turned": alone._replace(grid=(3, 2)),
-                 "swapped": alone._replace(condition=alone.condition.flip(1))}  # fmt: skip
+        kinds = {
+            "other": alone._replace(condition=alone.condition.flip(2)),
+            "turned": alone._replace(grid=(3, 2)),
+            "swapped": alone._replace(condition=alone.condition.flip(1)),
+        }
         apart, *changed = dit([alone, *kinds.values()])
     assert torch.allclose(together[1:], apart, rtol=0, atol=1e-5)
     far = {kind: not torch.allclose(y, apart, atol=0.01) for kind, y in zip(kinds, changed, strict=True)}
@@ -563,7 +579,9 @@ def test_crops_are_the_same_for_what_is_read_and_drawn():
     wide = model.lay_out(alone(size=(64, 32), masked=0.0))
     seen, drawn = wide.segments[1].image, wide.segments[-1].image
     assert drawn.shape == (3, 32, 32)
-    middle = SelfConditioned([Sample("m", (assistant(Image(tiny.picture(5, 64, 32).crop((16, 0, 48, 32)), "target")),))], 0.0)[0]  # fmt: skip  # noqa: E501
+    middle = SelfConditioned(
+        [Sample("m", (assistant(Image(tiny.picture(5, 64, 32).crop((16, 0, 48, 32)), "target")),))], 0.0
+    )[0]
     again = model.lay_out(middle)
     assert torch.equal(again.segments[1].image, seen) and torch.equal(again.segments[-1].image, drawn)
 

@@ -89,8 +89,10 @@ def test_both_generations_of_reader_names_and_sgts_folder_are_read(tmp_path):
 
     late = shutil.copytree(FOLDER / "folder", tmp_path / "late")
     reader = load_file(late / "mllm" / "model.safetensors")
-    renamed = {n.replace("model.", "model.language_model.", 1) if n.startswith("model.") else f"model.{n}": t
-               for n, t in reader.items()}  # fmt: skip
+    renamed = {
+        n.replace("model.", "model.language_model.", 1) if n.startswith("model.") else f"model.{n}": t
+        for n, t in reader.items()
+    }
     save_file(renamed, late / "mllm" / "model.safetensors", metadata={"format": "pt"})
     assert same(store.load(late))
     over = tmp_path / "over" / "transformer"

@@ -175,9 +175,13 @@ def test_an_emu3_folder_that_does_not_fit_is_refused(emu3, tmp_path):
     with pytest.raises(ValueError, match="part cannot be read as a transformers Emu3VQVAE"):
         reads(tmp_path / "part")
     coarse = transformers.Emu3VQVAEConfig(
-        codebook_size=64, base_channels=32, channel_multiplier=[1, 1], num_res_blocks=1, hidden_size=32,
+        codebook_size=64,
+        base_channels=32,
+        channel_multiplier=[1, 1],
+        num_res_blocks=1,
+        hidden_size=32,
         attn_resolutions=[],
-    )  # fmt: skip
+    )
     transformers.Emu3VQVAE(coarse).save_pretrained(tmp_path / "coarse")
     with pytest.raises(ValueError, match="has 64 codes of 2 x 2 pixels"):
         reads(tmp_path / "coarse")

@@ -44,7 +44,11 @@ def test_language_and_vision_load_in_transformers_and_compute_the_same(exported,
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", [{"qk_norm": False}, {"qk_norm": False, "qkv_bias": False}, {"qkv_bias": False}, {"tie_word_embeddings": True}], ids=str)  # fmt: skip  # noqa: E501
+@pytest.mark.parametrize(
+    "change",
+    [{"qk_norm": False}, {"qk_norm": False, "qkv_bias": False}, {"qkv_bias": False}, {"tie_word_embeddings": True}],
+    ids=str,
+)
 def test_every_arithmetic_has_its_class(change):
     torch.manual_seed(0)
     ours = Decoder(replace(tiny.bagel().decoder, vocab_size=64, **change))
@@ -57,7 +61,9 @@ def test_every_arithmetic_has_its_class(change):
     from tests.parts.test_decoder_parity import Dense, row
 
     batch = row([ids[0]])
-    expected = ours.logits(ours(ours.embed_tokens(batch.ids), batch.positions, Dense(batch), [len(batch)] + [0] * (ours.config.routes - 1)))  # fmt: skip  # noqa: E501
+    expected = ours.logits(
+        ours(ours.embed_tokens(batch.ids), batch.positions, Dense(batch), [len(batch)] + [0] * (ours.config.routes - 1))
+    )
     torch.testing.assert_close(theirs.eval()(ids).logits[0], expected[:5], atol=1e-4, rtol=1e-4)
 
 

@@ -477,8 +477,11 @@ def training(folder: Folder, stage: str) -> None:
     folder.close(f"{at}image_loss", image[None])
     folder.close(f"{at}loss", (text + image)[None])
     case = folder.meta["cases"][stage]
-    folder.close(f"{stage}: losses as told", torch.stack([text, image, text + image]),
-                 torch.tensor([case[n] for n in ("text_loss", "image_loss", "loss")]))  # fmt: skip
+    folder.close(
+        f"{stage}: losses as told",
+        torch.stack([text, image, text + image]),
+        torch.tensor([case[n] for n in ("text_loss", "image_loss", "loss")]),
+    )
     (text + image).backward()
     gradients = export(
         cheers(made.config.vision.patch_size), {n: p.grad for n, p in made.named_parameters() if p.grad is not None}

@@ -27,29 +27,53 @@ from tests.support import tiny
 from tests.support.published import qwen2
 from tests.support.tolerances import LOGITS
 
-TEXT = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+TEXT = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 IMAGE = 307  # the id that stands for a picture's token in transformers' own input
 
 
 def internvl() -> transformers.PreTrainedModel:
-    vision = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
-              "image_size": [32, 32], "patch_size": [4, 4]}  # fmt: skip
+    vision = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "image_size": [32, 32],
+        "patch_size": [4, 4],
+    }
     config = transformers.InternVLConfig(
-        vision_config=vision, text_config={"model_type": "qwen2", **TEXT}, image_token_id=IMAGE,
+        vision_config=vision,
+        text_config={"model_type": "qwen2", **TEXT},
+        image_token_id=IMAGE,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     return transformers.InternVLForConditionalGeneration(config)
 
 
 def qwen25vl() -> transformers.PreTrainedModel:
-    vision = {"hidden_size": 16, "depth": 2, "num_heads": 2, "intermediate_size": 32, "patch_size": 4,
-              "window_size": 16, "out_hidden_size": 32, "fullatt_block_indexes": [1]}  # fmt: skip
+    vision = {
+        "hidden_size": 16,
+        "depth": 2,
+        "num_heads": 2,
+        "intermediate_size": 32,
+        "patch_size": 4,
+        "window_size": 16,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [1],
+    }
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
     config = transformers.Qwen2_5_VLConfig(
-        vision_config=vision, text_config={**TEXT, "rope_parameters": rope}, image_token_id=IMAGE,
+        vision_config=vision,
+        text_config={**TEXT, "rope_parameters": rope},
+        image_token_id=IMAGE,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
@@ -113,9 +137,11 @@ def expected(theirs, laid, pixels: PIL.Image.Image) -> torch.Tensor:
     made = processor(images=[pixels], return_tensors="pt")
     types = (ids == IMAGE).int()
     return theirs(
-        input_ids=ids, pixel_values=made["pixel_values"], image_grid_thw=made["image_grid_thw"],
+        input_ids=ids,
+        pixel_values=made["pixel_values"],
+        image_grid_thw=made["image_grid_thw"],
         mm_token_type_ids=types,
-    ).logits[0]  # fmt: skip
+    ).logits[0]
 
 
 @pytest.mark.parametrize("size", [(32, 32), (32, 16), (16, 32)])

@@ -289,8 +289,9 @@ def test_edits_have_defaults_of_their_own(fresh):
     assert engine.edit(tiny.picture(1), "x").parameters["guidance_scale"] == 1.25
     assert engine.edit(tiny.picture(1), "x", guidance_scale=1.5).parameters["guidance_scale"] == 1.5
     assert [p.parameters["guidance_scale"] for p in engine.draw([drawn, edit], [0, 1])] == [
-        fresh.settings.guidance_scale, 1.25
-    ]  # fmt: skip
+        fresh.settings.guidance_scale,
+        1.25,
+    ]
 
 
 def test_an_edit_has_its_sources_size(engine):

@@ -146,7 +146,7 @@ def test_a_part_with_a_dot_in_its_name_can_be_set():
         ("model.family", "eagle", "unknown family 'eagle'; choose from bagel"),
         ("model.latent_patch", "two", "bagel.latent_patch: Input should be a valid integer"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_change_is_an_error_that_helps(path, value, told):
     with pytest.raises(ValueError) as error:
         two_stages().override({path: value})
@@ -210,8 +210,11 @@ def test_sgt_goes_on_from_any_family_that_names_its_parts(family, tmp_path):
     rows = train(replace(recipe, model=store.read_config(tmp_path / "start")), tmp_path / "run")
     assert all({"samples/shapes/sgt/segment", "samples/shapes/ask", "loss/text", "loss/image"} <= set(r) for r in rows)
     before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("start", "run/release"))
-    moved = {part for part, globs in tiny.model(family).parts.items() if any(
-        not torch.equal(before[n], after[n]) for n in before if any(fnmatchcase(n, g) for g in globs))}  # fmt: skip
+    moved = {
+        part
+        for part, globs in tiny.model(family).parts.items()
+        if any(not torch.equal(before[n], after[n]) for n in before if any(fnmatchcase(n, g) for g in globs))
+    }
     assert {part.split(".")[0] for part in moved} == set(sgt.PARTS)
     other = replace(recipe, model=configs.config_to_json("iomm", tiny.iomm()))
     with pytest.raises(ValueError, match="unknown part 'decoder'; iomm has:"):

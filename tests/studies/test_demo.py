@@ -28,8 +28,12 @@ def test_a_demo_of_seconds_keeps_its_budget_and_shows_the_model_just_trained(qui
     trained = sum(row["seconds"] for row in rows)
     assert trained < 9, "training alone ends within the minutes"
     text, printed = out.read_text(), capsys.readouterr().out
-    for part in ("From left: trained here, shipped.", "Answered by the model trained here", "Training",
-                 f"for {len(rows)} step"):  # fmt: skip
+    for part in (
+        "From left: trained here, shipped.",
+        "Answered by the model trained here",
+        "Training",
+        f"for {len(rows)} step",
+    ):
         assert part.replace("/", "/<wbr>").replace("@", "<wbr>@") in text or part in text, part
     assert text.count("<section>") in (5, 6) and text.count("<img") < 30, "a page that can be read in minutes"
     for picture in ("trained-here/drawn.png", "trained-here/edited.png", "shipped/drawn.png"):

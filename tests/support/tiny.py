@@ -84,8 +84,11 @@ def iomm() -> iomm_family.Config:
     c = iomm_family.Config.tiny()
     model = deepcopy(c.mllm.model)
     model["vision_config"] |= {
-        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32
-    }  # fmt: skip
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     model["text_config"] |= {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
     return replace(
         c,
@@ -122,9 +125,13 @@ def omnigen2() -> omnigen2_family.Config:
     model |= {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
     model["rope_scaling"] |= {"mrope_section": [2, 1, 1]}
     model["vision_config"] |= {
-        "hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 32,
+        "hidden_size": 32,
+        "depth": 1,
+        "num_heads": 2,
+        "intermediate_size": 64,
+        "out_hidden_size": 32,
         "fullatt_block_indexes": [0],
-    }  # fmt: skip
+    }
     return replace(
         c,
         mllm=replace(c.mllm, model=model),

@@ -103,17 +103,23 @@ def test_bf16_trains_too(tmp_run):
 @pytest.mark.parametrize(
     "changes, told",
     [
-        ({"train": {"flowhead": 1e-3}}, "unknown part 'flowhead'; bagel has: decoder.text, decoder.image, vision, projector, head, autoencoder"),  # noqa: E501
+        (
+            {"train": {"flowhead": 1e-3}},
+            "unknown part 'flowhead'; bagel has: decoder.text, decoder.image, vision, projector, head, autoencoder",
+        ),  # noqa: E501
         ({"train": {"autoencoder": 1e-3}}, "part 'autoencoder' of bagel is always frozen"),
         ({"loss": {"text": 1.0}}, "loss terms ['image'] have no weight; the recipe weighs ['text']"),
-        ({"loss": {"text": 1.0, "image": 1.0, "vq": 1.0}}, "unknown loss terms ['vq']; the family has ['image', 'text']"),  # noqa: E501
+        (
+            {"loss": {"text": 1.0, "image": 1.0, "vq": 1.0}},
+            "unknown loss terms ['vq']; the family has ['image', 'text']",
+        ),  # noqa: E501
         ({"data": {"cats": 1.0}}, "unknown data set 'cats'; no catalog was given; embedded: shapes/"),
         ({"data": {"shapes/draw": -1.0}}, "the weight of data set 'shapes/draw' is -1.0"),
         ({"dropout": {"sound": 0.1}}, "unknown condition 'sound' in dropout; choose from text, image"),
         ({"init": {"head": "bagel/huge"}}, "no model 'bagel/huge'"),
         ({"workers": 3}, "streams must be a multiple of world x workers"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_recipe_stops_before_the_first_step(changes, told, tmp_run):
     with pytest.raises(ValueError) as error:
         train(tiny.recipe(**changes), tmp_run)

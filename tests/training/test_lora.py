@@ -76,9 +76,14 @@ def test_adapters_on_rounded_weights(family, tmp_path):
     """frozen: int8 trains the adapters, resumes, and releases what it computed with."""
     part = {"iomm": "dit"}.get(family, "decoder")
     base = tiny.recipe(
-        model=configs.config_to_json(family, tiny.FAMILIES[family]()), steps=2, ema=None, checkpoint_every=1,
-        train={part: 1e-2}, loss={"text": 1.0, "image": 1.0}, precision="bf16",
-    )  # fmt: skip
+        model=configs.config_to_json(family, tiny.FAMILIES[family]()),
+        steps=2,
+        ema=None,
+        checkpoint_every=1,
+        train={part: 1e-2},
+        loss={"text": 1.0, "image": 1.0},
+        precision="bf16",
+    )
     made = replace(base, lora={part: 2}, engine=Engine(recompute="full", frozen="int8"))
     held = build.build(made)
     rounded = {n for n, p in held.named_parameters() if p.dtype == torch.int8}

@@ -243,7 +243,11 @@ def coco_panoptic(
 def _coco(path: Path, *keys: str) -> tuple[dict, dict[Any, list[dict]], dict[int, tuple[int, str, bool]]]:
     """The file, its annotations by image, and {category id: (class, name, is a thing)}."""
     data = read_json(path)
-    for key, needed in (("images", ("id", "file_name")), ("annotations", ("image_id", *keys)), ("categories", ("id", "name"))):  # fmt: skip  # noqa: E501
+    for key, needed in (
+        ("images", ("id", "file_name")),
+        ("annotations", ("image_id", *keys)),
+        ("categories", ("id", "name")),
+    ):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
             raise ValueError(f"{path}: has no list {key!r}")
         for i, entry in enumerate(data[key]):
@@ -381,9 +385,15 @@ def _class_names(path: Path) -> tuple[str, ...]:
 
 
 def _read_folder(
-    path: Path, masks: Path | None, labels: Path | None, classes: tuple[str, ...], depth: Path | None,
-    view: Path | None, max_pixels: int, name: str,
-) -> Annotated:  # fmt: skip
+    path: Path,
+    masks: Path | None,
+    labels: Path | None,
+    classes: tuple[str, ...],
+    depth: Path | None,
+    view: Path | None,
+    max_pixels: int,
+    name: str,
+) -> Annotated:
     image = open_picture(inside(path, name), name, max_pixels)
     png = str(Path(name).with_suffix(".png"))
 

@@ -28,26 +28,88 @@ import skia
 from diptych.data.canvas import canvas, picture
 
 LANGUAGES = {
-    "en": "English", "zh": "Chinese", "es": "Spanish", "fr": "French", "de": "German", "ja": "Japanese", "hi": "Hindi",
-    "ru": "Russian", "pt": "Portuguese", "ko": "Korean",
-}  # fmt: skip
+    "en": "English",
+    "zh": "Chinese",
+    "es": "Spanish",
+    "fr": "French",
+    "de": "German",
+    "ja": "Japanese",
+    "hi": "Hindi",
+    "ru": "Russian",
+    "pt": "Portuguese",
+    "ko": "Korean",
+}
 
 # What the scenes show (id: noun), and the start of the iconic 64.
 NOUNS = {
-    "red-apple": "apple", "dog-face": "dog", "cat-face": "cat", "automobile": "car", "house": "house", "sun": "sun",
-    "star": "star", "red-heart": "heart", "deciduous-tree": "tree", "tulip": "tulip", "banana": "banana",
-    "strawberry": "strawberry", "lemon": "lemon", "carrot": "carrot", "pizza": "pizza", "hamburger": "hamburger",
-    "doughnut": "doughnut", "mushroom": "mushroom", "cactus": "cactus", "sunflower": "sunflower", "frog": "frog",
-    "pig-face": "pig", "panda": "panda", "lion": "lion", "bear": "bear", "penguin": "penguin", "owl": "owl",
-    "octopus": "octopus", "turtle": "turtle", "butterfly": "butterfly", "bus": "bus", "bicycle": "bicycle",
-    "rocket": "rocket", "sailboat": "sailboat", "cloud": "cloud", "umbrella": "umbrella", "snowman": "snowman",
-    "soccer-ball": "ball", "guitar": "guitar", "balloon": "balloon",
-}  # fmt: skip
+    "red-apple": "apple",
+    "dog-face": "dog",
+    "cat-face": "cat",
+    "automobile": "car",
+    "house": "house",
+    "sun": "sun",
+    "star": "star",
+    "red-heart": "heart",
+    "deciduous-tree": "tree",
+    "tulip": "tulip",
+    "banana": "banana",
+    "strawberry": "strawberry",
+    "lemon": "lemon",
+    "carrot": "carrot",
+    "pizza": "pizza",
+    "hamburger": "hamburger",
+    "doughnut": "doughnut",
+    "mushroom": "mushroom",
+    "cactus": "cactus",
+    "sunflower": "sunflower",
+    "frog": "frog",
+    "pig-face": "pig",
+    "panda": "panda",
+    "lion": "lion",
+    "bear": "bear",
+    "penguin": "penguin",
+    "owl": "owl",
+    "octopus": "octopus",
+    "turtle": "turtle",
+    "butterfly": "butterfly",
+    "bus": "bus",
+    "bicycle": "bicycle",
+    "rocket": "rocket",
+    "sailboat": "sailboat",
+    "cloud": "cloud",
+    "umbrella": "umbrella",
+    "snowman": "snowman",
+    "soccer-ball": "ball",
+    "guitar": "guitar",
+    "balloon": "balloon",
+}
 ICONIC = (
-    *NOUNS, "grinning-face", "monkey-face", "rabbit-face", "tiger-face", "cow-face", "elephant", "fish", "honeybee",
-    "snail", "watermelon", "grapes", "bread", "egg", "ice-cream", "birthday-cake", "airplane", "crescent-moon",
-    "rainbow", "fire", "key", "bell", "crown", "alarm-clock", "wrapped-gift",
-)  # fmt: skip
+    *NOUNS,
+    "grinning-face",
+    "monkey-face",
+    "rabbit-face",
+    "tiger-face",
+    "cow-face",
+    "elephant",
+    "fish",
+    "honeybee",
+    "snail",
+    "watermelon",
+    "grapes",
+    "bread",
+    "egg",
+    "ice-cream",
+    "birthday-cake",
+    "airplane",
+    "crescent-moon",
+    "rainbow",
+    "fire",
+    "key",
+    "bell",
+    "crown",
+    "alarm-clock",
+    "wrapped-gift",
+)
 
 
 @dataclass(frozen=True)
@@ -145,10 +207,18 @@ def _document(svg: str) -> skia.SVGDOM:
 # --- parts and colours ------------------------------------------------------------------------------------------------
 
 PAINTS = {
-    "red": (235, 40, 45), "orange": (255, 125, 35), "yellow": (250, 205, 50), "green": (0, 170, 85),
-    "blue": (20, 120, 220), "purple": (140, 90, 200), "pink": (255, 140, 190), "brown": (130, 80, 55),
-    "black": (33, 33, 33), "gray": (150, 150, 150), "white": (250, 250, 250),
-}  # fmt: skip
+    "red": (235, 40, 45),
+    "orange": (255, 125, 35),
+    "yellow": (250, 205, 50),
+    "green": (0, 170, 85),
+    "blue": (20, 120, 220),
+    "purple": (140, 90, 200),
+    "pink": (255, 140, 190),
+    "brown": (130, 80, 55),
+    "black": (33, 33, 33),
+    "gray": (150, 150, 150),
+    "white": (250, 250, 250),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,13 +378,28 @@ def _colour_cover(emoji: Emoji, colour: str, size: int) -> np.ndarray:
 # --- words ------------------------------------------------------------------------------------------------------------
 
 _KINDS = {
-    "animal-": "animal", "plant-": "plant", "food-": "food", "drink": "drink", "transport-ground": "vehicle",
-    "transport-air": "vehicle", "transport-water": "vehicle", "place-": "place", "sky-weather": "sky",
-    "person": "person", "hand": "body part", "body-parts": "body part",
-    "face-": "face", "cat-face": "face", "monkey-face": "face",
-    "heart": "heart", "clothing": "clothing", "musical-instrument": "instrument", "tool": "tool", "sport": "sport",
+    "animal-": "animal",
+    "plant-": "plant",
+    "food-": "food",
+    "drink": "drink",
+    "transport-ground": "vehicle",
+    "transport-air": "vehicle",
+    "transport-water": "vehicle",
+    "place-": "place",
+    "sky-weather": "sky",
+    "person": "person",
+    "hand": "body part",
+    "body-parts": "body part",
+    "face-": "face",
+    "cat-face": "face",
+    "monkey-face": "face",
+    "heart": "heart",
+    "clothing": "clothing",
+    "musical-instrument": "instrument",
+    "tool": "tool",
+    "sport": "sport",
     "flag": "flag",
-}  # fmt: skip
+}
 
 
 def kind(emoji: Emoji) -> str:

@@ -18,9 +18,17 @@ from diptych.core.sample import Image, assistant, user
 from diptych.data.canvas import Generated, Made, pick, picture
 
 FONT = (
-    "111101101101111", "010110010010111", "111001111100111", "111001111001111", "101101111001001",
-    "111100111001111", "111100111101111", "111001001001001", "111101111101111", "111101111001111",
-)  # fmt: skip  # 3 x 5 pixels, row by row
+    "111101101101111",
+    "010110010010111",
+    "111001111100111",
+    "111001111001111",
+    "101101111001001",
+    "111100111001111",
+    "111100111101111",
+    "111001001001001",
+    "111101111101111",
+    "111101111001111",
+)  # 3 x 5 pixels, row by row
 SHAPES = ("circle", "square", "triangle")
 PALE = ((250, 220, 220), (220, 245, 220), (220, 225, 250), (250, 245, 205))
 GROUNDS = {"red": (225, 95, 90), "green": (95, 185, 110), "blue": (95, 130, 225)}
@@ -67,11 +75,13 @@ def page(rng: np.random.Generator, split: str, size: int) -> tuple[PIL.Image.Ima
 
 
 def make_number(rng: np.random.Generator, split: str, size: int) -> Made:
+    """A question about the number on a page, and the answer."""
     image, number, _ = page(rng, split, size)
     return (user(Image(image), "read the number"), assistant(number)), {"type": "number", "answer": number}
 
 
 def make_shape(rng: np.random.Generator, split: str, size: int) -> Made:
+    """A question about the shape of a page, and the answer."""
     image, _, shape = page(rng, split, size)
     return (user(Image(image), "which shape is it?"), assistant(shape)), {"type": "shape", "answer": shape}
 
@@ -147,16 +157,19 @@ def facts() -> tuple[tuple[str, str], ...]:
 
 
 def make_fact(rng: np.random.Generator, split: str, size: int) -> Made:
+    """A key of three letters, and the two digits that belong to it."""
     key, value = pick(rng, facts())
     return (user(key), assistant(value)), {"type": "fact", "answer": value}
 
 
 def make_sum(rng: np.random.Generator, split: str, size: int) -> Made:
+    """The sum of two digits."""
     a, b = (int(n) for n in rng.integers(0, 10, 2))
     return (user(f"{a} plus {b}"), assistant(str(a + b))), {"type": "sum", "answer": str(a + b)}
 
 
 def make_reverse(rng: np.random.Generator, split: str, size: int) -> Made:
+    """Four letters, and the same letters in reverse order."""
     letters = list(rng.choice(list(LETTERS[:12]), 4))
     answer = " ".join(letters[::-1])
     return (user("turn " + " ".join(letters)), assistant(answer)), {"type": "reverse", "answer": answer}

@@ -128,10 +128,14 @@ def _identify(pixels: np.ndarray, solid: np.ndarray, part: np.ndarray) -> Found:
     matches = dict(zip(SHAPES, overlap.tolist(), strict=True))
     shape = max(matches, key=matches.__getitem__)
     return Found(
-        shape if matches[shape] >= 0.7 else "unknown", colour,
-        float(left + right) / 2 / width, float(top + bottom) / 2 / height,
-        float(right - left) / width, float(bottom - top) / height, matches[shape],
-    )  # fmt: skip
+        shape if matches[shape] >= 0.7 else "unknown",
+        colour,
+        float(left + right) / 2 / width,
+        float(top + bottom) / 2 / height,
+        float(right - left) / width,
+        float(bottom - top) / height,
+        matches[shape],
+    )
 
 
 def _ideals(area: float, cx: float, cy: float, side: int) -> np.ndarray:

@@ -43,9 +43,14 @@ from diptych.data.worlds.shapes_questions import make_ask, make_read
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 _TAG_WEIGHTS = {
-    "single_object": 0.04, "two_object": 0.18, "counting": 0.16, "colors": 0.06, "position": 0.16, "color_attr": 0.22,
+    "single_object": 0.04,
+    "two_object": 0.18,
+    "counting": 0.16,
+    "colors": 0.06,
+    "position": 0.16,
+    "color_attr": 0.22,
     "description": 0.18,
-}  # fmt: skip
+}
 
 
 _WORDINGS = ("draw {}", "a picture of {}", "please draw {}", "show me {}", "an image of {}")

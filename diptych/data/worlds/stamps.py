@@ -36,19 +36,42 @@ LICENCE = (
 )
 LONGEST = 256  # pixels of a cut-out's longer side
 _SKIPPED = {
-    "symbols", "cartoon", "military", "roadsigns", "toys", "halloween", "easter", "flags", "people", "clothes",
-}  # fmt: skip
+    "symbols",
+    "cartoon",
+    "military",
+    "roadsigns",
+    "toys",
+    "halloween",
+    "easter",
+    "flags",
+    "people",
+    "clothes",
+}
 _BUSY = {"jellyfish", "sheep", "wool_mill_machine"}  # backgrounds that show objects of their own
 _PLACES = {
-    "cliff": "a cliff", "corn_maze": "corn", "lighthouse": "a lighthouse", "mossy_log": "a mossy log",
-    "ocean_splash": "the ocean", "ocean_waves": "the ocean", "redwoods_above": "redwoods",
-    "spiders_web": "a spider's web", "sun_behind_clouds": "clouds", "sun_behind_leaves": "leaves",
-    "trees_above": "trees", "trees_at_dusk": "trees at dusk",
-}  # fmt: skip
+    "cliff": "a cliff",
+    "corn_maze": "corn",
+    "lighthouse": "a lighthouse",
+    "mossy_log": "a mossy log",
+    "ocean_splash": "the ocean",
+    "ocean_waves": "the ocean",
+    "redwoods_above": "redwoods",
+    "spiders_web": "a spider's web",
+    "sun_behind_clouds": "clouds",
+    "sun_behind_leaves": "leaves",
+    "trees_above": "trees",
+    "trees_at_dusk": "trees at dusk",
+}
 _KINDS = {
-    "animals": "animal", "plants": "plant", "food": "food", "vehicles": "vehicle", "music": "instrument",
-    "tools": "tool", "space": "space", "sports": "sport",
-}  # fmt: skip
+    "animals": "animal",
+    "plants": "plant",
+    "food": "food",
+    "vehicles": "vehicle",
+    "music": "instrument",
+    "tools": "tool",
+    "space": "space",
+    "sports": "sport",
+}
 
 
 def default_root() -> Path:

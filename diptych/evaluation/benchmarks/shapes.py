@@ -141,6 +141,7 @@ def asked(name: str, source: str, n: int, seed: int, size: int) -> list[Item]:
 
 
 def words(text: str) -> str:
+    """The answer in lower case, without outer spaces and a final full stop."""
     return text.strip().lower().removesuffix(".").rstrip()
 
 

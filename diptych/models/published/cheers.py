@@ -77,11 +77,28 @@ def published_files(c: Config) -> dict[str, dict]:
             "the published code repeats positions in the fine stage; published_quirks of this model do not"
         )
     d, v, a = c.decoder, c.vision, c.autoencoder
-    text = {n: getattr(d, n) for n in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-            "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings")}  # fmt: skip  # noqa: E501
+    text = {
+        n: getattr(d, n)
+        for n in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "rms_norm_eps",
+            "rope_theta",
+            "tie_word_embeddings",
+        )
+    }
     vit = {n: getattr(v, n) for n in (*sorted(_SIGLIP), "layer_norm_eps")}
-    vae = {"resolution": c.size[0], "ch": a.channels, "ch_mult": list(a.multipliers), "num_res_blocks": a.blocks,
-           "z_channels": a.latent_channels}  # fmt: skip
+    vae = {
+        "resolution": c.size[0],
+        "ch": a.channels,
+        "ch_mult": list(a.multipliers),
+        "num_res_blocks": a.blocks,
+        "z_channels": a.latent_channels,
+    }
     auto = {"AutoConfig": "configuration_umm.UMMConfig", "AutoModelForCausalLM": "modeling_umm.UMMModel"}
     row = {
         "architectures": ["Cheers"],

@@ -72,8 +72,16 @@ def language(decoder: Decoder) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
 def _language_config(c: DecoderConfig, kind: str) -> dict[str, Any]:
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")  # fmt: skip
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+    )
     return (
         {n: getattr(c, n) for n in names}
         | {
@@ -92,8 +100,15 @@ def _language_config(c: DecoderConfig, kind: str) -> dict[str, Any]:
 def seeing(vision: VisionEncoder) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The weights and config.json of a SigLIP encoder, with its pooling head where it has one."""
     c: VisionConfig = vision.config
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size",
-             "layer_norm_eps")  # fmt: skip
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "patch_size",
+        "image_size",
+        "layer_norm_eps",
+    )
     config = {n: getattr(c, n) for n in names} | {
         "architectures": ["SiglipVisionModel"],
         "model_type": "siglip_vision_model",
