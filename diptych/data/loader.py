@@ -97,6 +97,7 @@ class Pending:
     tokens: int
     pictures: int
     dropped: tuple[str, ...]
+    has_target: bool
 
 
 class Stream:
@@ -156,7 +157,7 @@ class Stream:
             samples=dict(Counter(p.draw.source for p in chosen)),
             dropped=dict(Counter(c for p in chosen for c in p.dropped)),
             skipped=skipped,
-            untargeted=sum(not p.sequence.has_target for p in chosen),
+            untargeted=sum(not p.has_target for p in chosen),
         )
 
     def _refill(self, skipped: dict[str, str]) -> None:
@@ -188,7 +189,8 @@ class Stream:
         for what, has, budget in (("tokens", tokens, self.plan.tokens), ("pictures", pictures, self.plan.pictures)):
             if has > budget:
                 return Bad(name, f"sample {sample.id!r} has {has} {what}; a row has room for {budget}")
-        return Pending(draw, sequence, tokens, pictures, tuple(sorted(drop)))
+        has_target = sample.has_target and sequence.has_target  # the end of an empty answer teaches nothing
+        return Pending(draw, sequence, tokens, pictures, tuple(sorted(drop)), has_target)
 
     def _drop(self, sample: Sample, draw: Draw) -> frozenset[str]:
         if not any(image.role == "target" for image in sample.images()):

@@ -273,10 +273,12 @@ class Targets:
         self.samples += int(sum(value for name, value in row.items() if name.startswith("samples/")))
         before, self.untargeted = self.untargeted, self.untargeted + int(row["untargeted"])
         counted = sum(value for name, value in row.items() if name.startswith("count/"))
-        self.learned = self.learned or (counted > 0 and row["gradient_norm"] > 0)
+        some = self.untargeted < self.samples
+        self.learned = self.learned or (some and counted > 0 and row["gradient_norm"] > 0)
         counts = f"stage {self.stage!r}: {self.untargeted} of {self.samples} samples have no target"
         if not self.learned and (last or self.steps >= PATIENCE):
-            why = "the losses reach nothing that the stage trains" if counted else f"no row carries a loss; {counts}"
+            unreached = "the losses reach nothing that the stage trains"
+            why = unreached if counted and some else f"no row carries a loss; {counts}"
             raise ValueError(f"stage {self.stage!r} learns nothing in {self.steps} steps: {why}. {HINT}")
         if self.untargeted and (not before or last) and place()[0] == 0:
             warnings.warning("%s. %s", counts, HINT)

@@ -84,9 +84,9 @@ def test_finished_stages_do_not_change():
     assert recipe.resumed_with({"stages.1.steps": "9"}, 1, 1).steps == 12
 
 
-def words(path, count, answer=True):
-    turns = [{"role": "user", "content": "what is this?"}, {"role": "assistant", "content": "a star"}]
-    rows = [json.dumps({"messages": turns if answer else turns[:1]}) for _ in range(count)]
+def words(path, count, answer="a star"):
+    turns = [{"role": "user", "content": "what is this?"}, {"role": "assistant", "content": answer}]
+    rows = [json.dumps({"messages": turns[:1] if answer is None else turns}) for _ in range(count)]
     (path / "rows.jsonl").write_text("\n".join(rows) + "\n")
     (path / "catalog.yaml").write_text("rows: {format: jsonl, path: rows.jsonl}")
     return str(path / "catalog.yaml")
@@ -110,17 +110,18 @@ def test_data_that_have_grown_need_a_word(tmp_path):
         runs.resume(tmp_path / "run", steps=6, grown_data=True, device="cpu")
 
 
+@pytest.mark.parametrize("answer", [None, ""])
 @pytest.mark.parametrize("steps", [3, 40])
-def test_a_stage_without_a_target_stops(steps, tmp_path, caplog):
+def test_a_stage_without_a_target_stops(steps, answer, tmp_path, caplog):
     with pytest.raises(
         ValueError, match=f"learns nothing in {min(steps, 10)} steps: no row carries a loss; .* samples have"
     ):
-        train(of_words(words(tmp_path, 20, answer=False), steps=steps), tmp_path / "run")
+        train(of_words(words(tmp_path, 20, answer), steps=steps), tmp_path / "run")
     assert not (tmp_path / "run" / "release").exists() and (tmp_path / "run" / "crash.json").is_file()
 
 
 def test_rows_without_a_target_are_counted(tmp_path, caplog):
-    catalog = words(tmp_path, 6, answer=False)
+    catalog = words(tmp_path, 6, answer=None)
     with (tmp_path / "rows.jsonl").open("a") as file:
         answer = {"role": "assistant", "content": "a star"}
         file.write(json.dumps({"messages": [{"role": "user", "content": "what?"}, answer]}) + "\n")
