@@ -185,42 +185,46 @@ class Chat:
                 line = input("> ").strip()
             except EOFError:
                 return
-            command, _, rest = line.partition(" ")
-            if command == "/quit":
+            if line == "/quit":
                 return
-            if command == "/new":
-                self.messages, self.shown = [], []
-            elif command == "/image":
-                self.show(rest)
-            elif command == "/draw":
-                seed = self.answering.seed + self.saved
-                print(self.save(self.engine.generate(rest, seed=seed).images[0]))
-            elif command.startswith("/"):
-                print(f"unknown command {command}; there are /image, /draw, /new, /quit")
-            elif line:
-                self.say(line)
+            try:
+                self.obey(line)
+            except ValueError as error:  # of this line: the conversation goes on without it
+                print(f"error: {error}")
+
+    def obey(self, line: str) -> None:
+        """Runs a command, or sends a message."""
+        command, _, rest = line.partition(" ")
+        if command == "/new":
+            self.messages, self.shown = [], []
+        elif command == "/image":
+            self.show(rest)
+        elif command == "/draw":
+            seed = self.answering.seed + self.saved
+            print(self.save(self.engine.generate(rest, seed=seed).images[0]))
+        elif command.startswith("/"):
+            print(f"unknown command {command}; there are /image, /draw, /new, /quit")
+        elif line:
+            self.say(line)
 
     def show(self, path: str) -> None:
         """Keeps a picture for the next message."""
         from diptych.core.sample import Image
         from diptych.data.decoding import open_picture
 
-        try:
-            self.shown.append(Image(open_picture(Path(path), path)))
-            print(f"(showing {path}; now ask)")
-        except (ValueError, OSError) as error:
-            print(f"error: {error}")
+        self.shown.append(Image(open_picture(Path(path).expanduser(), path)))
+        print(f"(showing {path}; now ask)")
 
     def say(self, line: str) -> None:
         """Sends a message, prints the answer as it comes and remembers both."""
         from diptych.core.sample import Image, Message, Text
         from diptych.generation.events import ImageDone, TextDelta
 
-        self.messages.append(Message("user", (*self.shown, Text(line))))
+        asked = [*self.messages, Message("user", (*self.shown, Text(line)))]
         answer: list[Any] = []
-        self.shown, text = [], ""
+        text = ""
         sampled = self.answering
-        for event in self.engine.stream(self.messages, sampled.max_new_tokens, sampled.temperature, seed=sampled.seed):
+        for event in self.engine.stream(asked, sampled.max_new_tokens, sampled.temperature, seed=sampled.seed):
             if isinstance(event, TextDelta):
                 text += event.text
                 print(event.text, end="", flush=True)
@@ -228,7 +232,7 @@ class Chat:
                 answer, text = [*answer, Text(text), Image(event.image, "target")], ""
                 print(f"\n{self.save(event.image)}")
         print()
-        self.messages.append(Message("assistant", (*answer, Text(text))))
+        self.messages, self.shown = [*asked, Message("assistant", (*answer, Text(text)))], []
 
     def save(self, image: Any) -> Path:
         """Writes the next picture, under the first number that is free, and returns its file."""

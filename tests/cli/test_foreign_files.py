@@ -167,3 +167,16 @@ def test_every_verb_that_writes_is_tried():
     tried |= {f"analyze {probe}" for probe in ("separability", "keywords", "gates", "similarity", "locality")}  # same
     elsewhere = {"demo", "report", "data prepare"}  # an evaluation or minutes or a download: see their own tests
     assert writing - tried == elsewhere
+
+
+def test_chat_goes_on_after_a_line_that_cannot_be_used(place, tiny_model, monkeypatch, capsys):
+    (place / "talk").mkdir()
+    (place / "talk" / "picture-000.png").write_bytes(b"mine")
+    (place / "scene.txt").write_text("no picture")
+    lines = iter(["/image scene.txt", "a \udcff", "/draw a \udcff", "/image scene.png", "what?", "/draw star", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert cli.main(["chat", str(tiny_model), "--out", "talk", "--max-new-tokens", "2"]) == cli.OK
+    out = capsys.readouterr().out
+    assert out.count("error: ") == 3 and "(showing scene.png; now ask)" in out
+    assert (place / "talk" / "picture-000.png").read_bytes() == b"mine"
+    assert (place / "talk" / "picture-001.png").is_file()
