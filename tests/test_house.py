@@ -25,7 +25,7 @@ from diptych import cli
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "diptych"
 FILES = sorted(PACKAGE.rglob("*.py"))
-SPEAKING = {"cli", "studies", "__main__.py"}  # rooms whose business is to print
+SPEAKING = {"cli", "studies", "__main__.py"}  # rooms that print
 DOCUMENTS = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if p.is_file()]
 LARGEST = 2 * 2**20
 
@@ -354,7 +354,7 @@ def test_no_family_is_known_outside_models():
         assert not re.search(r"family *==|models\.(bagel|cheers|synergen|iomm)\b", path.read_text()), name(path)
 
 
-def test_processes_are_the_business_of_two_modules():
+def test_processes_are_known_to_two_modules():
     """import-linter sees packages only, so it cannot tell torch.distributed from torch."""
     using = {name(p) for p in FILES if "torch.distributed" in p.read_text()}
     assert using <= {"diptych/machine/processes.py", "diptych/training/parallel.py", "diptych/training/checkpoint.py"}
@@ -469,6 +469,33 @@ def test_citations_can_be_followed(path):
         titles = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(), re.M)
         anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
         assert not heading or heading in anchors, f"{name(path)} cites {page}#{heading}"
+
+
+RETIRED = re.compile(  # a phrase that a reader must read twice; the field's words are in docs/glossary.md
+    r"numbers? that (?:is|are) none|(?:its|in) company\b|what is (?:said|told|made) of|older half|is to be had|"
+    r"whose business|(?:the|is) business of|by a bit\b|nobody's here|(?:drawn|said) like any other|stands? beside a ",
+    re.I,
+)
+
+
+def test_retired_phrases_stay_out():
+    assert RETIRED.search("Numbers that are none stop it") and not RETIRED.search("NaN losses stop the run bit by bit")
+    here = Path(__file__).resolve()
+    prose = [p for p in tracked() if p.suffix in {".py", ".md", ".js", ".html"} and p.resolve() != here]
+    met = [
+        f"{name(p)}: {phrase[0]!r}"
+        for p in prose
+        if p.name != "NOTES.md"
+        for phrase in RETIRED.finditer(" ".join(p.read_text().split()))
+    ]
+    assert not met, "\n".join(met)
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=name)
+def test_scripts_and_tests_that_documents_name_exist(path):
+    text = path.read_text()
+    named = re.findall(r"(?<![\w/.])(?:tests|benchmarks|scripts)/[\w/.-]+\.(?:py|sh)\b", text)
+    assert not [file for file in named if not (ROOT / file).is_file()]
 
 
 def test_benchmarks_of_make_are_files():

@@ -290,13 +290,13 @@ class Scheduler:
             self._tell(talk, Stop(reason, Usage(talk.read, len(talk.ids), len(talk.images)), talk.parameters))
 
     def _tell_text(self, talk: TextJob, ready: str) -> None:
-        """What of the text has not been told."""
+        """Emit the part of the text that the client has not received."""
         if len(ready) > len(talk.told):
             self._tell(talk, TextDelta(ready[len(talk.told) :], tuple(talk.words)))
             talk.told, talk.words = ready, []
 
     def _pause(self, talk: TextJob, word: int) -> None:
-        """The answer begins a picture: it is drawn like any other, from what has been said."""
+        """Suspend an answer that begins a picture; the drawing starts from the answer's context."""
         self._tell_text(talk, talk.text)
         seed, later = talk.request.seed + len(talk.images), len(talk.request.sample.messages) > 1
         talk.ids.append(word)
@@ -353,7 +353,7 @@ class Scheduler:
 
 
 def exact(model: UnifiedModel) -> bool:
-    """Whether, on this machine, a picture keeps every bit of its latents in company; found by drawing two steps."""
+    """Whether drawing is batch-invariant to the bit on this machine. Two steps are drawn, alone and in a batch."""
     settings = model.settings.within(2)
     size = model.canvas(Sample("", (user(""), assistant(Image(None, "target")))))[::-1]
 

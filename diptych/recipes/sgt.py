@@ -24,8 +24,8 @@ ARMS = {  # the proxies of the paper's central table, of the embedded pictures
 
 def tiny(proxy: str | None = "segment", ratio: float = 2.0, amount: int | None = None, steps: int = 1000) -> Recipe:
     """Post-training of a tiny model on the embedded data: ``ratio`` proxies to one question, of ``amount`` different
-    pictures (default: all). No proxy is questions alone, as many as stand beside a proxy at 2:1: a proxy measures 54
-    tokens on average and a question 30, so 896 of 4,096 tokens are questions there.
+    pictures (default: all). ``proxy=None`` trains on questions alone, as many as at ratio 2:1: a proxy has 54 tokens
+    on average and a question 30, so 896 of 4,096 tokens are questions there.
 
     diptych train sgt/tiny
     diptych train sgt/tiny --model runs/mine

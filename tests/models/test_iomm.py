@@ -556,7 +556,7 @@ def test_padding_of_a_condition_changes_nothing_its_words_do_and_their_order_whe
 
 @pytest.mark.parametrize("changes", [{}, {"queries": 7, "adapter_layers": 2, "connector_layers": 1}])
 def test_conditions_do_not_depend_on_their_company(changes):
-    """Not by a bit (docs/serving.md), whatever the lengths of the prompts beside it."""
+    """Identical to the bit (docs/serving.md), whatever the lengths of the prompts beside it."""
     model = made(**changes)
     steady(model)
     words = (
