@@ -56,7 +56,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
     if file.suffix == ".json":
         try:
             rows = json.loads(file.read_text("utf-8-sig"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is not JSON: {error}") from error
         if not isinstance(rows, list):
             raise ValueError(f"{file} must hold a list of rows")

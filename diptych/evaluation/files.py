@@ -46,7 +46,7 @@ def rows(path: Path, data: bytes | None = None) -> list[dict]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {number} is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path} line {number} is not an object: {row!r}")

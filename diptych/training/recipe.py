@@ -234,6 +234,8 @@ class Recipe:
             row = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}:{error.lineno}: not valid JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:  # a number of too many digits, lists in lists in lists ...
+            raise ValueError(f"{where}: not valid JSON: {error}") from error
         return Recipe.from_dict(row, where)
 
     @staticmethod
@@ -253,10 +255,14 @@ class Recipe:
             import yaml
 
             try:
-                return Recipe.from_dict(yaml.safe_load(path.read_text()), str(path))
+                row = yaml.safe_load(path.read_text())
             except yaml.MarkedYAMLError as error:
                 line = error.problem_mark.line + 1 if error.problem_mark else 0
                 raise ValueError(f"{path}:{line}: not valid YAML: {error.problem}") from error
+            except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes that are no text, a 13th month ...
+                reason = " ".join(str(error).split())
+                raise ValueError(f"{path}: not valid YAML: {reason}") from error
+            return Recipe.from_dict(row, str(path))
         return Recipe.from_json(path.read_text(), str(path))
 
     def override(self, changes: Mapping[str, str]) -> Recipe:
@@ -269,6 +275,8 @@ class Recipe:
                 value = json.loads(text)
             except json.JSONDecodeError:
                 value = text
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}: not valid JSON: {error}") from error
             _set(row, path, value)
         return Recipe.from_dict(row, "overridden recipe")
 

@@ -368,3 +368,32 @@ def test_a_mistake_of_ours_keeps_its_trace(call, monkeypatch):
     monkeypatch.setattr("diptych.machine.doctor.report", fails)
     with pytest.raises(RuntimeError, match="a bug"):
         call("doctor")
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("deep.json", "[" * 100_000),
+        ("digits.json", '{"seed": ' + "9" * 5000 + "}"),
+        ("binary.json", b"\xff\x80"),
+        ("half.json", '{"a":'),
+        ("control.yaml", b"a: \x01"),
+        ("date.yaml", "a: 2020-99-99"),
+        ("binary.yaml", b"\xff\xfe\x00\x80"),
+        ("alias.yaml", "a: *b"),
+        ("tag.yaml", "a: !!python/object:os.system x"),
+    ],
+)
+def test_a_recipe_that_its_parser_refuses_is_one_line(call, tmp_path, name, content):
+    """The parser raises five kinds of errors; to the user all are one: the file and the reason."""
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for verb in (["plan", file], ["train", file, "--out", tmp_path / "run"]):
+        result = call(*verb)
+        refused(result)
+        assert len(result[2].strip().splitlines()) == 1, result
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_number_of_too_many_digits_is_refused_by_name(call):
+    refused(call("plan", "bagel/tiny", "--set", "seed=" + "9" * 5000), "seed", "digits")
