@@ -145,7 +145,7 @@ class Watched(Image):
 
 
 class _Watch(Dataset):
-    """Row -> (the sample, encoder -> what it is to be shown, for each picture), or why it cannot be read."""
+    """Row -> (sample, {encoder: its input} for each picture), or the error that makes the row unreadable."""
 
     def __init__(self, source: Source, lay_out: Callable[[Sample], Any]) -> None:
         self.source, self.lay_out = source, lay_out

@@ -396,7 +396,7 @@ def _regrown(stream: Mapping[str, Any], grown: Iterable[str]) -> dict[str, Any]:
 
 
 def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """One state from the states of all ranks. Raises ``ValueError`` when they stand at different rows or plans."""
+    """Merge the states of all ranks. Raises ``ValueError`` when their rows or plans differ."""
     states = list(states)
     if not states:
         raise ValueError("there are no states to merge")

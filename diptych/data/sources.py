@@ -232,9 +232,10 @@ class Tar:
 def webdataset(name: str, path: Path, read: Read = "rows", max_pixels: int = MAX_PIXELS) -> Tar:
     """The samples of an uncompressed tar shard, or of all ``*.tar`` in a folder or a pattern.
 
-    Members with one key (the name up to its first dot) are one sample. ``read`` says what it is: ``rows``: ``.json``
-    holds a row of the schema whose pictures are named by extension ("jpg", "source.png"); else one picture and a
-    ``.txt``: ``draw`` asks for the picture with the text, ``caption`` asks for the text, ``pictures`` has no words.
+    Members with one key (the name up to its first dot) are one sample. ``read`` chooses the conversation. With
+    ``rows`` the member ``.json`` is a row of the schema and names its pictures by extension ("jpg", "source.png").
+    The others read one picture and a ``.txt``: with ``draw`` the text asks for the picture, with ``caption`` the
+    picture asks for the text. ``pictures`` needs no text.
 
     Reads every header once. The rest of a damaged shard (compressed, overwritten, cut off) counts as one sample that
     cannot be read. Raises ``ValueError`` where nothing can be read.

@@ -52,7 +52,7 @@ def random_question(rng: np.random.Generator, types: tuple[str, ...] = ()) -> Sh
 
 
 def _unlike(rng: np.random.Generator, n: int, avoid: Callable[[Kind], bool]) -> list[Kind]:
-    """``n`` kinds none of which is to be avoided."""
+    """``n`` random kinds for which ``avoid`` is false."""
     kinds: list[Kind] = []
     while len(kinds) < n:
         kind = _kind(rng)

@@ -52,7 +52,7 @@ class Tools:
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table: the module, whether a file of the user's is needed, and what it is."""
+    """A row of the table: the benchmark's module, whether it needs a file of the user's, and one line about it."""
 
     module: str
     file: Literal["none", "optional", "required"]

@@ -63,7 +63,7 @@ class Judge:
 
     @property
     def stamp(self) -> dict[str, Any]:
-        """What a result says of its judge."""
+        """The judge's settings as a result records them."""
         return {"judge": self.model, "temperature": 0}
 
     def ask(
