@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -379,6 +380,14 @@ def blocks(path: Path) -> list[tuple[int, str]]:
             at = end
         at += 1
     return found
+
+
+def test_every_page_is_in_the_navigation_and_every_extra_in_the_readme():
+    pages = {str(p.relative_to(ROOT / "docs")) for p in DOCUMENTS if p.parent != ROOT}
+    assert pages == set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
+    table = (ROOT / "README.md").read_text().partition("| extra | for |")[2].partition("\n\n")[0]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == extras.keys()
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)

@@ -200,6 +200,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError(f"recipe {self.name!r} has no stages")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must fit in 64 bits, -2**63 to 2**63 - 1, not {self.seed}")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes must be positive, not {self.minutes}")
         if self.checkpoint_every < 1 or self.keep < 1:

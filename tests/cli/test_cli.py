@@ -397,3 +397,4 @@ def test_a_recipe_that_its_parser_refuses_is_one_line(call, tmp_path, name, cont
 
 def test_a_number_of_too_many_digits_is_refused_by_name(call):
     refused(call("plan", "bagel/tiny", "--set", "seed=" + "9" * 5000), "seed", "digits")
+    refused(call("plan", "bagel/tiny", "--set", "seed=" + "9" * 30), "seed must fit in 64 bits")
