@@ -18,7 +18,7 @@ def add(app: Verbs) -> None:
 
 
 def models(as_json: JsonOption = False) -> None:
-    """List models with their parameter counts."""
+    """List models with their parameter counts and the picture sizes that they draw."""
     from diptych.models.store import list_models
 
     rows = list_models()
@@ -27,7 +27,7 @@ def models(as_json: JsonOption = False) -> None:
         return
     show_table(
         "models",
-        ["name", "family", "parameters", "activated", "ships", "source"],
+        ["name", "family", "parameters", "activated", "draws", "ships", "source"],
         [
             [
                 row["name"],
@@ -36,6 +36,7 @@ def models(as_json: JsonOption = False) -> None:
                     "needs diptych[hf]" if row[key] is None else short(row[key])
                     for key in ("parameters", "activated_parameters")
                 ),
+                row["sizes"]["range"] if row["sizes"] else "",
                 "yes" if row["shipped"] else "",
                 row["source"],
             ]

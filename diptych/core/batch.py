@@ -33,6 +33,12 @@ class Pictures:
     owners: tuple[str, ...]
     ordinals: tuple[int, ...]
 
+    @property
+    def pixels(self) -> Tensor:
+        """``images`` of a kind that always has them."""
+        assert self.images is not None
+        return self.images
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:

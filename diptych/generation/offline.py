@@ -52,8 +52,10 @@ def read_prompts(path: Path, seed: int = 0) -> list[Prompt]:
         if not line.strip():
             continue
         where = f"{path}:{number}"
-        row: dict[str, Any] = _row(line, where) if path.suffix == ".jsonl" else {"prompt": line.strip()}
-        prompt = Prompt(str(row.get("id", f"{len(prompts):05d}")), row["prompt"], row.get("seed", seed))
+        prompt = Prompt(f"{len(prompts):05d}", line.strip(), seed)
+        if path.suffix == ".jsonl":
+            row = _row(line, where)
+            prompt = Prompt(str(row.get("id", prompt.id)), row["prompt"], row.get("seed", seed))
         if not re.fullmatch(r"\w[\w.-]*", prompt.id):
             raise ValueError(f"{where}: id {prompt.id!r} cannot name a file; use letters, digits, '_', '-' and '.'")
         if prompt.id in prompts:

@@ -63,12 +63,13 @@ class AutoencoderTraining(Trainable):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         autoencoder = build_autoencoder(config.autoencoder)
-        latents = isinstance(autoencoder, Autoencoder) and config.autoencoder.statistics
-        if not isinstance(autoencoder, Quantised) and not latents:
+        quantised = isinstance(autoencoder, Quantised)
+        if not isinstance(autoencoder, Autoencoder | Quantised) or not (quantised or config.autoencoder.statistics):
             raise ValueError(
-                "an autoencoder with 'statistics' or 'levels' is trained here; a published one has its own"
+                "only an autoencoder of kind 'flux' with 'statistics', or of kind 'vq', is trained here, "
+                f"not {config.autoencoder.kind!r} with statistics={config.autoencoder.statistics}"
             )
-        self.autoencoder: Autoencoder | Quantised = autoencoder  # type: ignore[assignment]  # narrowed above
+        self.autoencoder = autoencoder
 
     def initialise(self, seed: int) -> None:
         """Kaiming-normal convolutions."""
@@ -101,22 +102,21 @@ class AutoencoderTraining(Trainable):
         return Layout(sample.id, tuple(segments))
 
     def counts(self, batch: Batch) -> dict[str, float]:
-        pixels = float(sum(g.images.numel() for g in batch.of(Kind.CLEAN) if g.images is not None))
+        pixels = float(sum(g.pixels.numel() for g in batch.of(Kind.CLEAN)))
         return {"mse": pixels, "l1": pixels}
 
     def losses(self, batch: Batch, noise: Noise) -> Losses:
         counts = self.counts(batch)
         terms: dict[str, list[Tensor]] = {"mse": [], "l1": []}
         for g in batch.of(Kind.CLEAN):
-            assert g.images is not None
-            images = to_float(g.images).contiguous(memory_format=torch.channels_last)
-            error = self._again(images, g, noise) - images
+            images = to_float(g.pixels).contiguous(memory_format=torch.channels_last)
+            error = self._reconstruct(images, g, noise) - images
             terms["mse"].append(error.square().sum())
             terms["l1"].append(error.abs().sum())
         return {name: Term(torch.stack(sums).sum(), counts[name]) for name, sums in terms.items()}
 
-    def _again(self, images: Tensor, g: Pictures, noise: Noise) -> Tensor:
-        """The pictures after the bottleneck."""
+    def _reconstruct(self, images: Tensor, g: Pictures, noise: Noise) -> Tensor:
+        """The decoder's output for the noised (or rounded) latents of the pictures."""
         if isinstance(self.autoencoder, Quantised):
             return self.autoencoder.picture(self.autoencoder.digits(images))
         assert self.autoencoder.bn is not None

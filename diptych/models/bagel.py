@@ -52,7 +52,7 @@ from diptych.models.protocol import (
 from diptych.models.sizes import Sizes
 from diptych.parts.adapters import Projector
 from diptych.parts.attention import Attend, Cached, Fixed, documents, inverse_permutation
-from diptych.parts.autoencoder import AutoencoderConfig, build_latents, tiny_autoencoder
+from diptych.parts.autoencoder import AutoencoderConfig, build_latent_autoencoder, tiny_autoencoder
 from diptych.parts.cross_entropy import linear_cross_entropy
 from diptych.parts.decoder import Decoder, DecoderConfig
 from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, euler, mix, squared_error, velocity
@@ -197,7 +197,7 @@ class Bagel(UnifiedModel[FlowSettings]):
         self.decoder = Decoder(c.decoder)
         self.vision = VisionEncoder(c.vision)
         self.projector = Projector(c.vision.hidden_size, d)
-        self.autoencoder = build_latents(c.autoencoder)
+        self.autoencoder = build_latent_autoencoder(c.autoencoder)
         features = c.autoencoder.latent_channels * c.latent_patch**2
         self.time = TimestepEmbedding(d)
         self.latent_in = nn.Linear(features, d)
@@ -403,7 +403,7 @@ class Bagel(UnifiedModel[FlowSettings]):
         moved = euler(drawings, lambda x_t, t, branches: self._velocity(x_t, t, drawings, table, branches))
         return [advance(d, state, v, table) for d, (state, v) in zip(drawings, moved, strict=True)]
 
-    def _fixed(self, drawings: Sequence[Drawing[FlowSettings]]) -> Fixed:
+    def _fixed(self, drawings: Sequence[Drawing[FlowSettings]]) -> Fixed[Context]:
         """The contexts' keys and values side by side, branch-major; kept while the same drawings go on together."""
         contexts = [d.contexts[b] for b in range(len(drawings[0].contexts)) for d in drawings]
         if drawings[0].slot and drawings[0].slot.holds(contexts):
@@ -415,7 +415,7 @@ class Bagel(UnifiedModel[FlowSettings]):
         x_t: Float[Tensor, "B n f"],
         t: Float[Tensor, " B"],
         drawings: Sequence[Drawing[FlowSettings]],
-        table: Fixed,
+        table: Fixed[Context],
         branches: int,
     ) -> Float[Tensor, "R B n f"]:
         """The velocity of every branch; the picture's tokens are embedded once and shared by all branches."""

@@ -60,7 +60,7 @@ from diptych.models.protocol import (
 )
 from diptych.models.sizes import Sizes
 from diptych.parts.attention import Cached, Fixed, documents, sdpa
-from diptych.parts.autoencoder import AutoencoderConfig, LatentDecoder, build_autoencoder, tiny_autoencoder
+from diptych.parts.autoencoder import AutoencoderConfig, LatentDecoder, build_latent_autoencoder, tiny_autoencoder
 from diptych.parts.cross_entropy import linear_cross_entropy
 from diptych.parts.decoder import MLP, Attention, Decoder, DecoderConfig, RMSNorm, Rope
 from diptych.parts.flow import (
@@ -344,7 +344,7 @@ class Cheers(UnifiedModel[Settings]):
         if fine:
             self.gate = Gate(v, c.detail)
             self.fine = Stage(v, c.vision.num_attention_heads, kv, fine, latents, eps)
-        self.autoencoder = build_autoencoder(c.autoencoder)
+        self.autoencoder = build_latent_autoencoder(c.autoencoder)
         if c.pixels:
             self.pixel_decoder = LatentDecoder(c.autoencoder)
         words = {"turn": "<|im_start|>", "stop": "<|im_end|>", "start": START, "end": END, "blank": BLANK}
@@ -686,12 +686,7 @@ class Cheers(UnifiedModel[Settings]):
         return rearrange(tokens, "B (h w) c -> B c h w", h=rows)
 
     def _velocity(
-        self,
-        z: Float[Tensor, "B c h w"],
-        t: Float[Tensor, " B"],
-        table: Fixed,
-        branches: int,
-        positions: Int[Tensor, " contexts"],
+        self, z: Float[Tensor, "B c h w"], t: Float[Tensor, " B"], table: Fixed[Context], branches: int
     ) -> Float[Tensor, "R B c h w"]:
         """The velocity of every branch; ``positions`` are those of the first latent token after each context."""
         alone = z.split(1 if z.device.type == "cpu" else len(z))  # on a CPU convolutions are not batch-invariant

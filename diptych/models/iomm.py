@@ -58,7 +58,7 @@ from diptych.models.protocol import (
 from diptych.models.sizes import Sizes
 from diptych.parts.adapters import Connector, NoQueries, QueryBlock, ResidualQueries, StaticQueries
 from diptych.parts.attention import Cached, Continued, Recorded, documents
-from diptych.parts.autoencoder import AutoencoderConfig, build_latents, tiny_autoencoder
+from diptych.parts.autoencoder import AutoencoderConfig, build_latent_autoencoder, tiny_autoencoder
 from diptych.parts.cross_entropy import linear_cross_entropy
 from diptych.parts.dit import DitConfig, Group, blocks, build_dit
 from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, euler, mix, squared_error, velocity
@@ -268,7 +268,7 @@ class Iomm(UnifiedModel[FlowSettings]):
         self.connector = Connector(width, c.dit.hidden_size, c.adapter_heads, c.connector_layers)
         self.features = c.autoencoder.latent_channels * c.latent_patch**2
         self.dit = build_dit(c.dit, self.features)
-        self.autoencoder = build_latents(c.autoencoder)
+        self.autoencoder = build_latent_autoencoder(c.autoencoder)
         self.stop = tokenizer.id(c.mllm.template.stop)
         self.image_markers = tuple(tokenizer.encode_markup(m) for m in c.mllm.template.image)
 
@@ -358,8 +358,7 @@ class Iomm(UnifiedModel[FlowSettings]):
         words = (batch.ids != NONE) & inside
         places, values = [words.nonzero()[:, 0]], [self.mllm.embed(batch.ids[words])]
         for g in pictures:
-            assert g.images is not None
-            tokens = g.images.to(values[0].dtype) if g.encoded else self.mllm.look(g.images)
+            tokens = g.pixels.to(values[0].dtype) if g.encoded else self.mllm.look(g.pixels)
             if g.masked:
                 keep = kept(g, noise)
                 tokens = tokens * keep[..., None]
@@ -465,10 +464,12 @@ class Iomm(UnifiedModel[FlowSettings]):
             nothing = states.new_zeros(1, 1, self.features, dtype=torch.float32)
             noised.append((nothing, nothing, nothing[:, 0, 0], (1, 1)))
         conditions, valid = self._condition(batch, s, states, attend.memory)
-        rows = zip(*(x.split([len(data) for data, *_ in noised]) for x in (conditions, valid)), strict=True)
+        sizes = [len(data) for data, *_ in noised]
         groups = [
-            Group(mix(d, e, t), t, condition, seen, grid)
-            for (d, e, t, grid), (condition, seen) in zip(noised, rows, strict=True)
+            Group(mix(data, eps, t), t, condition, mask, grid)
+            for (data, eps, t, grid), condition, mask in zip(
+                noised, conditions.split(sizes), valid.split(sizes), strict=True
+            )
         ]
         image, shown = states.new_zeros((), dtype=torch.float32), torch.zeros_like(words)
         owners = [batch.document[g.tokens[:, 0]] for g in drawn] or [batch.document[:1]]
@@ -480,7 +481,7 @@ class Iomm(UnifiedModel[FlowSettings]):
 
     def _reader_learns(self, batch: Batch) -> bool:
         """Whether anything before the queries asks for a gradient: the reader's weights, or a picture itself."""
-        pictures = (g.images for g in batch.of(Kind.VISION) if g.images is not None)
+        pictures = (g.pixels for g in batch.of(Kind.VISION))
         return any(p.requires_grad for p in self.mllm.parameters()) or any(x.requires_grad for x in pictures)
 
     @torch.no_grad()

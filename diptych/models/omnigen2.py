@@ -57,7 +57,7 @@ from diptych.models.protocol import (
 )
 from diptych.models.sizes import Sizes
 from diptych.parts.attention import Cached, documents
-from diptych.parts.autoencoder import AutoencoderConfig, build_latents, sampled, tiny_autoencoder
+from diptych.parts.autoencoder import AutoencoderConfig, build_latent_autoencoder, sampled, tiny_autoencoder
 from diptych.parts.cross_entropy import linear_cross_entropy
 from diptych.parts.flow import TimeDraw, mix, schedule, shift_time
 from diptych.parts.images import AreaRule, ShrinkRule, latents_to_tokens, to_tensor, tokens_to_latents
@@ -322,7 +322,7 @@ class OmniGen2(UnifiedModel[Settings]):
             raise ValueError(f"the tokenizer has {len(self.tokenizer)} tokens, the reader {self.mllm.vocab_size}")
         self.features = c.autoencoder.latent_channels * c.latent_patch**2
         self.dit = ReferenceDit(c.dit, self.features)
-        self.autoencoder = build_latents(c.autoencoder)
+        self.autoencoder = build_latent_autoencoder(c.autoencoder)
         self.stop, self.picture = self.tokenizer.id(c.mllm.template.stop), self.tokenizer.id(PICTURE)
 
     def initialise(self, seed: int) -> None:
@@ -547,7 +547,7 @@ class OmniGen2(UnifiedModel[Settings]):
 
     def _reader_learns(self, batch: Batch) -> bool:
         """Whether the reader's weights, or a picture that it reads, take a gradient."""
-        pictures = (g.images for g in batch.of(Kind.VISION) if g.images is not None)
+        pictures = (g.pixels for g in batch.of(Kind.VISION))
         return any(p.requires_grad for p in self.mllm.parameters()) or any(x.requires_grad for x in pictures)
 
     @torch.no_grad()

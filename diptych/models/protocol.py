@@ -383,13 +383,21 @@ def sources(sample: Sample) -> list[Image]:
 
 
 def fitted(sample: Sample, sizes: Sizes, rule: Callable[[int, int], tuple[int, int]] | None = None) -> tuple[int, int]:
-    """The (height, width) to draw for a request: the size it asks for, else what ``rule`` makes of the last picture of
-    its conversation, else the model's default. Raises ``ValueError`` for a size that the model was not trained on."""
+    """The (height, width) to draw for a request: the requested size, else ``rule`` of the last picture of the
+    conversation, else the model's default. Raises ``ValueError`` for a size that the model was not trained on."""
     last, before = sample.messages[-1].parts[-1:], shown(sample) if rule else []
-    asked = last[0].size if last and isinstance(last[0], Image) else None
-    if asked:
-        sizes.check(*asked)
-    width, height = asked or (rule(*before[-1].dimensions) if rule and before else sizes.default)
+    requested = last[0].size if last and isinstance(last[0], Image) else None
+    width, height = requested or sizes.default
+    if requested:
+        sizes.check(width, height)
+    elif rule and before:
+        width, height = rule(*before[-1].dimensions)
+        if not sizes.allow(width, height):
+            from_width, from_height = before[-1].dimensions
+            raise ValueError(
+                f"a picture of {from_width}x{from_height} pixels gives a canvas of {width}x{height}, but size must be "
+                f"{sizes}; request a size or crop the picture"
+            )
     return height, width
 
 

@@ -58,12 +58,16 @@ class Sizes:
         """The fields as JSON has them, for lists of models."""
         return {**asdict(self), "default": list(self.default)}
 
-    def __str__(self) -> str:
+    @property
+    def range(self) -> str:
+        """The canvases that the model draws, in words."""
         if self.shortest == self.longest:
-            return f"{self.longest}x{self.longest}, which the model was trained on"
+            return f"{self.longest}x{self.longest}"
         area = f" and at most {self.pixels} pixels" if self.pixels else ""
-        sides = f"multiples of {self.stride} from {self.shortest} to {self.longest}"
-        return f"{sides}{area}, which the model was trained on"
+        return f"multiples of {self.stride} from {self.shortest} to {self.longest}{area}"
+
+    def __str__(self) -> str:
+        return f"{self.range}, which the model was trained on"
 
 
 def parse_size(size: int | str | Sequence[int]) -> tuple[int, int]:

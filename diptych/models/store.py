@@ -55,7 +55,8 @@ def skeleton(name: str) -> Trainable:
 
 
 def list_models() -> list[dict[str, Any]]:
-    """Every named model with its parameter counts (taken on the meta device; None where a package is missing)."""
+    """Every named model with its parameter counts (taken on the meta device; None where a package is missing) and the
+    ``sizes`` of pictures it was trained on (the fields of ``Sizes`` and their ``range`` in words)."""
     rows = []
     counts: tuple[int | None, int | None]
     for name, size in SIZES.items():
@@ -66,7 +67,9 @@ def list_models() -> list[dict[str, Any]]:
             counts = None, None
         row = {"name": name, "family": size.family, "parameters": counts[0], "activated_parameters": counts[1]}
         shipped = bool(size.folder and (SHIPPED / size.folder / "config.json").is_file())
-        rows.append(row | {"shipped": shipped, "source": size.source})
+        trained = getattr(named_config(name), "trained", None)  # an autoencoder draws no canvas
+        sizes = trained and trained.to_json() | {"range": trained.range}
+        rows.append(row | {"shipped": shipped, "sizes": sizes, "source": size.source})
     return rows
 
 
@@ -260,7 +263,7 @@ def load(
             )
         source = replace(source, config=config)
     kind = source.dtype if wanted is None else wanted
-    return folders.make(source, create, torch.device(device), kind, quantize is not None, prepare, share)
+    return folders.make(source, torch.device(device), kind, quantize is not None, prepare, share)
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Any], where: str) -> None:

@@ -1,4 +1,4 @@
-"""What joins a picture encoder to a decoder, and a frozen language model to a generator."""
+"""Adapters between a vision encoder and a decoder, and between a frozen language model and a generator."""
 
 from __future__ import annotations
 
@@ -42,11 +42,10 @@ class QueryBlock(nn.Module):
         self, queries: Float[Tensor, "N Q D"], sequence: Float[Tensor, "N L D"], valid: Bool[Tensor, "N L"]
     ) -> Float[Tensor, "N Q D"]:
         a, (q, kv) = self.attention, (_norm(queries), _norm(sequence))
-        query, key, value = (
-            a[n](x).unflatten(-1, (self.heads, -1)) for n, x in (("q_proj", q), ("k_proj", kv), ("v_proj", kv))
-        )
-        seen = padded_sdpa(query, key, value, valid[:, None, None])
-        u = _norm(q + a["out_proj"](seen.flatten(-2)))
+        projected = (a[name](x) for name, x in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)))
+        query, key, value = (x.unflatten(-1, (self.heads, -1)) for x in projected)
+        attended = padded_sdpa(query, key, value, valid[:, None, None])
+        u = _norm(q + a["out_proj"](attended.flatten(-2)))
         return u + self.mlp["fc2"](F.gelu(self.mlp["fc1"](u), approximate="tanh"))
 
     def initialise(self, generator: torch.Generator) -> None:
@@ -61,8 +60,14 @@ def _norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
+def _initialise_blocks(adapter: nn.Module, generator: torch.Generator) -> None:
+    for module in adapter.modules():
+        if isinstance(module, QueryBlock):
+            module.initialise(generator)
+
+
 class NoQueries(nn.Module):
-    """Nothing is appended."""
+    """The control without queries: appends no tokens."""
 
     def __init__(self, width: int, queries: int = 0, heads: int = 1, layers: int = 0) -> None:
         super().__init__()
@@ -71,7 +76,7 @@ class NoQueries(nn.Module):
         return sequence[:, :0]
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Nothing begins."""
+        """Does nothing: there are no parameters."""
 
 
 class StaticQueries(nn.Module):
@@ -104,14 +109,12 @@ class ResidualQueries(StaticQueries):
 
     def initialise(self, generator: torch.Generator) -> None:
         super().initialise(generator)
-        for layer in self.layers:
-            assert isinstance(layer, QueryBlock)
-            layer.initialise(generator)
+        _initialise_blocks(self, generator)
 
 
 class Connector(nn.Module):
     """From a language model's states to a generator's width: RMSNorm and a linear, after ``layers`` blocks of
-    self-attention (the control of the query adapter's size: one block is all of it but its queries)."""
+    self-attention. One block has as many parameters as a one-layer query adapter without its queries."""
 
     def __init__(self, width_in: int, width_out: int, heads: int, layers: int = 0) -> None:
         super().__init__()
@@ -126,8 +129,6 @@ class Connector(nn.Module):
 
     def initialise(self, generator: torch.Generator) -> None:
         """Blocks as the adapter's; the linear keeps the variance."""
-        for layer in self.layers:
-            assert isinstance(layer, QueryBlock)
-            layer.initialise(generator)
+        _initialise_blocks(self, generator)
         nn.init.normal_(self.linear.weight, std=self.linear.in_features**-0.5, generator=generator)
         nn.init.zeros_(self.linear.bias)

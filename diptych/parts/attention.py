@@ -18,7 +18,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -243,6 +243,9 @@ class Read(Protocol):
     def length(self) -> int: ...
 
 
+R = TypeVar("R", bound=Read)
+
+
 class Cached:
     """New tokens of several contexts: each writes its keys and values to its cache and sees what its rule allows.
 
@@ -305,7 +308,7 @@ class Continued:
         return padded_sdpa(q, torch.cat([k, keys], 1), torch.cat([v, values], 1), self.mask).flatten(0, 1)
 
 
-class Fixed:
+class Fixed(Generic[R]):
     """Blocks of n picture tokens each: full attention inside a block and to its whole context, nothing is kept.
 
     Keys and values stand side by side, laid out once: a block's own places first, which every step overwrites, then its
@@ -313,7 +316,7 @@ class Fixed:
     block's result does not depend on how long the contexts beside it are.
     """
 
-    def __init__(self, contexts: Seq[Read], n: int) -> None:
+    def __init__(self, contexts: Seq[R], n: int) -> None:
         self.contexts, lengths = tuple(contexts), [c.length for c in contexts]
         first, width = contexts[0].cache.buffer, n + max(lengths)
         width += -width % WHOLE

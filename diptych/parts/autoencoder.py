@@ -84,6 +84,17 @@ def tiny_tokenizer() -> AutoencoderConfig:
     )
 
 
+def build_latent_autoencoder(config: AutoencoderConfig) -> Autoencoder | Identity | DiffusersAutoencoder:
+    """An autoencoder of continuous latents. Raises ``ValueError`` for a config of discrete codes."""
+    autoencoder = build_autoencoder(config)
+    if isinstance(autoencoder, Quantised | Emu3):
+        raise ValueError(
+            "a flow model needs an autoencoder of continuous latents (kind 'flux', 'kl' or 'identity'), "
+            f"not {config.kind!r}"
+        )
+    return autoencoder
+
+
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder | Identity | DiffusersAutoencoder | Quantised | Emu3:
     """The autoencoder that the config names."""
     kinds: dict[str, Any] = {"flux": Autoencoder, "kl": DiffusersAutoencoder, "vq": Quantised, "emu3": Emu3}

@@ -1,16 +1,16 @@
-"""A vision-language model of transformers (InternVL3, Qwen2.5-VL) behind the same calls as our own decoder.
+"""A vision-language model of transformers (InternVL3, Qwen2.5-VL) with the interface of ``parts.decoder``.
 
-Its language model runs over packed tokens with ``attend(layer, q, k, v)`` in place of its own attention, so documents,
-caches and hidden segments are settled by ``parts.attention`` and nothing here knows of padding or of masks.
+The language model runs over packed tokens and calls ``attend(layer, q, k, v)`` in place of its own attention.
+``parts.attention`` therefore handles documents, caches and hidden segments, and this module needs no padding or masks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange, repeat
@@ -31,24 +31,24 @@ ATTENTION = "diptych"  # the name under which transformers finds ``_attention``
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is written down; special tokens in these strings are tokens (the defaults are Qwen's)."""
+    """The chat template; special tokens in these strings become single tokens (the defaults are Qwen's)."""
 
     system: str = "<|im_start|>system\n"
     user: str = "<|im_start|>user\n"
     assistant: str = "<|im_start|>assistant\n"
     end: str = "<|im_end|>\n"
-    stop: str = "<|im_end|>"  # the word that ends an answer
-    image: tuple[str, str] = ("<img>", "</img>")  # what stands before and after a picture's tokens
+    stop: str = "<|im_end|>"  # the token that ends an answer
+    image: tuple[str, str] = ("<img>", "</img>")  # the text before and after a picture's tokens
 
     def opening(self, speaker: Speaker) -> str:
-        """What begins a message."""
+        """The text that begins a message of ``speaker``."""
         return {"system": self.system, "user": self.user, "assistant": self.assistant}[speaker]
 
 
 @dataclass(frozen=True)
 class MllmConfig:
-    """``model`` is the model's ``config.json`` of transformers; ``see`` brings pictures to their sizes where the vision
-    tower takes several (Qwen2.5-VL)."""
+    """``model`` is the ``config.json`` of transformers; ``see`` chooses the size of a picture where the vision tower
+    takes several sizes (Qwen2.5-VL)."""
 
     model: dict[str, Any]
     template: Template = Template()
@@ -86,23 +86,67 @@ class MllmConfig:
         return MllmConfig(row, template, see or MllmConfig.see)
 
 
-class Mllm(nn.Module):
-    """The network of a config, without weights; ``load_pretrained`` fills it from where transformers finds them.
+@runtime_checkable
+class LanguageOutput(Protocol):
+    """The output of a decoder of transformers."""
 
-    ``width`` is D of the embeddings, ``layers``, ``heads`` and ``head_width`` are those of the key/value cache."""
+    @property
+    def last_hidden_state(self) -> Tensor: ...
+
+
+@runtime_checkable
+class Language(Protocol):
+    """A decoder of transformers, as far as it is used here."""
+
+    @property
+    def layers(self) -> nn.ModuleList: ...
+    @property
+    def embed_tokens(self) -> nn.Embedding: ...
+    def __call__(
+        self,
+        *,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        attention_mask: Mapping[str, None],
+        use_cache: bool,
+        attend: Attend,
+    ) -> LanguageOutput: ...
+
+
+@runtime_checkable
+class ImageFeatures(Protocol):
+    """The output of a vision tower of transformers: one tensor, or one tensor a picture."""
+
+    @property
+    def pooler_output(self) -> Tensor | Sequence[Tensor]: ...
+
+
+@runtime_checkable
+class SeesImages(Protocol):
+    """A vision-language model of transformers, as far as its vision tower is used here."""
+
+    def get_image_features(
+        self, *, pixel_values: Tensor, image_grid_thw: Tensor | None = None, return_dict: bool
+    ) -> ImageFeatures: ...
+
+
+class Mllm(nn.Module):
+    """The network of a config, with uninitialised weights; ``load_pretrained`` copies published ones.
+
+    ``width`` is D of the embeddings; ``layers``, ``heads`` and ``head_width`` are the sizes of the key/value cache."""
 
     def __init__(self, config: MllmConfig) -> None:
         super().__init__()
         auto = _transformers()
         row = {k: v for k, v in config.model.items() if k not in ("model_type", "architectures")}
-        own = self.own = auto.AutoConfig.for_model(config.model["model_type"], **deepcopy(row))
-        text = own.text_config
+        architecture = auto.AutoConfig.for_model(config.model["model_type"], **deepcopy(row))
+        text = architecture.text_config
         if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
             raise ValueError("a vision-language model with sliding-window layers is not supported")
-        own._attn_implementation = {"text_config": ATTENTION, "vision_config": "sdpa"}
-        self.model: Any = auto.AutoModel.from_config(own, dtype=torch.get_default_dtype())  # transformers: untyped
-        self.tower: Tower = TOWERS[own.model_type](own, config.see)
-        tied = getattr(own, "tie_word_embeddings", None)
+        architecture._attn_implementation = {"text_config": ATTENTION, "vision_config": "sdpa"}
+        self.model = auto.AutoModel.from_config(architecture, dtype=torch.get_default_dtype())
+        self.tower: Tower = TOWERS[architecture.model_type](architecture, config.see)
+        tied = getattr(architecture, "tie_word_embeddings", None)
         tied = text.tie_word_embeddings if tied is None else tied
         self.lm_head = None if tied else nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.width, self.layers, self.heads = text.hidden_size, text.num_hidden_layers, text.num_key_value_heads
@@ -115,7 +159,7 @@ class Mllm(nn.Module):
                         setattr(module, name, type(child)(child.config))
 
     @property
-    def language(self) -> Any:
+    def language(self) -> Language:
         """The decoder of transformers."""
         return self.model.language_model
 
@@ -125,7 +169,7 @@ class Mllm(nn.Module):
         yield from self.tower.blocks(self.model)
 
     def picture(self, size: tuple[int, int], **columns: Any) -> Segment:
-        """The segment of a picture of (width, height), without its pixels: ``size`` says how they must come."""
+        """The segment of a picture of (width, height), without its pixels: they are resized to ``size(size)``."""
         return self.tower.segment(size, **columns)
 
     def size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -138,11 +182,11 @@ class Mllm(nn.Module):
         return Cache(self.layers, self.heads, self.head_width, weight.dtype, weight.device)
 
     def embed(self, ids: Int[Tensor, " T"]) -> Float[Tensor, "T D"]:
-        """Embeddings of words."""
+        """Embeddings of text tokens."""
         return self.language.embed_tokens(ids)
 
     def look(self, images: Tensor) -> Float[Tensor, "N n D"]:
-        """Tokens of pictures of one shape (uint8, or float in [-1, 1]), as they stand among the words."""
+        """Tokens of pictures (N, 3, H, W), uint8 or float in [-1, 1], in the space of the text embeddings."""
         mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in self.tower.statistics)
         return self.tower.look(self.model, ((to_float(images) + 1) / 2 - mean) / std)
 
@@ -160,16 +204,16 @@ class Mllm(nn.Module):
         return out.last_hidden_state[0]
 
     def logits(self, states: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
-        """Scores of the next word."""
+        """Logits of the next token."""
         return linear(states, self.head_weight)
 
     @property
     def head_weight(self) -> Float[Tensor, "V D"]:
-        """The language head: a table of its own, or that of the embeddings."""
+        """The weight of the language head; the embedding table where the two are tied."""
         return (self.lm_head or self.language.embed_tokens).weight
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Fresh weights: of variance 1 / inputs, less where a residual stream is written to."""
+        """Random weights of variance 1 / inputs; layers that write to the residual stream get 1 / (2 depth) of it."""
         depth = {"language_model": self.layers, "vision_tower": len(list(self.tower.blocks(self.model)))}
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
@@ -190,20 +234,19 @@ class Mllm(nn.Module):
     def load_pretrained(self, source: str | Path) -> None:
         """Copies the weights of a folder of transformers, or of an ``org/name`` of the hub.
 
-        Raises ``ValueError`` where it cannot be read or is of other sizes."""
-        theirs = pretrained(_transformers().AutoModelForImageTextToText, source, KIND, dtype="auto")
-        own = self.state_dict()
-        held = theirs.state_dict()
+        Raises ``ValueError`` where it cannot be read or its shapes differ."""
+        published = pretrained(_transformers().AutoModelForImageTextToText, source, KIND, dtype="auto")
+        weights = published.state_dict()
         if self.lm_head is None:
-            held.pop("lm_head.weight", None)
-        shapes = {n: tuple(t.shape) for n, t in own.items()}, {n: tuple(t.shape) for n, t in held.items()}
-        if wrong := sorted(n for n in shapes[0].keys() | shapes[1].keys() if shapes[0].get(n) != shapes[1].get(n)):
+            weights.pop("lm_head.weight", None)
+        wanted, given = ({n: tuple(t.shape) for n, t in state.items()} for state in (self.state_dict(), weights))
+        if wrong := sorted(n for n in wanted.keys() | given.keys() if wanted.get(n) != given.get(n)):
             raise ValueError(f"{source} does not fit the model: {', '.join(wrong[:6])}{' ...' if wrong[6:] else ''}")
-        self.load_state_dict(held)
+        self.load_state_dict(weights)
 
 
 class Tower:
-    """What differs between vision-language models: how pictures are sized, seen and placed."""
+    """The vision tower of one architecture: picture sizes, encoding and position ids."""
 
     image: tuple[str, str]
     statistics: tuple[tuple[float, float, float], tuple[float, float, float]]  # mean and deviation of the pixels
@@ -217,7 +260,7 @@ class Tower:
     def segment(self, size: tuple[int, int], **columns: Any) -> Segment:
         raise NotImplementedError
 
-    def look(self, model: Any, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N n D"]:
+    def look(self, model: SeesImages, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N n D"]:
         raise NotImplementedError
 
     def positions(self, positions: Tensor, pictures: list[Pictures]) -> Tensor:
@@ -246,14 +289,16 @@ class InternVL(Tower):
     def segment(self, size: tuple[int, int], **columns: Any) -> Segment:
         return Segment(Kind.VISION, (NONE,) * (self.grid[0] * self.grid[1]), grid=self.grid, **columns)
 
-    def look(self, model: Any, pixels: Tensor) -> Tensor:
-        return model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+    def look(self, model: SeesImages, pixels: Tensor) -> Tensor:
+        features = model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+        assert isinstance(features, Tensor)
+        return features
 
     def positions(self, positions: Tensor, pictures: list[Pictures]) -> Tensor:
         return positions
 
-    def blocks(self, model: Any) -> Iterator[nn.Module]:
-        yield from model.vision_tower.encoder.layer
+    def blocks(self, model: nn.Module) -> Iterator[nn.Module]:
+        yield from model.get_submodule("vision_tower.encoder.layer").children()
 
 
 class Qwen25VL(Tower):
@@ -278,13 +323,13 @@ class Qwen25VL(Tower):
         ids = (NONE,) * (grid[0] * grid[1])
         return Segment(Kind.VISION, ids, grid=grid, shared=True, advance=max(grid), **columns)
 
-    def look(self, model: Any, pixels: Tensor) -> Tensor:
+    def look(self, model: SeesImages, pixels: Tensor) -> Tensor:
         p, m = self.patch, self.merge
         patches = rearrange(pixels, "N c (h m p) (w n q) -> N (h w m n) c p q", p=p, q=p, m=m, n=m)
         patches = repeat(patches, "N l c p q -> (N l) (c t p q)", t=self.frames)
         grid = torch.tensor([[1, pixels.shape[-2] // p, pixels.shape[-1] // p]] * len(pixels), device=pixels.device)
-        seen = model.get_image_features(pixel_values=patches, image_grid_thw=grid, return_dict=True)
-        return torch.stack(list(seen.pooler_output))
+        features = model.get_image_features(pixel_values=patches, image_grid_thw=grid, return_dict=True)
+        return torch.stack(list(features.pooler_output))
 
     def positions(self, positions: Tensor, pictures: list[Pictures]) -> Tensor:
         out = repeat(positions, "T -> a T", a=3).clone()
@@ -296,15 +341,15 @@ class Qwen25VL(Tower):
             out[2, group.tokens] += columns
         return out
 
-    def blocks(self, model: Any) -> Iterator[nn.Module]:
-        yield from model.visual.blocks
+    def blocks(self, model: nn.Module) -> Iterator[nn.Module]:
+        yield from model.get_submodule("visual.blocks").children()
 
 
 TOWERS: Mapping[str, type[Tower]] = {"internvl": InternVL, "qwen2_5_vl": Qwen25VL}
 
 
 def _transformers() -> Any:
-    """transformers, with our attention made known to it. Raises ``ValueError`` where it is not installed."""
+    """transformers, with ``_attention`` registered. Raises ``ValueError`` where it is not installed."""
     try:
         import transformers
     except ImportError as error:

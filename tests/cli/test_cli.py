@@ -86,7 +86,7 @@ def test_models(call):
     rows = json.loads(call("models", "--json")[1])
     assert {r["name"] for r in rows} == set(table.SIZES)
     for r in rows:
-        assert r.keys() == {"name", "family", "parameters", "activated_parameters", "shipped", "source"}
+        assert r.keys() == {"name", "family", "parameters", "activated_parameters", "sizes", "shipped", "source"}
         assert 0 < r["activated_parameters"] <= r["parameters"]
     seven = next(r for r in rows if r["name"] == "bagel/7b-mot")
     assert 14e9 < seven["parameters"] < 15.5e9 and 7e9 < seven["activated_parameters"] < 8.5e9

@@ -9,6 +9,7 @@ from diptych.core.sample import Image, Sample, Text, assistant, user
 from diptych.data.worlds import shapes_sources
 from diptych.generation.engine import Engine
 from diptych.models import store, table
+from diptych.models.protocol import fitted
 from diptych.models.sizes import Sizes
 
 UNIFIED = [n for n, size in table.SIZES.items() if size.family != "autoencoder"]
@@ -32,6 +33,25 @@ def test_published_sizes():
     assert (trained["bagel/7b-mot"].shortest, trained["bagel/7b-mot"].longest) == (512, 1024)
     one = {"cheers/1.5b": 512, "iomm/b": 512, "synergen/2b": 512, "synergen/qwen2-0.5b": 256}
     assert all(trained[n].shortest == trained[n].longest == side for n, side in one.items())
+
+
+def test_a_canvas_derived_from_an_edit_source_obeys_the_rule_of_a_requested_one():
+    config = table.config("bagel/7b-mot")
+
+    def canvas(width, height):
+        source = PIL.Image.new("RGB", (width, height))
+        return fitted(Sample("s", (user(Image(source), "red"), assistant(Image()))), config.trained, config.draw)
+
+    assert canvas(2000, 1000) == (512, 1024)
+    with pytest.raises(ValueError, match="2000x500 pixels gives a canvas of 1024x256, but size must be .* 512 to 1024"):
+        canvas(2000, 500)
+
+
+def test_models_are_listed_with_the_sizes_that_they_draw():
+    rows = {row["name"]: row for row in store.list_models()}
+    assert rows["bagel/7b-mot"]["sizes"]["range"] == "multiples of 16 from 512 to 1024"
+    assert rows["cheers/1.5b"]["sizes"]["range"] == "512x512"
+    assert rows["autoencoder/tiny"]["sizes"] is None
 
 
 @pytest.fixture(scope="module", params=TINY)

@@ -6,7 +6,14 @@ import torch
 
 from diptych.models.published.key_map import export, load
 from diptych.models.published.parts import autoencoder_kl
-from diptych.parts.autoencoder import Autoencoder, AutoencoderConfig, Identity, build_autoencoder
+from diptych.parts.autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    Identity,
+    build_autoencoder,
+    build_latent_autoencoder,
+    tiny_tokenizer,
+)
 
 CONFIG = AutoencoderConfig(channels=16, multipliers=(1, 2, 4, 4), blocks=2, latent_channels=4, groups=8)
 
@@ -118,3 +125,17 @@ def test_latents_do_not_depend_on_the_batch(ours, images):
 def test_sides_that_do_not_divide_are_named(ours):
     with pytest.raises(ValueError, match=r"multiples of 8, not \(12, 16\)"):
         ours.encode(torch.zeros(1, 3, 12, 16))
+
+
+@pytest.mark.parametrize("config", [tiny_tokenizer(), AutoencoderConfig("emu3")], ids=["vq", "emu3"])
+def test_a_flow_model_refuses_an_autoencoder_of_codes(config):
+    with pytest.raises(ValueError, match=f"continuous latents .*not '{config.kind}'"):
+        build_latent_autoencoder(config)
+
+
+def test_only_an_autoencoder_with_measured_statistics_is_trained():
+    from diptych.models.autoencoder import AutoencoderTraining, Config
+
+    for config in (AutoencoderConfig(), AutoencoderConfig("identity", statistics=True)):
+        with pytest.raises(ValueError, match=f"not {config.kind!r} with statistics={config.statistics}"):
+            AutoencoderTraining(Config(config), None)

@@ -101,7 +101,7 @@ def test_words_stay_close_and_pictures_are_drawn(folder, dtype):
     drawn = [e.generate("a star", size=(64, 64), num_inference_steps=3).images[0] for e in (whole, small)]
     x, y = (torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).float() for i in drawn)
     assert (x - y).abs().mean() < 8
-    assert small.edit(picture(1), "red", size=(64, 64), num_inference_steps=2).images[0].size == (32, 32)
+    assert small.edit(picture(1), "red", size=(64, 64), num_inference_steps=2).images[0].size == (64, 64)
 
 
 def test_our_own_folders_too_and_from_the_command_line(tiny_model, tmp_path, capsys):

@@ -21,6 +21,7 @@ from torch import Tensor
 from diptych.models.protocol import Trainable
 from diptych.models.published.key_map import Rules, State, Step, export, names, plan, raise_all
 from diptych.models.release import write_tensors
+from diptych.models.store import create
 from diptych.parts.quantize import to_int8
 from diptych.parts.tokenizer import Tokenizer
 
@@ -228,14 +229,13 @@ def open_published(family: str, layout: PublishedFormat, places: Places) -> Sour
 
 def make(
     source: Source,
-    create: Callable[..., Trainable],
     device: torch.device,
     dtype: torch.dtype | None,
     quantize: bool,
     prepare: Callable[[Trainable], None] | None = None,
     share: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Trainable:
-    """The model of a source on ``device``, in evaluation mode, filled tensor by tensor; ``create`` makes an empty one.
+    """The model of a source on ``device``, in evaluation mode, filled tensor by tensor.
 
     ``dtype`` is that of the parameters, None for as stored; buffers and the parts that no recipe may train (the
     autoencoder) then stay in float32. ``share`` gives what this process keeps of a tensor, in place of the model's own.
