@@ -669,10 +669,8 @@ class Cheers(UnifiedModel[Settings]):
         if table is None or not table.holds(contexts):
             table = Fixed(contexts, canvas[0] * canvas[1] // self.config.stride**2)
 
-        positions = torch.tensor([c.position for c in contexts], device=self.device)
-
         def velocities(x_t: Tensor, t: Tensor, branches: int) -> Tensor:
-            return self._velocity(self._grid(x_t, canvas), t, table, branches, positions).flatten(-2).transpose(-1, -2)
+            return self._velocity(self._grid(x_t, canvas), t, table, branches).flatten(-2).transpose(-1, -2)
 
         out = []
         for d, (state, v) in zip(drawings, euler(drawings, velocities), strict=True):
@@ -688,13 +686,13 @@ class Cheers(UnifiedModel[Settings]):
     def _velocity(
         self, z: Float[Tensor, "B c h w"], t: Float[Tensor, " B"], table: Fixed[Context], branches: int
     ) -> Float[Tensor, "R B c h w"]:
-        """The velocity of every branch; ``positions`` are those of the first latent token after each context."""
+        """The velocity of every branch."""
         alone = z.split(1 if z.device.type == "cpu" else len(z))  # on a CPU convolutions are not batch-invariant
         tokens, detail = (torch.cat(x) for x in zip(*(self._see(one) for one in alone), strict=True))
         n, blocks = tokens.shape[1], len(z) * branches
         stream = tokens.to(self.decoder.embed_tokens.weight.dtype).repeat(branches, 1, 1).flatten(0, 1)
         places = torch.arange(blocks * n, device=self.device)
-        starts = positions[:blocks]
+        starts = torch.tensor([c.position for c in table.contexts[:blocks]], device=self.device)
         states = self.decoder(stream, starts.repeat_interleave(n) + places % n, table.over(blocks, places))
         hidden = states.unflatten(0, (blocks, n))
         prediction = self._predict(hidden, detail.repeat(branches, 1, 1), t.repeat(branches), z)

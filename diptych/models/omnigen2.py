@@ -191,7 +191,8 @@ class Config:
     def trained(self) -> Sizes:
         """The sizes of pictures that the model was trained on."""
         longest = min(self.draw.longest, self.stride * min(self.dit.axes_lens[1:]))
-        return Sizes(self.size, self.stride, min(self.size) // 4, longest, self.source.longest, pixels=self.draw.pixels)
+        shortest = max(1, min(self.size) // 4 // self.stride) * self.stride
+        return Sizes(self.size, self.stride, shortest, longest, self.source.longest, pixels=self.draw.pixels)
 
     @staticmethod
     def b3_4() -> Config:

@@ -101,14 +101,6 @@ def build_autoencoder(config: AutoencoderConfig) -> Autoencoder | Identity | Dif
     return Identity() if config.kind == "identity" else kinds[config.kind](config)
 
 
-def build_latents(config: AutoencoderConfig) -> Autoencoder | Identity | DiffusersAutoencoder:
-    """The autoencoder of a family that draws continuous latents. Raises ``ValueError`` for one of codes."""
-    autoencoder = build_autoencoder(config)
-    if isinstance(autoencoder, (Quantised, Emu3)):
-        raise ValueError(f"autoencoder {config.kind!r} has codes; this family needs latents: flux, kl or identity")
-    return autoencoder
-
-
 def sampled(distribution: Float[Tensor, "N zz h w"], channels: int, eps: Tensor | None) -> Float[Tensor, "N z h w"]:
     """Latents of what ``distribution`` returns: its mean, moved by ``eps`` deviations where it has any."""
     mean, deviation = distribution[:, :channels], distribution[:, channels:]

@@ -180,7 +180,7 @@ def test_what_does_not_fit_the_positions_is_refused_before_anything_is_computed(
     short = store.create("omnigen2", replace(config, dit=replace(config.dit, axes_lens=(24, 4, 4))))
     with pytest.raises(ValueError, match=r"position \d+ .* the model has 24 positions"):
         short.lay_out(asked("a star " * 30))
-    with pytest.raises(ValueError, match="multiples of 16 up to 64"):
+    with pytest.raises(ValueError, match="multiples of 16 from 16 to 64"):
         short.canvas(Sample("s", (user("x"), assistant(Image(None, "target", (128, 32))))))
 
 

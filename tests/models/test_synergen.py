@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -216,7 +217,7 @@ def test_one_request_in_ten_is_read_without_its_words():
     assert recipe.stages[0].dropout == {"text": 0.1}
     plan = Plan({}, 0, 1, 1, 1, 1, recipe.stages[0].dropout)
     stream = Stream.__new__(Stream)
-    stream.plan, stream.number = plan, 0
+    stream.plan, stream.mixture = plan, SimpleNamespace(stream=0)
     sample = tiny.draw()
     dropped = sum("text" in stream._drop(sample, Draw("drawings", i, i)) for i in range(10_000))
     assert abs(dropped / 10_000 - 0.10) < 0.01

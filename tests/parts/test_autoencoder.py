@@ -14,6 +14,7 @@ from diptych.parts.autoencoder import (
     build_latent_autoencoder,
     tiny_tokenizer,
 )
+from diptych.parts.tokenizer import Tokenizer
 
 CONFIG = AutoencoderConfig(channels=16, multipliers=(1, 2, 4, 4), blocks=2, latent_channels=4, groups=8)
 
@@ -138,4 +139,4 @@ def test_only_an_autoencoder_with_measured_statistics_is_trained():
 
     for config in (AutoencoderConfig(), AutoencoderConfig("identity", statistics=True)):
         with pytest.raises(ValueError, match=f"not {config.kind!r} with statistics={config.statistics}"):
-            AutoencoderTraining(Config(config), None)
+            AutoencoderTraining(Config(config), Tokenizer.tiny())
