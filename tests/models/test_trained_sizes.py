@@ -40,7 +40,7 @@ def test_a_canvas_derived_from_an_edit_source_obeys_the_rule_of_a_requested_one(
 
     def canvas(width, height):
         source = PIL.Image.new("RGB", (width, height))
-        return fitted(Sample("s", (user(Image(source), "red"), assistant(Image()))), config.trained, config.draw)
+        return fitted(Sample("s", (user(Image(source), "red"), assistant(Image(None)))), config.trained, config.draw)
 
     assert canvas(2000, 1000) == (512, 1024)
     with pytest.raises(ValueError, match="2000x500 pixels gives a canvas of 1024x256, but size must be .* 512 to 1024"):
