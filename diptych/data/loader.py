@@ -69,7 +69,8 @@ class Plan:
     ``tokens``    the budget of a row, as ``pictures``
     ``streams``   independent streams of rows, a multiple of world x workers
     ``ahead``     how many samples of a stream wait for a row that they fit in
-    ``dropout``   condition -> how often ``lay_out`` leaves it out, where a sample has a picture to draw
+    ``dropout``   condition -> how often ``lay_out`` leaves it out, where a sample has a picture to draw; ``A|B`` is how
+                  often a sample that lost condition B loses A too (OmniGen2: ``image|text``)
     """
 
     weights: Mapping[str, float]
@@ -196,7 +197,10 @@ class Stream:
         if not any(image.role == "target" for image in sample.images()):
             return frozenset()
         address = (self.plan.seed, "dropout", self.mixture.stream, draw.number)
-        return frozenset(name for name, p in self.plan.dropout.items() if uniform(*address, name) < p)
+        drawn = [name for name, p in self.plan.dropout.items() if uniform(*address, name) < p]
+        alone = {name for name in drawn if "|" not in name}
+        together = {name.partition("|")[0] for name in drawn if name.partition("|")[2] in alone}
+        return frozenset(alone | together)
 
 
 class Rows(IterableDataset):
@@ -291,8 +295,14 @@ class Loader:
                 f"the next that fits is {-(-plan.streams // shares) * shares}"
             )
         for name, p in plan.dropout.items():
-            if name not in (known := tuple(conditions)):
-                raise ValueError(f"unknown condition {name!r} in dropout; choose from {', '.join(known)}")
+            for condition in name.split("|", 1):
+                if condition not in (known := tuple(conditions)):
+                    where = "" if condition == name else f" ({name!r})"
+                    raise ValueError(
+                        f"unknown condition {condition!r} in dropout{where}; choose from {', '.join(known)}"
+                    )
+            if "|" in name and (given := name.partition("|")[2]) not in plan.dropout:
+                raise ValueError(f"the dropout of {name!r} needs one of {given!r}, which the recipe does not drop")
             if not 0 <= p <= 1:
                 raise ValueError(f"the dropout of {name!r} is {p}; it must lie in [0, 1]")
         self.plan, self.lay_out, self.routes, self.pad_to = plan, lay_out, routes, pad_to

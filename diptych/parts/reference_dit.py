@@ -241,7 +241,9 @@ class ReferenceDit(nn.Module):
         out = self._refine(self.layers, torch.cat(joined), whole, time).split([len(j) for j in joined])
         drawn = [y[-len(p.x) :] for y, p in zip(out, pictures, strict=True)]
         sizes = [len(y) for y in drawn]
-        rows = torch.arange(len(drawn), device=device).repeat_interleave(torch.tensor(sizes, device=device))
+        rows = torch.arange(len(drawn), device=device).repeat_interleave(
+            torch.tensor(sizes, device=device), output_size=sum(sizes)
+        )
         normed = F.layer_norm(torch.cat(drawn), out[0].shape[-1:], eps=1e-6)
         return list(self.leave(normed * (1 + self.modulation(F.silu(time)))[rows]).split(sizes))
 
@@ -256,7 +258,7 @@ class ReferenceDit(nn.Module):
         the documents, sample by sample."""
         documents = [q for sample in places for q in sample]
         counts = torch.tensor([sum(map(len, sample)) for sample in places], device=x.device)
-        rows = torch.arange(len(places), device=x.device).repeat_interleave(counts)
+        rows = torch.arange(len(places), device=x.device).repeat_interleave(counts, output_size=len(x))
         turn = Rotation(torch.cat(documents), self.config.axes, self.config.theta)
         attend = Documents([len(q) for q in documents], x.device)
         for layer in layers:

@@ -144,7 +144,8 @@ class Stage:
 
     ``train`` maps part name -> learning rate; a part that is not named is frozen, in eval mode and without optimizer
     state. ``data`` maps data set name -> weight (of samples). ``loss`` maps loss term -> weight. ``dropout`` maps a
-    condition ("text", "image") -> how often a sample that draws is laid out without it, for guidance.
+    condition ("text", "image") -> how often a sample that draws is laid out without it, for guidance; "image|text" is
+    how often a sample that lost its text loses its pictures too.
     ``self_condition`` says what a picture without words is drawn from; by default from nothing.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+from collections import Counter
 from dataclasses import dataclass, fields
 from itertools import islice
 
@@ -224,6 +225,22 @@ def test_padding():
         assert len(row.batch) == 256 and int((row.batch.document != NONE).sum()) == row.stats.tokens
 
 
+def test_a_condition_can_be_dropped_only_together_with_another():
+    """``image|text`` is a share of the samples that lost their text, and of no others."""
+
+    def dropped(dropout):
+        total = Counter()
+        for row in first(make_loader(*DATA, **PLAN | {"dropout": dropout}), 24):
+            total.update(row.stats.dropped)
+        return total
+
+    text = dropped({"text": 0.5})["text"]
+    assert dropped({"text": 0.5, "image|text": 1.0}) == {"text": text, "image": text}
+    half = dropped({"text": 0.5, "image|text": 0.5})
+    assert half["text"] == text and 0 < half["image"] < text
+    assert dropped({"text": 0.0, "image|text": 1.0}) == {}
+
+
 def test_dropout_is_for_samples_with_a_target_and_belongs_to_the_draw(rows):
     dropped = drawn = 0
     for row in rows:
@@ -319,6 +336,8 @@ def test_the_global_random_state_is_left_alone():
         ({"world": 3, "streams": 16}, "3 x 1, not 16; the next that fits is 18"),
         ({"rank": 1}, r"rank 1 is outside 0\.\.0"),
         ({"dropout": {"words": 0.1}}, "unknown condition 'words' in dropout; choose from text, image"),
+        ({"dropout": {"text": 0.1, "words|text": 0.1}}, r"unknown condition 'words' in dropout \('words\|text'\)"),
+        ({"dropout": {"image|text": 0.1}}, r"the dropout of 'image\|text' needs one of 'text'"),
         ({"dropout": {"text": 1.5}}, r"dropout of 'text' is 1.5; it must lie in \[0, 1\]"),
     ],
 )

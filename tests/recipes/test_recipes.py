@@ -219,3 +219,31 @@ def test_sgt_goes_on_from_any_family_that_names_its_parts(family, tmp_path):
     other = replace(recipe, model=configs.config_to_json("iomm", tiny.iomm()))
     with pytest.raises(ValueError, match="unknown part 'decoder'; iomm has:"):
         _check(other, tiny.model("iomm"))
+
+
+OMNIGEN2 = {  # data of a test in place of what a catalog names, or None where the recipe's own ships
+    "omnigen2/tiny": None,
+    "omnigen2/tune": {"emoji64/compose": 1.0},
+    "sgt/omnigen2": {"shapes/sgt/segment": 2.0, "shapes/ask": 1.0},
+    "sgt/omnigen2-published": {"shapes/sgt/segment": 2.0, "shapes/ask": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", OMNIGEN2)
+def test_recipes_of_omnigen2_take_steps(name, tmp_path):
+    """Each with a small network; a step weighs its terms as the recipe says, and moves the parts that it names."""
+    recipe, data = recipes.find(name).with_steps(4), OMNIGEN2[name]
+    model = configs.config_to_json("omnigen2", tiny.omnigen2())
+    limits = Limits(512, 24)
+    stages = tuple(replace(s, limits=limits, data=data or s.data) for s in recipe.stages)
+    run = replace(
+        recipe, model=model, init={}, stages=stages, precision="fp32", engine=replace(recipe.engine, shard="none")
+    )
+    rows = train(run, tmp_path / "run")
+    assert len(rows) == 4
+    for row in rows:
+        weights = next(s.loss for s in stages if s.name == row["stage"])
+        assert row["loss"] == pytest.approx(sum(w * row.get(f"loss/{t}", 0.0) for t, w in weights.items()), rel=1e-4)
+    assert recipes.find("sgt/omnigen2-published").stages[0].loss["image"] == pytest.approx(
+        60 * recipes.find("sgt/omnigen2-published").stages[0].loss["text"]
+    )

@@ -74,7 +74,7 @@ def test_what_cannot_be_adapted(tmp_path):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_adapters_on_rounded_weights(family, tmp_path):
     """frozen: int8 trains the adapters, resumes, and releases what it computed with."""
-    part = {"iomm": "dit"}.get(family, "decoder")
+    part = {"iomm": "dit", "omnigen2": "dit"}.get(family, "decoder")
     base = tiny.recipe(
         model=configs.config_to_json(family, tiny.FAMILIES[family]()),
         steps=2,

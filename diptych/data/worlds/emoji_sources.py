@@ -128,6 +128,22 @@ def make_parts(rng: np.random.Generator, split: str, size: int, limit: int | Non
     return messages, {"type": "parts", "emoji": emoji.id, "colour": colour}
 
 
+def make_compose(rng: np.random.Generator, split: str, size: int, limit: int | None = None) -> Made:
+    """Two pictures without their names, and one picture of both, side by side or one above the other."""
+    pair = [pick(rng, concepts(split, limit)) for _ in range(2)]
+    references = [Image(render(emoji, size), "condition") for emoji in pair]
+    words = pick(rng, ("left", "right", "above", "below"))
+    first, second = (0, 1) if words in ("left", "above") else (1, 0)
+    shift = (size / 2, 0) if words in ("left", "right") else (0, size / 2)
+    margin = (0, size / 4) if shift[0] else (size / 4, 0)
+    pixels, paper = canvas(size)
+    for place, emoji in ((0, pair[first]), (1, pair[second])):
+        draw(paper, emoji.svg, margin[0] + place * shift[0], margin[1] + place * shift[1], size / 2)
+    where = f"to the {words} of" if shift[0] else words
+    messages = user(*references, f"the first {where} the second"), assistant(Image(picture(pixels), "target"))
+    return messages, {"type": "compose", "emoji": [e.id for e in pair], "relation": words}
+
+
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 SOURCES: dict[str, Callable[[np.random.Generator, str, int], Made]] = {
@@ -143,6 +159,8 @@ SOURCES: dict[str, Callable[[np.random.Generator, str, int], Made]] = {
     "emoji64/ask": partial(make_ask, limit=64),
     "emoji64/edit": partial(make_edit, limit=64),
     "emoji64/parts": partial(make_parts, limit=64),
+    "emoji/compose": make_compose,
+    "emoji64/compose": partial(make_compose, limit=64),
     **ladder.sources("emoji", annotated_for),
 }
 
