@@ -86,17 +86,13 @@ def together(work: Callable[[], T]) -> T:
     error, the others an ``OSError`` that names it."""
     if not dist.is_initialized():
         return work()
-    error: Exception | None = None
     try:
         result = work()
-    except Exception as caught:
-        error = caught
-    if any_of(error is not None):
-        failed = [(rank, text) for rank, text in enumerate(gather(_short(error))) if text]
-        raise error or ConnectionAbortedError("process {} failed: {}".format(*failed[0]))
+    except Exception as error:
+        any_of(True)
+        gather(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        raise
+    if any_of(False):
+        rank, text = next((rank, text) for rank, text in enumerate(gather("")) if text)
+        raise ConnectionAbortedError(f"process {rank} failed: {text}")
     return result
-
-
-def _short(error: Exception | None) -> str:
-    """Type and first line of an error; empty for none."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}" if error is not None else ""

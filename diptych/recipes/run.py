@@ -205,6 +205,19 @@ def precompute(
     return results
 
 
+# what drawing and writing a picture may raise, of a model in the middle of its training
+DRAWING_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
 def draw_samples(model: Trainable, step: int, run: Path) -> None:
     """Draws fixed prompts with fixed seeds into ``run/samples``, where the family draws. Whatever fails in it is a
     warning: a run does not end for its pictures."""
@@ -216,7 +229,7 @@ def draw_samples(model: Trainable, step: int, run: Path) -> None:
         drawn = Engine(model).draw(prompts, list(range(len(prompts))))
         with disk.atomic(run / "samples" / f"step-{step:08d}.png") as part:
             contact_sheet([d.image for d in drawn], columns=4).save(part, "PNG")
-    except Exception as error:
+    except DRAWING_ERRORS as error:
         log.warning("step %d: its samples cannot be drawn: %s: %s", step, type(error).__name__, error)
     finally:
         for module, mode in training:

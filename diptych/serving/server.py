@@ -32,12 +32,12 @@ def listen(host: str, port: int) -> list[socket.socket]:
     except (OSError, UnicodeError) as error:
         raise ValueError(f"host {host!r} cannot be found") from error
     sockets: list[socket.socket] = []
-    for family, address in dict.fromkeys((f, (a[0], *a[1:])) for f, _, _, _, a in found):
-        one = socket.socket(family, socket.SOCK_STREAM)
+    for kind, address in dict.fromkeys((f, (a[0], *a[1:])) for f, _, _, _, a in found):
+        one = socket.socket(kind, socket.SOCK_STREAM)
         sockets.append(one)
         try:
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
+            if kind == socket.AF_INET6:
                 one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             one.bind((address[0], port or sockets[0].getsockname()[1], *address[2:]))
             one.listen(BACKLOG)
