@@ -84,6 +84,8 @@ def test_adapters_on_rounded_weights(family, tmp_path):
         loss={"text": 1.0, "image": 1.0},
         precision="bf16",
     )
+    store.save(tiny.shake(tiny.model(family)), tmp_path / "start")  # a fresh network's output does not reach adapters
+    base = replace(base, init={"model": str(tmp_path / "start")})
     made = replace(base, lora={part: 2}, engine=Engine(recompute="full", frozen="int8"))
     held = build.build(made)
     rounded = {n for n, p in held.named_parameters() if p.dtype == torch.int8}
