@@ -301,8 +301,8 @@ class Loader:
                     raise ValueError(
                         f"unknown condition {condition!r} in dropout{where}; choose from {', '.join(known)}"
                     )
-            if "|" in name and (given := name.partition("|")[2]) not in plan.dropout:
-                raise ValueError(f"the dropout of {name!r} needs one of {given!r}, which the recipe does not drop")
+            if "|" in name and (base := name.partition("|")[2]) not in plan.dropout:
+                raise ValueError(f"the dropout of {name!r} needs one of {base!r}, which the recipe does not drop")
             if not 0 <= p <= 1:
                 raise ValueError(f"the dropout of {name!r} is {p}; it must lie in [0, 1]")
         self.plan, self.lay_out, self.routes, self.pad_to = plan, lay_out, routes, pad_to
