@@ -62,8 +62,7 @@ def read_ahead(dataset: Dataset, workers: int, **options: Any) -> Iterator[Itera
     try:
         yield map(pickle.loads, items) if workers else items
     except (RuntimeError, OSError, EOFError) as error:  # DataLoader's handler of SIGCHLD raises anywhere in the block
-        wait([w.sentinel for w in started], timeout=1.0)  # a worker that broke the pipe is about to be dead
-        if dead := [w for w in started if w.exitcode]:
+        if dead := _dead(started):
             raise ChildProcessError(_cause_of_death(dead[0])) from error
         raise
     finally:
@@ -80,12 +79,20 @@ def _start(ending: c_byte, worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.value else None)
 
 
+def _dead(workers: set[BaseProcess]) -> list[BaseProcess]:
+    """The workers that ended with an error, or are about to: one that broke the pipe gets a second. Its sentinel closes
+    before the system has its exit code, so it is joined."""
+    with _reaping(workers):
+        closed = wait([worker.sentinel for worker in workers], timeout=1.0)
+        for worker in workers:
+            if worker.sentinel in closed:
+                worker.join(1.0)
+        return [worker for worker in workers if worker.exitcode]
+
+
 def _end(workers: set[BaseProcess]) -> None:
-    """Ends and reaps worker processes. DataLoader's SIGCHLD handler takes a killed worker for a failure, so it is off
-    meanwhile."""
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main and workers else None
-    try:
+    """Ends and reaps worker processes."""
+    with _reaping(workers):
         for worker in workers:
             worker.terminate()
         end = time.monotonic() + GRACE
@@ -95,6 +102,15 @@ def _end(workers: set[BaseProcess]) -> None:
             if worker.is_alive():
                 worker.kill()
                 worker.join(GRACE)
+
+
+@contextmanager
+def _reaping(workers: set[BaseProcess]) -> Iterator[None]:
+    """Switches off DataLoader's SIGCHLD handler, which raises for a killed worker wherever the main thread is."""
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main and workers else None
+    try:
+        yield
     finally:
         if handler is not None:
             signal.signal(signal.SIGCHLD, handler)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
+import os
 import pickle
+import signal
 from collections import Counter
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -401,3 +404,19 @@ def test_a_temporary_folder_too_long_for_sockets_is_named(monkeypatch):
         read_ahead(Unpicklable(), 1),
     ):
         pass
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        while True:
+            yield 1
+
+
+@pytest.mark.parametrize("error", [EOFError, RuntimeError, ConnectionResetError])
+def test_whatever_breaks_when_a_worker_is_killed_is_its_death(error):
+    """The pipe breaks before the system has the exit code, and DataLoader's handler of SIGCHLD raises at any moment."""
+    for _ in range(5):
+        with pytest.raises(ChildProcessError, match="SIGKILL"), read_ahead(Endless(), 2) as items:
+            next(items)
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            raise error
