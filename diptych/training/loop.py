@@ -24,7 +24,7 @@ from diptych.core.noise import Noise
 from diptych.data.loader import Loader, Row, merge_states
 from diptych.machine import disk
 from diptych.machine.doctor import environment
-from diptych.machine.processes import any_of, gather, processes, together, total
+from diptych.machine.processes import any_of, gather, place, processes, together, total
 from diptych.models import store
 from diptych.models.protocol import Trainable
 from diptych.models.release import MARK
@@ -429,6 +429,10 @@ def _asked_to_stop(stop: threading.Event | None) -> Iterator[threading.Event]:
     old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield event
+    except BaseException:
+        if place()[1] > 1:  # torchrun sends SIGTERM as soon as one process has ended: the others still clean up
+            old[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for s, h in old.items():
             signal.signal(s, h)
