@@ -18,7 +18,7 @@ def add(app: Verbs) -> None:
 
 
 def models(as_json: JsonOption = False) -> None:
-    """List models with their parameter counts and the picture sizes that they draw."""
+    """List models with their parameter counts and picture sizes."""
     from diptych.models.store import list_models
 
     rows = list_models()

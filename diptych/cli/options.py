@@ -341,8 +341,8 @@ def at_least_one(**options: int | None) -> None:
 
 
 def show_table(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Prints a table. Names are never cut: a pipe gets lines as long as they need, and on a terminal only
-    the last column wraps."""
+    """Prints a table. Names are never cut: a pipe gets lines as long as they need, and on a terminal all
+    columns but the first wrap."""
     from rich.console import Console
     from rich.table import Table
 
@@ -351,7 +351,7 @@ def show_table(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -
         console = Console(width=10_000)
     table = Table(title=title)
     for number, name in enumerate(head):
-        table.add_column(name, no_wrap=number < len(head) - 1, overflow="fold")
+        table.add_column(name, no_wrap=number == 0, overflow="fold")
     for row in rows:
         table.add_row(*map(str, row))
     console.print(table)
