@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -207,10 +208,7 @@ def similarity(
     The report has the similarity at each layer."""
     from diptych.analysis import run
 
-    at_least_one(n=n, size=size)
-    models = probing.models(loading)
-    drawings = samples(data, catalog, size or run.size(models[loading.model]), n)
-    probing.show(run.run_similarity(models, drawings, data))
+    probe_drawings(run.run_similarity, loading, probing, data, catalog, n, size)
 
 
 def locality(
@@ -226,10 +224,25 @@ def locality(
     The report has one value for each layer."""
     from diptych.analysis import run
 
+    probe_drawings(run.run_locality, loading, probing, data, catalog, n, size)
+
+
+def probe_drawings(
+    probe: Callable[..., Any],
+    loading: Loading,
+    probing: Probing,
+    data: str,
+    catalog: str | None,
+    n: int,
+    size: int | None,
+) -> None:
+    """Runs a probe of the models on ``n`` drawings of a data set and shows its report."""
+    from diptych.analysis import run
+
     at_least_one(n=n, size=size)
     models = probing.models(loading)
     drawings = samples(data, catalog, size or run.size(models[loading.model]), n)
-    probing.show(run.run_locality(models, drawings, data))
+    probing.show(probe(models, drawings, data))
 
 
 def samples(name: str, catalog: str | None, size: int, n: int) -> list[Any]:

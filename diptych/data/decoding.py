@@ -110,8 +110,8 @@ def open_picture(
     16-bit greys keep their upper eight bits.
 
     Raises ``ValueError`` naming the picture and the reason: missing, of a format that is not read here, truncated or
-    corrupt, more than ``max_pixels``, a side over ``max_side``, sides further apart than ``max_ratio``, or an array
-    whose shape, type or values are none of the above.
+    corrupt, more than ``max_pixels``, a side over ``max_side``, an aspect ratio over ``max_ratio``, or an array of
+    another shape, type or range of values.
     """
     name = name or _name(source)
     limits = (max_pixels, max_side, max_ratio)

@@ -447,7 +447,7 @@ class Iomm(UnifiedModel[FlowSettings]):
         """``text``: cross-entropy summed over supervised words; ``image``: squared error, mean over a token's
         features, summed over noised tokens (Alg. 1)."""
         counts, drawn = self.counts(batch), batch.of(Kind.NOISED)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._reader_learns(batch)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.mllm.learns(batch)):
             s = self._embed(batch, noise)
             attend = Recorded(documents(s.columns))
             states = self.mllm(s.x, s.positions, attend)
@@ -478,11 +478,6 @@ class Iomm(UnifiedModel[FlowSettings]):
             image = image + error.sum()
             shown = shown + by_document(error.sum(-1), owner, len(batch.samples), error.shape[-1] * bool(drawn))
         return {"text": Term(text, counts["text"], words), "image": Term(image, counts["image"], shown)}
-
-    def _reader_learns(self, batch: Batch) -> bool:
-        """Whether anything before the queries asks for a gradient: the reader's weights, or a picture itself."""
-        pictures = (g.pixels for g in batch.of(Kind.VISION))
-        return any(p.requires_grad for p in self.mllm.parameters()) or any(x.requires_grad for x in pictures)
 
     @torch.no_grad()
     def encode(self, encoder: str, images: Tensor) -> Tensor:

@@ -482,7 +482,7 @@ class OmniGen2(UnifiedModel[Settings]):
         """``text``: cross-entropy summed over supervised tokens; ``image``: squared error of the velocity, mean over a
         token's features, summed over noised tokens. The reader learns from both where it is trained."""
         counts = self.counts(batch)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._reader_learns(batch)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.mllm.learns(batch)):
             s = self._read(batch, noise)
             states = self.mllm(s.x, s.positions, documents(s.columns))
             supervised = (s.columns.targets != NONE).nonzero()[:, 0]
@@ -545,11 +545,6 @@ class OmniGen2(UnifiedModel[Settings]):
         t, n = self.config.times(noise, group.owners, group.ordinals), prod(group.grid)
         shifts = {"v1": exp(0.5 + 0.65 * (n - 256) / 3840), "v2": n**0.5 / 20, "none": 1.0}
         return shift_time(t, shifts[self.config.time_shift])
-
-    def _reader_learns(self, batch: Batch) -> bool:
-        """Whether the reader's weights, or a picture that it reads, take a gradient."""
-        pictures = (g.pixels for g in batch.of(Kind.VISION))
-        return any(p.requires_grad for p in self.mllm.parameters()) or any(x.requires_grad for x in pictures)
 
     @torch.no_grad()
     def encode(self, encoder: str, images: Tensor) -> Tensor:

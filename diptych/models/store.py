@@ -157,8 +157,11 @@ def resolve(name_or_path: str | Path) -> Path:
     if path.is_dir():
         return path
     shipped = [n for n, s in SIZES.items() if s.folder and (SHIPPED / s.folder / "config.json").is_file()]
-    told = f"no model {str(name_or_path)!r}: not a folder, and these ship: {', '.join(shipped) or 'none'}"
-    told += nearest(name_or_path, SIZES)
+    if size and not size.folder:
+        told = f"{str(name_or_path)!r} is a size without weights here ({size.source}); train it, or give a folder"
+    else:
+        told = f"no model {str(name_or_path)!r}: not a folder, and these ship: {', '.join(shipped) or 'none'}"
+        told += nearest(name_or_path, SIZES)
     hub = size.source if size else str(name_or_path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub):
         raise ValueError(told)

@@ -16,7 +16,7 @@ import torch
 from einops import rearrange, repeat
 from torch import nn
 
-from diptych.core.batch import Pictures
+from diptych.core.batch import Batch, Pictures
 from diptych.core.layout import Kind, Segment
 from diptych.core.sample import Speaker
 from diptych.core.tensors import NONE, Float, Int, Tensor, to_float
@@ -180,6 +180,12 @@ class Mllm(nn.Module):
         """An empty cache for the language model's keys and values."""
         weight = self.language.embed_tokens.weight
         return Cache(self.layers, self.heads, self.head_width, weight.dtype, weight.device)
+
+    def learns(self, batch: Batch) -> bool:
+        """Whether a gradient is asked for before the generator: for the reader's weights, or for a picture that it
+        reads."""
+        pictures = (g.pixels for g in batch.of(Kind.VISION))
+        return any(p.requires_grad for p in self.parameters()) or any(x.requires_grad for x in pictures)
 
     def embed(self, ids: Int[Tensor, " T"]) -> Float[Tensor, "T D"]:
         """Embeddings of text tokens."""

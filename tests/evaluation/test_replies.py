@@ -152,7 +152,7 @@ def test_thoughts_are_not_the_answer():
 
 
 @pytest.mark.parametrize(
-    "reply, said",
+    "reply, expected",
     [
         ("yes", True),
         ("Yes, there is.", True),
@@ -173,8 +173,8 @@ def test_thoughts_are_not_the_answer():
         ("The answer is yes or no", None),
     ],
 )
-def test_yes_and_no(reply, said):
-    assert replies.yes_no(reply) is said
+def test_yes_and_no(reply, expected):
+    assert replies.yes_no(reply) is expected
 
 
 @pytest.mark.parametrize(
