@@ -160,7 +160,9 @@ class _Demo:
         self.million_parameters = sum(p.numel() for p in engine.model.parameters()) / 1e6
         self.works[name] = Work(drawn, answers, edited)
         seconds = time.monotonic() - start
-        self.console.print(f"drew {len(drawn)} prompts and {len(edited)} edits in {seconds:.1f} s: {folder}")
+        self.console.print(
+            f"drew {len(drawn)} prompts and {len(edited)} edits in {seconds:.1f} s: {folder}", soft_wrap=True
+        )
         scored: list[str] = []
         for benchmark in BENCHMARKS:
             start = time.monotonic()
@@ -208,7 +210,7 @@ class _Demo:
         )
         page.write_report(self.out, sections, title="diptych demo", summary=summary)
         self.console.rule()
-        self.console.print(f"report: {self.out.resolve()}\n\ntry next:\n{commands}", highlight=False)
+        self.console.print(f"report: {self.out.resolve()}\n\ntry next:\n{commands}", highlight=False, soft_wrap=True)
 
     @property
     def models(self) -> str:

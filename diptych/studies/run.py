@@ -70,5 +70,5 @@ def study(
             if this.measure:
                 results.measures.setdefault(arm, []).append(this.measure(load(release)))
     page = write_page(results, out)
-    console.print(page.read_text(), highlight=False)
+    console.print(page.read_text(), highlight=False, soft_wrap=True)
     return page

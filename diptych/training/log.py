@@ -139,7 +139,7 @@ class Log:
                 if position == row["step"]
                 else f"{row['step']}, {position / self.total:.0%}"
             )
-            self.console.print(f"{row['stage']} {where}  {self._text(row)}", highlight=False)
+            self.console.print(f"{row['stage']} {where}  {self._text(row)}", highlight=False, soft_wrap=True)
 
     def _text(self, row: Mapping) -> str:
         terms = "  ".join(f"{k[5:]} {v:.3f}" for k, v in row.items() if k.startswith("loss/"))

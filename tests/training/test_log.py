@@ -6,7 +6,10 @@ import json
 
 import pytest
 
+from diptych.recipes.run import stage_sources
+from diptych.training import loop
 from diptych.training.log import consumption, keep_until, read_metrics
+from tests.support import tiny
 
 ROW = {"stage": "all", "loss": 1.0, "seconds": 2.0, "data_wait": 0.5, "tokens_per_second": 30.0}
 
@@ -55,3 +58,11 @@ def test_consumption_counts_computing_alone(tmp_path):
     write(tmp_path, (1,))
     with pytest.raises(ValueError, match="fewer than two steps"):
         consumption(tmp_path)
+
+
+def test_a_progress_line_in_a_log_file_is_one_line(tmp_path, capfd, monkeypatch):
+    """Lines of a log that is no terminal can be searched: none is wrapped at its width."""
+    monkeypatch.setenv("COLUMNS", "40")
+    loop.train(tiny.recipe(steps=2), tmp_path / "run", stage_sources, show=True)
+    shown = [line for line in capfd.readouterr().err.splitlines() if "tok/s" in line]
+    assert shown and all(line.rstrip().split()[-2] == "ETA" for line in shown)
