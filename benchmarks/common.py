@@ -30,6 +30,6 @@ def finish(name: str, rows: list[dict[str, Any]], **summary: Any) -> None:
     table = Table(*map(str, rows[0]), title=name)
     for row in rows:
         table.add_row(*[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()])
-    Console(width=140).print(table)
+    Console(width=140, markup=False).print(table)
     where = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
     print(json.dumps({"benchmark": name, **where, **summary, "rows": rows}))

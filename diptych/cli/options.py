@@ -346,12 +346,13 @@ def show_table(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False)  # text in brackets, such as diptych[hf], is text
     if not console.is_terminal:
-        console = Console(width=10_000)
+        console = Console(width=10_000, markup=False)
     table = Table(title=title)
     for number, name in enumerate(head):
-        table.add_column(name, no_wrap=number == 0, overflow="fold")
+        widest = 100 if number == len(head) - 1 else None
+        table.add_column(name, no_wrap=number == 0, overflow="fold", max_width=widest)
     for row in rows:
         table.add_row(*map(str, row))
     console.print(table)

@@ -83,7 +83,7 @@ def demo(
     run = run or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
     if run.is_dir() and any(run.iterdir()):
         raise ValueError(f"{run} holds files already; name a new folder")
-    this = _Demo(Console(), out, run, limit, seed, time.monotonic())
+    this = _Demo(Console(markup=False), out, run, limit, seed, time.monotonic())
     with this.page_in_any_case():
         this.console.rule("the shipped model")
         budget = 60 * minutes if steps is None else math.inf

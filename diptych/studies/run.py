@@ -46,7 +46,7 @@ def study(
         raise ValueError(f"unknown study {name!r}; choose from {', '.join(STUDIES)}{nearest(name, STUDIES)}")
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"a study needs different seeds, at least one, not {list(seeds)}")
-    this, console = STUDIES[name], Console()
+    this, console = STUDIES[name], Console(markup=False)
     if model is not None and not isinstance(this.model, str):
         raise ValueError(f"{name} makes its own models; it cannot start from {model!r}")
     steps = steps or this.steps

@@ -106,7 +106,7 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, markup=False)
         self.bar = None
         if show and self.console.is_terminal:
             columns = (TextColumn("{task.fields[stage]}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))

@@ -16,6 +16,7 @@ import PIL.Image
 import pytest
 
 from diptych import cli, recipes
+from diptych.cli.options import show_table
 from diptych.machine import doctor
 from diptych.models import table
 from diptych.training.loop import Interrupted
@@ -180,6 +181,12 @@ def test_names_stay_whole_in_pipes_and_on_terminals(call, monkeypatch):
                 lines = out.splitlines()
                 assert all(any(name in line.split() for line in lines) for name in names)
                 assert "…" not in out
+
+
+def test_text_in_brackets_is_shown(capsys):
+    show_table("extras", ["name", "install"], [["[red]x", "pip install 'diptych[hf]'"]])
+    shown = capsys.readouterr().out
+    assert "pip install 'diptych[hf]'" in shown and "[red]x" in shown
 
 
 def test_completion_is_installed(tmp_path):
