@@ -33,7 +33,7 @@ def models(as_json: JsonOption = False) -> None:
                 row["name"],
                 row["family"],
                 *(
-                    "needs diptych[hf]" if row[key] is None else short(row[key])
+                    "needs extra hf" if row[key] is None else short(row[key])
                     for key in ("parameters", "activated_parameters")
                 ),
                 row["sizes"]["range"] if row["sizes"] else "",

@@ -346,7 +346,7 @@ def show_table(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(markup=False)  # text in brackets, such as diptych[hf], is text
+    console = Console(markup=False)  # text in brackets, such as '.[hf]', is text
     if not console.is_terminal:
         console = Console(width=10_000, markup=False)
     table = Table(title=title)

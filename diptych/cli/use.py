@@ -27,6 +27,7 @@ from diptych.cli.options import (
     complete_models,
     pixels,
 )
+from diptych.machine.extras import install
 
 ImageArgument = Annotated[Path, typer.Argument(metavar="IMAGE", help="a picture file")]
 
@@ -303,7 +304,7 @@ def serve(
         from diptych.serving.options import Options, public_name, read_keys
         from diptych.serving.server import serve
     except ModuleNotFoundError as error:
-        raise ValueError(f"serving needs the package {error.name}: pip install 'diptych[serve]'") from error
+        raise ValueError(f"serving needs the package {error.name}: {install('serve')}") from error
     from diptych.generation.engine import load
 
     options = Options(

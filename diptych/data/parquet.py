@@ -15,6 +15,7 @@ import PIL.Image
 from diptych.core.sample import Sample
 from diptych.data.decoding import MAX_PIXELS, open_picture
 from diptych.data.sources import Read, caption_messages, find_files, open_row, parse_row, unread_files
+from diptych.machine.extras import install
 
 HELD = 4  # row groups kept decoded, per process
 
@@ -157,7 +158,7 @@ def pyarrow() -> tuple[Any, tuple[type[Exception], ...]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError("reading parquet needs pyarrow; install it with: pip install diptych[data]") from error
+        raise ValueError(f"reading parquet needs pyarrow: {install('data')}") from error
     return pyarrow.parquet, (pyarrow.ArrowException, OSError)
 
 

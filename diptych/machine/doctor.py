@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from diptych.machine import extras
 from diptych.machine.devices import host_memory, matmul_rate
 
-UNLOCKS = {  # what each extra is for; a test compares the names with the package's metadata
-    "hf": "IOMM and OmniGen2 models, published autoencoders",
-    "data": "Parquet files",
-    "track": "TensorBoard logs",
-    "tune": "LoRA",
-    "evaluate": "judges, endpoints, GenEval's detector, distances",
-    "features": "distances without a download",
-    "serve": "the HTTP server and its page",
-    "test": "the test suite",
-    "docs": "the documentation site",
-}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -47,7 +36,7 @@ def report() -> dict[str, str]:
     findings["attention"] = (
         f"SDPA; FlexAttention {'for training' if torch.cuda.is_available() else 'trains on GPUs only'}"
     )
-    return findings | {f"extra {extra}": state(extra, packages) for extra, packages in extras().items()}
+    return findings | {f"extra {extra}": extras.state(extra, packages) for extra, packages in extras.declared().items()}
 
 
 def rates(device: str, n: int) -> dict[str, str]:
@@ -66,27 +55,6 @@ def gpus() -> Iterator[str]:
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         yield f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)"
-
-
-def extras() -> dict[str, list[str]]:
-    """The packages of every extra, from the metadata of the installed package."""
-    found: dict[str, list[str]] = {}
-    for line in requires("diptych") or ():
-        if match := re.match(r"([\w.-]+).*;.*extra == ['\"](\w+)['\"]", line):
-            found.setdefault(match[2], []).append(match[1])
-    return found
-
-
-def state(extra: str, packages: list[str]) -> str:
-    """What an extra is for, and which of its packages are missing."""
-    versions, missing = [], []
-    for package in packages:
-        try:
-            versions.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            missing.append(package)
-    hint = f"missing {', '.join(missing)}: pip install 'diptych[{extra}]'" if missing else "complete"
-    return f"{UNLOCKS[extra]}; {hint}" + (f" ({', '.join(versions)})" if versions and extra != "test" else "")
 
 
 def environment() -> dict[str, str]:

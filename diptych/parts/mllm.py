@@ -20,6 +20,7 @@ from diptych.core.batch import Batch, Pictures
 from diptych.core.layout import Kind, Segment
 from diptych.core.sample import Speaker
 from diptych.core.tensors import NONE, Float, Int, Tensor, to_float
+from diptych.machine.extras import install
 from diptych.parts.attention import Attend, Cache
 from diptych.parts.batch_invariant import linear
 from diptych.parts.images import AreaRule, SizeRule
@@ -359,9 +360,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(
-            "vision-language models need transformers; install it with: pip install diptych[hf]"
-        ) from error
+        raise ValueError(f"vision-language models need transformers: {install('hf')}") from error
     transformers.AttentionInterface.register(ATTENTION, _attention)
     return transformers
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from diptych.machine.extras import install
 from diptych.models.protocol import Trainable
 from diptych.training.parameters import by_part, named, select
 
@@ -27,7 +28,7 @@ def inject(model: Trainable, ranks: Mapping[str, int], seed: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ValueError("lora needs the package peft: pip install diptych[tune]") from error
+        raise ValueError(f"lora needs the package peft: {install('tune')}") from error
     inside = {id(p) for block in model.blocks() for p in block.parameters()}
     layers = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m.weight) in inside}
     parts = by_part(model)

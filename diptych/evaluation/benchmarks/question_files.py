@@ -20,6 +20,7 @@ from typing import Any
 from diptych.core.sample import Image, Text
 from diptych.data.sources import inside
 from diptych.evaluation import files
+from diptych.machine.extras import install
 
 LETTERS = "ABCDEFGHI"
 NAMES = {
@@ -104,7 +105,7 @@ def read_parquet(file: Path) -> list[dict]:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError('parquet needs pyarrow: pip install "diptych[data]"') from error
+        raise ValueError(f"parquet needs pyarrow: {install('data')}") from error
     rows: list[dict] = pyarrow.parquet.read_table(file).to_pylist()
     return [{k: _data(v) for k, v in row.items()} for row in rows]
 

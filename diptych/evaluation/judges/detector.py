@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from diptych.data.canvas import rgb
+from diptych.machine.extras import install
 
 LONG, SHORT, DIVISOR = 1333, 800, 32
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -176,7 +177,7 @@ def _load(kind: str, source: str) -> Any:
 
         return getattr(transformers, kind).from_pretrained(source)
     except ImportError as error:  # transformers itself, or scipy, which its Mask2Former wants
-        raise ValueError(f'GenEval\'s scorer needs pip install "diptych[evaluate]": {error}') from error
+        raise ValueError(f"GenEval's scorer needs {install('evaluate')}: {error}") from error
     except OSError as error:
         raise ValueError(
             f"{kind} cannot be read from {source!r}: {error}. Name a folder with --detector or --clip, or go online"

@@ -24,6 +24,7 @@ from diptych.evaluation import files
 from diptych.evaluation.addresses import NO_KEY, query, without_secrets
 from diptych.evaluation.judges import replies
 from diptych.machine import disk
+from diptych.machine.extras import install
 from diptych.parts.images import data_uri
 
 T = TypeVar("T")
@@ -168,5 +169,5 @@ def client_package() -> Any:
     try:
         import openai
     except ImportError as error:
-        raise ValueError('endpoints and judges need the package "openai": pip install "diptych[evaluate]"') from error
+        raise ValueError(f"endpoints and judges need the package openai: {install('evaluate')}") from error
     return openai
