@@ -10,8 +10,7 @@ from pathlib import Path
 from diptych.evaluation import files
 from diptych.evaluation.harness import Result
 from diptych.evaluation.page import Asked, Figure, Gallery, Questions, Section, Shown, Table, Text, Verdicts
-from diptych.evaluation.scores import Outcome
-from diptych.evaluation.scores import by_category as _by_category
+from diptych.evaluation.scores import Outcome, by_category
 
 # --- sections from results --------------------------------------------------------------------------------------------
 
@@ -85,7 +84,7 @@ def charts(results: Mapping[str, Result]) -> list[Figure]:
 def drawings(benchmark: str, outcomes: Sequence[Outcome], name: str, per_category: int = 6) -> list[Gallery]:
     """One gallery for each category of a drawing benchmark; the pictures that the model was shown come first."""
     found = []
-    for category, of in _by_category(outcomes).items():
+    for category, of in by_category(outcomes).items():
         shown = []
         for o in _worst_first(of)[:per_category]:
             before = [files.picture(i.image) for i in o.item.sample.images() if i.image is not None]
@@ -97,14 +96,14 @@ def drawings(benchmark: str, outcomes: Sequence[Outcome], name: str, per_categor
 
 def answers(benchmark: str, outcomes: Sequence[Outcome], name: str, per_category: int = 6) -> list[Questions]:
     """Questions of each category with their answers and the expected ones."""
-    groups = _by_category(outcomes).values()
+    groups = by_category(outcomes).values()
     asked = [_asked(o) for of in groups for o in _worst_first(of)[:per_category]]
     return [Questions(f"{benchmark} · {name}", tuple(asked), _tally(outcomes))]
 
 
 def verdicts(benchmark: str, outcomes: Sequence[Outcome], per_category: int = 6) -> Verdicts:
     """Every verdict of a benchmark, failures first; those that are shown on the page are linked."""
-    seen = {o.item.id for of in _by_category(outcomes).values() for o in _worst_first(of)[:per_category]}
+    seen = {o.item.id for of in by_category(outcomes).values() for o in _worst_first(of)[:per_category]}
     rows = [
         (o.item.id, o.item.id in seen, o.verdict.ok, o.verdict.grade, o.verdict.reason or (o.text or ""))
         for o in _worst_first(outcomes)

@@ -231,7 +231,7 @@ def check_edit(image: PIL.Image.Image, before: Scene, after: Scene, side: str | 
     gone = [t for t in before.things if t not in after.things]
 
     def take(thing: Thing, anywhere: bool = False) -> bool:
-        fits = (f for f in left if f.kind == thing.kind and (_on_side(f, side) if anywhere else _near(f, thing)))
+        fits = (f for f in left if f.kind == thing.kind and (on_side(f, side) if anywhere else _near(f, thing)))
         match = next(fits, None)
         if match:
             left.remove(match)
@@ -252,7 +252,8 @@ def _near(object: Found, thing: Thing) -> bool:
     return max(abs(object.x - thing.x), abs(object.y - thing.y)) < 1 / 12
 
 
-def _on_side(a: Found | Thing, side: str | None) -> bool:
+def on_side(a: Found | Thing, side: str | None) -> bool:
+    """Whether a thing is in the outer two fifths of the canvas on that side; None is true."""
     return {None: True, "left": a.x < 0.4, "right": a.x > 0.6, "top": a.y < 0.4, "bottom": a.y > 0.6}[side]
 
 

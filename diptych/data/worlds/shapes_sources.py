@@ -37,7 +37,7 @@ from diptych.data.worlds.shapes import (
     scene_for,
     seen,
 )
-from diptych.data.worlds.shapes_judge import _on_side
+from diptych.data.worlds.shapes_judge import on_side
 from diptych.data.worlds.shapes_questions import make_ask, make_read
 
 # --- sources ----------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def _edit(rng: np.random.Generator, kind: str) -> Edit | None:
     if kind == "add":
         colour, shape = _kind(rng)
         new = _thing((colour, shape), cells[n], *_spots(rng, 1))
-        possible = [side for side in SIDES if _on_side(new, side)]
+        possible = [side for side in SIDES if on_side(new, side)]
         side = pick(rng, possible) if possible and rng.random() < 0.7 else None
         where = f" {'at' if side in ('top', 'bottom') else 'on'} the {side}" if side else ""
         return Edit(kind, f"add a {colour} {shape}{where}", before, Scene((*before.things, new)), side)
