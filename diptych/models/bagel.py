@@ -29,10 +29,10 @@ from torch import nn
 
 from diptych.core.batch import Batch, Pictures, pack
 from diptych.core.layout import Kind, Layout, Segment
-from diptych.core.losses import Losses, Term, by_document
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Sample, Text
 from diptych.core.tensors import NONE, Float, Tensor, to_float
+from diptych.models.predictions import FlowPrediction, Predictions
 from diptych.models.protocol import (
     NOTHING,
     Context,
@@ -42,20 +42,20 @@ from diptych.models.protocol import (
     UnifiedModel,
     advance,
     check_step,
-    draw_noise,
     draw_weights,
     dropped,
     fitted,
     latent_tokens,
+    noised,
     read_on,
+    supervised,
 )
 from diptych.models.sizes import Sizes
 from diptych.parts.adapters import Projector
 from diptych.parts.attention import Attend, Cached, Fixed, documents, inverse_permutation
 from diptych.parts.autoencoder import AutoencoderConfig, build_latent_autoencoder, tiny_autoencoder
-from diptych.parts.cross_entropy import linear_cross_entropy
 from diptych.parts.decoder import Decoder, DecoderConfig
-from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, euler, mix, squared_error, velocity
+from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, euler, velocity
 from diptych.parts.images import SizeRule, to_tensor, tokens_to_latents
 from diptych.parts.positions import TimestepEmbedding, grid_places, grid_table
 from diptych.parts.routed import Routed
@@ -311,10 +311,8 @@ class Bagel(UnifiedModel[FlowSettings]):
             "image": float(sum(g.tokens.numel() for g in batch.of(Kind.NOISED))),
         }
 
-    def losses(self, batch: Batch, noise: Noise) -> Losses:
-        """``text``: cross-entropy summed over supervised words; ``image``: squared error, mean over a token's
-        features, summed over noised tokens (``train/pretrain_unified_navit.py``)."""
-        counts = self.counts(batch)
+    def predict(self, batch: Batch, noise: Noise) -> Predictions:
+        """``text``: supervised words; ``image``: noised latents (``train/pretrain_unified_navit.py``)."""
         order = torch.cat(batch.routes)
         rank = inverse_permutation(order)
         pictures = [(g.tokens, self._embed_vision(g, noise)) for g in batch.of(Kind.VISION)]
@@ -323,25 +321,15 @@ class Bagel(UnifiedModel[FlowSettings]):
             pictures.append((g.tokens, self._embed_latents(latents, latents.new_zeros(len(latents)), g.grid)))
         drawn = []
         for g in batch.of(Kind.NOISED):
-            data = latent_tokens(self, g, noise)
-            eps = draw_noise(noise, g, "noise", tuple(data.shape[1:])).to(data.device)
-            t = self.config.times(noise, g.owners, g.ordinals).to(data.device)
-            pictures.append((g.tokens, self._embed_latents(mix(data, eps, t), t, g.grid)))
-            drawn.append((g, data, eps, t))
+            target = noised(self, g, noise, self.config.times(noise, g.owners, g.ordinals))
+            pictures.append((g.tokens, self._embed_latents(target.x_t, target.times, g.grid)))
+            drawn.append((g.tokens, target))
         states = self._run(batch, pictures, batch.positions, order, documents(batch, order))
-
-        supervised = (batch.targets != NONE).nonzero()[:, 0]
-        read = states.index_select(0, rank[supervised])
-        text, each = linear_cross_entropy(read, self.decoder.head_weight, batch.targets[supervised])
-        image, rows = states.new_zeros(()), len(batch.samples)
-        said = by_document(each, batch.document[supervised], rows)
-        shown = torch.zeros_like(said)
-        for g, data, eps, t in drawn:
-            prediction = self.latent_out(states.index_select(0, rank[g.tokens.flatten()])).view_as(data).float()
-            error = squared_error(prediction, data, eps, t, self.config.prediction).mean(-1)
-            image = image + error.sum()
-            shown = shown + by_document(error.sum(-1), batch.document[g.tokens[:, 0]], rows, error.shape[-1])
-        return {"text": Term(text, counts["text"], said), "image": Term(image, counts["image"], shown)}
+        image = []
+        for tokens, target in drawn:
+            prediction = self.latent_out(states.index_select(0, rank[tokens.flatten()])).view_as(target.data).float()
+            image.append(FlowPrediction(prediction, target, self.config.prediction, batch.document[tokens[:, 0]]))
+        return {"text": supervised(states, self.decoder.head_weight, batch, rank), "image": tuple(image)}
 
     # ---- reading ------------------------------------------------------------------------------------------------
 
@@ -433,6 +421,10 @@ class Bagel(UnifiedModel[FlowSettings]):
         states = self.decoder(stream, positions, table.over(blocks, order), [2 * blocks, n * blocks])
         prediction = self.latent_out(states[2 * blocks :]).float().view(branches, B, n, -1)
         return torch.stack([velocity(p, x_t, t, self.config.prediction) for p in prediction])
+
+    def encoded(self, drawing: Drawing[FlowSettings]) -> dict[str, Tensor]:
+        grid = self._grid(drawing.canvas)
+        return {"autoencoder": tokens_to_latents(drawing.state[None].clone(), grid, self.config.latent_patch)[0]}
 
     @torch.inference_mode()
     def finish(self, drawings: Sequence[Drawing[FlowSettings]]) -> Float[Tensor, "B 3 H W"]:

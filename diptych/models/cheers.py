@@ -37,10 +37,10 @@ from torch import nn
 
 from diptych.core.batch import Batch, Pictures, pack
 from diptych.core.layout import Kind, Layout, Segment
-from diptych.core.losses import Losses, Term, by_document
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Message, Sample, Text
 from diptych.core.tensors import NONE, Float, Int, Tensor, to_float
+from diptych.models.predictions import FlowPrediction, Noised, Predictions
 from diptych.models.protocol import (
     NOTHING,
     Branches,
@@ -57,11 +57,11 @@ from diptych.models.protocol import (
     fitted,
     read_on,
     sources,
+    supervised,
 )
 from diptych.models.sizes import Sizes
 from diptych.parts.attention import Cached, Fixed, documents, sdpa
 from diptych.parts.autoencoder import AutoencoderConfig, LatentDecoder, build_latent_autoencoder, tiny_autoencoder
-from diptych.parts.cross_entropy import linear_cross_entropy
 from diptych.parts.decoder import MLP, Attention, Decoder, DecoderConfig, RMSNorm, Rope
 from diptych.parts.flow import (
     FlowSettings,
@@ -71,7 +71,6 @@ from diptych.parts.flow import (
     mix,
     schedule,
     shift_time,
-    squared_error,
     velocity,
 )
 from diptych.parts.images import SizeRule, crop, letterbox, to_tensor
@@ -519,10 +518,8 @@ class Cheers(UnifiedModel[Settings]):
         latents = sum(g.tokens.numel() for g in batch.pictures if self._supervised(g)) * self.config.merge**2
         return {"text": float((batch.targets != NONE).sum()), "image": float(latents)}
 
-    def losses(self, batch: Batch, noise: Noise) -> Losses:
-        """``text``: cross-entropy summed over supervised words; ``image``: squared error, mean over the features of a
-        latent, summed over latents."""
-        counts = self.counts(batch)
+    def predict(self, batch: Batch, noise: Noise) -> Predictions:
+        """``text``: supervised words; ``image``: noised latents."""
         pictures, drawn = [], []
         for g in batch.pictures:
             data = self._latents(g)
@@ -535,21 +532,12 @@ class Cheers(UnifiedModel[Settings]):
             if self._supervised(g):
                 drawn.append((g.tokens, data, eps, t, detail))
         states = self.decoder(self.decoder.embed(batch, pictures), batch.positions, documents(batch))
-
-        supervised = (batch.targets != NONE).nonzero()[:, 0]
-        text, each = linear_cross_entropy(
-            states.index_select(0, supervised), self.decoder.head_weight, batch.targets[supervised]
-        )
-        image, rows = states.new_zeros(()), len(batch.samples)
-        said = by_document(each, batch.document[supervised], rows)
-        shown = torch.zeros_like(said)
+        image = []
         for tokens, data, eps, t, detail in drawn:
             hidden = states.index_select(0, tokens.flatten()).unflatten(0, tuple(tokens.shape))
-            prediction = self._predict(hidden, detail, t, data)
-            error = squared_error(prediction, data, eps, t, self.config.prediction).mean(1).flatten(1)
-            image = image + error.sum()
-            shown = shown + by_document(error.sum(-1), batch.document[tokens[:, 0]], rows, error.shape[-1])
-        return {"text": Term(text, counts["text"], said), "image": Term(image, counts["image"], shown)}
+            prediction, document = self._predict(hidden, detail, t, data), batch.document[tokens[:, 0]]
+            image.append(FlowPrediction(prediction, Noised(data, eps, t), self.config.prediction, document, features=1))
+        return {"text": supervised(states, self.decoder.head_weight, batch), "image": tuple(image)}
 
     # ---- reading ------------------------------------------------------------------------------------------------
 
@@ -698,6 +686,9 @@ class Cheers(UnifiedModel[Settings]):
         prediction = self._predict(hidden, detail.repeat(branches, 1, 1), t.repeat(branches), z)
         each = prediction.unflatten(0, (branches, len(z)))
         return torch.stack([velocity(p, z, t, self.config.prediction) for p in each])
+
+    def encoded(self, drawing: Drawing[Settings]) -> dict[str, Tensor]:
+        return {"autoencoder": self._grid(drawing.state[None].clone(), drawing.canvas)[0]}
 
     @torch.inference_mode()
     def finish(self, drawings: Sequence[Drawing[Settings]]) -> Float[Tensor, "B 3 H W"]:

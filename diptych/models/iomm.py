@@ -35,10 +35,10 @@ from torch.nn.utils.rnn import pad_sequence
 from diptych.core.batch import Batch, pack
 from diptych.core.checks import at_least
 from diptych.core.layout import Kind, Layout, Segment
-from diptych.core.losses import Losses, Term, by_document
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Message, Sample, Text
 from diptych.core.tensors import NONE, Bool, Float, Tensor, to_float
+from diptych.models.predictions import FlowPrediction, Noised, Predictions
 from diptych.models.protocol import (
     NOTHING,
     Branches,
@@ -49,19 +49,18 @@ from diptych.models.protocol import (
     UnifiedModel,
     advance,
     check_step,
-    draw_noise,
     dropped,
     every_scale,
     fitted,
-    latent_tokens,
+    noised,
+    supervised,
 )
 from diptych.models.sizes import Sizes
 from diptych.parts.adapters import Connector, NoQueries, QueryBlock, ResidualQueries, StaticQueries
 from diptych.parts.attention import Cached, Continued, Recorded, documents
 from diptych.parts.autoencoder import AutoencoderConfig, build_latent_autoencoder, tiny_autoencoder
-from diptych.parts.cross_entropy import linear_cross_entropy
 from diptych.parts.dit import DitConfig, Group, blocks, build_dit
-from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, euler, mix, squared_error, velocity
+from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, euler, velocity
 from diptych.parts.images import SizeRule, to_tensor, tokens_to_latents
 from diptych.parts.images import crop as cropped
 from diptych.parts.mllm import Mllm, MllmConfig, Template
@@ -443,41 +442,33 @@ class Iomm(UnifiedModel[FlowSettings]):
             "image": float(sum(g.tokens.numel() for g in batch.of(Kind.NOISED))),
         }
 
-    def losses(self, batch: Batch, noise: Noise) -> Losses:
-        """``text``: cross-entropy summed over supervised words; ``image``: squared error, mean over a token's
-        features, summed over noised tokens (Alg. 1)."""
-        counts, drawn = self.counts(batch), batch.of(Kind.NOISED)
+    def predict(self, batch: Batch, noise: Noise) -> Predictions:
+        """``text``: supervised words; ``image``: noised latents (Alg. 1)."""
+        drawn = batch.of(Kind.NOISED)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.mllm.learns(batch)):
             s = self._embed(batch, noise)
             attend = Recorded(documents(s.columns))
             states = self.mllm(s.x, s.positions, attend)
-            supervised = (s.columns.targets != NONE).nonzero()[:, 0]
-            said = states.index_select(0, supervised)
-            text, each = linear_cross_entropy(said, self.mllm.head_weight, s.columns.targets[supervised])
-        words = by_document(each, s.columns.document[supervised], len(batch.samples))
-        noised = []
-        for g in drawn:
-            data = latent_tokens(self, g, noise)
-            eps = draw_noise(noise, g, "noise", tuple(data.shape[1:])).to(data.device)
-            noised.append((data, eps, self.config.times(noise, g.owners, g.ordinals).to(data.device), g.grid))
+            text = supervised(states, self.mllm.head_weight, s.columns)
+        times = [self.config.times(noise, g.owners, g.ordinals) for g in drawn]
+        targets = [noised(self, g, noise, t) for g, t in zip(drawn, times, strict=True)]
+        grids, owners = [g.grid for g in drawn], [batch.document[g.tokens[:, 0]] for g in drawn]
         if not drawn:  # a token that counts nothing, for other processes may draw and wait for this one (``trunk``)
             nothing = states.new_zeros(1, 1, self.features, dtype=torch.float32)
-            noised.append((nothing, nothing, nothing[:, 0, 0], (1, 1)))
+            targets, grids, owners = [Noised(nothing, nothing, nothing[:, 0, 0])], [(1, 1)], [batch.document[:1]]
         conditions, valid = self._condition(batch, s, states, attend.memory)
-        sizes = [len(data) for data, *_ in noised]
+        sizes = [len(target.data) for target in targets]
         groups = [
-            Group(mix(data, eps, t), t, condition, mask, grid)
-            for (data, eps, t, grid), condition, mask in zip(
-                noised, conditions.split(sizes), valid.split(sizes), strict=True
+            Group(target.x_t, target.times, condition, mask, grid)
+            for target, condition, mask, grid in zip(
+                targets, conditions.split(sizes), valid.split(sizes), grids, strict=True
             )
         ]
-        image, shown = states.new_zeros((), dtype=torch.float32), torch.zeros_like(words)
-        owners = [batch.document[g.tokens[:, 0]] for g in drawn] or [batch.document[:1]]
-        for (data, eps, t, _), owner, prediction in zip(noised, owners, self.dit(groups), strict=True):
-            error = bool(drawn) * squared_error(prediction.float(), data, eps, t, self.config.prediction).mean(-1)
-            image = image + error.sum()
-            shown = shown + by_document(error.sum(-1), owner, len(batch.samples), error.shape[-1] * bool(drawn))
-        return {"text": Term(text, counts["text"], words), "image": Term(image, counts["image"], shown)}
+        image = [
+            FlowPrediction(prediction.float(), target, self.config.prediction, owner, bool(drawn))
+            for prediction, target, owner in zip(self.dit(groups), targets, owners, strict=True)
+        ]
+        return {"text": text, "image": tuple(image)}
 
     @torch.no_grad()
     def encode(self, encoder: str, images: Tensor) -> Tensor:
@@ -599,6 +590,10 @@ class Iomm(UnifiedModel[FlowSettings]):
     def _grid(self, canvas: tuple[int, int]) -> tuple[int, int]:
         """(rows, columns) of the latent tokens of a picture."""
         return canvas[0] // self.config.stride, canvas[1] // self.config.stride
+
+    def encoded(self, drawing: Drawing[FlowSettings]) -> dict[str, Tensor]:
+        grid = self._grid(drawing.canvas)
+        return {"autoencoder": tokens_to_latents(drawing.state[None].clone(), grid, self.config.latent_patch)[0]}
 
     @torch.inference_mode()
     def finish(self, drawings: Sequence[Drawing[FlowSettings]]) -> Float[Tensor, "B 3 H W"]:

@@ -34,10 +34,10 @@ import torch
 from diptych.core.batch import Batch, Pictures, pack
 from diptych.core.checks import at_least
 from diptych.core.layout import Kind, Layout, Segment
-from diptych.core.losses import Losses, Term, by_document
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Message, Sample, Text
 from diptych.core.tensors import NONE, Bool, Float, Int, Tensor, to_float
+from diptych.models.predictions import FlowPrediction, Noised, Predictions
 from diptych.models.protocol import (
     NOTHING,
     TEXT,
@@ -49,17 +49,17 @@ from diptych.models.protocol import (
     UnifiedModel,
     advance,
     check_step,
-    draw_noise,
     dropped,
     fitted,
     latent_tokens,
+    noised,
+    supervised,
     worded,
 )
 from diptych.models.sizes import Sizes
 from diptych.parts.attention import Cached, documents
 from diptych.parts.autoencoder import AutoencoderConfig, build_latent_autoencoder, sampled, tiny_autoencoder
-from diptych.parts.cross_entropy import linear_cross_entropy
-from diptych.parts.flow import TimeDraw, mix, schedule, shift_time
+from diptych.parts.flow import TimeDraw, schedule, shift_time
 from diptych.parts.images import AreaRule, ShrinkRule, latents_to_tokens, to_tensor, tokens_to_latents
 from diptych.parts.mllm import Mllm, MllmConfig, Template
 from diptych.parts.reference_dit import Drawn, Reference, ReferenceDit, ReferenceDitConfig
@@ -478,31 +478,26 @@ class OmniGen2(UnifiedModel[Settings]):
             "image": float(sum(g.tokens.numel() for g in batch.of(Kind.NOISED))),
         }
 
-    def losses(self, batch: Batch, noise: Noise) -> Losses:
-        """``text``: cross-entropy summed over supervised tokens; ``image``: squared error of the velocity, mean over a
-        token's features, summed over noised tokens. The reader learns from both where it is trained."""
-        counts = self.counts(batch)
+    def predict(self, batch: Batch, noise: Noise) -> Predictions:
+        """``text``: supervised words; ``image``: noised latents. The reader learns from both where it is trained."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.mllm.learns(batch)):
             s = self._read(batch, noise)
             states = self.mllm(s.x, s.positions, documents(s.columns))
-            supervised = (s.columns.targets != NONE).nonzero()[:, 0]
-            answers = states.index_select(0, supervised)
-            text, each = linear_cross_entropy(answers, self.mllm.head_weight, s.columns.targets[supervised])
-        words = by_document(each, s.columns.document[supervised], len(batch.samples))
+            text = supervised(states, self.mllm.head_weight, s.columns)
         pictures, targets, owners = self._pictures(batch, s, states, noise)
-        image, documented = states.new_zeros((), dtype=torch.float32), torch.zeros_like(words)
-        for velocity, target, owner in zip(self.dit(pictures), targets, owners, strict=True):
-            error = bool(counts["image"]) * (velocity.float() - target).square().mean(-1)
-            image = image + error.sum()
-            tokens = len(error) * bool(counts["image"])
-            documented = documented + by_document(error.sum()[None], owner[None], len(batch.samples), tokens)
-        return {"text": Term(text, counts["text"], words), "image": Term(image, counts["image"], documented)}
+        drawn = bool(batch.of(Kind.NOISED))
+        image = [
+            FlowPrediction(-velocity.float()[None], target, "velocity", owner[None], drawn)
+            for velocity, target, owner in zip(self.dit(pictures), targets, owners, strict=True)
+        ]
+        return {"text": text, "image": tuple(image)}
 
     def _pictures(
         self, batch: Batch, s: _Stream, states: Float[Tensor, "S D"], noise: Noise
-    ) -> tuple[list[Drawn], list[Tensor], list[Tensor]]:
-        """The pictures to draw of a row, what the network is to return for each (data - noise), and the document of
-        each. A row without any draws one token that counts nothing: other processes may draw, and wait for it."""
+    ) -> tuple[list[Drawn], list[Noised], list[Tensor]]:
+        """The pictures to draw of a row, their latents with noise and the document of each. The network predicts
+        data - noise. A row without any draws one token that counts nothing: other processes may draw, and wait for it.
+        """
         clean = sorted(
             (int(g.tokens[i, 0]), Reference(tokens, g.grid))
             for g in batch.of(Kind.CLEAN)
@@ -512,10 +507,8 @@ class OmniGen2(UnifiedModel[Settings]):
         firsts = sorted(int(p) for g in groups for p in g.tokens[:, 0])
         pictures, targets, owners = [], [], []
         for g in groups:
-            data = latent_tokens(self, g, noise)
-            eps = draw_noise(noise, g, "noise", tuple(data.shape[1:])).to(data.device)
-            t = self._times(g, noise).to(data.device)
-            x_t = mix(data, eps, t)
+            group = noised(self, g, noise, self._times(g, noise))
+            x_t, t = group.x_t, group.times
             for i, tokens in enumerate(g.tokens):
                 first, owner = int(tokens[0]), batch.document[tokens[0]]
                 earlier = max((p for p in firsts if p < first), default=-1)
@@ -523,12 +516,12 @@ class OmniGen2(UnifiedModel[Settings]):
                 mine = (s.columns.document == owner) & (s.places < first)
                 condition = states[self._condition(mine & s.condition, s.columns.ids, mine)]
                 pictures.append(Drawn(x_t[i], g.grid, 1 - t[i], condition, references))
-                targets.append(data[i] - eps[i])
+                targets.append(Noised(group.data[i : i + 1], group.noise[i : i + 1], t[i : i + 1]))
                 owners.append(owner)
         if not pictures:
-            empty = states.new_zeros(1, self.features, dtype=torch.float32)
-            pictures = [Drawn(empty, (1, 1), empty[0, 0], states[:1])]
-            targets, owners = [empty], [batch.document[0]]
+            empty = states.new_zeros(1, 1, self.features, dtype=torch.float32)
+            pictures = [Drawn(empty[0], (1, 1), empty[0, 0, 0], states[:1])]
+            targets, owners = [Noised(empty, empty, empty[:, 0, 0])], [batch.document[0]]
         return pictures, targets, owners
 
     def _condition(
@@ -691,6 +684,10 @@ class OmniGen2(UnifiedModel[Settings]):
     def _grid(self, canvas: tuple[int, int]) -> tuple[int, int]:
         """(rows, columns) of the latent tokens of a picture."""
         return canvas[0] // self.config.stride, canvas[1] // self.config.stride
+
+    def encoded(self, drawing: Drawing[Settings]) -> dict[str, Tensor]:
+        grid = self._grid(drawing.canvas)
+        return {"autoencoder": tokens_to_latents(drawing.state[None].clone(), grid, self.config.latent_patch)[0]}
 
     @torch.inference_mode()
     def finish(self, drawings: Sequence[Drawing[Settings]]) -> Float[Tensor, "B 3 H W"]:

@@ -21,7 +21,8 @@ from diptych.core.layout import Kind, Layout, Segment
 from diptych.core.losses import Losses
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Message, Sample, Text
-from diptych.core.tensors import Float, Tensor
+from diptych.core.tensors import NONE, Float, Int, Tensor
+from diptych.models.predictions import Noised, Objective, Predictions, TokenPrediction, score
 from diptych.models.sizes import Sizes
 from diptych.parts.autoencoder import sampled
 from diptych.parts.images import latents_to_tokens
@@ -221,6 +222,20 @@ class UnifiedModel(Trainable, Generic[S]):
         return self.settings if self.edits is None or not sources(sample) else self.edits
 
     @abstractmethod
+    def predict(self, batch: Batch, noise: Noise) -> Predictions:
+        """What the model predicts for a batch, by the terms of ``counts``. Two calls with one batch and one noise see
+        the same x_t, whatever the weights are."""
+
+    def losses(self, batch: Batch, noise: Noise) -> Losses:
+        """The loss terms of supervised training."""
+        return score(self.predict(batch, noise), batch, self.counts(batch))
+
+    def forward(self, batch: Batch, noise: Noise, objective: Objective = score) -> Losses:
+        """The losses that ``objective`` makes of the predictions. Sharded weights are whole here only, so the
+        objective runs inside."""
+        return objective(self.predict(batch, noise), batch, self.counts(batch))
+
+    @abstractmethod
     def canvas(self, sample: Sample) -> tuple[int, int]:
         """The (height, width) to draw for a request: the size it asks for, else that of the last picture of the
         conversation (its source, or what was drawn before), else the model's own. Raises ``ValueError`` for a size that
@@ -302,6 +317,11 @@ class UnifiedModel(Trainable, Generic[S]):
     def preview(self, drawings: Sequence[Drawing[S]]) -> Float[Tensor, "B 3 H W"]:
         """The pictures as they would look if drawing ended here."""
         return self.finish([d.ahead for d in drawings])
+
+    @abstractmethod
+    def encoded(self, drawing: Drawing[S]) -> dict[str, Tensor]:
+        """A finished drawing as ``Image.encoded`` holds it: its latents or codes by encoder. A training sample takes
+        these, since encoding the decoded picture again gives other ones."""
 
     @abstractmethod
     def finish(self, drawings: Sequence[Drawing[S]]) -> Float[Tensor, "B 3 H W"]:
@@ -411,6 +431,22 @@ def latent_tokens(model: Trainable, group: Pictures, noise: Noise) -> Float[Tens
     if found.shape[1] > channels:
         eps = draw_noise(noise, group, f"{group.kind} posterior", (channels, *found.shape[2:])).to(found.device)
     return latents_to_tokens(sampled(found, channels, eps), model.config.latent_patch)
+
+
+def noised(model: Trainable, group: Pictures, noise: Noise, times: Float[Tensor, " N"]) -> Noised:
+    """A group's latents with the noise that belongs to each picture, at given times."""
+    data = latent_tokens(model, group, noise)
+    eps = draw_noise(noise, group, "noise", tuple(data.shape[1:])).to(data.device)
+    return Noised(data, eps, times.to(data.device))
+
+
+def supervised(
+    states: Float[Tensor, "T d"], table: Float[Tensor, "V d"], columns: Batch, rank: Int[Tensor, " T"] | None = None
+) -> tuple[TokenPrediction, ...]:
+    """The predictions of the words that ``columns`` supervises; ``rank`` says where the state of each place is."""
+    at = (columns.targets != NONE).nonzero()[:, 0]
+    read = states.index_select(0, at if rank is None else rank[at])
+    return (TokenPrediction(read, table, columns.targets[at], columns.document[at]),)
 
 
 def draw_noise(noise: Noise, group: Pictures, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -33,10 +33,10 @@ from torch import nn
 from diptych.core.batch import Batch, Pictures, pack
 from diptych.core.checks import at_least
 from diptych.core.layout import Kind, Layout, Segment
-from diptych.core.losses import Losses, Term, by_document
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Message, Sample, Text
 from diptych.core.tensors import NONE, Float, Int, Tensor, to_float
+from diptych.models.predictions import Predictions, TokenPrediction
 from diptych.models.protocol import (
     NOTHING,
     Branches,
@@ -52,12 +52,12 @@ from diptych.models.protocol import (
     every_scale,
     fitted,
     read_on,
+    supervised,
 )
 from diptych.models.sizes import Sizes
 from diptych.parts.attention import Attend, Cached, Streams, documents, inverse_permutation
 from diptych.parts.autoencoder import AutoencoderConfig, build_autoencoder, tiny_tokenizer
 from diptych.parts.codes import CodeHead, CodeSettings
-from diptych.parts.cross_entropy import linear_cross_entropy
 from diptych.parts.decoder import Decoder, DecoderConfig
 from diptych.parts.fold import Ratio, fold, folded, unfold
 from diptych.parts.images import SizeRule, Tiling, fit
@@ -399,20 +399,20 @@ class SynerGen(UnifiedModel[CodeSettings]):
         stream = self.decoder.embed(batch, pictures, order, self._embed_words)
         return self.decoder(stream, positions[order], attend, [len(r) for r in batch.routes])
 
-    def _told(self, batch: Batch) -> list[Pictures]:
+    def _drawn(self, batch: Batch) -> list[Pictures]:
         """The pictures that carry the picture loss."""
         return [g for g in batch.of(Kind.CODES) if g.drawn or self.config.image_loss_on_und]
 
     def counts(self, batch: Batch) -> dict[str, float]:
         return {
             "text": float((batch.targets != NONE).sum()),
-            "image": float(sum(g.tokens.numel() * self.config.slots for g in self._told(batch))),
+            "image": float(sum(g.tokens.numel() * self.config.slots for g in self._drawn(batch))),
         }
 
-    def losses(self, batch: Batch, noise: Noise) -> Losses:
-        """``text``: cross-entropy summed over supervised words; ``image``: over codes (Eq. 4), in nats. A picture's
-        first token is predicted from <boi>, every other from the token before it. Only masks are random."""
-        counts, order = self.counts(batch), torch.cat(batch.routes)
+    def predict(self, batch: Batch, noise: Noise) -> Predictions:
+        """``text``: supervised words; ``image``: codes (Eq. 4). A picture's first token is predicted from <boi>, every
+        other from the token before it. Only masks are random."""
+        order = torch.cat(batch.routes)
         rank = inverse_permutation(order)
         codes = {id(g): self._codes(g) for g in batch.of(Kind.CODES)}
         pictures = [
@@ -420,17 +420,14 @@ class SynerGen(UnifiedModel[CodeSettings]):
         ]
         states = self._run(batch, pictures, batch.positions, order, documents(batch, order))
 
-        supervised = (batch.targets != NONE).nonzero()[:, 0]
-        said = states.index_select(0, rank[supervised])
-        text, each = linear_cross_entropy(said, self.decoder.head_weight, batch.targets[supervised])
-        words = by_document(each, batch.document[supervised], len(batch.samples))
-        image, shown = states.new_zeros((), dtype=torch.float32), torch.zeros_like(words)
-        if told := self._told(batch):
-            before = torch.cat([g.tokens.flatten() for g in told]) - 1
-            answer = torch.cat([codes[id(g)].flatten(0, 2) for g in told])
-            image, each = self.unfold.nll(states.index_select(0, rank[before]), answer)
-            shown = by_document(each.sum(-1), batch.document[before], len(batch.samples), self.config.slots)
-        return {"text": Term(text, counts["text"], words), "image": Term(image, counts["image"], shown)}
+        drawn: tuple[TokenPrediction, ...] = ()
+        if groups := self._drawn(batch):
+            before = torch.cat([g.tokens.flatten() for g in groups]) - 1
+            answer = torch.cat([codes[id(g)].flatten(0, 2) for g in groups])
+            slots = self.unfold(states.index_select(0, rank[before]), answer)
+            document = batch.document[before].repeat_interleave(self.config.slots)
+            drawn = (TokenPrediction(slots, self.unfold.classifier.weight, answer.flatten(), document),)
+        return {"text": supervised(states, self.decoder.head_weight, batch, rank), "image": drawn}
 
     # ---- reading ------------------------------------------------------------------------------------------------
 
@@ -526,10 +523,16 @@ class SynerGen(UnifiedModel[CodeSettings]):
         ]
         return Streams(read, max(d.steps - d.step for d in drawings))
 
+    def _unfolded(self, drawings: Sequence[Drawing[CodeSettings]]) -> Int[Tensor, "B h w"]:
+        (rows, columns), (m, n) = self._grid(*drawings[0].canvas), self.config.fold
+        return unfold(torch.stack([d.state for d in drawings]), (rows * m, columns * n), self.config.fold)
+
+    def encoded(self, drawing: Drawing[CodeSettings]) -> dict[str, Tensor]:
+        return {"autoencoder": self._unfolded([drawing]).clone()}
+
     @torch.inference_mode()
     def finish(self, drawings: Sequence[Drawing[CodeSettings]]) -> Float[Tensor, "B 3 H W"]:
-        (rows, columns), (m, n) = self._grid(*drawings[0].canvas), self.config.fold
-        codes = unfold(torch.stack([d.state for d in drawings]), (rows * m, columns * n), self.config.fold)
+        codes = self._unfolded(drawings)
         images = self.autoencoder.decode(codes.clamp(min=0)).float().clamp(-1, 1)
         p = self.config.autoencoder.downsample
         return images * (codes != NONE).repeat_interleave(p, 1).repeat_interleave(p, 2)[:, None]

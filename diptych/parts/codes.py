@@ -20,7 +20,6 @@ from torch import nn
 
 from diptych.core.tensors import Float, Int, Tensor
 from diptych.parts.attention import sdpa
-from diptych.parts.cross_entropy import linear_cross_entropy
 from diptych.parts.decoder import DecoderConfig, Layer, RMSNorm
 
 
@@ -84,11 +83,6 @@ class CodeHead(nn.Module):
         for layer in self.layers:
             x = layer(x, _still, [len(x)], attend)
         return self.norm(x)
-
-    def nll(self, h: Float[Tensor, "P d"], codes: Int[Tensor, "P s"]) -> tuple[Float[Tensor, ""], Float[Tensor, "P s"]]:
-        """-log p(codes | h) in nats: summed, and code by code (without gradient)."""
-        total, each = linear_cross_entropy(self(h, codes), self.classifier.weight, codes.flatten())
-        return total, each.view(codes.shape)
 
     @torch.no_grad()
     def sample(
