@@ -17,13 +17,20 @@ class Columns(Protocol):
     """What the rule reads; a ``Batch`` has them."""
 
     @property
-    def document(self) -> Int[Tensor, " T"]: ...
+    def document(self) -> Int[Tensor, " T"]:
+        """The document of every token of the row."""
+
     @property
-    def segment(self) -> Int[Tensor, " T"]: ...
+    def segment(self) -> Int[Tensor, " T"]:
+        """The segment of every token of the row."""
+
     @property
-    def full(self) -> Bool[Tensor, " T"]: ...
+    def full(self) -> Bool[Tensor, " T"]:
+        """Whether the token's segment is ``full``."""
+
     @property
-    def hidden(self) -> Bool[Tensor, " T"]: ...
+    def hidden(self) -> Bool[Tensor, " T"]:
+        """Whether the token's segment is ``hidden``."""
 
 
 def rule(c: Columns, q: Tensor, k: Tensor) -> Tensor:

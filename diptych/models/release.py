@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diptych.machine import disk
-from diptych.models.table import FAMILIES, PUBLISHED, published_layout
+from diptych.models.table import FAMILIES, PUBLISHED, published_format
 
 MARK = {"format": "pt", "writer": "diptych"}  # metadata of every safetensors file that this library writes
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
@@ -94,10 +94,10 @@ def _known() -> set[str]:
     parts = {f"{part}/{file}" for part in ("language", "vision") for file in ("config.json", "model.safetensors")}
     names = {"config.json", "model.safetensors", "adapter.safetensors", "README.md", *TOKENIZER, *parts}
     names |= {f"language/{file}" for file in TOKENIZER}
-    for layout in (published_layout(family) for family in PUBLISHED):
-        assert layout
-        names |= {*layout.json, *layout.optional, *(f"{stem}.safetensors" for stem in layout.weights)}
-        names |= {f"{layout.tokenizer}/{file}" for file in TOKENIZER if layout.tokenizer}
+    for fmt in (published_format(family) for family in PUBLISHED):
+        assert fmt
+        names |= {*fmt.json, *fmt.optional, *(f"{stem}.safetensors" for stem in fmt.weights)}
+        names |= {f"{fmt.tokenizer}/{file}" for file in TOKENIZER if fmt.tokenizer}
     return names
 
 

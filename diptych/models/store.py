@@ -1,4 +1,4 @@
-"""Makes, saves, finds and loads models."""
+"""Creates, saves, finds and loads models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diptych.core.errors import nearest
 from diptych.machine.disk import recover
 from diptych.models.configs import config_from_json, config_to_json
 from diptych.models.protocol import Trainable
-from diptych.models.table import FAMILIES, SHIPPED, SIZES, family, published_layout
+from diptych.models.table import FAMILIES, SHIPPED, SIZES, family, published_format
 from diptych.models.table import config as named_config
 from diptych.parts.tokenizer import Tokenizer
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from diptych.models.published.folder import Places, Source
+    from diptych.models.published.folder import SearchPath, StoredModel
 
 
 Format = Literal["diptych", "published", "hf"]
@@ -63,7 +63,7 @@ def list_models() -> list[dict[str, Any]]:
         try:
             model = skeleton(name)
             counts = sum(p.numel() for p in model.parameters()), model.activated_parameters()
-        except ValueError:  # an extra that is not installed; whoever loads the model is told
+        except ValueError:  # an extra that is not installed; loading the model names it
             counts = None, None
         row = {"name": name, "family": size.family, "parameters": counts[0], "activated_parameters": counts[1]}
         shipped = bool(size.folder and (SHIPPED / size.folder / "config.json").is_file())
@@ -93,14 +93,14 @@ def save(
 
     if quantized(model) and not state:
         raise ValueError("a model loaded with quantize cannot be saved; load it without")
-    layout = published_layout(model.family) if published else None
-    if published and not layout:
-        raise ValueError(f"family {model.family!r} has no published layout")
+    fmt = published_format(model.family) if published else None
+    if published and not fmt:
+        raise ValueError(f"family {model.family!r} has no published format")
     weights = state or model.state_dict()
 
     def write(tmp: Path) -> None:
-        if layout:
-            write_published(model, layout, tmp, weights)
+        if fmt:
+            write_published(model, fmt, tmp, weights)
             return
         release.write_tensors(tmp / "model.safetensors", weights)
         (tmp / "config.json").write_text(json.dumps(config_to_json(model.family, model.config), indent=1))
@@ -158,17 +158,17 @@ def resolve(name_or_path: str | Path) -> Path:
         return path
     shipped = [n for n, s in SIZES.items() if s.folder and (SHIPPED / s.folder / "config.json").is_file()]
     if size and not size.folder:
-        told = f"{str(name_or_path)!r} is a size without weights here ({size.source}); train it, or give a folder"
+        message = f"{str(name_or_path)!r} is a size without weights here ({size.source}); train it, or give a folder"
     else:
-        told = f"no model {str(name_or_path)!r}: not a folder, and these ship: {', '.join(shipped) or 'none'}"
-        told += nearest(name_or_path, SIZES)
+        message = f"no model {str(name_or_path)!r}: not a folder, and these ship: {', '.join(shipped) or 'none'}"
+        message += nearest(name_or_path, SIZES)
     hub = size.source if size else str(name_or_path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub):
-        raise ValueError(told)
+        raise ValueError(message)
     try:
         return fetch(hub)
     except ValueError as error:
-        raise ValueError(f"{told}; {error}") from error
+        raise ValueError(f"{message}; {error}") from error
 
 
 def fetch(repository: str) -> Path:
@@ -184,46 +184,47 @@ def fetch(repository: str) -> Path:
         raise ValueError(f"{repository} cannot be fetched from the hub: {str(error).splitlines()[0]}") from error
 
 
-def places(name_or_path: str | Path, base: str | Path | None = None) -> Places:
-    """Where the files of a model are looked for: its folder, then those of ``base`` (of a known size: its own base)."""
-    from diptych.models.published.folder import Places
+def search_path(name_or_path: str | Path, base: str | Path | None = None) -> SearchPath:
+    """The folders that hold the files of a model: its own, then those of ``base`` (by default a known size's base)."""
+    from diptych.models.published.folder import SearchPath
 
     if base is None and not Path(name_or_path).is_dir():
         base = next((s.base for n, s in SIZES.items() if str(name_or_path) in (n, s.source)), None)
-    return Places((resolve(name_or_path), *(places(base).folders if base else ())))
+    return SearchPath((resolve(name_or_path), *(search_path(base).folders if base else ())))
 
 
 def read_config(name_or_path: str | Path) -> dict[str, Any]:
-    """The family and the fields of the Config of a folder (ours or a published one) or a shipped name."""
-    source = open_source(name_or_path)
-    return config_to_json(source.family, source.config)
+    """The family and the fields of the Config of a folder (diptych's or a published one) or a shipped name."""
+    stored = open_model(name_or_path)
+    return config_to_json(stored.family, stored.config)
 
 
-def open_source(name_or_path: str | Path, base: str | Path | None = None) -> Source:
-    """What a model on disk is and where its tensors are, with nothing loaded yet. Raises ``ValueError``."""
+def open_model(name_or_path: str | Path, base: str | Path | None = None) -> StoredModel:
+    """The model of a folder or name, without its weights. Raises ``ValueError`` where there is none."""
     import torch
 
     from diptych.models.published import folder as folders
     from diptych.models.published.key_map import rules
 
-    where = places(name_or_path, base)
-    ours = where.folders[0] / "config.json"
-    row = folders.read_json(ours) if ours.is_file() else {}
+    path = search_path(name_or_path, base)
+    config_file = path.folders[0] / "config.json"
+    row = folders.read_json(config_file) if config_file.is_file() else {}
     if "family" in row:
         if base is not None:
-            raise ValueError(f"{where.folders[0]} is complete in itself; base is for published folders")
+            raise ValueError(f"{path.folders[0]} is complete in itself; base is for published folders")
         name, settings = config_from_json(row)
-        tokenizer = Tokenizer.load(where.folders[0])
-        tensors = folders.Tensors(where.folders[0] / "model.safetensors")
+        tokenizer = Tokenizer.load(path.folders[0])
+        tensors = folders.Tensors(path.folders[0] / "model.safetensors")
         weights = ((tensors, rules({"**": "**"})),)
-        return folders.Source(name, settings, tokenizer, weights, str(where), torch.float32)
-    layouts = {name: layout for name in FAMILIES if (layout := published_layout(name))}
-    for name, layout in layouts.items():
-        if folders.tells(layout, where):
-            return folders.open_published(name, layout, where)
-    lacks = [f"as a published {n} folder it lacks {', '.join(folders.missing(x, where))}" for n, x in layouts.items()]
+        return folders.StoredModel(name, settings, tokenizer, weights, str(path), torch.float32)
+    formats = {name: fmt for name in FAMILIES if (fmt := published_format(name))}
+    for name, fmt in formats.items():
+        if folders.has_config(fmt, path):
+            return folders.open_published(name, fmt, path)
+    missing = {name: ", ".join(folders.missing_files(fmt, path)) for name, fmt in formats.items()}
+    lacks = [f"as a published {name} folder it lacks {files}" for name, files in missing.items()]
     raise ValueError(
-        f"{where} holds no model: neither config.json nor release/config.json of ours is there, and "
+        f"{path} holds no model: neither config.json nor release/config.json of ours is there, and "
         f"{'; '.join(lacks)} (base says where the rest is)"
     )
 
@@ -238,15 +239,15 @@ def load(
     share: Callable[[Any, Any], Any] | None = None,
     config: Any = None,
 ) -> Trainable:
-    """The model of a folder (ours, a run's or a published one), a shipped name or a model of the hub, for use.
+    """The model of a folder (diptych's, a run's or a published one), a shipped name or a model of the hub, for use.
 
     ``dtype``     of the parameters: "fp32", "bf16" or "fp16", PyTorch's longer name, or a ``torch.dtype``. By default
-                  float32 for our own folders and as stored for published ones. Where it is given, buffers and the
+                  float32 for diptych's own folders and as stored for published ones. With a dtype, buffers and the
                   autoencoder are float32
     ``base``      the model whose files are taken where a published folder lacks them
     ``quantize``  "int8" rounds the weights of the blocks (``parts.quantize``): for use, not for training
     ``prepare``   is called with the empty model, on the meta device
-    ``share``     what this process keeps of a tensor, in place of one of the model's own that ``prepare`` sharded
+    ``share``     maps a full tensor and the model's empty one, which ``prepare`` sharded, to what this process keeps
     ``config``    settings in place of the folder's, for tensors of the same shapes
 
     Tensors go one by one onto the device. Strict: missing, unknown and misshapen tensors are an error that lists them.
@@ -255,24 +256,24 @@ def load(
 
     from diptych.models.published import folder as folders
 
-    wanted = folders.pick_dtype(dtype)
+    requested_dtype = folders.pick_dtype(dtype)
     if quantize not in (None, "int8"):
         raise ValueError(f"unknown quantize {quantize!r}; there is int8")
-    source = open_source(name_or_path, base)
+    stored = open_model(name_or_path, base)
     if config is not None:
-        if type(config) is not type(source.config):
+        if type(config) is not type(stored.config):
             raise ValueError(
-                f"{name_or_path} is of family {source.family!r}, which has other settings than those given"
+                f"{name_or_path} is of family {stored.family!r}, which has other settings than those given"
             )
-        source = replace(source, config=config)
-    kind = source.dtype if wanted is None else wanted
-    return folders.make(source, torch.device(device), kind, quantize is not None, prepare, share)
+        stored = replace(stored, config=config)
+    parameter_dtype = requested_dtype or stored.dtype
+    return folders.load_model(stored, torch.device(device), parameter_dtype, quantize is not None, prepare, share)
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Any], where: str) -> None:
     """Copies ``state`` into a module. Raises ``ValueError`` with every missing, unknown and misshapen tensor."""
-    from diptych.models.published.key_map import plan, raise_all, rules
+    from diptych.models.published.key_map import conversions, raise_all, rules
 
-    _, _, wrong = plan(rules({"**": "**"}), state, model.state_dict())
-    raise_all(wrong, f"{where} does not fit the model")
+    _, _, errors = conversions(rules({"**": "**"}), state, model.state_dict())
+    raise_all(errors, f"{where} does not fit the model")
     model.load_state_dict(dict(state))

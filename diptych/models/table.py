@@ -77,8 +77,8 @@ def config_class(name: str) -> type:
     return importlib.import_module(FAMILIES[name].split(":")[0]).Config
 
 
-def published_layout(name: str) -> PublishedFormat | None:
-    """How a family's published folders are laid out, or None where nothing is published in a layout of its own."""
+def published_format(name: str) -> PublishedFormat | None:
+    """The format of a family's published folders, or None where the family has none."""
     family(name)
     if name not in PUBLISHED:
         return None

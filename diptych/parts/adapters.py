@@ -19,6 +19,7 @@ class Projector(nn.Module):
         self.fc2 = nn.Linear(width_out, width_out)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., width_in) to (..., width_out)."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
@@ -41,6 +42,7 @@ class QueryBlock(nn.Module):
     def forward(
         self, queries: Float[Tensor, "N Q D"], sequence: Float[Tensor, "N L D"], valid: Bool[Tensor, "N L"]
     ) -> Float[Tensor, "N Q D"]:
+        """The updated queries. ``valid`` is False for the padding of a sequence, which no query attends to."""
         a, (q, kv) = self.attention, (_norm(queries), _norm(sequence))
         projected = (a[name](x) for name, x in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)))
         query, key, value = (x.unflatten(-1, (self.heads, -1)) for x in projected)
@@ -73,6 +75,7 @@ class NoQueries(nn.Module):
         super().__init__()
 
     def forward(self, sequence: Float[Tensor, "N L D"], valid: Bool[Tensor, "N L"]) -> Float[Tensor, "N 0 D"]:
+        """No tokens for each of the N sequences."""
         return sequence[:, :0]
 
     def initialise(self, generator: torch.Generator) -> None:
@@ -87,9 +90,11 @@ class StaticQueries(nn.Module):
         self.queries = nn.Parameter(torch.empty(queries, width))
 
     def forward(self, sequence: Float[Tensor, "N L D"], valid: Bool[Tensor, "N L"]) -> Float[Tensor, "N Q D"]:
+        """The learned queries, one copy for each of the N sequences."""
         return self.queries.expand(len(sequence), -1, -1)
 
     def initialise(self, generator: torch.Generator) -> None:
+        """Draws the queries from N(0, 1 / D)."""
         nn.init.normal_(self.queries, std=self.queries.shape[-1] ** -0.5, generator=generator)
 
 
@@ -102,12 +107,14 @@ class ResidualQueries(StaticQueries):
         self.layers = nn.ModuleList(QueryBlock(width, heads) for _ in range(layers))
 
     def forward(self, sequence: Float[Tensor, "N L D"], valid: Bool[Tensor, "N L"]) -> Float[Tensor, "N Q D"]:
+        """The queries after attending to each of the N sequences; padding (``valid`` False) is not attended to."""
         x = super().forward(sequence, valid)
         for layer in self.layers:
             x = layer(x, sequence, valid)
         return x
 
     def initialise(self, generator: torch.Generator) -> None:
+        """Draws the queries from N(0, 1 / D) and initialises the blocks."""
         super().initialise(generator)
         _initialise_blocks(self, generator)
 
@@ -123,6 +130,7 @@ class Connector(nn.Module):
         self.linear = nn.Linear(width_in, width_out)
 
     def forward(self, states: Float[Tensor, "N L D"], valid: Bool[Tensor, "N L"]) -> Float[Tensor, "N L d"]:
+        """Tokens of the generator's width d, one for each state; padding (``valid`` False) is not attended to."""
         for layer in self.layers:
             states = layer(states, states, valid)
         return self.linear(self.norm(states))

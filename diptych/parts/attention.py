@@ -34,7 +34,8 @@ class Attend(Protocol):
 
     def __call__(
         self, layer: int, q: Float[Tensor, "T H D"], k: Float[Tensor, "T K D"], v: Float[Tensor, "T K D"]
-    ) -> Float[Tensor, "T H D"]: ...
+    ) -> Float[Tensor, "T H D"]:
+        """The attended values of every token."""
 
 
 WHOLE = 16  # attention over a multiple of this many keys has the same bits however many at the end are padding (CPU)
@@ -161,6 +162,7 @@ class Packed:
         self.sizes = [g.shape[0] * g.shape[1] for g in self.groups]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of one layer; shapes as in ``Attend``."""
         parts = [_Gather.apply(x, self.index, self.inverse).split(self.sizes) for x in (q, k, v)]
         out = []
         for g, *parts_of in zip(self.groups, *parts, strict=True):
@@ -177,6 +179,7 @@ class Dense:
         self.mask = mask if order is None else mask[order][:, order]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of one layer; shapes as in ``Attend``."""
         return sdpa(q[None], k[None], v[None], mask=self.mask)[0]
 
 
@@ -199,6 +202,7 @@ class Block:
         self.attention = _compiled(flex) if batch.ids.is_cuda else flex
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of one layer; shapes as in ``Attend``."""
         q, k, v = (x[None].transpose(1, 2) for x in (q, k, v))
         out = self.attention(q, k, v, block_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2)[0]
@@ -238,9 +242,12 @@ class Read(Protocol):
     """What attention needs of a generation context: a cache, and how many of its tokens are the context's."""
 
     @property
-    def cache(self) -> Cache: ...
+    def cache(self) -> Cache:
+        """Keys and values of what was read."""
+
     @property
-    def length(self) -> int: ...
+    def length(self) -> int:
+        """How many tokens of the cache belong to the context."""
 
 
 R = TypeVar("R", bound=Read)
@@ -266,6 +273,7 @@ class Cached:
         self.inverse = None if order is None else inverse_permutation(order)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of one layer; shapes as in ``Attend``. Also writes the new keys and values to the caches."""
         if self.inverse is not None:
             q, k, v = q[self.inverse], k[self.inverse], v[self.inverse]
         out = []
@@ -286,6 +294,7 @@ class Recorded:
         self.memory: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of one layer; shapes as in ``Attend``. Also keeps the keys and values."""
         self.memory[layer] = (k, v)
         return self.inner(layer, q, k, v)
 
@@ -303,6 +312,7 @@ class Continued:
         self.mask = torch.cat([own, valid[:, None].expand(-1, n, -1)], 2)[:, None]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of one layer; shapes as in ``Attend``."""
         q, k, v = (x.unflatten(0, (-1, self.n)) for x in (q, k, v))
         keys, values = self.prefix(layer)
         return padded_sdpa(q, torch.cat([k, keys], 1), torch.cat([v, values], 1), self.mask).flatten(0, 1)

@@ -111,12 +111,15 @@ class Identity(nn.Module):
     """Pixels are the latents."""
 
     def distribution(self, images: Tensor) -> Tensor:
+        """The pictures, (N, 3, H, W)."""
         return images
 
     def encode(self, images: Tensor, eps: Tensor | None = None) -> Tensor:
+        """The pictures; ``eps`` is ignored."""
         return images
 
     def decode(self, latents: Tensor) -> Tensor:
+        """The latents, which are pictures."""
         return latents
 
 
@@ -136,13 +139,16 @@ class DiffusersAutoencoder(nn.Module):
         self.scale, self.shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
 
     def distribution(self, images: Tensor) -> Tensor:
+        """Scaled mean and standard deviation of the posterior of (N, 3, H, W) pictures, (N, 2 z, H/8, W/8)."""
         posterior = self.vae.encode(images).latent_dist
         return torch.cat([self.scale * (posterior.mean - self.shift), self.scale * posterior.std], 1)
 
     def encode(self, images: Tensor, eps: Tensor | None = None) -> Tensor:
+        """Scaled latents, (N, z, H/8, W/8): the mean, or mean + std * ``eps``."""
         return sampled(self.distribution(images), self.vae.config.latent_channels, eps)
 
     def decode(self, latents: Tensor) -> Tensor:
+        """Pictures in about [-1, 1], (N, 3, H, W), of scaled latents."""
         return self.vae.decode(latents / self.scale + self.shift).sample
 
 
@@ -160,6 +166,7 @@ class ResBlock(nn.Module):
         self.shortcut = width_in != width_out
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, width_in, h, w) to (N, width_out, h, w)."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return (self.nin_shortcut(x) if self.shortcut else x) + h
@@ -174,6 +181,7 @@ class AttnBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, width, h, w) to the same shape."""
         h = self.norm(x)
         q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
@@ -233,6 +241,7 @@ class Encoder(nn.Module):
         self.quant_conv = nn.Conv2d(out, out, 1) if c.quant else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) pictures to (N, z, h, w) latents, or (N, 2 z, h, w) means and log-variances."""
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
@@ -257,6 +266,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        """(N, z, h, w) latents to (N, 3, H, W) pictures."""
         x = self.mid(self.conv_in(self.post_quant_conv(z)))
         for level in reversed(self.up):
             x = level(x)

@@ -59,6 +59,7 @@ class Linear(nn.Linear):
     """``nn.Linear`` through ``linear``."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
         return linear(x, self.weight, self.bias)
 
 

@@ -85,6 +85,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., width) to the same shape and dtype."""
         if x.numel() == x.shape[-1] and x.dtype == torch.float32:  # one word: the number of calls is what costs
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         y = x.float()
@@ -105,6 +106,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.width, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x: Float[Tensor, "T d"]) -> Float[Tensor, "T HKK D"]:
+        """The heads of every token: H queries, K keys, K values."""
         q, k, v = (p(x).unflatten(-1, (-1, self.width)) for p in (self.q_proj, self.k_proj, self.v_proj))
         return torch.cat([self.q_norm(q), self.k_norm(k), v], 1)
 
@@ -119,6 +121,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(T, d) to (T, d)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -132,6 +135,7 @@ class Rope:
         self.sin = torch.cat([-angle.sin(), angle.sin()], -1)[:, None]
 
     def __call__(self, x: Tensor) -> Tensor:
+        """The rotated heads, in the dtype of ``x``."""
         return (x * self.cos + x.roll(x.shape[-1] // 2, -1) * self.sin).to(x.dtype)
 
 
@@ -150,6 +154,8 @@ class Layer(nn.Module):
         self.mlp = Routed(lambda: MLP(c), c.copies("mlp"))
 
     def forward(self, x: Tensor, rope: Callable[[Tensor], Tensor], counts: Sequence[int], attend: Attend) -> Tensor:
+        """(T, d) to (T, d). ``counts`` are the tokens of each route, ``rope`` rotates queries and keys, ``attend``
+        is attention over the stream."""
         H, K = self.heads
         qkv = self.self_attn(self.input_layernorm(x, counts), counts)
         q, k = rope(qkv[:, : H + K]).split([H, K], 1)

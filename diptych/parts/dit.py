@@ -59,9 +59,11 @@ class Block(nn.Module):
     """A block over several groups at once: the inputs of each go through ``one``."""
 
     def forward(self, groups: Sequence[tuple]) -> list[Any]:
+        """The output of ``one`` for each group's inputs."""
         return [self.one(*inputs) for inputs in groups]
 
     def one(self, *inputs: Any) -> Any:
+        """The block over one group."""
         raise NotImplementedError
 
 
@@ -82,6 +84,7 @@ class Rotation:
         self.cos, self.sin = angle.cos(), angle.sin()
 
     def __call__(self, x: Float[Tensor, "*n H D"]) -> Float[Tensor, "*n H D"]:
+        """The rotated heads, in the dtype of ``x``."""
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([a * self.cos - b * self.sin, a * self.sin + b * self.cos], -1).flatten(-2).to(x.dtype)
 
@@ -123,6 +126,7 @@ class Stream(nn.Module):
         return [self.q_norm(y) for y in q], self.k_norm(k), v
 
     def join(self, x: Tensor, seen: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, gate_mlp: Tensor) -> Tensor:
+        """Adds the gated attention output and then the gated MLP to the stream, (N, n, d)."""
         x = x + gate * self.out_proj(seen)
         return x + gate_mlp * self.fc2(F.gelu(self.fc1(_modulate(x, shift, scale)), approximate="tanh"))
 
@@ -138,6 +142,7 @@ class DoubleBlock(Block):
     def one(
         self, x: Tensor, c: Tensor, time: Tensor, turn: Rotation, turn_words: Rotation | None, mask: Tensor | None
     ) -> tuple:
+        """The new (picture, condition) streams; the condition is None after the last block."""
         n = x.shape[1]
         mine = self.picture.modulation(time)[:, None].chunk(6, -1)
         other = self.condition.modulation(time)[:, None].chunk(2 if self.last else 6, -1)
@@ -202,6 +207,7 @@ class SingleBlock(Block):
         self.down_proj = nn.Linear(hidden, d, bias=False)
 
     def one(self, x: Tensor, time: Tensor, turn: Rotation, mask: Tensor | None) -> Tensor:
+        """(N, n, d) to the same shape; ``time`` (N, w) modulates, ``turn`` rotates queries and keys."""
         one = x.new_ones(())
         scale, gate, scale_mlp, gate_mlp = one, one, one, one
         if self.modulation is not None:

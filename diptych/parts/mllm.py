@@ -92,7 +92,8 @@ class LanguageOutput(Protocol):
     """The output of a decoder of transformers."""
 
     @property
-    def last_hidden_state(self) -> Tensor: ...
+    def last_hidden_state(self) -> Tensor:
+        """Final normed states, (1, T, D)."""
 
 
 @runtime_checkable
@@ -100,9 +101,13 @@ class Language(Protocol):
     """A decoder of transformers, as far as it is used here."""
 
     @property
-    def layers(self) -> nn.ModuleList: ...
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers."""
+
     @property
-    def embed_tokens(self) -> nn.Embedding: ...
+    def embed_tokens(self) -> nn.Embedding:
+        """The embedding table."""
+
     def __call__(
         self,
         *,
@@ -111,7 +116,8 @@ class Language(Protocol):
         attention_mask: Mapping[str, None],
         use_cache: bool,
         attend: Attend,
-    ) -> LanguageOutput: ...
+    ) -> LanguageOutput:
+        """The final states of embedded tokens (1, T, D); every layer calls ``attend``."""
 
 
 @runtime_checkable
@@ -119,7 +125,8 @@ class ImageFeatures(Protocol):
     """The output of a vision tower of transformers: one tensor, or one tensor a picture."""
 
     @property
-    def pooler_output(self) -> Tensor | Sequence[Tensor]: ...
+    def pooler_output(self) -> Tensor | Sequence[Tensor]:
+        """Tokens in the space of the text embeddings."""
 
 
 @runtime_checkable
@@ -128,7 +135,8 @@ class SeesImages(Protocol):
 
     def get_image_features(
         self, *, pixel_values: Tensor, image_grid_thw: Tensor | None = None, return_dict: bool
-    ) -> ImageFeatures: ...
+    ) -> ImageFeatures:
+        """The tokens of preprocessed pictures."""
 
 
 class Mllm(nn.Module):
@@ -262,18 +270,23 @@ class Tower:
         raise NotImplementedError
 
     def size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The (width, height) that a picture of (width, height) is resized to."""
         raise NotImplementedError
 
     def segment(self, size: tuple[int, int], **columns: Any) -> Segment:
+        """The segment of a picture of (width, height), without pixels; ``columns`` are further fields of it."""
         raise NotImplementedError
 
     def look(self, model: SeesImages, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N n D"]:
+        """Tokens of normalised pictures in the space of the text embeddings."""
         raise NotImplementedError
 
     def positions(self, positions: Tensor, pictures: list[Pictures]) -> Tensor:
+        """The language model's position ids for tokens at ``positions`` (T,)."""
         raise NotImplementedError
 
     def blocks(self, model: Any) -> Iterator[nn.Module]:
+        """The blocks of the vision tower."""
         raise NotImplementedError
 
 
@@ -291,20 +304,25 @@ class InternVL(Tower):
         self.grid = (int(height // rows * config.downsample_ratio), int(width // columns * config.downsample_ratio))
 
     def size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The fixed (width, height) of a tile."""
         return self.width, self.height
 
     def segment(self, size: tuple[int, int], **columns: Any) -> Segment:
+        """A segment of one tile, whose grid is always the same."""
         return Segment(Kind.VISION, (NONE,) * (self.grid[0] * self.grid[1]), grid=self.grid, **columns)
 
     def look(self, model: SeesImages, pixels: Tensor) -> Tensor:
+        """Tokens of (N, 3, H, W) tiles, (N, n, D)."""
         features = model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
         assert isinstance(features, Tensor)
         return features
 
     def positions(self, positions: Tensor, pictures: list[Pictures]) -> Tensor:
+        """``positions``: a picture token has one position id."""
         return positions
 
     def blocks(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The blocks of InternViT."""
         yield from model.get_submodule("vision_tower.encoder.layer").children()
 
 
@@ -322,15 +340,18 @@ class Qwen25VL(Tower):
             raise ValueError(f"pictures must come in multiples of {self.patch * self.merge} pixels, not {see.stride}")
 
     def size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The (width, height) that ``see`` chooses."""
         return self.see(*size)
 
     def segment(self, size: tuple[int, int], **columns: Any) -> Segment:
+        """A segment whose grid has a token for 2 x 2 patches; positions advance by its longer side."""
         width, height = self.size(size)
         grid = (height // (self.patch * self.merge), width // (self.patch * self.merge))
         ids = (NONE,) * (grid[0] * grid[1])
         return Segment(Kind.VISION, ids, grid=grid, shared=True, advance=max(grid), **columns)
 
     def look(self, model: SeesImages, pixels: Tensor) -> Tensor:
+        """Tokens of (N, 3, H, W) pictures, (N, n, D), one for 2 x 2 patches."""
         p, m = self.patch, self.merge
         patches = rearrange(pixels, "N c (h m p) (w n q) -> N (h w m n) c p q", p=p, q=p, m=m, n=m)
         patches = repeat(patches, "N l c p q -> (N l) (c t p q)", t=self.frames)
@@ -339,6 +360,7 @@ class Qwen25VL(Tower):
         return torch.stack(list(features.pooler_output))
 
     def positions(self, positions: Tensor, pictures: list[Pictures]) -> Tensor:
+        """(time, row, column) ids, (3, T): a picture's rows and columns count from its first position."""
         out = repeat(positions, "T -> a T", a=3).clone()
         for group in pictures:
             rows, columns = (
@@ -349,6 +371,7 @@ class Qwen25VL(Tower):
         return out
 
     def blocks(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The blocks of the vision transformer."""
         yield from model.get_submodule("visual.blocks").children()
 
 

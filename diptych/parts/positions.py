@@ -60,4 +60,5 @@ class TimestepEmbedding(nn.Module):
         return torch.cat([cos, sin], -1).float()
 
     def forward(self, t: Float[Tensor, " n"]) -> Float[Tensor, "n d"]:
+        """Features of the times, in the dtype of the MLP."""
         return self.mlp(self.sinusoid(t).to(next(self.mlp.parameters()).dtype))

@@ -38,6 +38,7 @@ class Int8Linear(nn.Module):
         self.packed = not self.in_features % 64 and not self.out_features % 16
 
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
+        """(..., in) to (..., out), in the autocast dtype or that of ``x``."""
         kind = x.device.type
         cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if cast else x.dtype

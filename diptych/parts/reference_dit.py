@@ -116,6 +116,7 @@ class Documents:
     def __call__(
         self, q: Float[Tensor, "T H d"], k: Float[Tensor, "T K d"], v: Float[Tensor, "T K d"]
     ) -> Float[Tensor, "T H d"]:
+        """The attended values of every token."""
         q, k, v = (x if self.one else permute(x, self.order) for x in (q, k, v))
         sizes = [a * b for a, b in self.shapes]
         groups = zip(self.shapes, *(x.split(sizes) for x in (q, k, v)), strict=True)
@@ -152,6 +153,7 @@ class ReferenceBlock(nn.Module):
         return self.out_proj(attend(turn(self.q_norm(q)), turn(self.k_norm(k)), v).flatten(-2))
 
     def mlp(self, x: Float[Tensor, "T d"]) -> Float[Tensor, "T d"]:
+        """SwiGLU: down(silu(gate(x)) * up(x))."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
     def forward(

@@ -19,6 +19,7 @@ class Routed(nn.ModuleList):
         super().__init__(make() for _ in range(n))
 
     def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """(T, d) through the copy of each token's route; ``counts`` are the tokens of each route."""
         copies = list(self._modules.values())
         if len(copies) == 1:
             return copies[0](x)

@@ -74,6 +74,7 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(d, c.intermediate_size), "fc2": nn.Linear(c.intermediate_size, d)})
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, n, d) to the same shape."""
         h, a = self.layer_norm1(x), self.self_attn
         q, k, v = (a[name](h).unflatten(-1, (self.heads, -1)) for name in ("q_proj", "k_proj", "v_proj"))
         x = x + a["out_proj"](sdpa(q, k, v).flatten(-2))
@@ -92,6 +93,7 @@ class Pooling(nn.Module):
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(d, c.intermediate_size), "fc2": nn.Linear(c.intermediate_size, d)})
 
     def forward(self, x: Float[Tensor, "N n d"]) -> Float[Tensor, "N d"]:
+        """One vector for each picture."""
         x = self.attention(self.probe.expand(len(x), -1, -1), x, x, need_weights=False)[0]
         return (x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.layernorm(x)), approximate="tanh")))[:, 0]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from diptych.models import configs, store
 from diptych.models.protocol import Trainable
-from diptych.models.published.parts import read_autoencoder, read_language_model, read_vision_encoder
+from diptych.models.published.part_weights import read_autoencoder, read_language_model, read_vision_encoder
 from diptych.parts.autoencoder import LatentDecoder
 from diptych.parts.decoder import Decoder, taken_over
 from diptych.parts.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ def _tokenizer(recipe: Recipe) -> Tokenizer:
     whole = recipe.init.get("model")
     inner = next((s.removeprefix(FOREIGN) for s in recipe.init.values() if s.startswith(FOREIGN)), None)
     if whole:
-        return store.places(whole).tokenizer()
+        return store.search_path(whole).tokenizer()
     return Tokenizer.load(_folder(inner)) if inner else Tokenizer.tiny()
 
 

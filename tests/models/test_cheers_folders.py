@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import diptych
 from diptych.models import configs, store, table
 from diptych.models.cheers import Config
-from diptych.models.published import parts
+from diptych.models.published import part_weights
 from diptych.models.published.cheers import published_config
 from diptych.parts.autoencoder import Autoencoder, AutoencoderConfig, LatentDecoder
 from diptych.parts.decoder import DecoderConfig
@@ -153,7 +153,7 @@ def test_what_the_layout_cannot_say(made, tmp_path):
     other = store.create("cheers", replace(config(), published_quirks=()), qwen2())
     with pytest.raises(ValueError, match="repeats positions in the fine stage"):
         store.save(other, tmp_path / "x", published=True)
-    with pytest.raises(ValueError, match="the published layout of cheers cannot say"):
+    with pytest.raises(ValueError, match="the published format of cheers cannot represent"):
         store.save(store.create("cheers", replace(config(), detail="none"), qwen2()), tmp_path / "y", published=True)
 
 
@@ -183,7 +183,7 @@ def test_a_vision_encoder_of_transformers(tmp_path):
     theirs = SiglipVisionModel(SiglipVisionConfig(**sizes)).eval()
     theirs.save_pretrained(tmp_path / "alone")
     ours = VisionEncoder(VisionConfig(**sizes, pooling=True)).eval()
-    parts.read_vision_encoder(ours, tmp_path / "alone")
+    part_weights.read_vision_encoder(ours, tmp_path / "alone")
     image = torch.rand(1, 3, 64, 64) * 2 - 1
     with torch.no_grad():
         features = ours(image)
@@ -196,10 +196,10 @@ def test_a_vision_encoder_of_transformers(tmp_path):
     other = {"text_model.x": torch.zeros(1), "logit_scale": torch.zeros(1)}
     save_file(state | other, tmp_path / "both" / "model.safetensors")
     again = VisionEncoder(VisionConfig(**sizes))
-    parts.read_vision_encoder(again, tmp_path / "both")
+    part_weights.read_vision_encoder(again, tmp_path / "both")
     assert torch.equal(again.patch_embedding.weight, ours.patch_embedding.weight)
     with pytest.raises(ValueError, match="patch_size is 16 there, 8 here"):
-        parts.read_vision_encoder(VisionEncoder(VisionConfig(**sizes | {"patch_size": 8})), tmp_path / "alone")
+        part_weights.read_vision_encoder(VisionEncoder(VisionConfig(**sizes | {"patch_size": 8})), tmp_path / "alone")
 
 
 def test_an_autoencoder_of_flux_2(tmp_path):
@@ -211,12 +211,12 @@ def test_an_autoencoder_of_flux_2(tmp_path):
     state = {n: t.to(torch.bfloat16) for n, t in theirs.state_dict().items()}
     save_file(state, tmp_path / "ae.safetensors")
     whole, half = Autoencoder(c), LatentDecoder(c)
-    parts.read_autoencoder(whole, tmp_path)
-    parts.read_autoencoder(half, tmp_path / "ae.safetensors")
+    part_weights.read_autoencoder(whole, tmp_path)
+    part_weights.read_autoencoder(half, tmp_path / "ae.safetensors")
     assert torch.equal(whole.decoder.conv_in.weight, half.decoder.conv_in.weight)
     assert torch.equal(half.bn.running_mean, torch.full((32,), 0.5))
     with pytest.raises(ValueError, match="neither a safetensors file nor a folder with ae.safetensors"):
-        parts.read_autoencoder(half, tmp_path / "nothing")
+        part_weights.read_autoencoder(half, tmp_path / "nothing")
 
 
 def test_training_begins_from_published_parts(made, tmp_path):

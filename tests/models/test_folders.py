@@ -146,7 +146,7 @@ def test_position_tables_of_other_sides(folder):
 def test_the_published_size_is_read_as_our_config():
     """BAGEL-7B-MoT on the meta device: JSON files and shapes give the named Config back."""
     config = table.config("bagel/7b-mot")
-    layout, state = table.published_layout("bagel"), store.create("bagel", config, device="meta").state_dict()
+    layout, state = table.published_format("bagel"), store.create("bagel", config, device="meta").state_dict()
     mine = {
         stem: {n: t for n, t in state.items() if n.startswith("autoencoder.") == (stem == "ae")}
         for stem in ("ema", "ae")
@@ -420,7 +420,7 @@ def test_ours_and_back(family, original, tmp_path):
 
 
 def test_what_a_layout_cannot_say_is_an_error(tiny_model, family, tmp_path):
-    with pytest.raises(ValueError, match="the published layout of bagel cannot say") as error:
+    with pytest.raises(ValueError, match="the published format of bagel cannot represent") as error:
         store.save(store.load(tiny_model), tmp_path / "x", published=True)
     assert "prediction=data" in str(error.value) and "autoencoder=" in str(error.value)
     assert not (tmp_path / "x").exists()
@@ -428,5 +428,5 @@ def test_what_a_layout_cannot_say_is_an_error(tiny_model, family, tmp_path):
     made.config = replace(made.config, settings=replace(made.config.settings, guidance_scale=2.0))
     store.save(made, tmp_path / "y", published=True)  # how to draw is not what the weights are
     coder = store.create("autoencoder", table.config("autoencoder/tiny"), Tokenizer.tiny())
-    with pytest.raises(ValueError, match="family 'autoencoder' has no published layout"):
+    with pytest.raises(ValueError, match="family 'autoencoder' has no published format"):
         store.save(coder, tmp_path / "z", published=True)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diptych.models import store
-from diptych.models.published.key_map import names
+from diptych.models.published.key_map import mapped_names
 from diptych.models.published.omnigen2 import PUBLISHED
 from diptych.models.table import config
 from tests.parity import check, omnigen2
@@ -63,7 +63,7 @@ def test_the_released_sizes_have_the_released_tensors():
     from diptych.models.published.key_map import export
 
     for stem, rules in PUBLISHED.weights.items():
-        own = {n: model.state_dict()[n] for n in names(rules(model.config), model.state_dict())}
+        own = {n: model.state_dict()[n] for n in mapped_names(rules(model.config), model.state_dict())}
         shapes = {n: list(t.shape) for n, t in export(rules(model.config), own).items()}
         assert shapes == {n: list(shape) for n, shape in released[stem.split("/")[0]].items()}
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from diptych import cli
-from diptych.models.published.transformers import language, write_transformers
+from diptych.models.published.transformers import language_model, write_transformers
 from diptych.parts.decoder import Decoder
 from tests.support import tiny
 
@@ -52,7 +52,7 @@ def test_language_and_vision_load_in_transformers_and_compute_the_same(exported,
 def test_every_arithmetic_has_its_class(change):
     torch.manual_seed(0)
     ours = Decoder(replace(tiny.bagel().decoder, vocab_size=64, **change))
-    state, config = language(ours)
+    state, config = language_model(ours)
     theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
     missing, unexpected = theirs.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}

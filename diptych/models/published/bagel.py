@@ -9,7 +9,7 @@ from typing import Any
 
 from diptych.models.bagel import EDITS, Config, position_tables
 from diptych.models.published.folder import Json, PublishedFormat, States
-from diptych.models.published.key_map import Rules, count, rules, side, within
+from diptych.models.published.key_map import Rules, count_matches, prefixed, rules, table_side
 from diptych.models.published.parts import FLUX_AUTOENCODER, TEXT, VISION, decoder_config, flux_config
 from diptych.parts.autoencoder import AutoencoderConfig
 from diptych.parts.flow import TimeDraw
@@ -25,9 +25,9 @@ _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attentio
 
 
 def published_config(json: Json, states: States) -> Config:
-    """Sizes of a published folder . Where its JSON files are silent or differ from the weights, the tensors
-    decide: q/k norm, an untied head, the vision layers in use (one less than the file says), both position
-    tables (64 and the encoder's own where they are not stored) and the autoencoder.
+    """The Config of a published folder. Where the JSON files are silent or differ from the weights, the tensors decide:
+    q/k norm, an untied head, the number of vision layers (one less than the file says), both position tables (64 and
+    the encoder's own side where they are not stored) and the autoencoder.
 
     Raises ``ValueError`` for settings that this family does not compute."""
     llm, vit, more = json[_LLM], json[_VIT], json.get("config.json", {})
@@ -42,20 +42,20 @@ def published_config(json: Json, states: States) -> Config:
         routes=2,
         routed=("attention", "norms", "mlp"),
     )
-    wrong = [f"{_VIT}: {name} must be a number, not {vit.get(name)!r}" for name in _SIZES if not _is_size(vit, name)]
+    errors = [f"{_VIT}: {name} must be a number, not {vit.get(name)!r}" for name in _SIZES if not _is_size(vit, name)]
     acts = {f"{_VIT}: hidden_act": vit.get("hidden_act"), "config.json: connector_act": more.get("connector_act")}
-    wrong += [f"{name} {act!r} is not supported" for name, act in acts.items() if act not in (None, _GELU)]
-    if wrong:
-        raise ValueError("; ".join(wrong))
+    errors += [f"{name} {act!r} is not supported" for name, act in acts.items() if act not in (None, _GELU)]
+    if errors:
+        raise ValueError("; ".join(errors))
     vision = VisionConfig(**{n: vit[n] for n in _SIZES}, layer_norm_eps=vit.get("layer_norm_eps", 1e-6))
-    if count(ema, "vit_model.vision_model.encoder.layers.*") != vision.num_hidden_layers:
+    if count_matches(ema, "vit_model.vision_model.encoder.layers.*") != vision.num_hidden_layers:
         vision = replace(vision, num_hidden_layers=vision.num_hidden_layers - 1)
     names = {"scale": "scale_factor", "shift": "shift_factor"}
-    autoencoder = flux_config(states["ae"], **{ours: coder[n] for ours, n in names.items() if n in coder})
+    autoencoder = flux_config(states["ae"], **{field: coder[n] for field, n in names.items() if n in coder})
     features = ema["vae2llm.weight"].shape[-1] if "vae2llm.weight" in ema else 4 * autoencoder.latent_channels
     patch = max(1, isqrt(features // autoencoder.latent_channels))
-    stride, most = patch * autoencoder.downsample, side(ema, "latent_pos_embed.pos_embed") or 64
-    seen = side(ema, "vit_pos_embed.pos_embed") or vision.side
+    stride, most = patch * autoencoder.downsample, table_side(ema, "latent_pos_embed.pos_embed") or 64
+    seen = table_side(ema, "vit_pos_embed.pos_embed") or vision.side
     longest, shortest = seen * vision.patch_size, min(seen, 16) * vision.patch_size
     return Config(
         text,
@@ -79,7 +79,7 @@ def _is_size(row: Mapping[str, Any], name: str) -> bool:
 
 def published_files(c: Config) -> dict[str, dict]:
     """The JSON files of a published folder, the inverse of ``published_config``: Qwen2's sizes, SigLIP's with the layer
-    that is not used, and a config.json where there is more to say."""
+    that is not used, and a config.json for settings that are not the default."""
     llm = {
         n: v for n, v in asdict(c.decoder).items() if n not in ("qkv_bias", "routes", "routed") and v is not None
     } | {"model_type": "qwen2", "hidden_act": "silu", "layer_module": "Qwen2MoTDecoderLayer"}
@@ -100,7 +100,7 @@ PUBLISHED = PublishedFormat(
     optional=("config.json",),
     config=published_config,
     describe=published_files,
-    free=("times", "see", "draw", "size", "settings", "edits"),
+    unstored=("times", "see", "draw", "size", "settings", "edits"),
     computed=position_tables,
 )
 
@@ -132,9 +132,9 @@ _GLUE = {
 _TABLES = {"latent_pos_embed.pos_embed": "latent_positions", "vit_pos_embed.pos_embed": "vision_positions"}
 
 BAGEL: Rules = (
-    within(TEXT, "language_model.", "decoder.")
-    + within(rules(_DRAW), "language_model.model.layers.*.", "decoder.layers.*.")
-    + within(rules(VISION), "vit_model.vision_model.", "vision.")
+    prefixed(TEXT, "language_model.", "decoder.")
+    + prefixed(rules(_DRAW), "language_model.model.layers.*.", "decoder.layers.*.")
+    + prefixed(rules(VISION), "vit_model.vision_model.", "vision.")
     + rules(_GLUE)
-    + rules(_TABLES, optional=True)  # the published trainer drops them, for they are computed
+    + rules(_TABLES, optional=True)  # the published trainer drops them, since they are computed
 )

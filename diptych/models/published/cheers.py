@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from diptych.models.cheers import Config
 from diptych.models.published.folder import Json, PublishedFormat, States
-from diptych.models.published.key_map import Rules, count, rules, within
+from diptych.models.published.key_map import Rules, count_matches, prefixed, rules
 from diptych.models.published.parts import FLUX2_AUTOENCODER, TEXT, decoder_config, siglip
 from diptych.parts.autoencoder import AutoencoderConfig
 from diptych.parts.vision import VisionConfig
@@ -28,25 +28,25 @@ _SIGLIP = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attenti
 
 
 def published_config(json: Json, states: States) -> Config:
-    """Sizes of a published folder. What its config.json leaves out are the defaults of the
-    published classes; the depth of the head, which they fix at 7 and 3, is counted in the weights.
+    """The Config of a published folder. What config.json leaves out has the default of the published classes; the
+    layers of the two stages of the head, which the classes fix at 7 and 3, are counted in the weights.
 
     Raises ``ValueError`` for settings that this family does not compute."""
     row = json["config.json"]
     text, vit, enc, dec = ({**default, **row.get(name, {})} for name, default in _DEFAULTS.items())
-    wrong = [f"vision_representation_config lacks {name}" for name in sorted(_SIGLIP - vit.keys())]
+    errors = [f"vision_representation_config lacks {name}" for name in sorted(_SIGLIP - vit.keys())]
     fixed = {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
-    wrong += [
+    errors += [
         f"vision_representation_config: {n} must be {v!r}, not {vit[n]!r}" for n, v in fixed.items() if vit[n] != v
     ]
     names = ("resolution", "ch", "ch_mult", "num_res_blocks", "z_channels")
-    wrong += [f"vae_encoder_config and vae_decoder_config differ in {n}" for n in names if enc[n] != dec[n]]
+    errors += [f"vae_encoder_config and vae_decoder_config differ in {n}" for n in names if enc[n] != dec[n]]
     if enc["ch"] != 4 * enc["z_channels"]:
-        wrong.append(
+        errors.append(
             f"vae_decoder_config: ch {enc['ch']} must be 4 x z_channels {enc['z_channels']}, as the head's width"
         )
-    if wrong:
-        raise ValueError("config.json: " + "; ".join(wrong))
+    if errors:
+        raise ValueError("config.json: " + "; ".join(errors))
     size = enc["resolution"]
     return Config(
         decoder_config(text | {"model_type": "qwen2"}),
@@ -61,8 +61,8 @@ def published_config(json: Json, states: States) -> Config:
             quant=True,
         ),
         head_layers=(
-            count(states["model"], "model.gen_projector.diffusion_head_a.*") or 7,
-            count(states["model"], "model.hi_projector.diffusion_head_a.*") or 3,
+            count_matches(states["model"], "model.gen_projector.diffusion_head_a.*") or 7,
+            count_matches(states["model"], "model.hi_projector.diffusion_head_a.*") or 3,
         ),
         size=(size, size),
         published_quirks=("repeated_positions",),
@@ -115,11 +115,11 @@ def published_files(c: Config) -> dict[str, dict]:
 PUBLISHED = PublishedFormat(
     weights={"model": lambda c: cheers(c.vision.patch_size)},
     json=("config.json",),
-    mine=lambda json: json["config.json"].get("model_type") == "umm",
+    matches=lambda json: json["config.json"].get("model_type") == "umm",
     config=published_config,
     describe=published_files,
-    free=("times", "settings", "published_quirks", "sizes"),
-    exact=("*.bn.*",),
+    unstored=("times", "settings", "published_quirks", "sizes"),
+    float32=("*.bn.*",),
 )
 
 
@@ -139,18 +139,18 @@ _STAGE = {
 def cheers(patch: int) -> Rules:
     """Cheers from ``model.safetensors``, whose language head repeats the embedding."""
     language = tuple(
-        replace(r, theirs=r.theirs.replace("model.", "model.language_model.", 1))
+        replace(r, published=r.published.replace("model.", "model.language_model.", 1))
         if r.alias is None
         else replace(r, alias="model.language_model.embed_tokens.weight", repeated=True)
         for r in TEXT
     )
     return (
-        within(language, ours="decoder.")
-        + within(siglip(patch, "model.vision_representation.", pooling=True), ours="vision.")
-        + within(FLUX2_AUTOENCODER, "model.vae_model.", "autoencoder.")
-        + within(FLUX2_AUTOENCODER, "model.vae_decoder_projector.", "pixel_decoder.")
+        prefixed(language, native="decoder.")
+        + prefixed(siglip(patch, "model.vision_representation.", pooling=True), native="vision.")
+        + prefixed(FLUX2_AUTOENCODER, "model.vae_model.", "autoencoder.")
+        + prefixed(FLUX2_AUTOENCODER, "model.vae_decoder_projector.", "pixel_decoder.")
         + rules({"model.und_projector.**": "projector.**", "model.hi_gate.**": "gate.**"})
         + rules({"model.time_embed.mlp_1.**": "coarse.time.mlp.**", "model.time_embed.mlp_2.**": "fine.time.mlp.**"})
-        + within(rules(_STAGE), "model.gen_projector.", "coarse.")
-        + within(rules(_STAGE), "model.hi_projector.", "fine.")
+        + prefixed(rules(_STAGE), "model.gen_projector.", "coarse.")
+        + prefixed(rules(_STAGE), "model.hi_projector.", "fine.")
     )

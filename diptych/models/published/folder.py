@@ -1,7 +1,7 @@
 """Model folders: which files hold what, and a model filled from them tensor by tensor.
 
 A ``PublishedFormat`` describes the folder of a family; the mechanism is the same for all. Files may lie in several
-folders that are searched in order, so a folder that holds only fine-tuned weights goes before the one it was made from.
+folders that are searched in order: a folder with only fine-tuned weights comes before the folder of its base model.
 Tensors are read one at a time onto the device, so the host holds at most the model and one tensor.
 """
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diptych.models.protocol import Trainable
-from diptych.models.published.key_map import Rules, State, Step, export, names, plan, raise_all
+from diptych.models.published.key_map import Conversion, Rules, State, conversions, export, mapped_names, raise_all
 from diptych.models.release import write_tensors
 from diptych.models.store import create
 from diptych.parts.quantize import to_int8
@@ -35,9 +35,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The dtype of a name: ours ("bf16"), PyTorch's ("bfloat16", "torch.bfloat16") or the dtype itself. None is None.
+    """The dtype of a name: "bf16", PyTorch's "bfloat16" or "torch.bfloat16", or the dtype itself. None stays None.
 
-    Raises ``ValueError`` for one that parameters cannot have."""
+    Raises ``ValueError`` for a dtype that parameters cannot have."""
     names = {str(kind).removeprefix("torch."): kind for kind in DTYPES.values()} | DTYPES
     if dtype is None or (isinstance(dtype, torch.dtype) and dtype in DTYPES.values()):
         return dtype
@@ -62,21 +62,21 @@ _STORED = {
 
 @dataclass(frozen=True)
 class PublishedFormat:
-    """How a family's published folder is laid out, as the family's file describes it.
+    """The files of a family's published folder and what they contain.
 
-    ``weights``   stem of a safetensors file (whole, or in shards with ``STEM.safetensors.index.json``) -> its key map,
-                  which may depend on the config
-    ``json``      JSON files that must be there, which also tell the layout from others
-    ``optional``  JSON files that are read where they are there
-    ``config``    the Config that the JSON files and the tensors' names and shapes say. Raises ``ValueError``
-    ``describe``  the JSON files of a Config, the inverse
-    ``free``      fields of the Config that the layout does not say: how to train and draw, not what the weights are
-    ``computed``  values of the tensors that a checkpoint may lack
-    ``mine``      whether the JSON files are this family's, where others name theirs alike
-    ``exact``     globs over our names: kept in float32 (or whole numbers) whatever they are stored in, and stored in
-                  the type of the other tensors where that is narrower
-    ``tokenizer`` the subfolder of the tokenizer's files; "": they lie in the folder itself
-    ``elsewhere`` other stems of the same weights, which a folder that is laid over another one has in their place
+    ``weights``      stem of a safetensors file (whole, or in shards with ``STEM.safetensors.index.json``) -> its key
+                     map, which may depend on the config
+    ``json``         required JSON files, which also distinguish the format from others
+    ``optional``     JSON files that are read if they exist
+    ``config``       the Config from the JSON files and the names and shapes of the tensors. Raises ``ValueError``
+    ``describe``     the JSON files of a Config, the inverse
+    ``unstored``     fields of the Config that the files do not contain: they concern training and sampling
+    ``computed``     values of the tensors that a checkpoint may lack
+    ``matches``      whether the JSON files belong to this family, where other families use the same file names
+    ``float32``      globs over native names. These tensors are loaded as float32 (or integers) whatever their stored
+                     dtype, and written in the dtype of the other tensors where that is narrower
+    ``tokenizer``    the subfolder of the tokenizer's files; "" for the folder itself
+    ``other_stems``  stem -> other stems of the same weights, which folders that need a ``base`` use
     """
 
     weights: Mapping[str, Callable[[Any], Rules]]
@@ -84,22 +84,22 @@ class PublishedFormat:
     config: Callable[[Json, States], Any]
     describe: Callable[[Any], dict[str, dict]]
     optional: tuple[str, ...] = ()
-    free: tuple[str, ...] = ()
+    unstored: tuple[str, ...] = ()
     computed: Callable[[Any], dict[str, Tensor]] = lambda config: {}
-    mine: Callable[[Json], bool] = lambda json: True
-    exact: tuple[str, ...] = ()
+    matches: Callable[[Json], bool] = lambda json: True
+    float32: tuple[str, ...] = ()
     tokenizer: str = ""
-    elsewhere: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    other_stems: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def find(self, places: Places, stem: str) -> Path | None:
-        """The weights of a stem: of the first folder that has them under one of their names."""
-        stems = (*self.elsewhere.get(stem, ()), stem)
-        return next((path for f in places.folders for s in stems if (path := Places((f,)).weights(s))), None)
+    def find(self, search_path: SearchPath, stem: str) -> Path | None:
+        """The weights of a stem, from the first folder that has them under any of their stems."""
+        stems = (*self.other_stems.get(stem, ()), stem)
+        return next((path for f in search_path.folders for s in stems if (path := SearchPath((f,)).weights(s))), None)
 
 
 @dataclass(frozen=True)
-class Places:
-    """Folders searched in order: the first that has a file gives it."""
+class SearchPath:
+    """Folders that are searched in order: a file comes from the first one that has it."""
 
     folders: tuple[Path, ...]
 
@@ -107,39 +107,40 @@ class Places:
         return " over ".join(map(str, self.folders))
 
     def find(self, name: str) -> Path | None:
-        """The file of this name, if any folder has it."""
+        """The first file of this name, or None."""
         return next((f / name for f in self.folders if (f / name).is_file()), None)
 
     def weights(self, stem: str) -> Path | None:
-        """The file or the index of shards of a stem. Raises ``ValueError`` where a folder has both."""
+        """The safetensors file of a stem or the index of its shards, or None. Raises ``ValueError`` where a folder has
+        both."""
         for folder in self.folders:
-            there = [f for f in (folder / f"{stem}.safetensors{end}" for end in ("", ".index.json")) if f.is_file()]
-            if len(there) > 1:
-                raise ValueError(f"{folder} holds both {there[0].name} and {there[1].name}; remove one")
-            if there:
-                return there[0]
+            files = [f for f in (folder / f"{stem}.safetensors{end}" for end in ("", ".index.json")) if f.is_file()]
+            if len(files) > 1:
+                raise ValueError(f"{folder} holds both {files[0].name} and {files[1].name}; remove one")
+            if files:
+                return files[0]
         return None
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the first folder that has one, in itself or in ``processor/``. Raises ``ValueError`` where
-        none has."""
-        found = (f for folder in self.folders for f in (folder, folder / "processor") if Tokenizer.there(f))
-        return Tokenizer.load(next(found, self.folders[-1]))
+        """The tokenizer of the first folder that has one, directly or in ``processor/``. Raises ``ValueError`` where
+        none has one."""
+        candidates = (f for folder in self.folders for f in (folder, folder / "processor") if Tokenizer.there(f))
+        return Tokenizer.load(next(candidates, self.folders[-1]))
 
 
-def missing(layout: PublishedFormat, places: Places) -> list[str]:
-    """The files of a layout that are not there (or are another family's), the tokenizer's aside."""
-    lacks = [n for n in layout.json if not places.find(n)]
-    lacks += [f"{stem}.safetensors" for stem in layout.weights if not layout.find(places, stem)]
-    if layout.tokenizer and not any(Tokenizer.there(f / layout.tokenizer) for f in places.folders):
-        lacks.append(f"{layout.tokenizer}/tokenizer.json")
-    return lacks if lacks or tells(layout, places) else [f"{' and '.join(layout.json)} of its own"]
+def missing_files(fmt: PublishedFormat, search_path: SearchPath) -> list[str]:
+    """The files of a format that do not exist or belong to another family, apart from an unnested tokenizer's."""
+    missing = [n for n in fmt.json if not search_path.find(n)]
+    missing += [f"{stem}.safetensors" for stem in fmt.weights if not fmt.find(search_path, stem)]
+    if fmt.tokenizer and not any(Tokenizer.there(f / fmt.tokenizer) for f in search_path.folders):
+        missing.append(f"{fmt.tokenizer}/tokenizer.json")
+    return missing if missing or has_config(fmt, search_path) else [f"{' and '.join(fmt.json)} of its own"]
 
 
-def tells(layout: PublishedFormat, places: Places) -> bool:
-    """Whether the JSON files of this layout are there."""
-    found = {name: path for name in layout.json if (path := places.find(name))}
-    return len(found) == len(layout.json) and layout.mine({name: read_json(path) for name, path in found.items()})
+def has_config(fmt: PublishedFormat, search_path: SearchPath) -> bool:
+    """Whether all required JSON files of this format exist and belong to its family."""
+    files = {name: path for name in fmt.json if (path := search_path.find(name))}
+    return len(files) == len(fmt.json) and fmt.matches({name: read_json(path) for name, path in files.items()})
 
 
 def read_json(path: Path) -> dict:
@@ -169,9 +170,9 @@ class Tensors:
         for file in sorted({path.parent / name for name in index.values()}) if index else [path]:
             self._scan(file)
         if index is not None:
-            wrong = [f"{name} is not in {file}" for name, file in sorted(index.items()) if self._in(name) != file]
-            wrong += [f"{name} of {self._in(name)} is not listed" for name in sorted(self.shapes.keys() - index)]
-            raise_all(wrong, f"{path} and its shards disagree")
+            errors = [f"{name} is not in {file}" for name, file in sorted(index.items()) if self._in(name) != file]
+            errors += [f"{name} of {self._in(name)} is not listed" for name in sorted(self.shapes.keys() - index)]
+            raise_all(errors, f"{path} and its shards disagree")
 
     def _in(self, name: str) -> str | None:
         return self._file[name].name if name in self._file else None
@@ -189,8 +190,8 @@ class Tensors:
             raise ValueError(f"cannot read {file}: {error}") from error
 
     def read(self, name: str) -> Tensor:
-        """A tensor as stored, on the CPU: a view of the mapped file. The mapping goes with its last view, so the pages
-        of a tensor do not stay in memory after it was copied."""
+        """A tensor as stored, on the CPU: a view of the memory-mapped file. The mapping ends with its last view, so the
+        pages of a tensor leave memory once it is copied."""
         try:
             with safe_open(self._file[name], "pt") as opened:
                 return opened.get_tensor(name)
@@ -199,142 +200,153 @@ class Tensors:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A model found on disk: what it is, and where its tensors are. ``dtype`` None: as stored."""
+class StoredModel:
+    """A model on disk whose weights are not loaded yet.
+
+    ``weights``   each file's tensors with its key map
+    ``path``      the folder or folders, for messages
+    ``dtype``     of the parameters; None for as stored
+    ``computed``  values of the tensors that the files may lack, from the config
+    ``float32``   globs over native names: see ``PublishedFormat``
+    """
 
     family: str
     config: Any
     tokenizer: Tokenizer
     weights: tuple[tuple[Tensors, Rules], ...]
-    where: str
+    path: str
     dtype: torch.dtype | None
     computed: Callable[[Any], dict[str, Tensor]] = lambda config: {}
-    exact: tuple[str, ...] = ()
+    float32: tuple[str, ...] = ()
 
 
-def open_published(family: str, layout: PublishedFormat, places: Places) -> Source:
-    """A published folder. Raises ``ValueError`` naming missing and unreadable files and settings that do not fit."""
-    if lacks := missing(layout, places):
-        raise ValueError(f"{places} lacks {', '.join(lacks)}; a published {family} folder holds them (or give base)")
-    tokenizer = places.tokenizer()
-    rows = {name: read_json(path) for name in (*layout.json, *layout.optional) if (path := places.find(name))}
-    tensors = {stem: Tensors(path) for stem in layout.weights if (path := layout.find(places, stem))}
+def open_published(family: str, fmt: PublishedFormat, search_path: SearchPath) -> StoredModel:
+    """The model of a published folder. Raises ``ValueError`` naming missing and unreadable files and settings that do
+    not fit."""
+    if missing := missing_files(fmt, search_path):
+        raise ValueError(
+            f"{search_path} lacks {', '.join(missing)}; a published {family} folder holds them (or give base)"
+        )
+    tokenizer = search_path.tokenizer()
+    rows = {name: read_json(path) for name in (*fmt.json, *fmt.optional) if (path := search_path.find(name))}
+    tensors = {stem: Tensors(path) for stem in fmt.weights if (path := fmt.find(search_path, stem))}
     try:
-        config = layout.config(rows, {stem: t.shapes for stem, t in tensors.items()})
+        config = fmt.config(rows, {stem: t.shapes for stem, t in tensors.items()})
     except ValueError as error:
-        raise ValueError(f"{places}: {error}") from error
-    weights = tuple((tensors[stem], rules(config)) for stem, rules in layout.weights.items())
-    return Source(family, config, tokenizer, weights, str(places), None, layout.computed, layout.exact)
+        raise ValueError(f"{search_path}: {error}") from error
+    weights = tuple((tensors[stem], rules(config)) for stem, rules in fmt.weights.items())
+    return StoredModel(family, config, tokenizer, weights, str(search_path), None, fmt.computed, fmt.float32)
 
 
-def make(
-    source: Source,
+def load_model(
+    stored: StoredModel,
     device: torch.device,
     dtype: torch.dtype | None,
     quantize: bool,
     prepare: Callable[[Trainable], None] | None = None,
     share: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Trainable:
-    """The model of a source on ``device``, in evaluation mode, filled tensor by tensor.
+    """The stored model on ``device``, in evaluation mode, filled tensor by tensor.
 
-    ``dtype`` is that of the parameters, None for as stored; buffers and the parts that no recipe may train (the
-    autoencoder) then stay in float32. ``share`` gives what this process keeps of a tensor, in place of the model's own.
-    Raises ``ValueError`` listing every missing, unknown and misshapen tensor."""
-    model = create(source.family, source.config, source.tokenizer, "meta")
+    ``dtype`` is that of the parameters, None for as stored; with a ``dtype``, buffers and the parts that no recipe may
+    train (the autoencoder) are float32. ``share`` maps a full tensor and the model's empty one to what this process
+    keeps. Raises ``ValueError`` listing every missing, unknown and misshapen tensor."""
+    model = create(stored.family, stored.config, stored.tokenizer, "meta")
     if prepare:
         prepare(model)
     expected = model.state_dict()
-    wrong, lacking, plans = [], [], []
-    claimed: set[str] = set()
-    for tensors, rules in source.weights:
-        mine = {n: expected[n] for n in names(rules, expected)}
-        steps, may_lack, lines = plan(rules, tensors.shapes, mine)
-        wrong += lines if len(source.weights) == 1 else [f"{tensors.path.name}: {line}" for line in lines]
-        claimed |= mine.keys()
-        lacking += may_lack
-        plans += [(tensors, step) for step in steps]
-    wrong += [f"{own}: no map has a rule for this tensor of ours" for own in sorted(expected.keys() - claimed)]
-    raise_all(wrong, f"{source.where} does not fit the model")
-    exact = {g for part in model.frozen for g in model.parts[part]}
+    errors, absent, steps = [], [], []
+    mapped: set[str] = set()
+    for tensors, rules in stored.weights:
+        state = {n: expected[n] for n in mapped_names(rules, expected)}
+        file_steps, file_absent, file_errors = conversions(rules, tensors.shapes, state)
+        errors += file_errors if len(stored.weights) == 1 else [f"{tensors.path.name}: {e}" for e in file_errors]
+        mapped |= state.keys()
+        absent += file_absent
+        steps += [(tensors, step) for step in file_steps]
+    errors += [f"{name}: no map has a rule for this tensor of ours" for name in sorted(expected.keys() - mapped)]
+    raise_all(errors, f"{stored.path} does not fit the model")
+    frozen = {g for part in model.frozen for g in model.parts[part]}
     parameters = {n for n, _ in model.named_parameters()}
 
-    def chosen(own: str) -> torch.dtype | None:
-        if _among(own, source.exact):
+    def dtype_of(name: str) -> torch.dtype | None:
+        if _matches_any(name, stored.float32):
             return torch.float32
-        kept = own not in parameters or any(fnmatchcase(own, g) for g in exact)
-        return dtype and (torch.float32 if kept else dtype)
+        full_precision = name not in parameters or any(fnmatchcase(name, g) for g in frozen)
+        return dtype and (torch.float32 if full_precision else dtype)
 
     if quantize:
         to_int8(model.blocks())
-    for tensors, step in plans:
-        _copy(model, tensors, step, device, chosen, share)
-    values = source.computed(source.config) if lacking else {}
-    for own in lacking:
-        _place(model, own, values[own], device, chosen(own), share)
+    for tensors, step in steps:
+        _load_tensors(model, tensors, step, device, dtype_of, share)
+    values = stored.computed(stored.config) if absent else {}
+    for name in absent:
+        _assign(model, name, values[name], device, dtype_of(name), share)
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     return model.eval()
 
 
-def _among(name: str, globs: tuple[str, ...]) -> bool:
+def _matches_any(name: str, globs: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, g) for g in globs)
 
 
-def _copy(
+def _load_tensors(
     model: Trainable,
     tensors: Tensors,
-    step: Step,
+    step: Conversion,
     device: torch.device,
-    chosen: Callable[[str], torch.dtype | None],
+    dtype_of: Callable[[str], torch.dtype | None],
     share: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> None:
-    for own, tensor in step.apply(tensors.read).items():
-        _place(model, own, tensor, device, chosen(own), share)
+    """Reads, converts and assigns one published tensor. It is freed on return, before the next one is read."""
+    for name, tensor in step.apply(tensors.read).items():
+        _assign(model, name, tensor, device, dtype_of(name), share)
 
 
-def _place(
+def _assign(
     model: Trainable,
-    own: str,
+    name: str,
     tensor: Tensor,
     device: torch.device,
     dtype: torch.dtype | None,
     share: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> None:
-    """Puts a copy of the tensor, or this process's share of it, where the model's own is."""
-    path, _, leaf = own.rpartition(".")
-    like = getattr(model.get_submodule(path), leaf)
+    """Replaces the model's empty tensor by a copy of ``tensor``, or of this process's share of it."""
+    path, _, leaf = name.rpartition(".")
     if share:
-        tensor = share(tensor, like)
+        tensor = share(tensor, getattr(model.get_submodule(path), leaf))
     tensor = tensor.to(device) if device.type != "cpu" else tensor
     wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
     tensor = tensor.to(wanted, copy=device.type == "cpu").contiguous()
     model.get_submodule(path).load_state_dict({leaf: tensor}, strict=False, assign=True)
 
 
-def write_published(model: Trainable, layout: PublishedFormat, folder: Path, state: State) -> None:
-    """Writes a model into an existing folder as its family publishes it: the same file names and keys.
+def write_published(model: Trainable, fmt: PublishedFormat, folder: Path, state: State) -> None:
+    """Writes the native ``state`` of a model into an existing folder in its family's published format: the same file
+    names and keys.
 
-    Raises ``ValueError`` for settings that the layout cannot say."""
-    rows = layout.describe(model.config)
-    theirs = {}
-    for stem, rules in layout.weights.items():
-        mine = {n: state[n] for n in names(rules(model.config), state)}
-        exact = {n: t for n, t in mine.items() if _among(n, layout.exact)}
-        stored = {t.dtype for n, t in mine.items() if n not in exact}
-        if len(stored) == 1 and (narrow := stored.pop()) != torch.float32:
-            mine |= {n: t.to(narrow) for n, t in exact.items()}
-        theirs[stem] = export(rules(model.config), mine)
-    back = layout.config(rows, theirs)
+    Raises ``ValueError`` for settings that the format cannot represent."""
+    rows = fmt.describe(model.config)
+    files = {}
+    for stem, rules in fmt.weights.items():
+        native = {n: state[n] for n in mapped_names(rules(model.config), state)}
+        float32 = {n: t for n, t in native.items() if _matches_any(n, fmt.float32)}
+        dtypes = {t.dtype for n, t in native.items() if n not in float32}
+        if len(dtypes) == 1 and (narrow := dtypes.pop()) != torch.float32:
+            native |= {n: t.to(narrow) for n, t in float32.items()}
+        files[stem] = export(rules(model.config), native)
+    reread = fmt.config(rows, files)
     lost = [
         f"{f.name}={getattr(model.config, f.name)}"
-        for f in fields(back)
-        if f.name not in layout.free and getattr(back, f.name) != getattr(model.config, f.name)
+        for f in fields(reread)
+        if f.name not in fmt.unstored and getattr(reread, f.name) != getattr(model.config, f.name)
     ]
-    raise_all(lost, f"the published layout of {model.family} cannot say")
-    for stem, tensors in theirs.items():
+    raise_all(lost, f"the published format of {model.family} cannot represent")
+    for stem, tensors in files.items():
         write_tensors(folder / f"{stem}.safetensors", tensors)
     for name, row in rows.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(row, indent=2, ensure_ascii=False) + "\n")
-    into = folder / layout.tokenizer
+    into = folder / fmt.tokenizer
     into.mkdir(exist_ok=True)
     model.tokenizer.save(into, split=not (into / "tokenizer_config.json").is_file())

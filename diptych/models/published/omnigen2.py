@@ -1,8 +1,8 @@
 """The published folders of OmniGen2: key maps and JSON files.
 
 ``OmniGen2/OmniGen2`` holds ``transformer/``, ``mllm/``, ``vae/``, ``scheduler/`` and ``processor/``.
-``Two-hot/SGT-Gen2`` lays ``transformer/transformer/`` and ``transformer/text_encoder/`` over it; these are read, and
-never written.
+``Two-hot/SGT-Gen2`` holds ``transformer/transformer/`` and ``transformer/text_encoder/`` and takes the other files from
+the first; it can be read and not written.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from diptych.models.omnigen2 import Config, reader_template
 from diptych.models.published.folder import Json, PublishedFormat, States
-from diptych.models.published.key_map import Rule, Rules, rules, within
+from diptych.models.published.key_map import Rule, Rules, prefixed, rules
 from diptych.models.published.parts import autoencoder_kl
 from diptych.parts.autoencoder import AutoencoderConfig
 from diptych.parts.images import AreaRule
@@ -54,7 +54,7 @@ _FIXED_VAE = {
 
 
 def published_config(json: Json, states: States) -> Config:
-    """Sizes of a published folder. Raises ``ValueError`` for settings that this family does not compute."""
+    """The Config of a published folder. Raises ``ValueError`` for settings that this family does not compute."""
     return Config(
         mllm=reader(json),
         dit=transformer(json[TRANSFORMER]),
@@ -67,24 +67,24 @@ def published_config(json: Json, states: States) -> Config:
 
 def transformer(row: Any) -> ReferenceDitConfig:
     """The diffusion transformer of ``transformer/config.json``."""
-    wrong = []
+    errors = []
     if row.get("out_channels") not in (None, row.get("in_channels", 16)):
-        wrong.append(f"out_channels {row['out_channels']} must be in_channels {row.get('in_channels', 16)} or null")
+        errors.append(f"out_channels {row['out_channels']} must be in_channels {row.get('in_channels', 16)} or null")
     values: dict[str, Any] = {}
     for key, (name, default) in _FIELDS.items():
         value = row.get(key, default)
         if isinstance(default, tuple):
             if not (isinstance(value, (list, tuple)) and len(value) == 3 and all(type(v) is int for v in value)):
-                wrong.append(f"{key} must be three whole numbers, not {value!r}")
+                errors.append(f"{key} must be three whole numbers, not {value!r}")
                 continue
             value = tuple(value)
         elif isinstance(value, bool) or not isinstance(value, type(default) if type(default) is int else (int, float)):
             if value is not None or default is not None:
-                wrong.append(f"{key} must be a number, not {value!r}")
+                errors.append(f"{key} must be a number, not {value!r}")
                 continue
         values[name] = value
-    if wrong:
-        raise ValueError(f"{TRANSFORMER}: {'; '.join(wrong)}")
+    if errors:
+        raise ValueError(f"{TRANSFORMER}: {'; '.join(errors)}")
     try:
         return ReferenceDitConfig(**values)
     except ValueError as error:
@@ -93,12 +93,12 @@ def transformer(row: Any) -> ReferenceDitConfig:
 
 def autoencoder(row: Any) -> AutoencoderConfig:
     """FLUX.1's autoencoder of ``vae/config.json`` (diffusers' ``AutoencoderKL``)."""
-    wrong = [f"{n} must be {v!r}, not {row[n]!r}" for n, v in _FIXED_VAE.items() if n in row and row[n] != v]
+    errors = [f"{n} must be {v!r}, not {row[n]!r}" for n, v in _FIXED_VAE.items() if n in row and row[n] != v]
     widths = row.get("block_out_channels")
     if not (isinstance(widths, list) and widths and all(type(w) is int and w % widths[0] == 0 for w in widths)):
-        wrong.append(f"block_out_channels must be multiples of the first, not {widths!r}")
-    if wrong:
-        raise ValueError(f"{VAE}: {'; '.join(wrong)}")
+        errors.append(f"block_out_channels must be multiples of the first, not {widths!r}")
+    if errors:
+        raise ValueError(f"{VAE}: {'; '.join(errors)}")
     assert isinstance(widths, list)
     return AutoencoderConfig(
         channels=widths[0],
@@ -132,8 +132,8 @@ def _whole(row: Any, key: str, default: int) -> int:
 
 
 def published_files(c: Config) -> dict[str, dict]:
-    """The JSON files of a published folder, the inverse of ``published_config``. Files that were read are written as
-    they came, with what the config says in their place."""
+    """The JSON files of a published folder, the inverse of ``published_config``. Keys of the files that were read
+    and that the config does not determine keep their values."""
     a, kept = c.autoencoder, c.files
     sizes = {key: getattr(c.dit, name) for key, (name, _) in _FIELDS.items()}
     sizes = {k: list(v) if isinstance(v, tuple) else v for k, v in sizes.items()}
@@ -151,7 +151,7 @@ def published_files(c: Config) -> dict[str, dict]:
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
     }
-    own: dict[str, dict] = {
+    rows: dict[str, dict] = {
         INDEX: _COMPONENTS,
         TRANSFORMER: {
             "_class_name": "OmniGen2Transformer2DModel",
@@ -166,7 +166,7 @@ def published_files(c: Config) -> dict[str, dict]:
         | {"dynamic_time_shift": c.time_shift != "none"},
         PROCESSOR: {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"} | pixels,
     }
-    return {name: {**kept.get(name, {}), **own.get(name, {})} for name in (*own, *kept)}
+    return {name: {**kept.get(name, {}), **rows.get(name, {})} for name in (*rows, *kept)}
 
 
 _COMPONENTS = {
@@ -211,8 +211,10 @@ DIT: Rules = (
             "norm_out.linear_2.*": "leave.*",
         }
     )
-    + within(rules(_ATTENTION | {"norm1.weight": "norms.before.weight"}), "context_refiner.*.", "condition_refiner.*.")
-    + tuple(rule for a, b in _STACKS.items() for rule in within(rules(_BLOCK), f"{a}.*.", f"{b}.*."))
+    + prefixed(
+        rules(_ATTENTION | {"norm1.weight": "norms.before.weight"}), "context_refiner.*.", "condition_refiner.*."
+    )
+    + tuple(rule for a, b in _STACKS.items() for rule in prefixed(rules(_BLOCK), f"{a}.*.", f"{b}.*."))
 )
 """``transformer/``: the diffusion transformer."""
 
@@ -223,25 +225,25 @@ READER: Rules = (
     + rules({"language_model.**": "model.language_model.**"})
     + (Rule("lm_head.weight", ("lm_head.weight",), alias="model.embed_tokens.weight"),)
 )
-"""``mllm/``: the names of transformers 4.51.3, which are written, those of later versions and those of SGT's files."""
+"""``mllm/``: the names of transformers 4.51.3, which are also written, of later versions and of SGT's files."""
 
 JSON = (TRANSFORMER, MLLM, VAE)
 OPTIONAL = (INDEX, SCHEDULER, PROCESSOR, *OTHERS)
 
 PUBLISHED = PublishedFormat(
     weights={
-        "transformer/diffusion_pytorch_model": lambda c: within(DIT, ours="dit."),
-        "mllm/model": lambda c: within(READER, ours="mllm."),
-        "vae/diffusion_pytorch_model": lambda c: within(
-            autoencoder_kl(len(c.autoencoder.multipliers)), ours="autoencoder."
+        "transformer/diffusion_pytorch_model": lambda c: prefixed(DIT, native="dit."),
+        "mllm/model": lambda c: prefixed(READER, native="mllm."),
+        "vae/diffusion_pytorch_model": lambda c: prefixed(
+            autoencoder_kl(len(c.autoencoder.multipliers)), native="autoencoder."
         ),
     },
     json=JSON,
     optional=OPTIONAL,
-    mine=lambda json: json[TRANSFORMER].get("_class_name") == "OmniGen2Transformer2DModel",
+    matches=lambda json: json[TRANSFORMER].get("_class_name") == "OmniGen2Transformer2DModel",
     config=published_config,
     describe=published_files,
-    free=(
+    unstored=(
         "files",
         "times",
         "source",
@@ -255,7 +257,7 @@ PUBLISHED = PublishedFormat(
         "labels",
     ),
     tokenizer="processor",
-    elsewhere={
+    other_stems={
         "transformer/diffusion_pytorch_model": ("transformer/transformer/diffusion_pytorch_model",),
         "mllm/model": ("transformer/text_encoder/model",),
     },

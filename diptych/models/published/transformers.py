@@ -1,8 +1,8 @@
-"""A model's language and vision parts as transformers loads them: ``language/`` and ``vision/``, each with config.json
-and model.safetensors.
+"""A model's language and vision parts in the format of transformers: ``language/`` and ``vision/``, each with
+config.json and model.safetensors.
 
-Any family that reads words with ``parts.decoder`` or pictures with ``parts.vision`` has them. Of a routed decoder it is
-the copy that serves words. What draws has no class in transformers; ``--format published`` writes all of a model.
+Every family that uses ``parts.decoder`` or ``parts.vision`` has them. Of a routed decoder the copies for text are
+written. The image generation parts have no class in transformers; ``--format published`` writes the whole model.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from diptych.parts.vision import VisionConfig, VisionEncoder
 
 
 def write_transformers(model: Trainable, folder: Path, dtype: torch.dtype | None) -> None:
-    """Writes the parts that there are and a README; ``dtype`` of the tensors, by default as they are.
+    """Writes the language and vision parts of a model and a README. ``dtype`` None keeps the tensors' dtypes.
 
-    Raises ``ValueError`` for a model that has neither."""
+    Raises ``ValueError`` for a model that has neither part."""
     parts: list[str] = []
 
     def write(kind: str, state: dict[str, torch.Tensor], config: dict[str, Any], load: str) -> Path:
@@ -40,7 +40,7 @@ def write_transformers(model: Trainable, folder: Path, dtype: torch.dtype | None
         return into
 
     if decoder := _one(model, Decoder):
-        state, config = language(decoder)
+        state, config = language_model(decoder)
         config |= {"bos_token_id": _id(model, "<|im_start|>"), "eos_token_id": _id(model, "<|im_end|>")}
         into = write("language", state, config, 'transformers.AutoModelForCausalLM.from_pretrained("language")')
         model.tokenizer.save(into)
@@ -49,21 +49,21 @@ def write_transformers(model: Trainable, folder: Path, dtype: torch.dtype | None
         tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | named
         (into / "tokenizer_config.json").write_text(json.dumps(tokens, indent=1))
     if vision := _one(model, VisionEncoder):
-        state, config = seeing(vision)
+        state, config = vision_model(vision)
         write("vision", state, config, 'transformers.SiglipVisionModel.from_pretrained("vision")')
     if not parts:
         raise ValueError(f"family {model.family!r} has neither a decoder nor a vision encoder that transformers knows")
     (folder / "README.md").write_text(README.format(family=model.family, parts="".join(parts)))
 
 
-def language(decoder: Decoder) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The weights and config.json of the decoder's first route: Qwen3 where queries and keys are normed, else Qwen2
-    (biases) or Llama (none)."""
+def language_model(decoder: Decoder) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The state dict and config.json of the decoder's first route: Qwen3 where queries and keys are normed, else Qwen2
+    (with biases) or Llama (without)."""
     c = decoder.config
-    spare = tuple(
+    other_routes = tuple(
         f"{name}.{i}." for name, m in decoder.named_modules() if isinstance(m, Routed) for i in range(1, len(m))
     )
-    state = export(TEXT, {k: v for k, v in decoder.state_dict().items() if not k.startswith(spare or ("\0",))})
+    state = export(TEXT, {k: v for k, v in decoder.state_dict().items() if not k.startswith(other_routes or ("\0",))})
     kind = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
     if kind == "qwen3" and c.qkv_bias:  # transformers' switch also gives the output projection a bias: zero
         for i in range(c.num_hidden_layers):
@@ -97,8 +97,8 @@ def _language_config(c: DecoderConfig, kind: str) -> dict[str, Any]:
     )
 
 
-def seeing(vision: VisionEncoder) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The weights and config.json of a SigLIP encoder, with its pooling head where it has one."""
+def vision_model(vision: VisionEncoder) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The state dict and config.json of a SigLIP encoder, with its pooling head where it has one."""
     c: VisionConfig = vision.config
     names = (
         "hidden_size",
