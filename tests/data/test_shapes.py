@@ -258,6 +258,23 @@ def test_drawings_satisfy_their_captions():
         assert shapes_judge.check(target.pixels, prompt).ok
 
 
+def test_prompts_to_tune_with_and_to_train_from_rewards_with_are_none_that_are_scored():
+    scored = {p.text for tag in shapes.TAGS for p in shapes.prompts(tag, shapes.EVALUATED)}
+    dev = {p.text for tag in shapes.TAGS for p in shapes.dev_prompts(tag, shapes.EVALUATED)}
+    assert not scored & dev and len(dev) == len(shapes.TAGS) * shapes.EVALUATED
+    source, tags = embedded.source("shapes/reward"), Counter()
+    for i in range(400):
+        sample = source[i]
+        tags[sample.info["type"]] += 1
+        assert sample.prompt not in shapes.evaluated_texts()
+        kinds = [(need["colour"], need["shape"]) for need in sample.info["prompt"]["needs"]]
+        assert shapes.seen(kinds)
+    assert set(tags) == {"counting", "color_attr", "position", "description"}
+    assert {embedded.source("shapes/dev")[i].prompt for i in range(200)} <= dev
+    with pytest.raises(ValueError, match="tag 'single_object' has 25 texts beyond the first 24, not 26"):
+        shapes.dev_prompts("single_object", 26)
+
+
 def test_a_drawing_shows_everything_where_its_words_say():
     source, places = embedded.source("shapes/draw-where"), Counter()
     ends = {"top": (1, 0), "bottom": (1, 2), "left": (0, 0), "right": (0, 2)}  # axis, third

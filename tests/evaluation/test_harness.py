@@ -217,8 +217,8 @@ def test_items_are_what_they_claim():
     def of(items, tag):
         return {i.prompt for i in items if i.category == tag}
 
-    for tag in ("position", "color_attr"):
-        assert not of(geneval, tag) & of(dev, tag)
+    assert not {i.prompt for i in geneval} & {i.prompt for i in dev}
+    assert all(len(of(dev, tag)) == 24 for tag in shapes.TAGS)
     assert len(of(geneval, "color_attr")) == 24
     for item in geneval:
         needs = shapes.Prompt.from_json(item.reference).needs

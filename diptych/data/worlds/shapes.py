@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -244,6 +244,36 @@ def prompts(tag: str, n: int, seed: int = 0, held_out: bool = False) -> list[Pro
     while len(drawn) < n:
         drawn += [every[i] for i in rng.permutation(len(every))]
     return drawn[:n]
+
+
+WORDINGS = ("draw {}", "a picture of {}", "please draw {}", "show me {}", "an image of {}")
+EVALUATED = 24  # prompts of each tag that geneval-mini asks, and as many others for geneval-dev
+
+
+def dev_prompts(tag: str, n: int, seed: int = 0, taken: int = EVALUATED) -> list[Prompt]:
+    """``n`` prompts of a tag to choose settings with. No text is among the first ``taken`` of ``prompts`` of this seed.
+    Where a tag has too few texts, "counting" names a colour, too, and the others take another wording.
+
+    Raises ``ValueError`` for an unknown tag."""
+    every = prompts(tag, taken + n, seed)
+    banned = {p.text for p in every[:taken]}
+    rng = np.random.default_rng((seed, TAGS.index(tag), 2))
+    coloured = [_prompt(tag, [Need(s, c, k)]) for s in SHAPES for c in COLOURS for k in range(2, MOST + 1)]
+    worded = [replace(p, text=w.format(p.text)) for w in WORDINGS for p in _all_prompts(tag, False)]
+    more = coloured if tag == "counting" else worded
+    candidates = every[taken:] + [more[i] for i in rng.permutation(len(more))]
+    chosen = {p.text: p for p in candidates if p.text not in banned}
+    if len(chosen) < n:
+        raise ValueError(f"tag {tag!r} has {len(chosen)} texts beyond the first {taken}, not {n}")
+    return list(chosen.values())[:n]
+
+
+@cache
+def evaluated_texts() -> frozenset[str]:
+    """The texts that geneval-mini and geneval-dev ask with their default seed: what training from rewards must not."""
+    seen_texts = {p.text for tag in TAGS for f in (prompts, dev_prompts) for p in f(tag, EVALUATED)}
+    unseen = {p.text for tag in ("position", "color_attr") for p in prompts(tag, EVALUATED, held_out=True)}
+    return frozenset(seen_texts | unseen)
 
 
 def _listing(needs: list[Need]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,14 @@ from diptych.data.canvas import Generated, Made, pick
 from diptych.data.tasks import ladder
 from diptych.data.worlds.shapes import (
     COLOURS,
+    EVALUATED,
     MOST,
     SHAPES,
     SIDES,
+    TAGS,
+    WORDINGS,
     Need,
+    Prompt,
     Scene,
     Thing,
     _cells,
@@ -30,6 +34,8 @@ from diptych.data.worlds.shapes import (
     _thing,
     _where,
     describe,
+    dev_prompts,
+    evaluated_texts,
     masks,
     random_prompt,
     random_scene,
@@ -53,14 +59,11 @@ _TAG_WEIGHTS = {
 }
 
 
-_WORDINGS = ("draw {}", "a picture of {}", "please draw {}", "show me {}", "an image of {}")
-
-
 def make_draw(rng: np.random.Generator, split: str, size: int, tag: str = "") -> Made:
     """A caption (of one tag, or any), and the picture that satisfies it strictly; info: prompt, scene."""
     prompt = random_prompt(rng, tag or pick(rng, tuple(_TAG_WEIGHTS), tuple(_TAG_WEIGHTS.values())))
     scene = scene_for(rng, prompt)
-    text = pick(rng, _WORDINGS).format(prompt.text) if rng.random() < 0.15 else prompt.text
+    text = pick(rng, WORDINGS).format(prompt.text) if rng.random() < 0.15 else prompt.text
     messages = user(text), assistant(Image(render(scene, size), "target"))
     return messages, {"type": prompt.tag, "prompt": prompt.to_json(), "scene": scene.to_json()}
 
@@ -77,6 +80,38 @@ def make_draw_where(rng: np.random.Generator, split: str, size: int) -> Made:
             texts[i] += f" {_where(rng, cell)}"
     messages = user(_join(texts)), assistant(Image(render(scene, size), "target"))
     return messages, {"type": "where", "prompt": prompt.to_json(), "scene": scene.to_json()}
+
+
+_REWARDED = {"counting": 0.35, "color_attr": 0.25, "position": 0.15, "description": 0.25}
+
+
+def make_reward(rng: np.random.Generator, split: str, size: int) -> Made:
+    """A caption to train from rewards with, and a right picture; info: prompt, scene. Counts and relations name
+    colours. No caption is one that geneval-mini or geneval-dev asks, and no pair of kinds is held out."""
+    banned = evaluated_texts()
+    while True:
+        prompt = random_prompt(rng, pick(rng, tuple(_REWARDED), tuple(_REWARDED.values())))
+        if prompt.tag == "counting":
+            need = replace(prompt.needs[0], colour=pick(rng, tuple(COLOURS)))
+            prompt = _prompt("counting", [need])
+        if prompt.text not in banned and all(need.colour for need in prompt.needs):
+            break
+    scene = scene_for(rng, prompt)
+    info = {"type": prompt.tag, "prompt": prompt.to_json(), "scene": scene.to_json()}
+    return (user(prompt.text), assistant(Image(render(scene, size), "target"))), info
+
+
+def make_dev(rng: np.random.Generator, split: str, size: int) -> Made:
+    """A prompt of geneval-dev, every tag equally often, and a right picture; info: prompt, scene. Never trained on."""
+    prompt = pick(rng, _dev(pick(rng, TAGS)))
+    scene = scene_for(rng, prompt)
+    info = {"type": prompt.tag, "prompt": prompt.to_json(), "scene": scene.to_json()}
+    return (user(prompt.text), assistant(Image(render(scene, size), "target"))), info
+
+
+@cache
+def _dev(tag: str) -> tuple[Prompt, ...]:
+    return tuple(dev_prompts(tag, EVALUATED))
 
 
 def make_caption(rng: np.random.Generator, split: str, size: int) -> Made:
@@ -197,6 +232,8 @@ SOURCES: dict[str, Callable[..., Made]] = {
     "shapes/draw": make_draw,
     "shapes/draw-where": make_draw_where,
     "shapes/draw-position": partial(make_draw, tag="position"),
+    "shapes/reward": make_reward,
+    "shapes/dev": make_dev,
     "shapes/ask": make_ask,
     "shapes/ask-where": partial(make_ask, types=("position", "which", "where")),
     "shapes/read": make_read,

@@ -1,7 +1,7 @@
 """Rule-judged benchmarks of the shapes world: GenEval's tags, questions, captions, edits.
 
 ``@strict`` needs exactly the objects asked for, ``@exact`` the answer and no other word. ``geneval-dev`` is for tuning
-sampler settings: its prompts differ from those of ``geneval-mini`` where a tag has enough texts, its seeds always.
+sampler settings: it shares no text and no seed with ``geneval-mini``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from diptych.evaluation.scores import (
 )
 
 SIDE = 64  # pixels on a side of every picture, unless asked for otherwise
-PROMPTS = 24  # of each tag
+PROMPTS = shapes.EVALUATED  # of each tag
 PICTURES = 4  # of each prompt
 QUESTIONS, CAPTIONS, EDITS = 300, 150, 60
 GUESSES = 100  # of each tag or type, from which the baselines are measured
@@ -53,8 +53,8 @@ def _geneval_items(name: str, seed: int) -> list[Item]:
         groups += [(f"held_out/{tag}", tag, True) for tag in HELD_OUT]
     items = []
     for category, tag, held_out in groups:
-        prompts = shapes.prompts(tag, 2 * PROMPTS, seed, held_out)  # one permutation of the tag's texts, cut in two
-        prompts = prompts[PROMPTS:] if name == "geneval-dev" else prompts[:PROMPTS]
+        dev = name == "geneval-dev"
+        prompts = shapes.dev_prompts(tag, PROMPTS, seed) if dev else shapes.prompts(tag, PROMPTS, seed, held_out)
         for picture in range(PICTURES):  # every prompt once before any twice: a limit keeps as many prompts as it can
             for i, prompt in enumerate(prompts):
                 key = f"{name}/{category}/{i}/{picture}"
