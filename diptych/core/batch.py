@@ -110,13 +110,13 @@ def pack(sequences: Iterable[Layout], routes: int = 1, pad_to: int | None = None
     route = torch.where(ids == NONE, spread((s.route for s in segments), 0), 0)
     groups: dict[tuple, list[tuple]] = {}
     places = (ids == NONE).nonzero()[:, 0].split([s.open for s in segments])
-    for d, s, mine in zip(documents, segments, places, strict=True):
+    for d, s, tokens in zip(documents, segments, places, strict=True):
         if not 0 <= s.route < routes:
             raise ValueError(f"sample {sequences[d].id!r}: a {s.kind} segment takes route {s.route} of {routes}")
-        if len(mine):
+        if len(tokens):
             shape = None if s.image is None else (tuple(s.image.shape), s.image.dtype)
-            key = (s.kind, s.grid or (1, len(mine)), s.drawn, s.encoded, s.masked, s.reference, shape)
-            groups.setdefault(key, []).append((s.image, mine, sequences[d].id, s.ordinal))
+            key = (s.kind, s.grid or (1, len(tokens)), s.drawn, s.encoded, s.masked, s.reference, shape)
+            groups.setdefault(key, []).append((s.image, tokens, sequences[d].id, s.ordinal))
     return Batch(
         ids,
         column((s.targets or (NONE,) * len(s) for s in segments), NONE),

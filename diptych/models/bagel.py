@@ -344,7 +344,7 @@ class Bagel(UnifiedModel[FlowSettings]):
             raise ValueError("a noised picture is drawn, not read; use start and step")
         order, start, noise = torch.cat(batch.routes), batch.positions, Noise()
         positions = start + torch.tensor([c.position for c in contexts], device=self.device)[batch.document]
-        caches = [c.cache.room(c.length, len(s)) for c, s in zip(contexts, sequences, strict=True)]
+        caches = [c.cache.reserve(c.length, len(s)) for c, s in zip(contexts, sequences, strict=True)]
         pictures = [(g.tokens, self._embed_vision(g, noise)) for g in batch.of(Kind.VISION)]
         for g in batch.of(Kind.CLEAN):
             latents = latent_tokens(self, g, noise)

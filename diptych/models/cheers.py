@@ -552,7 +552,7 @@ class Cheers(UnifiedModel[Settings]):
         if batch.of(Kind.NOISED):
             raise ValueError("a noised picture is drawn, not read; use start and step")
         starts, noise = torch.tensor([c.position for c in contexts], device=self.device), Noise()
-        caches = [c.cache.room(c.length, len(s)) for c, s in zip(contexts, sequences, strict=True)]
+        caches = [c.cache.reserve(c.length, len(s)) for c, s in zip(contexts, sequences, strict=True)]
         ends = torch.tensor(batch.lengths).cumsum(0)
         sources: list[list[tuple[int, Tensor]]] = [[] for _ in contexts]
         pictures = []

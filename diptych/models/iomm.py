@@ -491,7 +491,7 @@ class Iomm(UnifiedModel[FlowSettings]):
             raise ValueError(f"a masked picture is read with mask_mode 'zero' only, not {self.config.mask_mode!r}")
         s = self._embed(batch, Noise())
         start = torch.tensor([c.position for c in contexts], device=self.device)[batch.document]
-        caches = [c.cache.room(c.length, n) for c, n in zip(contexts, batch.lengths, strict=True)]
+        caches = [c.cache.reserve(c.length, n) for c, n in zip(contexts, batch.lengths, strict=True)]
         attend = Cached(caches, [c.length for c in contexts], s.columns)
         states = self.mllm(s.x, s.positions + start, attend)
         last = torch.tensor(batch.lengths, device=self.device).cumsum(0) - 1

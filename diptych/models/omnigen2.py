@@ -560,7 +560,7 @@ class OmniGen2(UnifiedModel[Settings]):
         read = s.columns.lengths
         before = [c.slot.upto(c.length) if c.slot else None for c in contexts]
         earlier = [len(b.states) if b else 0 for b in before]
-        caches = [c.cache.room(n, m) if m else c.cache for c, n, m in zip(contexts, earlier, read, strict=True)]
+        caches = [c.cache.reserve(n, m) if m else c.cache for c, n, m in zip(contexts, earlier, read, strict=True)]
         states, logits = s.x, [c.logits for c in contexts]
         if any(read):
             reading = [i for i, n in enumerate(read) if n]

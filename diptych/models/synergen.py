@@ -440,7 +440,7 @@ class SynerGen(UnifiedModel[CodeSettings]):
         batch, noise = pack(sequences, self.routes).to(self.device), Noise()
         order = torch.cat(batch.routes)
         positions = batch.positions + torch.tensor([c.position for c in contexts], device=self.device)[batch.document]
-        caches = [c.cache.room(c.length, len(s)) for c, s in zip(contexts, sequences, strict=True)]
+        caches = [c.cache.reserve(c.length, len(s)) for c, s in zip(contexts, sequences, strict=True)]
         pictures = [
             (g.tokens, blanked(self._embed_codes(self._codes(g), g.grid), g, noise)) for g in batch.of(Kind.CODES)
         ]
@@ -517,7 +517,7 @@ class SynerGen(UnifiedModel[CodeSettings]):
             if all(together) and [d.slot.rows[b] for b in range(R) for d in drawings] == list(range(R * B)):
                 return first
         read = [
-            d.slot.streams.row(d.slot.rows[b], d.contexts[b].length + d.step) if d.slot else d.contexts[b]
+            d.slot.streams.prefix(d.slot.rows[b], d.contexts[b].length + d.step) if d.slot else d.contexts[b]
             for b in range(R)
             for d in drawings
         ]

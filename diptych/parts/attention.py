@@ -1,15 +1,16 @@
 """Attention over packed documents and over key/value caches, behind one call: ``attend(layer, q, k, v)``.
 
-q is (T, H, D), k and v are (T, K, D) with H a multiple of K; the result is (T, H, D). What differs is who sees whom:
+q is (T, H, D), k and v are (T, K, D) with H a multiple of K; the result is (T, H, D). The classes differ in which
+tokens attend to which:
 
-- ``Packed``: the documents of a training row. Documents of like length are gathered into one batched SDPA call, so the
-  cost grows with each document's own length and never with the row.
+- ``Packed``: the documents of a training row. Documents of similar length share one batched SDPA call, so the cost
+  grows with the length of each document, not of the row.
 - ``Dense``: one SDPA call over the whole row under the dense mask: the reference.
-- ``Block``: FlexAttention under the same rule, for GPUs.
-- ``Cached``: new tokens of several contexts against their caches (reading and decoding).
-- ``Recorded``, ``Continued``: a pass whose keys and values are kept, and causal tokens that go on from them.
+- ``Block``: FlexAttention under the same mask, for GPUs.
+- ``Cached``: new tokens of several contexts against their KV caches (prefill and decode).
+- ``Recorded``, ``Continued``: a pass that keeps its keys and values, and causal tokens that continue from them.
 - ``Fixed``: picture tokens that are recomputed at every denoising step against contexts that do not change.
-- ``Streams``: several contexts in step, each growing by one token a call (codes of pictures being drawn).
+- ``Streams``: several contexts that grow together, by one token a call (codes of pictures).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from diptych.core.tensors import Bool, Float, Tensor
 
 @runtime_checkable
 class Attend(Protocol):
-    """Attention with its layout settled; called once a layer."""
+    """Attention for a given set of tokens; every layer calls it once."""
 
     def __call__(
         self, layer: int, q: Float[Tensor, "T H D"], k: Float[Tensor, "T K D"], v: Float[Tensor, "T K D"]
@@ -38,16 +39,16 @@ class Attend(Protocol):
         """The attended values of every token."""
 
 
-WHOLE = 16  # attention over a multiple of this many keys has the same bits however many at the end are padding (CPU)
+KEY_MULTIPLE = 16  # with a multiple of this many keys, padding at the end does not change the result (CPU, bitwise)
 
 
 def padded_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """``sdpa`` whose bits do not depend on how many of the last keys are padding (CPU, no gradient).
+    """``sdpa`` whose result does not depend, bit for bit, on how many of the last keys are padding (CPU, no gradient).
 
-    Queries and keys are padded to multiples of ``WHOLE``: the kernel of a matrix product depends on both numbers."""
+    Queries and keys are padded to multiples of ``KEY_MULTIPLE``: the choice of matrix kernel depends on both sizes."""
     n = q.shape[1]
     if mask is not None and k.device.type == "cpu" and not torch.is_grad_enabled():
-        rows, missing = -n % WHOLE, -k.shape[1] % WHOLE
+        rows, missing = -n % KEY_MULTIPLE, -k.shape[1] % KEY_MULTIPLE
         q = F.pad(q, (0, 0, 0, 0, 0, rows))
         k, v = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (k, v))
         mask = F.pad(mask, (0, missing))
@@ -58,7 +59,7 @@ def padded_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Grouped-query attention of (B, L, H, D) against (B, S, K, D); ``mask`` is True where allowed."""
-    if q.shape[1] == 1 and mask is None and not causal:  # one word: the heads of a group can stand as its queries
+    if q.shape[1] == 1 and mask is None and not causal:  # one token: the heads of a group become its queries
         groups = q[:, 0].unflatten(1, (k.shape[2], -1))
         return F.scaled_dot_product_attention(groups, k.transpose(1, 2), v.transpose(1, 2)).flatten(1, 2)[:, None]
     out = F.scaled_dot_product_attention(
@@ -73,9 +74,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bo
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of x by ``index``; the gradient is gathered by ``inverse``, so neither way scatters.
+    """Rows of x by ``index``; the gradient is gathered by ``inverse``, so neither pass scatters.
 
-    Every row of x must stand at ``inverse`` in the result; other places of the result (padding) pass no gradient.
+    Row i of x must be at ``inverse[i]`` of the result; other rows of the result (padding) pass no gradient.
     """
 
     @staticmethod
@@ -105,12 +106,12 @@ class _Return(torch.autograd.Function):
 
 
 def permute(x: Tensor, order: Tensor) -> Tensor:
-    """Rows of x in ``order``, a permutation; the gradient takes the way back without a scatter."""
+    """Rows of x in ``order``, a permutation; the gradient is gathered too, without a scatter."""
     return _Gather.apply(x, order, inverse_permutation(order))
 
 
 def inverse_permutation(order: Tensor) -> Tensor:
-    """Where each place stands in ``order``."""
+    """The permutation that undoes ``order``: the index of each place in it."""
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
@@ -121,7 +122,7 @@ class _Group:
 
 
 class Packed:
-    """Attention within the documents of ``batch`` for a stream whose i-th token is the row's ``order[i]``-th."""
+    """Attention within the documents of ``batch``. Token i of the stream is token ``order[i]`` of the row."""
 
     def __init__(self, batch: Batch, order: Tensor | None = None, waste: float = 0.85) -> None:
         device = batch.ids.device
@@ -172,7 +173,7 @@ class Packed:
 
 
 class Dense:
-    """The reference: the whole row under the dense mask."""
+    """Attention over the whole row under the dense mask: the reference."""
 
     def __init__(self, batch: Batch, order: Tensor | None = None) -> None:
         mask = masks.dense(batch)
@@ -185,12 +186,12 @@ class Dense:
 
 @lru_cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Once for all rows."""
+    """The compiled function, one for all rows."""
     return torch.compile(function)
 
 
 class Block:
-    """FlexAttention under the same rule (its backward needs a GPU)."""
+    """FlexAttention under the same mask (its backward needs a GPU)."""
 
     def __init__(self, batch: Batch, order: Tensor | None = None) -> None:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -209,23 +210,23 @@ class Block:
 
 
 def documents(batch: Batch, order: Tensor | None = None) -> Attend:
-    """Attention within the documents of a training row, by the back end that suits the device."""
+    """Attention within the documents of a training row: ``Block`` on a GPU, ``Packed`` on a CPU."""
     return Block(batch, order) if batch.ids.is_cuda else Packed(batch, order)
 
 
 class Cache:
-    """Keys and values of what a context has read, for every layer: (layers, 2, capacity, K, D), grown by doubling.
+    """The KV cache of a context for every layer: (layers, 2, capacity, K, D); the capacity doubles as it fills.
 
-    Contexts that branch share one buffer: whoever stands at its end may write on, anyone else copies first. So reading
-    returns a new context, the old one stays usable, and the common case copies nothing.
+    Contexts that branch share one buffer: the one whose length is the buffer's may append, any other copies first.
+    Prefill therefore returns a new context, the old one stays valid, and the common case copies nothing.
     """
 
     def __init__(self, layers: int, heads: int, width: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.buffer = torch.empty(layers, 2, 0, heads, width, dtype=dtype, device=device)
         self.used = 0
 
-    def room(self, length: int, more: int) -> Cache:
-        """A cache whose first ``length`` tokens are this one's and that has room for ``more``; self when it can be."""
+    def reserve(self, length: int, more: int) -> Cache:
+        """A cache with the first ``length`` tokens of this one and space for ``more``: this one where possible."""
         if self.used == length and length + more <= self.buffer.shape[2]:
             self.used = length + more
             return self
@@ -239,7 +240,7 @@ class Cache:
 
 @runtime_checkable
 class Read(Protocol):
-    """What attention needs of a generation context: a cache, and how many of its tokens are the context's."""
+    """The part of a generation context that attention needs."""
 
     @property
     def cache(self) -> Cache:
@@ -254,9 +255,9 @@ R = TypeVar("R", bound=Read)
 
 
 class Cached:
-    """New tokens of several contexts: each writes its keys and values to its cache and sees what its rule allows.
+    """Attention of new tokens of several contexts, which also writes their keys and values to the caches.
 
-    The stream holds the new tokens of all contexts one after another, in the ``order`` given.
+    The stream holds the new tokens of all contexts one after another, permuted by ``order``.
     """
 
     def __init__(self, caches: Seq[Cache], lengths: Seq[int], batch: Batch, order: Tensor | None = None) -> None:
@@ -265,8 +266,8 @@ class Cached:
             mask = None
             if n > 1:
                 places = torch.arange(at, at + n, device=batch.ids.device)
-                own = masks.rule(batch, places[:, None], places[None, :])
-                mask = torch.cat([own.new_ones(n, length), own], 1)
+                allowed = masks.rule(batch, places[:, None], places[None, :])
+                mask = torch.cat([allowed.new_ones(n, length), allowed], 1)
             self.spans.append((cache, at, n, length, mask))
             at += n
         self.order = order
@@ -300,16 +301,17 @@ class Recorded:
 
 
 class Continued:
-    """Blocks of n tokens each, causal among themselves, that also see their own prefix; nothing is kept. A block's own
-    keys stand first and padding last, so that no bit depends on the prefixes beside it.
+    """Attention of blocks of n tokens, causal within a block, that also attend to their prefix; nothing is kept. A
+    block's own keys come first and padding last, so the result does not depend on the other prefixes, bit for bit.
 
-    ``prefix`` gives a layer's keys and values, (blocks, L, K, D) each; ``valid`` says which of them a block sees.
+    ``prefix`` returns a layer's keys and values, (blocks, L, K, D) each; ``valid`` says which of them a block attends
+    to.
     """
 
     def __init__(self, prefix: Callable[[int], tuple[Tensor, Tensor]], valid: Bool[Tensor, "N L"], n: int) -> None:
         self.prefix, self.n = prefix, n
-        own = valid.new_ones(n, n).tril().expand(len(valid), -1, -1)
-        self.mask = torch.cat([own, valid[:, None].expand(-1, n, -1)], 2)[:, None]
+        causal = valid.new_ones(n, n).tril().expand(len(valid), -1, -1)
+        self.mask = torch.cat([causal, valid[:, None].expand(-1, n, -1)], 2)[:, None]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of one layer; shapes as in ``Attend``."""
@@ -319,17 +321,17 @@ class Continued:
 
 
 class Fixed(Generic[R]):
-    """Blocks of n picture tokens each: full attention inside a block and to its whole context, nothing is kept.
+    """Attention of blocks of n picture tokens: full inside a block and to its whole context; nothing is kept.
 
-    Keys and values stand side by side, laid out once: a block's own places first, which every step overwrites, then its
-    context, then padding. Padding at the end, under a mask, changes no bit of what is before it (CPU, measured), so a
-    block's result does not depend on how long the contexts beside it are.
+    Keys and values are in one buffer that is filled once: a block's own places first, which every step overwrites, then
+    its context, then padding. Masked padding at the end does not change the result bit for bit (CPU, measured), so a
+    block does not depend on the lengths of the other contexts.
     """
 
     def __init__(self, contexts: Seq[R], n: int) -> None:
         self.contexts, lengths = tuple(contexts), [c.length for c in contexts]
         first, width = contexts[0].cache.buffer, n + max(lengths)
-        width += -width % WHOLE
+        width += -width % KEY_MULTIPLE
         self.buffer = first.new_zeros(*first.shape[:2], len(contexts), width, *first.shape[3:])
         for b, c in enumerate(contexts):
             self.buffer[:, :, b, n : n + c.length] = c.cache.buffer[:, :, : c.length]
@@ -338,11 +340,11 @@ class Fixed(Generic[R]):
         self.mask = seen[:, None, None, :].expand(-1, 1, n, -1)
 
     def holds(self, contexts: Seq[Read]) -> bool:
-        """Whether it was laid out for these very contexts."""
+        """Whether the buffer is that of exactly these contexts."""
         return len(contexts) == len(self.contexts) and all(a is b for a, b in zip(contexts, self.contexts, strict=True))
 
     def over(self, blocks: int, order: Tensor) -> Attend:
-        """Attention of the first ``blocks`` blocks, for a stream whose i-th token is the ``order[i]``-th of theirs."""
+        """Attention of the first ``blocks`` blocks. Token i of the stream is token ``order[i]`` of the blocks."""
         inverse, shape, mask = inverse_permutation(order), (blocks, self.n), self.mask[:blocks]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -355,18 +357,18 @@ class Fixed(Generic[R]):
 
 
 @dataclass(frozen=True, eq=False)
-class _Row:
-    """The first ``length`` tokens of one stream, as a context that can be laid out elsewhere."""
+class _Prefix:
+    """The first ``length`` tokens of one stream, as a context."""
 
     cache: Cache
     length: int
 
 
 class Streams:
-    """Contexts side by side with room for ``more`` tokens each; ``grow`` adds one token to every stream.
+    """Copies of several contexts with space for ``more`` tokens each; ``grow`` adds one token to every stream.
 
-    Streams may have different lengths. A stream that is to go on from an earlier length, or beside others, is laid out
-    anew from ``row``, so what was read before stays as it was."""
+    Streams may have different lengths. To continue a stream from an earlier length, or with other streams, build new
+    ``Streams`` from its ``prefix``; the original context does not change."""
 
     def __init__(self, contexts: Seq[Read], more: int) -> None:
         first = contexts[0].cache.buffer
@@ -376,14 +378,14 @@ class Streams:
         for i, c in enumerate(contexts):
             self.buffer[:, :, i, : c.length] = c.cache.buffer[:, :, : c.length]
 
-    def row(self, stream: int, length: int) -> Read:
-        """The beginning of a stream, to lay out elsewhere."""
+    def prefix(self, stream: int, length: int) -> Read:
+        """The first ``length`` tokens of a stream, as a context for new ``Streams``."""
         cache = Cache.__new__(Cache)
         cache.buffer, cache.used = self.buffer[:, :, stream], length
-        return _Row(cache, length)
+        return _Prefix(cache, length)
 
     def grow(self) -> Attend:
-        """Attention of one new token for each stream, in their order, to its own stream and itself."""
+        """Attention of one new token for each stream, in order, to its stream and itself."""
         device, most = self.buffer.device, max(self.lengths) + 1
         at = torch.tensor(self.lengths, device=device)
         streams = torch.arange(len(at), device=device)

@@ -86,7 +86,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) to the same shape and dtype."""
-        if x.numel() == x.shape[-1] and x.dtype == torch.float32:  # one word: the number of calls is what costs
+        if x.numel() == x.shape[-1] and x.dtype == torch.float32:  # one token: the number of calls dominates
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         y = x.float()
         return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
@@ -183,7 +183,7 @@ class Decoder(nn.Module):
         attend: Attend,
         counts: Sequence[int] | None = None,
     ) -> Float[Tensor, "T d"]:
-        """Final normed states of a stream that holds route 0 first; ``counts`` are the routes' lengths."""
+        """Final normed states of a stream whose tokens are sorted by route; ``counts`` are the tokens of each route."""
         counts = [len(x)] if counts is None else counts
         rope = Rope(positions, self.config.width, self.config.rope_theta)
         for layer in self.layers:
@@ -191,7 +191,7 @@ class Decoder(nn.Module):
         return self.norm(x, counts)
 
     def cache(self) -> Cache:
-        """An empty cache for its keys and values."""
+        """An empty key/value cache."""
         c, weight = self.config, self.embed_tokens.weight
         return Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, weight.dtype, weight.device)
 
@@ -202,8 +202,8 @@ class Decoder(nn.Module):
         order: Tensor | None = None,
         table: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "T d"]:
-        """The stream of a row: its words embedded, the pictures' tokens at their (places, embeddings), in ``order``
-        (default: the row's own). ``table`` embeds words where the decoder's own table does not have them all."""
+        """The embedded tokens of a row: text by the embedding table, pictures by their (places, embeddings), in
+        ``order`` (default: the row's). ``table`` replaces the embedding table for text."""
         words = (batch.ids != NONE).nonzero()[:, 0]
         places = torch.cat([words, *(p.flatten() for p, _ in pictures)])
         embedded = (table or self.embed_tokens)(batch.ids[words])
@@ -217,23 +217,25 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Float[Tensor, "V d"]:
-        """The language head: a table of its own, or that of the embeddings."""
+        """The weight of the language head; the embedding table where the two are tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
 
-def taken_over(mine: Decoder, theirs: Decoder) -> dict[str, Tensor]:
-    """The weights of another family's decoder under the names of ``mine``: a route that they lack is their first one
-    (of words), a language head that they lack their embeddings, and words that they lack keep our rows. What else
-    differs is left for strict loading to name."""
-    state, own, head = theirs.state_dict(), mine.state_dict(), "lm_head.weight"
+def decoder_weights_from(source: Decoder, target: Decoder) -> dict[str, Tensor]:
+    """The weights of ``source``, a decoder of another family, under the names of ``target``.
+
+    Where the source lacks a route, its first route (text) is copied; where it lacks a language head, its embeddings
+    are. Tokens that the source's vocabulary lacks keep the target's rows. Other differences remain, so that strict
+    loading reports them."""
+    state, fresh_state, head = source.state_dict(), target.state_dict(), "lm_head.weight"
 
     def first(name: str) -> str:
         return re.sub(r"^(layers\.\d+\.\w+|norm)\.\d+\.", r"\1.0.", name)
 
     out = {name: t for name, t in state.items() if name == first(name) != head}
-    for name, fresh in own.items():
+    for name, fresh in fresh_state.items():
         t = state.get(name, state.get(first(name), state["embed_tokens.weight"] if name == head else None))
         if t is not None:
-            more = name in ("embed_tokens.weight", head) and t.shape[1:] == fresh.shape[1:]
-            out[name] = torch.cat([t, fresh[len(t) :]]) if more else t
+            per_token = name in ("embed_tokens.weight", head) and t.shape[1:] == fresh.shape[1:]
+            out[name] = torch.cat([t, fresh[len(t) :]]) if per_token else t
     return out

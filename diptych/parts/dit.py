@@ -1,9 +1,9 @@
 """Diffusion transformers conditioned on a sequence: FLUX-style double streams, and a Z-Image-style single stream.
 
 Both take groups of pictures of one shape each: their tokens, times in [0, 1] (0 data, 1 noise) and padded conditions.
-They return a value per picture token. Every block is called once for all groups, so that it can be sharded on its own.
-Positions are rotations by row and column, and by the place in the condition where ``axes`` begin with a width of their
-own, so any grid can be drawn. Only the time modulates.
+They return a value per picture token. Every block is called once for all groups, so that it can be sharded separately.
+Positions are rotary embeddings of row and column, and of the place in the condition where the first of ``axes`` is not
+0, so any grid can be generated. Only the time modulates.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class DitConfig:
 
 
 class Group(NamedTuple):
-    """Pictures of one shape; condition tokens that are not ``valid`` are not seen."""
+    """Pictures of one shape. Condition tokens that are not ``valid`` are padding, which nothing attends to."""
 
     x: Float[Tensor, "N n f"]
     t: Float[Tensor, " N"]
@@ -68,12 +68,12 @@ class Block(nn.Module):
 
 
 def build_dit(config: DitConfig, features: int) -> DoubleStream | SingleStream:
-    """The generator of a config; a picture token has ``features`` numbers."""
+    """The generator of a config; a picture token has ``features`` features."""
     return (DoubleStream if config.kind == "double" else SingleStream)(config, features)
 
 
 class Rotation:
-    """Rotary embedding by several coordinates: each turns its share of the features of (..., n, H, D), in pairs."""
+    """Rotary embedding of several coordinates: each rotates its share of the D features of (..., n, H, D), in pairs."""
 
     def __init__(self, places: Int[Tensor, "... n axes"], axes: tuple[int, ...], theta: float) -> None:
         angles = []
@@ -96,7 +96,7 @@ def grid_coordinates(grid: tuple[int, int], first: int = 0, device: torch.device
 
 
 def condition_coordinates(valid: Bool[Tensor, "N L"]) -> Int[Tensor, "N L 3"]:
-    """(place, 0, 0) of a condition's tokens, from 1; pictures stand at place 0. Padding anywhere moves nothing."""
+    """(place, 0, 0) of a condition's tokens, from 1; pictures have place 0. Padding anywhere changes no place."""
     return F.pad(valid.cumsum(1)[..., None], (0, 2))
 
 
@@ -105,7 +105,7 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Stream(nn.Module):
-    """One modality's half of a double-stream block; ``seen_only`` where nothing reads what it would become."""
+    """One modality's half of a double-stream block. ``seen_only``: it only gives keys and values, and has no output."""
 
     def __init__(self, d: int, head: int, seen_only: bool = False) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class Stream(nn.Module):
             self.fc1, self.fc2 = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
 
     def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """([queries], or nothing where the stream is only seen; keys; values)."""
+        """([queries], empty where the stream is ``seen_only``; keys; values)."""
         *q, k, v = (
             self.qkv(_modulate(x, shift, scale)).unflatten(-1, (-1, x.shape[-1] // self.head, self.head)).unbind(-3)
         )
@@ -133,7 +133,7 @@ class Stream(nn.Module):
 
 class DoubleBlock(Block):
     """Separate weights for the condition and the picture, one attention over both (FLUX). In the ``last`` block the
-    condition is seen and goes no further."""
+    condition is attended to and has no output."""
 
     def __init__(self, d: int, head: int, last: bool) -> None:
         super().__init__()
@@ -144,16 +144,16 @@ class DoubleBlock(Block):
     ) -> tuple:
         """The new (picture, condition) streams; the condition is None after the last block."""
         n = x.shape[1]
-        mine = self.picture.modulation(time)[:, None].chunk(6, -1)
-        other = self.condition.modulation(time)[:, None].chunk(2 if self.last else 6, -1)
-        [q], k, v = self.picture.project(x, *mine[:2])
-        qc, kc, vc = self.condition.project(c, *other[:2])
+        picture_mod = self.picture.modulation(time)[:, None].chunk(6, -1)
+        condition_mod = self.condition.modulation(time)[:, None].chunk(2 if self.last else 6, -1)
+        [q], k, v = self.picture.project(x, *picture_mod[:2])
+        qc, kc, vc = self.condition.project(c, *condition_mod[:2])
         if turn_words:
             qc, kc = [turn_words(y) for y in qc], turn_words(kc)
         q, k, v = torch.cat([turn(q), *qc], 1), torch.cat([turn(k), kc], 1), torch.cat([v, vc], 1)
         seen = padded_sdpa(q, k, v, mask).flatten(-2)
-        x = self.picture.join(x, seen[:, :n], *mine[2:])
-        return x, None if self.last else self.condition.join(c, seen[:, n:], *other[2:])
+        x = self.picture.join(x, seen[:, :n], *picture_mod[2:])
+        return x, None if self.last else self.condition.join(c, seen[:, n:], *condition_mod[2:])
 
 
 class DoubleStream(nn.Module):
@@ -187,13 +187,13 @@ class DoubleStream(nn.Module):
         ]
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Variance-keeping linears; what modulates and the way out begin at zero, so every block begins as identity."""
+        """Variance-preserving linear layers; modulations and the output layer are zero, so every block is the identity."""
         _initialise(self, generator)
 
 
 class SingleBlock(Block):
     """One set of weights over a joint sequence: norms on both sides of attention and of the gated MLP; with
-    ``modulated``, time scales what goes in and gates (tanh) what comes out (Z-Image)."""
+    ``modulated``, time scales the inputs and gates (tanh) the outputs (Z-Image)."""
 
     def __init__(self, d: int, head: int, modulated: bool) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ NARROW = 256  # width of the time features that modulate a single stream
 
 
 class SingleStream(nn.Module):
-    """A Z-Image-style diffusion transformer: condition and picture are refined alone, then run as one sequence."""
+    """A Z-Image-style diffusion transformer: condition and picture are refined separately, then joined."""
 
     def __init__(self, config: DitConfig, features: int) -> None:
         super().__init__()
@@ -267,13 +267,13 @@ class SingleStream(nn.Module):
         return x
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Variance-keeping linears; what modulates and the way out begin at zero."""
+        """Variance-preserving linear layers; modulations and the output layer are zero."""
         _initialise(self, generator)
 
 
 def _mask(valid: Bool[Tensor, "N L"], pictures: int) -> Tensor | None:
-    """Which of (picture, condition) tokens may be seen; None in training where all may. Padding stands last and what is
-    drawn always has a mask: then not a bit of a picture depends on how long its neighbours' conditions are."""
+    """Which of (picture, condition) tokens are attended to; None in training where all are. Padding comes last, and
+    sampling always uses a mask: a picture then does not depend on the lengths of other conditions, bit for bit."""
     if torch.is_grad_enabled() and bool(valid.all()):
         return None
     return torch.cat([valid.new_ones(len(valid), pictures), valid], 1)[:, None, None]
@@ -290,7 +290,7 @@ def _initialise(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def blocks(dit: DoubleStream | SingleStream) -> Iterator[nn.Module]:
-    """Everything that attends: what to shard, checkpoint and compile."""
+    """All blocks: the units that are sharded, checkpointed and compiled."""
     if isinstance(dit, SingleStream):
         yield from dit.picture_refiner
         yield from dit.condition_refiner

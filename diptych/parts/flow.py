@@ -18,10 +18,10 @@ EARLIEST = 0.05  # a data prediction is turned into a velocity by dividing by no
 
 @dataclass(frozen=True)
 class FlowSettings:
-    """How a picture is drawn by integrating a flow. A model's config holds the defaults that suit its weights.
+    """Sampler settings of a flow model. A model's config holds the defaults that suit its weights.
 
     Guidance is active while low < t <= high of ``guidance_interval``; ``renorm`` is how the guided velocity is scaled
-    back (``guide``). ``warped`` takes the times of ``warp`` in place of shifted ones."""
+    back (``guide``). ``warped`` uses the times of ``warp`` in place of shifted ones."""
 
     num_inference_steps: int = 50
     guidance_scale: float = 4.0
@@ -47,33 +47,33 @@ class FlowSettings:
             raise ValueError(f"unknown renorm {self.renorm!r}; choose from {', '.join(get_args(Renorm))}")
 
     def times(self, steps: int) -> Float[Tensor, " steps_1"]:
-        """The steps + 1 times from 1 to 0 between which a drawing moves."""
+        """The steps + 1 times of the sampler, from 1 to 0."""
         return warp(steps) if self.warped else schedule(steps, self.timestep_shift)
 
     def within(self, steps: int) -> FlowSettings:
-        """The same in at most so many steps."""
+        """The same settings with at most ``steps`` steps."""
         return replace(self, num_inference_steps=min(steps, self.num_inference_steps))
 
     def guided(self, t: float) -> bool:
-        """Whether guidance is active at this time; an interval that begins at 0 holds the 0."""
+        """Whether guidance is active at time ``t``; an interval that begins at 0 includes 0."""
         low, high = self.guidance_interval
         return low < t <= high or t == low == 0 < high
 
     def combine(
         self, velocities: Float[Tensor, "R n f"], branches: Mapping[frozenset[str], float]
     ) -> Float[Tensor, "n f"]:
-        """The guided velocity of one picture from those of (the first of) its branches, which say what each leaves out
-        and its scale."""
-        found = {drop: (v[None], g) for (drop, g), v in zip(branches.items(), velocities, strict=False)}
-        full, _ = found.pop(frozenset())
-        no_text, text_scale = found.pop(frozenset({"text"}), (None, 1.0))
-        no_image, image_scale = found.pop(frozenset({"image"}), (None, 1.0))
-        assert not found, f"a flow is guided away from no text and no image, not {found.keys()}"
+        """The guided velocity of one picture from the velocities of its first R branches. ``branches`` maps what each
+        leaves out to its guidance scale."""
+        rest = {drop: (v[None], g) for (drop, g), v in zip(branches.items(), velocities, strict=False)}
+        full, _ = rest.pop(frozenset())
+        no_text, text_scale = rest.pop(frozenset({"text"}), (None, 1.0))
+        no_image, image_scale = rest.pop(frozenset({"image"}), (None, 1.0))
+        assert not rest, f"a flow has the branches without text and without image, not {rest.keys()}"
         return guide(full, no_text, no_image, text_scale, image_scale, self.renorm, self.renorm_min)[0]
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """s t / (1 + (s - 1) t): more of [0, 1] spent near noise when s > 1."""
+    """s t / (1 + (s - 1) t): a shift s > 1 moves times toward noise."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -94,8 +94,8 @@ class TimeDraw:
 
 
 def schedule(steps: int, shift: float, first: float = 1.0) -> Float[Tensor, " steps_1"]:
-    """The steps + 1 times from ``first`` (before the shift) to 0 between which the sampler moves; it evaluates the
-    model at all but the last."""
+    """The steps + 1 times of the sampler, from ``first`` (before the shift) to 0; the model is evaluated at all but the
+    last. Raises ``ValueError`` for fewer than one step."""
     if steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, not {steps}")
     # In float64, so that the first time is 1 for every shift: a guidance interval up to 1 includes it.
@@ -103,7 +103,7 @@ def schedule(steps: int, shift: float, first: float = 1.0) -> Float[Tensor, " st
 
 
 def warp(steps: int) -> Float[Tensor, " steps_1"]:
-    """steps + 1 times from 1 to 0 that dwell near noise: 1 - (1 - (1 - s^1.17)^0.8)^1.1 of evenly spaced s (specs:
+    """steps + 1 times from 1 to 0, denser near noise: 1 - (1 - (1 - s^1.17)^0.8)^1.1 of evenly spaced s (specs:
     IOMM 4, the group's other samplers)."""
     s = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     return (1 - (1 - (1 - s**1.17) ** 0.8) ** 1.1).float()
@@ -116,7 +116,7 @@ def mix(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity(prediction: Tensor, x_t: Tensor, t: Tensor, kind: Prediction) -> Tensor:
-    """The velocity (noise - data) that a prediction stands for: itself, or (x_t - data) / t."""
+    """The velocity (noise - data) of a prediction: the prediction itself, or (x_t - data) / t."""
     if kind == "velocity":
         return prediction
     return (x_t - prediction) / t.clamp(min=EARLIEST).view(-1, *[1] * (x_t.dim() - 1))
@@ -131,7 +131,7 @@ def squared_error(prediction: Tensor, data: Tensor, noise: Tensor, t: Tensor, ki
 
 @runtime_checkable
 class FlowDrawing(Protocol):
-    """What a step of the integrator reads of a drawing (``models.protocol.Drawing`` is one)."""
+    """The part of a drawing that a sampler step reads (``models.protocol.Drawing`` has it)."""
 
     @property
     def state(self) -> Tensor:
@@ -147,23 +147,23 @@ class FlowDrawing(Protocol):
 
     @property
     def branches(self) -> Mapping[frozenset[str], float]:
-        """What each context lacks, and how far guidance goes away from it."""
+        """What each context leaves out -> its guidance scale."""
 
     @property
     def times(self) -> Tensor | None:
-        """The times between which the drawing moves."""
+        """The steps + 1 times of the sampler."""
 
     @property
     def step(self) -> int:
-        """Steps taken."""
+        """How many steps were taken."""
 
 
 def euler(
     drawings: Sequence[FlowDrawing],
     velocities: Callable[[Float[Tensor, "B n f"], Float[Tensor, " B"], int], Float[Tensor, "R B n f"]],
 ) -> list[tuple[Tensor, Tensor]]:
-    """The next state of every drawing, and the velocity without guidance. ``velocities(x_t, t, branches)`` gives those
-    of the first ``branches`` contexts; outside the guidance interval only the full one is asked for."""
+    """The next state of every drawing, and its guided velocity. ``velocities(x_t, t, branches)`` returns those of the
+    first ``branches`` contexts; outside the guidance interval only the full context is evaluated."""
     now = [_interval(d) for d in drawings]
     guided = [d.settings.guided(float(t[0])) for d, t in zip(drawings, now, strict=True)]
     branches = len(drawings[0].contexts) if any(guided) else 1
@@ -171,8 +171,8 @@ def euler(
     v = velocities(x_t, torch.stack([t[0] for t in now]).to(x_t.device), branches)
     out = []
     for i, (d, t) in enumerate(zip(drawings, now, strict=True)):
-        own = d.settings.combine(v[:, i] if guided[i] else v[:1, i], d.branches)
-        out.append((d.state - own * float(t[0] - t[1]), own))
+        combined = d.settings.combine(v[:, i] if guided[i] else v[:1, i], d.branches)
+        out.append((d.state - combined * float(t[0] - t[1]), combined))
     return out
 
 

@@ -129,8 +129,8 @@ class Tiling:
 def fit(image: PIL.Image.Image, size: tuple[int, int], nearest: bool = False) -> UInt8[Tensor, "3 H W"]:
     """The picture scaled to cover (width, height) and cut to it around its centre, as uint8."""
     if image.size != size:
-        how = PIL.Image.Resampling.NEAREST if nearest else PIL.Image.Resampling.BICUBIC
-        image = PIL.ImageOps.fit(image, size, how)
+        resampling = PIL.Image.Resampling.NEAREST if nearest else PIL.Image.Resampling.BICUBIC
+        image = PIL.ImageOps.fit(image, size, resampling)
     return to_tensor(image, size)
 
 

@@ -191,8 +191,7 @@ class Mllm(nn.Module):
         return Cache(self.layers, self.heads, self.head_width, weight.dtype, weight.device)
 
     def learns(self, batch: Batch) -> bool:
-        """Whether a gradient is asked for before the generator: for the reader's weights, or for a picture that it
-        reads."""
+        """Whether the reader needs a backward pass: its weights or one of its pictures require a gradient."""
         pictures = (g.pixels for g in batch.of(Kind.VISION))
         return any(p.requires_grad for p in self.parameters()) or any(x.requires_grad for x in pictures)
 
@@ -255,8 +254,8 @@ class Mllm(nn.Module):
         if self.lm_head is None:
             weights.pop("lm_head.weight", None)
         wanted, given = ({n: tuple(t.shape) for n, t in state.items()} for state in (self.state_dict(), weights))
-        if wrong := sorted(n for n in wanted.keys() | given.keys() if wanted.get(n) != given.get(n)):
-            raise ValueError(f"{source} does not fit the model: {', '.join(wrong[:6])}{' ...' if wrong[6:] else ''}")
+        if names := sorted(n for n in wanted.keys() | given.keys() if wanted.get(n) != given.get(n)):
+            raise ValueError(f"{source} does not fit the model: {', '.join(names[:6])}{' ...' if names[6:] else ''}")
         self.load_state_dict(weights)
 
 

@@ -1,4 +1,4 @@
-"""Folders of transformers and diffusers, read whole or refused with the reason."""
+"""Loads complete models of transformers and diffusers, and turns their errors into ``ValueError``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @contextmanager
 def reading(source: str | Path, kind: str) -> Iterator[None]:
-    """Whatever stops these libraries from reading ``source`` becomes a ``ValueError`` that names it."""
+    """Turns any error of these libraries into a ``ValueError`` that names ``source`` and ``kind``."""
     try:
         yield
     except Exception as error:  # their checks of settings raise classes of their own
@@ -19,12 +19,12 @@ def reading(source: str | Path, kind: str) -> Iterator[None]:
         raise ValueError(f"{source} cannot be read as {kind}: {(str(error) or repr(error)).splitlines()[0]}") from error
 
 
-def pretrained(cls: Any, source: str | Path, kind: str, **how: Any) -> Any:
-    """A model with all of its weights. Raises ``ValueError`` where it cannot be read or lacks some, which these
-    libraries would draw at random."""
+def pretrained(cls: Any, source: str | Path, kind: str, **options: Any) -> Any:
+    """The model of ``cls.from_pretrained(source, **options)``. Raises ``ValueError`` where it cannot be read or lacks
+    weights, which these libraries would initialise at random."""
     with reading(source, kind):
-        model, told = cls.from_pretrained(str(source), output_loading_info=True, **how)
-    if missing := sorted(told["missing_keys"]):
+        model, info = cls.from_pretrained(str(source), output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
         some = f"{', '.join(missing[:6])}{' ...' if missing[6:] else ''}"
         raise ValueError(f"{source} is not {kind} as its config.json says: it lacks {some}")
     return model

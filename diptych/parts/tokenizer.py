@@ -19,11 +19,14 @@ TINY = Path(__file__).with_name("tokenizer_tiny.json")
 
 
 class Tokenizer:
-    """Encodes without adding anything: families place their own markers. Pickles, so workers can lay out."""
+    """Encodes without adding tokens: families add their own markers. It can be pickled, so worker processes can use
+    it."""
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         self.inner = inner
-        self.inner.encode_special_tokens = True  # a marker written in a text is text, so nobody can smuggle one in
+        self.inner.encode_special_tokens = (
+            True  # a marker in a user's text is encoded as text, not as the special token
+        )
 
     def __len__(self) -> int:
         return self.inner.get_vocab_size()
@@ -39,8 +42,8 @@ class Tokenizer:
     def pieces(self, text: str) -> list[tuple[list[int], str]]:
         """A template's text cut at its special tokens: ([id], "") for each of them, ([], text) for what is between."""
         special = self.special
-        found = re.split("(" + "|".join(map(re.escape, special)) + ")", text) if special else [text]
-        return [([self.id(p)], "") if p in special else ([], p) for p in found if p]
+        pieces = re.split("(" + "|".join(map(re.escape, special)) + ")", text) if special else [text]
+        return [([self.id(p)], "") if p in special else ([], p) for p in pieces if p]
 
     @property
     def special(self) -> list[str]:
@@ -62,10 +65,10 @@ class Tokenizer:
 
     def id(self, token: str) -> int:
         """The id of a special token. Raises ``ValueError`` when the vocabulary lacks it."""
-        found = self.inner.token_to_id(token)
-        if found is None:
+        number = self.inner.token_to_id(token)
+        if number is None:
             raise ValueError(f"the tokenizer has no token {token!r}")
-        return found
+        return number
 
     def piece(self, number: int) -> str:
         """The text of one token inside a text, its leading space kept; empty for an id without a token."""
@@ -115,8 +118,8 @@ class Tokenizer:
                 flags = {k: token[k] for k in ("lstrip", "rstrip", "single_word", "normalized") if k in token}
                 new = tokenizers.AddedToken(token["content"], special=token.get("special", True), **flags)
                 (inner.add_special_tokens if new.special else inner.add_tokens)([new])
-                if (found := inner.token_to_id(new.content)) != int(number):
-                    raise ValueError(f"{config}: {new.content!r} is to have id {number}, but it would have {found}")
+                if (actual := inner.token_to_id(new.content)) != int(number):
+                    raise ValueError(f"{config}: {new.content!r} is to have id {number}, but it would have {actual}")
         return Tokenizer(inner)
 
     @staticmethod
@@ -127,14 +130,16 @@ class Tokenizer:
 
     @staticmethod
     def tiny() -> Tokenizer:
-        """The shipped one: trained on the words of the embedded data, with Qwen2's markers."""
+        """The tokenizer that ships with the package: trained on the text of the embedded data, with Qwen2's markers."""
         return Tokenizer(tokenizers.Tokenizer.from_file(str(TINY)))
 
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int, special: list[str]) -> Tokenizer:
         """A byte-level BPE learned from ``texts``; every byte is in it, so any text can be encoded."""
         inner = tokenizers.Tokenizer(models.BPE())
-        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # a word is one token wherever it stands
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(
+            add_prefix_space=True
+        )  # a word is one token also at the beginning of a text
         inner.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,

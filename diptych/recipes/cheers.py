@@ -32,11 +32,11 @@ def tiny(tokens: int = 2048, **changes: Any) -> Recipe:
 
     diptych train cheers/tiny
     """
-    made = replace(config("cheers/tiny"), **changes)
+    model = replace(config("cheers/tiny"), **changes)
     return Recipe(
         name="cheers/tiny",
-        model=config_to_json("cheers", made),
-        init={module: source for module, source in TINY.items() if made.pixels or "pixel" not in module},
+        model=config_to_json("cheers", model),
+        init={module: source for module, source in TINY.items() if model.pixels or "pixel" not in module},
         stages=(
             Stage(
                 "unified",
@@ -64,7 +64,9 @@ def b1_5() -> Recipe:
     diptych train cheers/1.5b --catalog my_data.yaml
     """
 
-    def stage(name: str, steps: int, rate: float, parts: tuple[str, ...], data: dict[str, float], **how: Any) -> Stage:
+    def stage(
+        name: str, steps: int, rate: float, parts: tuple[str, ...], data: dict[str, float], **options: Any
+    ) -> Stage:
         settings: dict[str, Any] = {"schedule": Schedule(warmup=steps // 50), "limits": Limits(tokens=8192, pictures=8)}
         return Stage(
             name,
@@ -74,7 +76,7 @@ def b1_5() -> Recipe:
             loss={"text": 1.0, "image": 1.0},
             optimizer=Optimizer("adamw", betas=(0.9, 0.95), eps=1e-8),
             dropout={"text": 0.2},
-            **settings | how,
+            **settings | options,
         )
 
     return Recipe(

@@ -59,9 +59,9 @@ def iomm_24gb() -> Recipe:
 
     diptych train iomm/b-24gb --catalog my_data.yaml
     """
-    made = replace(iomm.b(), init={"model": "runs/iomm-b"})
+    recipe = replace(iomm.b(), init={"model": "runs/iomm-b"})
     rates = {"adapter": 1e-4, "connector": 1e-4, "dit": 1e-4}
-    return _on_one(made, "iomm/b-24gb", rates, Limits(4 * 1624, 8, 64), rank=32, adapted="dit")
+    return _on_one(recipe, "iomm/b-24gb", rates, Limits(4 * 1624, 8, 64), rank=32, adapted="dit")
 
 
 def iomm_80gb() -> Recipe:
@@ -69,8 +69,8 @@ def iomm_80gb() -> Recipe:
 
     diptych train iomm/b-80gb --catalog my_data.yaml
     """
-    made = replace(iomm.b(), init={"model": "runs/iomm-b"})
-    return _on_one(made, "iomm/b-80gb", None, Limits(16 * 1624, 32, 16), ema=True)
+    recipe = replace(iomm.b(), init={"model": "runs/iomm-b"})
+    return _on_one(recipe, "iomm/b-80gb", None, Limits(16 * 1624, 32, 16), ema=True)
 
 
 def cheers_24gb() -> Recipe:
@@ -79,9 +79,9 @@ def cheers_24gb() -> Recipe:
 
     diptych train cheers/1.5b-24gb --catalog my_data.yaml
     """
-    made = _on_published(cheers.b1_5(), "cheers/1.5b")
+    recipe = _on_published(cheers.b1_5(), "cheers/1.5b")
     rates = {"decoder": 1e-4, "projector": 2e-5, "head": 2e-5}
-    return _on_one(made, "cheers/1.5b-24gb", rates, Limits(4096, 2, 64), rank=32)
+    return _on_one(recipe, "cheers/1.5b-24gb", rates, Limits(4096, 2, 64), rank=32)
 
 
 def cheers_80gb() -> Recipe:
@@ -89,8 +89,8 @@ def cheers_80gb() -> Recipe:
 
     diptych train cheers/1.5b-80gb --catalog my_data.yaml
     """
-    made = _on_published(cheers.b1_5(), "cheers/1.5b")
-    return _on_one(made, "cheers/1.5b-80gb", None, Limits(8192, 8, 16))
+    recipe = _on_published(cheers.b1_5(), "cheers/1.5b")
+    return _on_one(recipe, "cheers/1.5b-80gb", None, Limits(8192, 8, 16))
 
 
 def synergen_24gb() -> Recipe:

@@ -1,4 +1,4 @@
-"""Running a recipe: its data by name, a grid of sample pictures at every checkpoint, its seed and length as asked."""
+"""Runs a recipe: opens its data sets, changes its settings, and draws sample pictures at every checkpoint."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Watch:
-    """What is shown and recorded of a run besides metrics.jsonl.
+    """How a run is reported besides metrics.jsonl.
 
-    ``show``     progress on standard error
+    ``show``     show progress on standard error
     ``profile``  how many steps to trace into trace.json
     ``track``    a tracker: trackio or wandb
     """
@@ -147,16 +147,16 @@ def resume(
 
 
 def stage_sources(recipe: Recipe, stage: Stage) -> Mapping[str, Any]:
-    """The data sets of a stage: encoded beforehand, else the user's (folders, catalog), else embedded."""
-    found = sources(
+    """The data sets of a stage: precomputed ones, else the user's (folders, catalog), else embedded ones."""
+    by_name = sources(
         stage.data, catalog=recipe.catalog, size=recipe.size, encoded=recipe.encoded, folders=recipe.folders
     )
-    return _self_conditioned(found, stage)
+    return _self_conditioned(by_name, stage)
 
 
-def _self_conditioned(found: Mapping[str, Any], stage: Stage) -> Mapping[str, Any]:
+def _self_conditioned(by_name: Mapping[str, Any], stage: Stage) -> Mapping[str, Any]:
     s = stage.self_condition
-    return {name: SelfConditioned(source, s.masked, s.prompt) for name, source in found.items()} if s else found
+    return {name: SelfConditioned(source, s.masked, s.prompt) for name, source in by_name.items()} if s else by_name
 
 
 def precompute(
@@ -170,21 +170,21 @@ def precompute(
     override: Mapping[str, str] | None = None,
     device: str = "auto",
     progress: Callable[[str, int, int], None] = lambda name, done, rows: None,
-    **how: Any,
+    **options: Any,
 ) -> dict[str, dict[str, Any]]:
     """Encodes the data sets of a recipe with the frozen encoders of its model into ``folder``, one folder a data set.
 
-    Returns the counts of each data set (``diptych.data.encoded.precompute``, which takes ``how``). The recipe then
+    Returns the counts of each data set (``diptych.data.encoded.precompute``, which takes ``options``). The recipe then
     trains on them with ``encoded=folder``.
 
     ``data`` chooses data sets (default: all of the recipe's); ``limit`` cuts each to its first rows."""
     recipe = configured(recipe, model=model, catalog=catalog, override=override)
     stages = {name: stage for stage in reversed(recipe.stages) for name in stage.data}
-    made = build.build(recipe, pick_device(device)).eval()
+    network = build.build(recipe, pick_device(device)).eval()
     entries = read_catalog(recipe.catalog) if recipe.catalog else {}
     results = {}
-    found = sources(data or stages, catalog=recipe.catalog, size=recipe.size, folders=recipe.folders)
-    for name, source in found.items():
+    by_name = sources(data or stages, catalog=recipe.catalog, size=recipe.size, folders=recipe.folders)
+    for name, source in by_name.items():
         source = _self_conditioned({name: source}, stages[name])[name] if name in stages else source
         cut = First(source, min(limit, len(source))) if limit else source
         done = 0
@@ -196,16 +196,16 @@ def precompute(
 
         results[name] = precomputed.precompute(
             cut,
-            made,
+            network,
             Path(folder) / name,
             origin=origin(name, entries, recipe.size, recipe.folders),
             progress=report,
-            **how,
+            **options,
         )
     return results
 
 
-# what drawing and writing a picture may raise, of a model in the middle of its training
+# what sampling from a partly trained model and writing the picture may raise
 DRAWING_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -219,8 +219,8 @@ DRAWING_ERRORS = (
 
 
 def draw_samples(model: Trainable, step: int, run: Path) -> None:
-    """Draws fixed prompts with fixed seeds into ``run/samples``, where the family draws. Whatever fails in it is a
-    warning: a run does not end for its pictures."""
+    """Generates pictures of fixed prompts with fixed seeds into ``run/samples``, if the model can. A failure is logged
+    as a warning and does not end the run."""
     if not isinstance(model, UnifiedModel):
         return
     training = [(m, m.training) for m in model.modules()]

@@ -152,7 +152,7 @@ def _small(layers: int, side: int, ratio: tuple[int, int], experts: bool = True,
         **routes,
     )
     head = replace(tiny_size.head, hidden_size=96, num_attention_heads=4, qk_norm=False, qkv_bias=False)
-    made = replace(
+    model = replace(
         tiny_size,
         decoder=decoder,
         head=head,
@@ -164,7 +164,7 @@ def _small(layers: int, side: int, ratio: tuple[int, int], experts: bool = True,
         draw=replace(tiny_size.draw, longest=side, shortest=side, stride=side),
         **more,
     )
-    return config_to_json("synergen", made)
+    return config_to_json("synergen", model)
 
 
 def reader(steps: int, side: int, tiles: int, ratio: tuple[int, int]) -> Recipe:
@@ -217,14 +217,14 @@ def miniature(
     """One arm of table 7 on a small language model (of ``words``; the study fills it in): stage 1 from noisy pairs,
     stage 2 from clean ones, half of the steps each; 24 pictures to read and 24 to draw a step. ``full`` trains
     everything, without vision experts, which the paper leaves open."""
-    made = _small(6, 32, (1, 1), experts=not full, image_loss_on_und=image_loss_on_und)
+    model = _small(6, 32, (1, 1), experts=not full, image_loss_on_und=image_loss_on_und)
     plan = {
         1: (VISUAL, 2e-3, {"glyphs/say/noisy": 1.0, "glyphs/draw/noisy": 1.0}),
         2: (ALIGNED, 1e-3, {"glyphs/say": 1.0, "glyphs/draw": 1.0}),
     }
     return Recipe(
         "synergen/miniature",
-        made,
+        model,
         tuple(
             Stage(
                 f"S{n}",

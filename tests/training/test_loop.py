@@ -16,7 +16,7 @@ from diptych.core.batch import pack
 from diptych.data.loader import Row, Stats
 from diptych.machine import disk
 from diptych.models import configs, store, table
-from diptych.parts.decoder import Decoder, taken_over
+from diptych.parts.decoder import Decoder, decoder_weights_from
 from diptych.recipes.run import Watch, stage_sources
 from diptych.training import build, checkpoint, loop, optim
 from diptych.training.log import Work
@@ -157,7 +157,8 @@ def test_a_decoder_begins_as_another_family_s(tiny_model):
     assert torch.equal(mine["embed_tokens.weight"][:words], state["embed_tokens.weight"])
     assert torch.equal(mine["embed_tokens.weight"][words:], fresh["embed_tokens.weight"][words:])
     assert all(torch.equal(mine[n], state[n]) for n in mine if n != "embed_tokens.weight")
-    back = taken_over(theirs, Decoder(replace(theirs.config, routes=1, routed=(), tie_word_embeddings=True)))
+    source = Decoder(replace(theirs.config, routes=1, routed=(), tie_word_embeddings=True))
+    back = decoder_weights_from(source, theirs)
     assert back.keys() == state.keys() and torch.equal(back["norm.1.weight"], back["norm.0.weight"])
     assert torch.equal(back["lm_head.weight"], back["embed_tokens.weight"])
     with pytest.raises(ValueError, match="bagel/tiny, taken over as 'decoder', does not fit"):
