@@ -32,7 +32,7 @@ PARTS = {  # told -> (module, what of it a step calls)
 def drawing(model: Cheers, pixels: int, words: int, branches: int) -> Drawing:
     """A picture about to be drawn after a prompt of ``words`` tokens, of which nothing is computed."""
     c = model.config.decoder
-    cache = Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, torch.float32, model.device).room(0, words)
+    cache = Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, torch.float32, model.device).reserve(0, words)
     sides = [(NOTHING, 1.0), (TEXT, model.settings.guidance_scale)][:branches]
     contexts = tuple(Context(cache, words, words, slot=()) for _ in sides)
     side = pixels // model.config.autoencoder.downsample

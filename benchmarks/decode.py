@@ -28,7 +28,7 @@ def ours(decoder: Decoder, prompt: list[int]) -> list[int]:
     context, ids, out = Context(cache), prompt, list[int]()
     for _ in range(NEW):
         batch = pack([Layout("", (Segment(Kind.TEXT, tuple(ids)),))])
-        cache = context.cache.room(context.length, len(ids))
+        cache = context.cache.reserve(context.length, len(ids))
         attend = Cached([cache], [context.length], batch)
         with alone() if out else nullcontext():  # as the scheduler does
             states = decoder(decoder.embed_tokens(batch.ids), batch.positions + context.position, attend)

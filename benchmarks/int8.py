@@ -38,7 +38,7 @@ def decode(decoder: Decoder) -> tuple[float, torch.Tensor]:
     context, ids, seconds, logits = Context(cache), list(range(PROMPT)), 0.0, []
     for step in range(NEW + 1):
         batch = pack([Layout("", (Segment(Kind.TEXT, tuple(ids)),))])
-        cache = context.cache.room(context.length, len(ids))
+        cache = context.cache.reserve(context.length, len(ids))
         attend = Cached([cache], [context.length], batch)
         start = process_time()
         with alone() if step else nullcontext():  # as the scheduler does

@@ -187,7 +187,7 @@ class DoubleStream(nn.Module):
         ]
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Variance-preserving linear layers; modulations and the output layer are zero, so every block is the identity."""
+        """Variance-preserving linear layers; modulations and the output layer are zero: blocks begin as identities."""
         _initialise(self, generator)
 
 

@@ -103,8 +103,8 @@ def schedule(steps: int, shift: float, first: float = 1.0) -> Float[Tensor, " st
 
 
 def warp(steps: int) -> Float[Tensor, " steps_1"]:
-    """steps + 1 times from 1 to 0, denser near noise: 1 - (1 - (1 - s^1.17)^0.8)^1.1 of evenly spaced s (specs:
-    IOMM 4, the group's other samplers)."""
+    """steps + 1 times from 1 to 0, denser near noise: 1 - (1 - (1 - s^1.17)^0.8)^1.1 of evenly spaced s (the
+    sampler of the repository LINs-lab/UCGM)."""
     s = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     return (1 - (1 - (1 - s**1.17) ** 0.8) ** 1.1).float()
 

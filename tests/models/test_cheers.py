@@ -119,7 +119,7 @@ def test_a_guided_step_costs_what_it_should(published):
     c = published.config.decoder
 
     def operations(branches: int) -> float:
-        cache = Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, torch.float32, "meta").room(0, 64)
+        cache = Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, torch.float32, "meta").reserve(0, 64)
         sides = [(NOTHING, 1.0), (TEXT, 9.5)][:branches]
         contexts = tuple(Context(cache, 64, 64, slot=()) for _ in sides)
         noise = torch.zeros(128, 32, 32, device="meta")

@@ -182,7 +182,7 @@ def test_reading_after_a_cache_equals_reading_it_all(sequences, heads):
         order = torch.cat(batch.routes)
         places = torch.cat([torch.arange(len(p)) + starts[i] + lengths[i] for i, p in zip(going, pieces)])
         for i, p in zip(going, pieces):
-            caches[i] = caches[i].room(lengths[i], len(p))
+            caches[i] = caches[i].reserve(lengths[i], len(p))
         attend = Cached([caches[i] for i in going], [lengths[i] for i in going], batch, order)
         out = attend(0, *(x[places][order] for x in (q, k, v)))
         assert same(out, expected[places][order], ATTENTION)
@@ -191,16 +191,16 @@ def test_reading_after_a_cache_equals_reading_it_all(sequences, heads):
 
 
 def test_a_cache_is_shared_until_two_write():
-    root = Cache(1, 1, 2, torch.float32, "cpu").room(0, 3)
+    root = Cache(1, 1, 2, torch.float32, "cpu").reserve(0, 3)
     root.buffer[:, :, :3] = 1.0
-    first = root.room(3, 2)
+    first = root.reserve(3, 2)
     assert first is root  # whoever stands at the end may write on
     first.buffer[:, :, 3:5] = 2.0
-    second = root.room(3, 2)
+    second = root.reserve(3, 2)
     assert second is not first  # anyone else copies what is theirs
     second.buffer[:, :, 3:5] = 3.0
     assert float(first.buffer[0, 0, 3, 0, 0]) == 2.0 and float(second.buffer[0, 0, 2, 0, 0]) == 1.0
-    grown = first.room(5, 1000)
+    grown = first.reserve(5, 1000)
     assert grown.buffer.shape[2] >= 1005 and torch.equal(grown.buffer[:, :, :5], first.buffer[:, :, :5])
 
 
@@ -216,7 +216,7 @@ def test_blocks_over_contexts_that_do_not_change(lengths, heads):
     q, k, v = (x.detach() for x in columns(blocks * n, heads))
     contexts = []
     for i, length in enumerate(lengths):
-        cache = Cache(1, heads[1], 8, torch.float32, "cpu").room(0, max(length, 1))
+        cache = Cache(1, heads[1], 8, torch.float32, "cpu").reserve(0, max(length, 1))
         cache.buffer[0, :, :length] = torch.randn(2, length, heads[1], 8, generator=torch.Generator().manual_seed(i))
         contexts.append(_Read(cache, length))
     table = Fixed(contexts, n)

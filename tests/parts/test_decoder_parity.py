@@ -88,7 +88,7 @@ def test_cached_decode_equals_full_forward(name):
     for n in (4, 1, 1, 3):
         batch = row([x[at : at + n] for x in ids])
         used = sum(batch.lengths)
-        caches = [cache.room(at, n) for cache in caches]
+        caches = [cache.reserve(at, n) for cache in caches]
         attend = Cached(caches, [at, at], batch)
         states = ours(ours.embed_tokens(batch.ids[:used]), batch.positions[:used] + at, attend)
         for own, part in zip(rows, ours.logits(states).split([n, n]), strict=True):
