@@ -34,6 +34,7 @@ class Segment:
     ``hidden``    later segments may not look here (a noised picture)
     ``shared``    all tokens share one position id (else one each)
     ``advance``   by how much the position counter moves past this segment; ``None`` means by its length
+    ``gap``       by how much the position counter moves before this segment
     ``route``     which expert serves the picture's tokens; positions that carry an id take route 0
     ``drawn``     the picture is what is to be generated: it carries the picture loss
     ``encoded``   ``image`` is not what an encoder is to be shown but what it made of that (``Image.through``)
@@ -52,6 +53,7 @@ class Segment:
     hidden: bool = False
     shared: bool = False
     advance: int | None = None
+    gap: int = 0
     route: int = 0
     drawn: bool = False
     encoded: bool = False
@@ -77,8 +79,8 @@ class Segment:
 
     @property
     def moves(self) -> int:
-        """By how much the position counter moves past this segment."""
-        return len(self) if self.advance is None else self.advance
+        """By how much the position counter moves over this segment, ``gap`` included."""
+        return self.gap + (len(self) if self.advance is None else self.advance)
 
     @property
     def supervised(self) -> int:
@@ -122,7 +124,8 @@ class Layout:
         """The position id of every token, counting from ``start``."""
         out: list[int] = []
         for s in self.segments:
-            out += [start] * len(s) if s.shared else range(start, start + len(s))
+            first = start + s.gap
+            out += [first] * len(s) if s.shared else range(first, first + len(s))
             start += s.moves
         return out
 
@@ -131,7 +134,8 @@ class Layout:
         lines, at, position = [f"{self.id}: {len(self)} tokens, {self.pictures} pictures"], 0, 0
         for s in self.segments:
             sees = ("full" if s.full else "causal") + (", hidden" if s.hidden else "")
-            places = f"@{position}" if s.shared else f"@{position}..{position + len(s) - 1}"
+            first = position + s.gap
+            places = f"@{first}" if s.shared else f"@{first}..{first + len(s) - 1}"
             what = f"grid {s.grid[0]}x{s.grid[1]}" if s.grid else ""
             if decode and s.kind == Kind.TEXT:
                 what = repr(decode([i for i in s.ids if i != NONE]))

@@ -67,6 +67,7 @@ class Image:
     ``nearest``: the colours are labels, so the picture is resized with nearest-neighbour interpolation.
     ``encoded``: precomputed features by encoder name (``diptych data precompute``); such a picture keeps its ``size``
     and may have no pixels.
+    ``reading``: the name of the size rule at which it is read, where a family has several; None: the model's own.
     ``masked``: the share of its tokens, in [0, 1], that the model sees as blanks; only for role ``understand``.
     """
 
@@ -76,6 +77,7 @@ class Image:
     nearest: bool = False
     encoded: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     masked: float = 0.0
+    reading: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.masked <= 1:
@@ -225,7 +227,7 @@ def sample_to_json(sample: Sample) -> dict:
         if isinstance(p.image, PIL.Image.Image) or p.encoded:
             raise ValueError(f"sample {sample.id!r} holds a decoded picture; save it and put its path in the sample")
         more: dict[str, Any] = ({"nearest": True} if p.nearest else {}) | ({"size": list(p.size)} if p.size else {})
-        more |= {"masked": p.masked} if p.masked else {}
+        more |= ({"masked": p.masked} if p.masked else {}) | ({"reading": p.reading} if p.reading else {})
         return {"type": "image", "image": p.image, "role": p.role} | more
 
     messages = [{"role": m.role, "content": [part(p) for p in m.parts]} for m in sample.messages]
@@ -253,7 +255,7 @@ def _part(row: Any, speaker: Speaker, where: str) -> Part:
         if not isinstance(loss, bool):
             raise ValueError(f"{where}.loss must be true or false, not {loss!r}")
         return Text(check_text(row["text"], f"{where}.text"), loss)
-    _keys(row, where, required={"type", "image"}, optional={"role", "size", "nearest", "masked"})
+    _keys(row, where, required={"type", "image"}, optional={"role", "size", "nearest", "masked", "reading"})
     if not isinstance(row["image"], (str, Path)) or not str(row["image"]):
         raise ValueError(f"{where}.image must be a path, not {row['image']!r}")
     role = row.get("role", "target" if speaker == "assistant" else "understand")
@@ -269,7 +271,10 @@ def _part(row: Any, speaker: Speaker, where: str) -> Part:
     masked = row.get("masked", 0.0)
     if not (isinstance(masked, (int, float)) and 0 <= masked <= 1):
         raise ValueError(f"{where}.masked must be a number in [0, 1], not {masked!r}")
-    return Image(str(row["image"]), role, size, nearest, masked=float(masked))
+    reading = row.get("reading")
+    if not (reading is None or isinstance(reading, str)):
+        raise ValueError(f"{where}.reading must be the name of a size rule, not {reading!r}")
+    return Image(str(row["image"]), role, size, nearest, masked=float(masked), reading=reading)
 
 
 def _keys(row: Any, where: str, required: set[str], optional: set[str] = frozenset()) -> None:  # type: ignore[assignment]

@@ -70,7 +70,8 @@ class Plan:
     ``streams``   independent streams of rows, a multiple of world x workers
     ``ahead``     how many samples of a stream wait for a row that they fit in
     ``dropout``   condition -> how often ``lay_out`` leaves it out, where a sample has a picture to draw; ``A|B`` is how
-                  often a sample that lost condition B loses A too (OmniGen2: ``image|text``)
+                  often a sample that lost condition B loses A too (OmniGen2: ``image|text``), and ``A*`` how often
+                  each segment of condition A is left out, by a draw of its own (BAGEL: ``text*``)
     """
 
     weights: Mapping[str, float]
@@ -197,7 +198,10 @@ class Stream:
         if not any(image.role == "target" for image in sample.images()):
             return frozenset()
         address = (self.plan.seed, "dropout", self.mixture.stream, draw.number)
-        drawn = [name for name, p in self.plan.dropout.items() if uniform(*address, name) < p]
+        drawn = [name for name, p in self.plan.dropout.items() if name[-1] != "*" and uniform(*address, name) < p]
+        most = sum(len(message.parts) for message in sample.messages)
+        each = ((name[:-1], k, p) for name, p in self.plan.dropout.items() if name[-1] == "*" for k in range(most))
+        drawn += [f"{name}:{k}" for name, k, p in each if uniform(*address, name, k) < p]
         alone = {name for name in drawn if "|" not in name}
         together = {name.partition("|")[0] for name in drawn if name.partition("|")[2] in alone}
         return frozenset(alone | together)

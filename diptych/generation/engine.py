@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -19,6 +19,7 @@ from diptych.data.decoding import PictureSource, open_picture
 from diptych.generation.events import Answer, Event, Picture, Pictures
 from diptych.generation.prefix_cache import Memory
 from diptych.generation.scheduler import ImageJob, ImageRequest, Job, Scheduler, Size, TextJob, TextRequest
+from diptych.generation.thinking import Think, split
 from diptych.machine import devices
 from diptych.models import store
 from diptych.models.protocol import Settings, UnifiedModel
@@ -52,6 +53,16 @@ def load(
             f"{name_or_path} is of family {model.family!r}, which can be trained on but neither reads nor draws"
         )
     return Engine(model, str(name_or_path))
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the pictures of a call are drawn."""
+
+    negative_prompt: str = ""
+    think: bool | Think = False
+    preset: str = ""
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Engine:
@@ -91,21 +102,31 @@ class Engine:
         top_p: float = 1.0,
         seed: Seed = 0,
         pictures: int = 4,
+        think: bool = False,
     ) -> Answer:
         """The answer to a conversation whose last message is the user's, with up to ``pictures`` of the model's own.
+        With ``think`` the model is asked to reason first; what it writes in ``<think>`` tags is ``Answer.reasoning``.
 
         A message is a ``Message`` or a mapping of ``role`` and ``content``, whose picture parts are
         ``{"type": "image", "image": PICTURE}`` or OpenAI's ``{"type": "image_url", "image_url": {"url": DATA_URI}}``. A
         string is one message of the user."""
         sample = self._conversation(messages)
-        return self.answers([sample], max_new_tokens, temperature, _seed(seed), top_p=top_p, pictures=pictures)[0]
+        how: dict[str, Any] = {"top_p": top_p, "pictures": pictures, "think": think}
+        return self.answers([sample], max_new_tokens, temperature, _seed(seed), **how)[0]
 
     def ask(
-        self, image: PictureSource, question: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: Seed = 0
+        self,
+        image: PictureSource,
+        question: str,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: Seed = 0,
+        top_p: float = 1.0,
+        think: bool = False,
     ) -> Answer:
-        """The answer to a question about a picture."""
+        """The answer to a question about a picture; ``think`` as in ``chat``."""
         message = user(Image(open_picture(image)), _text(question, "question"))
-        return self.chat([message], max_new_tokens, temperature, seed=seed)
+        return self.chat([message], max_new_tokens, temperature, top_p, seed, think=think)
 
     @overload
     def generate(
@@ -115,6 +136,8 @@ class Engine:
         size: SizeLike | None = None,
         seed: Seed = 0,
         negative_prompt: str = "",
+        think: bool | Think = False,
+        preset: str = "",
         **settings: Any,
     ) -> Pictures: ...
 
@@ -126,6 +149,8 @@ class Engine:
         size: SizeLike | None = None,
         seed: Seed = 0,
         negative_prompt: str = "",
+        think: bool | Think = False,
+        preset: str = "",
         **settings: Any,
     ) -> list[Pictures]: ...
 
@@ -136,18 +161,22 @@ class Engine:
         size: SizeLike | None = None,
         seed: Seed = 0,
         negative_prompt: str = "",
+        think: bool | Think = False,
+        preset: str = "",
         **settings: Any,
     ) -> Pictures | list[Pictures]:
         """``n`` pictures of a prompt, or of each of a list of prompts, which are drawn in one batch.
 
         ``size`` is (width, height) in pixels, "64x48" or one number for a square; it must be one of ``sizes``. Picture
         i of a prompt has the seed ``seed + i``; a seed of None is drawn at random. Guidance goes away from
-        ``negative_prompt``. ``settings`` are fields of ``model.settings``."""
+        ``negative_prompt``. With ``think`` the model first writes a plan (``Pictures.reasoning``) and draws from it; a
+        ``Think`` says how. ``preset`` names settings of ``model.presets``, and ``settings`` are fields of
+        ``model.settings`` that change them."""
         if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
             raise ValueError(f"prompt must be a text or a list of texts, not {type(prompt).__name__}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         samples = [Sample("prompt", (user(_text(p, "prompt")),)) for p in prompts]
-        drawn = self._pictures(samples, n, size, seed, negative_prompt, settings)
+        drawn = self._pictures(samples, n, size, seed, Way(negative_prompt, think, preset, settings))
         return drawn[0] if isinstance(prompt, str) else drawn
 
     def edit(
@@ -158,6 +187,8 @@ class Engine:
         size: SizeLike | None = None,
         seed: Seed = 0,
         negative_prompt: str = "",
+        think: bool | Think = False,
+        preset: str = "",
         **settings: Any,
     ) -> Pictures:
         """``n`` edits of one picture or of several together. Without ``size`` it is the (last) source's, brought to one
@@ -167,7 +198,7 @@ class Engine:
             raise ValueError("edit needs at least one picture")
         sources = [Image(open_picture(image), "condition") for image in many]
         sample = Sample("edit", (user(*sources, _text(instruction, "instruction")),))
-        return self._pictures([sample], n, size, seed, negative_prompt, settings)[0]
+        return self._pictures([sample], n, size, seed, Way(negative_prompt, think, preset, settings))[0]
 
     def _pictures(
         self,
@@ -175,8 +206,7 @@ class Engine:
         n: int,
         size: SizeLike | None,
         seed: Seed,
-        negative_prompt: str,
-        changes: Mapping[str, Any],
+        way: Way,
     ) -> list[Pictures]:
         """``n`` pictures of each sample, drawn in one batch; the samples are of one kind (all edits, or none)."""
         if not isinstance(n, int) or isinstance(n, bool):
@@ -187,21 +217,28 @@ class Engine:
             return []
         for sample in samples:
             self._warn(sample)
-        first, chosen = _seed(seed), self.settings(changes, samples[0])
+        first, chosen = _seed(seed), self.settings(way.changes, samples[0], way.preset)
         canvas = None if size is None else parse_size(size)
         seeds = [*range(first, first + n)] * len(samples)
         requests = [sample for sample in samples for _ in range(n)]
-        drawn = self.draw(requests, seeds, canvas, chosen, negative_prompt=_text(negative_prompt, "negative_prompt"))
+        negative, think = _text(way.negative_prompt, "negative_prompt"), self.thinking(way.think, way.preset)
+        drawn = self.draw(requests, seeds, canvas, chosen, negative_prompt=negative, think=think)
         return [
-            Pictures([d.image for d in group], sample.prompt, first, group[0].parameters)
+            Pictures(
+                [d.image for d in group],
+                sample.prompt,
+                first,
+                group[0].parameters,
+                tuple(d.reasoning for d in group) if think else (),
+            )
             for sample, group in ((s, drawn[i * n : (i + 1) * n]) for i, s in enumerate(samples))
         ]
 
-    def settings(self, changes: Mapping[str, Any], sample: Sample | None = None) -> Settings:
-        """The model's own settings (those that suit the request ``sample``, where one is given) with ``changes``; a
-        value of None changes nothing. Raises ``ValueError`` for unknown names, listing the known, and for anything but
-        a number where the setting is one."""
-        defaults = self.model.defaults(sample) if sample else self.model.settings
+    def settings(self, changes: Mapping[str, Any], sample: Sample | None = None, preset: str = "") -> Settings:
+        """The model's own settings (those that suit the request ``sample``, where one is given), or those of
+        ``preset``, with ``changes``; a value of None changes nothing. Raises ``ValueError`` for unknown names, listing
+        the known, and for anything but a number where the setting is one."""
+        defaults = self.model.defaults(sample, preset)
         known = asdict(defaults)
         if unknown := sorted(changes.keys() - known.keys()):
             raise ValueError(f"unknown settings {unknown}; known: {', '.join(known)}")
@@ -213,6 +250,12 @@ class Engine:
                 raise ValueError(f"{name} must be {kinds[1]}, not {value!r}")
         return replace(defaults, **given)
 
+    def thinking(self, think: bool | Think, preset: str = "") -> Think | None:
+        """How a plan is generated: as ``think`` says, where it is True as ``preset`` does."""
+        if think is True and preset:
+            return Think(*self.model.preset(preset).plan)
+        return Think.of(think)
+
     # ---- events -------------------------------------------------------------------------------------------------
 
     def stream(
@@ -222,10 +265,12 @@ class Engine:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: Seed = 0,
+        think: bool = False,
     ) -> Iterator[Event]:
-        """The answer as it comes: ``TextDelta`` ... ``Stop``, and an ``ImageDone`` for every picture that it holds."""
+        """The answer as it comes: ``TextDelta`` ... ``Stop``, an ``ImageDone`` for every picture that it holds, and
+        with ``think`` ``ReasoningDelta`` before them."""
         sample = self._conversation(messages)
-        return self._events(TextRequest(sample, max_new_tokens, temperature, top_p, _seed(seed)))
+        return self._events(TextRequest(sample, max_new_tokens, temperature, top_p, _seed(seed), think=think))
 
     def stream_picture(
         self,
@@ -234,12 +279,16 @@ class Engine:
         seed: Seed = 0,
         previews: int = 0,
         negative_prompt: str = "",
+        think: bool | Think = False,
+        preset: str = "",
         **settings: Any,
     ) -> Iterator[Event]:
-        """A picture as it sharpens: ``previews`` evenly spread ``ImagePreview``, then ``ImageDone`` and ``Stop``."""
+        """A picture as it sharpens: ``previews`` evenly spread ``ImagePreview``, then ``ImageDone`` and ``Stop``. With
+        ``think`` the plan comes first, as ``ReasoningDelta``; ``preset`` as in ``generate``."""
         sample = self._conversation(messages)
-        canvas, chosen = None if size is None else parse_size(size), self.settings(settings, sample)
-        return self._events(ImageRequest(sample, _seed(seed), canvas, chosen, negative_prompt, previews))
+        canvas, chosen = None if size is None else parse_size(size), self.settings(settings, sample, preset)
+        budget = self.thinking(think, preset)
+        return self._events(ImageRequest(sample, _seed(seed), canvas, chosen, negative_prompt, previews, budget))
 
     def _events(self, request: TextRequest | ImageRequest) -> Iterator[Event]:
         loop = Scheduler(self.model, self.memory, 1)
@@ -258,14 +307,17 @@ class Engine:
         batch_size: int = 32,
         top_p: float = 1.0,
         pictures: int = 0,
+        think: bool = False,
     ) -> list[Answer]:
         """One answer per sample, whose messages end with a user's; ``batch_size`` of them are decoded together."""
-        requests = [TextRequest(s, max_new_tokens, temperature, top_p, seed, pictures=pictures) for s in samples]
-        decode = self.model.tokenizer.decode
+        how: dict[str, Any] = {"pictures": pictures, "think": think}
+        requests = [TextRequest(s, max_new_tokens, temperature, top_p, seed, **how) for s in samples]
+        jobs = [j for j in self._run(requests, batch_size) if isinstance(j, TextJob)]
+        texts = [self.model.spoken(j.ids) for j in jobs]
+        spoken = [split(text) if think else ("", text) for text in texts]
         return [
-            Answer(decode(j.ids), tuple(j.ids), str(j.reason), j.parameters, j.images)
-            for j in self._run(requests, batch_size)
-            if isinstance(j, TextJob)
+            Answer(text, tuple(j.ids), str(j.reason), j.parameters, j.images, reasoning)
+            for j, (reasoning, text) in zip(jobs, spoken, strict=True)
         ]
 
     def draw(
@@ -276,18 +328,19 @@ class Engine:
         settings: Settings | None = None,
         batch_size: int = 32,
         negative_prompt: str = "",
+        think: Think | None = None,
     ) -> list[Picture]:
         """One picture per sample (its messages end with a user's), each from its own seed; ``size`` is (width, height).
 
         Without ``settings`` each request has the model's for its kind. Drawing is batch-invariant: a picture does not
         depend on those that are drawn with it."""
         requests = [
-            ImageRequest(s, seed, size, settings or self.model.defaults(s), negative_prompt)
+            ImageRequest(s, seed, size, settings or self.model.defaults(s), negative_prompt, think=think)
             for s, seed in zip(samples, seeds, strict=True)
         ]
         jobs = self._run(requests, batch_size)
         return [
-            Picture(j.image, j.request.sample.prompt, j.request.seed, j.parameters)
+            Picture(j.image, j.request.sample.prompt, j.request.seed, j.parameters, j.plan or "")
             for j in jobs
             if isinstance(j, ImageJob) and j.image
         ]

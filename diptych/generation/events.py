@@ -28,6 +28,13 @@ class TextDelta:
     words: tuple[Word, ...] = ()
 
 
+@dataclass(frozen=True)
+class ReasoningDelta:
+    """More of what the model thinks before its answer or its picture."""
+
+    text: str
+
+
 @dataclass(frozen=True, eq=False)
 class ImagePreview:
     """The picture as it looks after ``step`` of ``of`` steps."""
@@ -63,7 +70,7 @@ class Stop:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
-Event = TextDelta | ImagePreview | ImageDone | Stop
+Event = TextDelta | ReasoningDelta | ImagePreview | ImageDone | Stop
 
 
 @dataclass(frozen=True)
@@ -75,23 +82,26 @@ class Answer:
     finish_reason: str
     parameters: Mapping[str, Any]
     images: tuple[PIL.Image.Image, ...] = ()  # drawn in its course, where the model began them
+    reasoning: str = ""  # what stood in <think> tags before it
 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """One finished picture."""
+    """One finished picture, and the plan that it was drawn from where the model made one."""
 
     image: PIL.Image.Image
     prompt: str
     seed: int
     parameters: Mapping[str, Any]
+    reasoning: str = ""
 
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """The pictures of one request: picture i has seed ``seed + i``."""
+    """The pictures of one request: picture i has seed ``seed + i`` and was drawn from the plan ``reasoning[i]``."""
 
     images: list[PIL.Image.Image]
     prompt: str
     seed: int
     parameters: Mapping[str, Any]
+    reasoning: tuple[str, ...] = ()

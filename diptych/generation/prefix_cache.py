@@ -57,7 +57,13 @@ def units(segments: Sequence[Segment]) -> list[Unit]:
     """The words of causal texts one by one, every other segment whole."""
     out: list[Unit] = []
     for s in segments:
-        plain = s.kind == Kind.TEXT and s.image is None and not (s.full or s.hidden or s.shared) and s.advance is None
+        plain = (
+            s.kind == Kind.TEXT
+            and s.image is None
+            and not (s.full or s.hidden or s.shared)
+            and s.advance is None
+            and not s.gap
+        )
         out += s.ids if plain and not s.open else [s]
     return out
 

@@ -22,9 +22,10 @@ import torch
 from diptych.core.layout import Kind, Layout, Segment
 from diptych.core.sample import Image, Message, Sample, Text, assistant, user
 from diptych.core.tensors import Tensor
-from diptych.generation.events import Event, ImageDone, ImagePreview, Stop, TextDelta, Usage, Word
+from diptych.generation.events import Event, ImageDone, ImagePreview, ReasoningDelta, Stop, TextDelta, Usage, Word
 from diptych.generation.prefix_cache import Memory
 from diptych.generation.sampling import check_sampling, next_word
+from diptych.generation.thinking import CLOSE, OPEN, Think, instructed, split
 from diptych.models.protocol import Context, Drawing, Drop, Settings, UnifiedModel
 from diptych.parts.batch_invariant import alone, steady
 from diptych.parts.images import to_pil
@@ -38,7 +39,7 @@ class TextRequest:
     likeliest words to report beside each word said (None: report nothing); ``pictures`` is how many pictures the answer
     may draw where the model begins one (``picture_word``), with the settings that suit them and seeds from ``seed`` on:
     after that many the begin-image token is emitted as
-    ordinary text."""
+    ordinary text. With ``think`` the model is asked to reason first (``UnifiedModel.think_before_answering``)."""
 
     sample: Sample
     max_new_tokens: int = 64
@@ -48,6 +49,7 @@ class TextRequest:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     pictures: int = 4
+    think: bool = False
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, self.top_p)
@@ -58,7 +60,8 @@ class TextRequest:
 @dataclass(frozen=True, eq=False)
 class ImageRequest:
     """A request for a picture. ``settings`` are the family's; ``negative_prompt`` stands in for the dropped words in
-    the branch of guidance that has no text; ``previews`` are shown evenly spread on the way."""
+    the branch of guidance that has no text; ``previews`` are shown evenly spread on the way. With ``think`` the model
+    first writes a plan, which the picture is drawn from."""
 
     sample: Sample
     seed: int
@@ -66,14 +69,18 @@ class ImageRequest:
     settings: Settings
     negative_prompt: str = ""
     previews: int = 0
+    think: Think | None = None
 
 
 class TextJob:
-    """An answer on its way: ``ids`` said so far, and how it ended. While ``sketch`` is drawn the words wait."""
+    """An answer on its way: ``ids`` said so far, and how it ended. While ``sketch`` is drawn the words wait. With
+    ``plans`` it is no answer but the plan of that picture, to which its events belong."""
 
-    def __init__(self, model: UnifiedModel, request: TextRequest) -> None:
-        r = self.request = request
-        self.opened = _opened(r.sample, assistant())
+    def __init__(self, model: UnifiedModel, request: TextRequest, plans: ImageJob | None = None) -> None:
+        r, self.plans = request, plans
+        self.request = request
+        sample = instructed(r.sample, model.think_before_answering) if r.think else r.sample
+        self.opened = _opened(sample, assistant())
         self.parameters: dict[str, Any] = {
             "max_new_tokens": r.max_new_tokens,
             "temperature": r.temperature,
@@ -85,7 +92,7 @@ class TextJob:
         self.laid: Layout | None = None
         self.ids: list[int] = []
         self.words: list[Word] = []  # reported with the next text
-        self.text = self.told = ""
+        self.text = self.told = self.thought = ""
         self.unread: list[int] = []  # said, and not yet read
         self.read = 0
         self.reason: str | None = None
@@ -111,6 +118,9 @@ class ImageJob:
         r, self.talk = request, talk
         self.request = request
         self.opened = _opened(r.sample, assistant(Image(None, "target", r.size)))
+        self.plan: str | None = None
+        self.planned = 0  # tokens of the plan
+        self.shared = True  # whether other seeds read the same
         self.canvas = model.canvas(self.opened)
         self.branches = model.branches(self.opened, r.settings)
         self.parameters: dict[str, Any] = {"size": self.canvas[::-1], "seed": r.seed, **asdict(r.settings)}
@@ -118,6 +128,8 @@ class ImageJob:
             if not any("text" in drop for drop in self.branches):
                 raise ValueError("negative_prompt needs guidance: with this guidance_scale no branch reads it")
             self.parameters["negative_prompt"] = r.negative_prompt
+        if r.think:
+            self.parameters["think"] = asdict(r.think)
         self.drawing: Drawing | None = None
         self.image: PIL.Image.Image | None = None
 
@@ -132,7 +144,7 @@ class ImageJob:
             return False
         a, b = self.request, other.request
         same = (a.size, a.negative_prompt, self.branches) == (b.size, b.negative_prompt, other.branches)
-        return a.sample is b.sample and same
+        return a.sample is b.sample and same and self.plan == other.plan and self.shared and other.shared
 
 
 Job = TextJob | ImageJob
@@ -172,7 +184,7 @@ class Scheduler:
         """Frees the job's place at once; it says no more."""
         if job in self.waiting:
             self.waiting.remove(job)
-        self.running = [j for j in self.running if j is not job and getattr(j, "talk", None) is not job]
+        self.running = [j for j in self.running if job not in (j, getattr(j, "talk", None), getattr(j, "plans", None))]
 
     @property
     def idle(self) -> bool:
@@ -183,16 +195,16 @@ class Scheduler:
         """One word of every answer and one step of every picture, after reading what has joined. Events in order; a
         job's last one is its ``Stop``."""
         self.events = []
-        while self.waiting and len(self.running) < self.slots:
-            self.running.append(self.waiting.popleft())
         try:
+            while self.waiting and len(self.running) < self.slots:
+                self._admit(self.waiting.popleft())
             self._join([job for job in self.running if not job.begun])
         except ValueError as error:
             raise Unfit(str(error)) from error
         self._say([job for job in self.running if isinstance(job, TextJob) and not job.sketch])
         groups: dict[tuple, list[ImageJob]] = {}
         for job in self.running:
-            if isinstance(job, ImageJob):
+            if isinstance(job, ImageJob) and job.begun:
                 groups.setdefault((job.canvas, len(job.branches)), []).append(job)
         for group in groups.values():
             self._step(group)
@@ -204,20 +216,42 @@ class Scheduler:
         if isinstance(events[-1], Stop):
             self.running.remove(job)
 
+    def _admit(self, job: Job) -> None:
+        """Begins to run a job. In the place of a picture that needs a plan, the plan runs until it is written."""
+        self.at = [job]
+        if isinstance(job, ImageJob):
+            r, opened = job.request, job.opened
+            job.opened = self.model.prepare(opened, r.settings, r.seed)
+            job.shared = job.opened is opened
+            if r.think:
+                job.opened = instructed(job.opened, self.model.think_before_drawing)
+                asked = replace(job.opened, messages=job.opened.messages[:-1])
+                how = (r.think.max_new_tokens, r.think.temperature, r.think.top_p, r.seed)
+                self.running.append(TextJob(self.model, TextRequest(asked, *how, pictures=0), job))
+                return
+        self.running.append(job)
+
+    def _draw_planned(self, talk: TextJob, job: ImageJob) -> None:
+        """The plan is written: its picture takes its place."""
+        job.plan, job.planned = talk.text, len(talk.ids)
+        job.opened = self.model.planned(job.opened, talk.text)
+        job.branches = self.model.branches(job.opened, job.request.settings)
+        self.running[self.running.index(talk)] = job
+
     # ---- joining ------------------------------------------------------------------------------------------------
 
     def _join(self, jobs: Sequence[Job]) -> None:
         """Begins what has joined. Words alone are read together, what shows pictures one by one."""
         wanted: dict[Job, list[Layout]] = {}
         for job in jobs:
-            self.at = [job]
+            self.at = [getattr(job, "plans", None) or job]
             if self._first(job) is job:
                 wanted[job] = self._sequences(job)
         pairs = [(job, laid) for job, many in wanted.items() for laid in many if len(laid)]
         words = [pair for pair in pairs if not _shows(pair[1])]
         read: dict[int, Context] = {}  # by id(laid)
         for group in ([words] if words else []) + [[pair] for pair in pairs if _shows(pair[1])]:
-            self.at = [job for job, _ in group]
+            self.at = [getattr(job, "plans", None) or job for job, _ in group]
             later = [len(job.request.sample.messages) > 1 for job in self.at]
             contexts = self.memory.read([laid for _, laid in group], later)
             read |= {id(laid): context for (_, laid), context in zip(group, contexts, strict=True)}
@@ -254,7 +288,7 @@ class Scheduler:
         """One word of each, after the model has read together what they said last."""
         going = [talk for talk in talks if talk.unread]
         if going:
-            self.at = [*going]
+            self.at = [talk.plans or talk for talk in going]
             replies = [self.model.reply(talk.unread) for talk in going]
             with alone():
                 contexts = self.model.extend([talk.context for talk in going], replies)
@@ -264,7 +298,7 @@ class Scheduler:
             self._word(talk)
 
     def _word(self, talk: TextJob) -> None:
-        self.at, r = [talk], talk.request
+        self.at, r = [talk.plans or talk], talk.request
         word = next_word(talk.context.logits, r.temperature, r.top_p, talk.generator)
         room = len(talk.images) < r.pictures and len(talk.ids) + 1 < r.max_new_tokens
         if word == self.model.picture_word and room and not (talk.ids and self.model.opens_with_picture):
@@ -276,21 +310,28 @@ class Scheduler:
                 talk.words.append(self._reported(talk.context, word, r.logprobs))
             talk.ids.append(word)
             talk.unread = [word]
-            talk.text = self.model.tokenizer.decode(talk.ids[talk.since :])
+            talk.text = self.model.spoken(talk.ids[talk.since :])
             ends = [at for s in r.stop if (at := talk.text.find(s)) >= 0]
             if ends:
                 talk.text, reason = talk.text[: min(ends)], "stop"
             elif len(talk.ids) == r.max_new_tokens:
                 reason = "length"
-        self._tell_text(talk, talk.text if reason else _settled(talk.text, r.stop))
-        if reason:
+        tags = (OPEN, CLOSE) if r.think else ()
+        self._tell_text(talk, talk.text if reason else _settled(talk.text, (*r.stop, *tags)))
+        if reason and talk.plans:
+            self._draw_planned(talk, talk.plans)
+        elif reason:
             assert talk.laid
             talk.reason, read = reason, talk.ids[talk.since : len(talk.ids) - len(talk.unread)]
             self.memory.keep(talk.laid, read, talk.context)
             self._tell(talk, Stop(reason, Usage(talk.read, len(talk.ids), len(talk.images)), talk.parameters))
 
     def _tell_text(self, talk: TextJob, ready: str) -> None:
-        """Emit the part of the text that the client has not received."""
+        """Emit the part of the text that the client has not received: thoughts apart, and a plan as thoughts."""
+        thought, ready = (ready, "") if talk.plans else split(ready) if talk.request.think else ("", ready)
+        if len(thought) > len(talk.thought):
+            self._tell(talk.plans or talk, ReasoningDelta(thought[len(talk.thought) :]))
+            talk.thought = thought
         if len(ready) > len(talk.told):
             self._tell(talk, TextDelta(ready[len(talk.told) :], tuple(talk.words)))
             talk.told, talk.words = ready, []
@@ -345,7 +386,7 @@ class Scheduler:
                     self.running.remove(job)
                     self._resume(job.talk, job.image)
                 else:
-                    self._tell(job, Stop("image", Usage(drawing.contexts[0].length, 0, 1), job.parameters))
+                    self._tell(job, Stop("image", Usage(drawing.contexts[0].length, job.planned, 1), job.parameters))
             elif drawing.step in {round(drawing.steps * i / (previews + 1)) for i in range(1, previews + 1)}:
                 image = to_pil(self.model.preview([drawing])[0])
                 self._tell(asked, ImagePreview(image, drawing.step, drawing.steps))

@@ -19,10 +19,11 @@ not move it. A picture to edit is read twice, as latents and as features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
@@ -34,11 +35,15 @@ from diptych.core.sample import Image, Sample, Text
 from diptych.core.tensors import NONE, Float, Tensor, to_float
 from diptych.models.predictions import FlowPrediction, Predictions
 from diptych.models.protocol import (
+    IMAGE,
     NOTHING,
+    TEXT,
+    Branches,
     Context,
     Drawing,
     Drop,
     Encoder,
+    Preset,
     UnifiedModel,
     advance,
     check_step,
@@ -48,15 +53,16 @@ from diptych.models.protocol import (
     latent_tokens,
     noised,
     read_on,
+    shown,
     supervised,
 )
 from diptych.models.sizes import Sizes
 from diptych.parts.adapters import Projector
 from diptych.parts.attention import Attend, Cached, Fixed, documents, inverse_permutation
-from diptych.parts.autoencoder import AutoencoderConfig, build_latent_autoencoder, tiny_autoencoder
+from diptych.parts.autoencoder import AutoencoderConfig, build_latent_autoencoder, sampled, tiny_autoencoder
 from diptych.parts.decoder import Decoder, DecoderConfig
 from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, euler, velocity
-from diptych.parts.images import SizeRule, to_tensor, tokens_to_latents
+from diptych.parts.images import SizeRule, resized, to_tensor, tokens_to_latents
 from diptych.parts.positions import TimestepEmbedding, grid_places, grid_table
 from diptych.parts.routed import Routed
 from diptych.parts.tokenizer import Tokenizer
@@ -65,7 +71,75 @@ from diptych.parts.vision import VisionConfig, VisionEncoder, blanked
 READ, DRAW = 0, 1  # the two routes
 
 
-EDITS = FlowSettings(image_guidance_scale=2.0, guidance_interval=(0.0, 1.0), renorm="text_channel")  # inferencer.py
+Contexts = Literal["inferencer", "scripts", "wise"]
+Reading = Literal["inferencer", "scripts", "benchmarks", "training", "edits", "proxies"]
+CONTEXTS: Mapping[str, tuple[Drop, ...]] = {  # what the text branch and the image branch of guidance leave out
+    "inferencer": (TEXT, IMAGE | {"plan"}),
+    "scripts": (TEXT, IMAGE),
+    "wise": (TEXT | IMAGE | {"system"},),
+}
+
+
+@dataclass(frozen=True)
+class Settings(FlowSettings):
+    """How a picture is drawn.
+
+    ``contexts``  what each branch of guidance reads. The text branch never reads the text that ends the request, nor
+                  the plan; the image branch reads no picture. ``inferencer``: the image branch reads no plan either.
+                  ``scripts`` (GEdit, ImgEdit, KRIS, RISE): it reads the plan. ``wise``: there is no image branch, and
+                  the text branch reads nothing at all
+    ``reading``   the size rule of pictures to read, a name of ``Config.seen``; None: the model's own
+    ``seeding``   ``address``: a picture's noise depends on its seed alone. ``published``: one generator draws the
+                  posterior noise of every source and then the first noise, as the published demo does, and pixels are
+                  truncated to eight bits instead of rounded"""
+
+    contexts: Contexts = "inferencer"
+    reading: Reading | None = None
+    seeding: Literal["address", "published"] = "address"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = {"contexts": Contexts, "reading": Reading, "seeding": Literal["address", "published"]}
+        for name, kind in known.items():
+            if (value := getattr(self, name)) not in get_args(kind) and not (name == "reading" and value is None):
+                raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(get_args(kind))}")
+
+
+EDITS = Settings(image_guidance_scale=2.0, guidance_interval=(0.0, 1.0), renorm="text_channel")  # inferencer.py
+
+
+def _preset(
+    summary: str,
+    draw: tuple[float, float, float],
+    edit: tuple[float, float, float],
+    plan: tuple[int, float] = (999, 0.0),
+    renorm: str = "text_channel",
+    **more: Any,
+) -> Preset:
+    """A preset from (text scale, image scale, begin of the guidance interval) of drawing and of editing. 50 published
+    timesteps are 49 evaluations."""
+    common = {"num_inference_steps": 49, "timestep_shift": 3.0, "renorm_min": 0.0, **more}
+    kinds = [
+        {"guidance_scale": text, "image_guidance_scale": image, "guidance_interval": (low, 1.0), "renorm": kind}
+        for (text, image, low), kind in ((draw, "global"), (edit, renorm))
+    ]
+    return Preset(summary, common | kinds[0], common | kinds[1], plan)
+
+
+_SCRIPT: dict[str, Any] = {"contexts": "scripts", "reading": "scripts"}
+_DEMO, _EDIT = (4.0, 1.5, 0.4), (4.0, 2.0, 0.0)
+PRESETS: Mapping[str, Preset] = {  # of ByteDance-Seed/Bagel; the last one of song2yu/SGT
+    "demo": _preset("the web demo, app.py", _DEMO, _EDIT, (1023, 0.0)),
+    "notebook": _preset("the notebook", (4.0, 1.0, 0.4), _EDIT),
+    "inferencer": _preset("the defaults of inferencer.py", (3.0, 1.5, 0.4), (3.0, 1.5, 0.4), renorm="global"),
+    "geneval": _preset("the script of GenEval", (4.0, 1.0, 0.0), _EDIT),
+    "wise": _preset("the script of WISE", (4.0, 1.0, 0.4), _EDIT, (2047, 0.3), contexts="wise"),
+    "gedit": _preset("the script of GEdit", _DEMO, _DEMO, (10239, 0.3), **_SCRIPT),
+    "imgedit": _preset("the script of ImgEdit", _DEMO, (4.0, 1.5, 0.0), (2047, 0.3), **_SCRIPT),
+    "kris": _preset("the script of KRIS", _DEMO, (4.0, 1.5, 0.0), (2047, 0.3), **_SCRIPT),
+    "rise": _preset("the script of RISE", _DEMO, _EDIT, (2047, 0.3), **_SCRIPT),
+    "sgt": _preset("the scripts of SGT", (4.0, 1.0, 0.4), _EDIT),
+}
 
 
 @dataclass(frozen=True)
@@ -84,8 +158,10 @@ class Config:
     see: SizeRule = SizeRule(longest=980, shortest=224, stride=14)
     draw: SizeRule = SizeRule(longest=1024, shortest=512, stride=16)
     size: tuple[int, int] = (1024, 1024)
-    settings: FlowSettings = field(default_factory=FlowSettings)
-    edits: FlowSettings | None = None  # of requests that show sources; None: as ``settings``
+    reading: Reading = "training"  # the size rule of pictures to read in requests
+    markers_in_text: bool = False  # published: markers that a text spells are markers, and answers spell them
+    settings: Settings = field(default_factory=Settings)
+    edits: Settings | None = None  # of requests that show sources; None: as ``settings``
 
     def __post_init__(self) -> None:
         if self.decoder.routes != 2:
@@ -112,6 +188,37 @@ class Config:
             self.see.longest,
         )
 
+    def seen(self, reading: str) -> tuple[SizeRule, ...]:
+        """The size rules that a picture goes through, in turn, before the vision encoder reads it::
+
+            inferencer   ``draw`` and then ``see``
+            scripts      a short side of at least 27 patches (378 pixels): GEdit, ImgEdit, KRIS, RISE
+            benchmarks   the same with at most 10240 patches: benchmarks of understanding; divided by the number of
+                         pictures in training
+            training     ``see`` alone
+            edits        a long side of at most 37 patches (518 pixels): sources of edits in training
+            proxies      a long side of 16 patches (224 pixels): SGT's proxy tasks
+
+        Raises ``ValueError`` for an unknown name."""
+        patch = self.vision.patch_size
+
+        def sides(longest: int, shortest: int, **more: Any) -> SizeRule:
+            longest = min(self.see.longest, longest * patch)
+            return replace(self.see, longest=longest, shortest=min(longest, shortest * patch), **more)
+
+        whole = self.see.longest // patch
+        rules = {
+            "inferencer": (self.draw, self.see),
+            "scripts": (sides(whole, 27),),
+            "benchmarks": (sides(whole, 27, pixels=10240 * patch**2),),
+            "training": (self.see,),
+            "edits": (sides(37, 16),),
+            "proxies": (sides(16, 16),),
+        }
+        if reading not in rules:
+            raise ValueError(f"unknown reading {reading!r}; choose from {', '.join(rules)}")
+        return rules[reading]
+
     @property
     def seen_side(self) -> int:
         """Patches on a side of the vision position table."""
@@ -124,6 +231,9 @@ class Config:
             DecoderConfig(152064, 3584, 18944, 28, 28, 4, qk_norm=True, routes=2, routed=("attention", "norms", "mlp")),
             VisionConfig(1152, 4304, 26, 16, patch_size=14, image_size=980),
             AutoencoderConfig(),
+            see=SizeRule(longest=980, shortest=224, stride=14, over="ratio"),
+            draw=SizeRule(longest=1024, shortest=512, stride=16, over="ratio"),
+            reading="inferencer",
             edits=EDITS,
         )
 
@@ -140,9 +250,7 @@ class Config:
             see=SizeRule(longest=64, shortest=64, stride=64),
             draw=SizeRule(longest=64, shortest=64, stride=64),
             size=(64, 64),
-            settings=FlowSettings(
-                25, guidance_scale=2.5, guidance_interval=(0.0, 0.9), timestep_shift=3.0, renorm="none"
-            ),
+            settings=Settings(25, guidance_scale=2.5, guidance_interval=(0.0, 0.9), timestep_shift=3.0, renorm="none"),
         )
 
 
@@ -152,14 +260,16 @@ def position_tables(c: Config) -> dict[str, Tensor]:
     return {"latent_positions": grid_table(c.latent_side, d), "vision_positions": grid_table(c.seen_side, d)}
 
 
-class Bagel(UnifiedModel[FlowSettings]):
+class Bagel(UnifiedModel[Settings]):
     """BAGEL of any size."""
 
     family = "bagel"
     routes = 2
     frozen = frozenset({"autoencoder"})
     generation = ("decoder.image", "head")
-    conditions = ("text", "image")
+    conditions = ("text", "image", "latents", "features")
+    segmented = conditions
+    presets = PRESETS
     encoders: ClassVar = {"autoencoder": Encoder(("autoencoder",), ("autoencoder", "draw"))}
     parts: ClassVar = {
         "decoder.text": (
@@ -238,43 +348,92 @@ class Bagel(UnifiedModel[FlowSettings]):
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Layout:
-        """Texts and pictures in order; nothing stands in the place of what is dropped."""
-        sample, segments = dropped(sample, drop), list[Segment]()
+        """Texts and pictures in order. Nothing stands in the place of what is dropped of a request.
+
+        In a training sample that draws, each of these conditions can be dropped as a whole or segment by segment
+        (``text:0`` is the first)::
+
+            text      texts without a loss
+            latents   clean pictures, as latents; the position counter moves by one for each that is dropped
+            features  clean pictures, as features; likewise
+            image     both
+        """
+        if sample.is_open:
+            return self._request(sample, drop)
+        segments, texts, pictures, gap = list[Segment](), count(), count(), 0
+        drops = sample.drawing is not None
+
+        def gone(condition: str, number: int) -> bool:
+            return drops and (condition in drop or f"{condition}:{number}" in drop)
+
         for at, message in enumerate(sample.messages, 1):
             for i, part in enumerate(message.parts, 1):
+                blocks = list[Segment | None]()
+                if isinstance(part, Text):
+                    if part.loss or not gone("text", next(texts)):
+                        blocks.append(self._text(part))
+                elif part.blank:
+                    raise ValueError(f"sample {sample.id!r} has a picture without pixels that is not the one to draw")
+                else:
+                    final = at == len(sample.messages) and i == len(message.parts)
+                    if part.role == "target":
+                        blocks.append(self._drawn(part))
+                    if not (part.role == "target" and final):
+                        number = next(pictures)
+                        for read in self._read(part, sample):
+                            name = "latents" if read.kind == Kind.CLEAN else "features"
+                            blocks.append(None if gone(name, number) or gone("image", number) else read)
+                for block in blocks:
+                    if block is not None:
+                        segments.append(replace(block, gap=gap) if gap else block)
+                    gap = gap + 1 if block is None else 0
+        return Layout(sample.id, tuple(segments))
+
+    def _request(self, sample: Sample, drop: Drop) -> Layout:
+        sample, segments = dropped(sample, drop, last=True), list[Segment]()
+        for message in sample.messages:
+            for part in message.parts:
                 if isinstance(part, Text):
                     segments.append(self._text(part))
                 elif not part.blank:
-                    final = at == len(sample.messages) and i == len(message.parts)
-                    if part.role == "target" and not sample.is_open:
-                        segments.append(self._drawn(part))
-                    if not (part.role == "target" and final):
-                        segments += self._read(part)
-        if sample.is_open and not sample.messages[-1].parts:
+                    segments += self._read(part, sample)
+        if not sample.messages[-1].parts:
             segments.append(Segment(Kind.TEXT, (self.markers["bos"],)))
         return Layout(sample.id, tuple(segments))
 
     def _text(self, text: Text) -> Segment:
-        ids = (self.markers["bos"], *self.tokenizer.encode(text.text), self.markers["eos"])
+        encode = self.tokenizer.encode_markup if self.config.markers_in_text else self.tokenizer.encode
+        ids = (self.markers["bos"], *encode(text.text), self.markers["eos"])
         return Segment(Kind.TEXT, ids, targets=(*ids[1:], NONE) if text.loss else ())
 
-    def _read(self, image: Image) -> list[Segment]:
-        vision, c = self._block(Kind.VISION, image, self.config.see, self.config.vision.patch_size, READ), self.config
+    def _read(self, image: Image, sample: Sample) -> list[Segment]:
+        """A picture to read, as latents too unless it is to be understood only."""
+        reading = image.reading or (self.config.reading if sample.is_open else "training")
+        rules, c = self.config.seen(reading), self.config
+        if reading == "benchmarks" and not sample.is_open:
+            [rule], several = rules, sum(1 for _ in sample.images())
+            rules = (replace(rule, pixels=rule.pixels // several),)
+        vision = self._block(Kind.VISION, image, rules, self.config.vision.patch_size, READ)
         if image.role == "understand":
             return [vision]
-        return [self._block(Kind.CLEAN, image, c.draw, c.stride, DRAW), vision]
+        return [self._block(Kind.CLEAN, image, (c.draw,), c.stride, DRAW), vision]
 
     def _drawn(self, image: Image) -> Segment:
         rule, stride = self.config.draw, self.config.stride
-        return self._block(Kind.NOISED, image, rule, stride, DRAW, hidden=True, advance=0, drawn=True)
+        return self._block(Kind.NOISED, image, (rule,), stride, DRAW, hidden=True, advance=0, drawn=True)
 
-    def _block(self, kind: Kind, image: Image, rule: SizeRule, stride: int, route: int, **more: Any) -> Segment:
-        width, height = rule(*image.dimensions)
+    def _block(
+        self, kind: Kind, image: Image, rules: Sequence[SizeRule], stride: int, route: int, **more: Any
+    ) -> Segment:
+        sizes = [image.dimensions]
+        for rule in rules:
+            sizes.append(rule(*sizes[-1]))
+        width, height = sizes[-1]
         grid = (height // stride, width // stride)
         ids = (self.markers["image"], *[NONE] * (grid[0] * grid[1]), self.markers["end"])
 
         def pixels() -> Tensor:
-            return to_tensor(image.pixels, (width, height), image.nearest)
+            return to_tensor(resized(image.pixels, sizes[1:-1], image.nearest), (width, height), image.nearest)
 
         held, encoded = (pixels(), False) if kind == Kind.VISION else image.through("autoencoder", pixels)
         columns: dict[str, Any] = {"image": held, "encoded": encoded, "masked": image.masked, "advance": 1} | more
@@ -355,6 +514,14 @@ class Bagel(UnifiedModel[FlowSettings]):
         logits = self.decoder.logits(states[inverse_permutation(order)[last]]).float()
         return read_on(contexts, sequences, caches, logits)
 
+    def spoken(self, ids: Sequence[int]) -> str:
+        """The text of generated ids, up to a second start marker (``inferencer.py``)."""
+        start = self.markers["bos"]
+        ids = list(ids)[: list(ids).index(start)] if start in ids else list(ids)
+        if not self.config.markers_in_text:
+            return self.tokenizer.decode(ids)
+        return self.tokenizer.decode_markup(ids).partition("<|im_end|>")[0].partition("<|im_start|>")[0]
+
     @property
     def stop_ids(self) -> frozenset[int]:
         return frozenset({self.markers["eos"]})
@@ -364,17 +531,68 @@ class Bagel(UnifiedModel[FlowSettings]):
     def canvas(self, sample: Sample) -> tuple[int, int]:
         return fitted(sample, self.config.trained, self.config.draw)
 
+    def branches(self, sample: Sample, settings: Settings) -> Branches:
+        """The full context, and while ``guidance_scale`` exceeds 1 those of ``CONTEXTS``; the image branch too only
+        while its scale exceeds 1. It counts without pictures as well: where it equals the full context, scales t and i
+        draw as 1 + i (t - 1) alone (``inferencer.py``)."""
+        lacks, branches = CONTEXTS[settings.contexts], {NOTHING: 1.0}
+        there = {"text", "image"}
+        there |= {"plan"} if any(isinstance(p, Text) for p in sample.messages[-1].parts) else set()
+        there |= {"system"} if any(m.role == "system" for m in sample.messages) else set()
+        scales = (settings.guidance_scale, settings.image_guidance_scale)
+        for drop, scale in zip(lacks, scales, strict=False):
+            if scale <= 1:
+                break
+            branches[drop & there] = scale
+        return branches
+
+    def prepare(self, sample: Sample, settings: Settings, seed: int) -> Sample:
+        """The request with the size rule of its pictures; with published seeding, with its sources encoded."""
+        if settings.reading:
+            sample = sample.map_images(lambda i: i if i.blank else replace(i, reading=settings.reading))
+        if settings.seeding == "address":
+            return sample
+        drawn, _ = self._published_noise(sample, seed)
+
+        def encoded(image: Image) -> Image:
+            if image.blank or image.role == "understand" or "autoencoder" in image.encoded:
+                return image
+            block = self._block(Kind.CLEAN, image, (self.config.draw,), self.config.stride, DRAW)
+            assert block.image is not None
+            found = self.encode("autoencoder", block.image[None].to(self.device)).float()
+            latents = sampled(found, self.config.autoencoder.latent_channels, next(eps))
+            return replace(image, encoded={**image.encoded, "autoencoder": latents[0]})
+
+        eps = iter(x.to(self.device) for x in drawn)
+        return sample.map_images(encoded)
+
+    def _published_noise(self, sample: Sample, seed: int) -> tuple[list[Tensor], Tensor]:
+        """Normal draws of one generator: (1, z, h, w) for each source that is encoded, then (tokens, features)."""
+        generator, c = torch.Generator().manual_seed(seed), self.config
+        drawn = []
+        for image in shown(sample) if c.autoencoder.posterior else ():
+            if image.role != "understand":
+                width, height = (side // c.autoencoder.downsample for side in c.draw(*image.dimensions))
+                drawn.append(torch.randn(1, c.autoencoder.latent_channels, height, width, generator=generator))
+        return drawn, torch.randn(self._start_shape(sample), generator=generator)
+
+    def _start_shape(self, sample: Sample) -> tuple[int, int]:
+        """(tokens, features) of the picture that a request asks for."""
+        return prod(self._grid(self.canvas(sample))), self.latent_in.in_features
+
     def start(
         self,
         contexts: Sequence[tuple[Context, ...]],
         samples: Sequence[Sample],
-        settings: Sequence[FlowSettings],
+        settings: Sequence[Settings],
         seeds: Sequence[int],
-    ) -> list[Drawing[FlowSettings]]:
+    ) -> list[Drawing[Settings]]:
         drawings = []
         for read, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
             canvas, branches = self.canvas(sample), self.branches(sample, s)
-            noise = Noise(seed).normal("drawing", "noise", (prod(self._grid(canvas)), self.latent_in.in_features))
+            noise = Noise(seed).normal("drawing", "noise", self._start_shape(sample))
+            if s.seeding == "published":
+                _, noise = self._published_noise(sample, seed)
             steps = self.steps(canvas, s)
             drawings.append(Drawing(noise.to(self.device), read, branches, canvas, s, steps, s.times(steps)))
         return drawings
@@ -384,14 +602,14 @@ class Bagel(UnifiedModel[FlowSettings]):
         return canvas[0] // self.config.stride, canvas[1] // self.config.stride
 
     @torch.inference_mode()
-    def step(self, drawings: Sequence[Drawing[FlowSettings]]) -> list[Drawing[FlowSettings]]:
+    def step(self, drawings: Sequence[Drawing[Settings]]) -> list[Drawing[Settings]]:
         """One Euler step each. Branches of guidance are one batch; outside the interval they are not computed."""
         check_step(drawings)
         table = self._fixed(drawings)
         moved = euler(drawings, lambda x_t, t, branches: self._velocity(x_t, t, drawings, table, branches))
         return [advance(d, state, v, table) for d, (state, v) in zip(drawings, moved, strict=True)]
 
-    def _fixed(self, drawings: Sequence[Drawing[FlowSettings]]) -> Fixed[Context]:
+    def _fixed(self, drawings: Sequence[Drawing[Settings]]) -> Fixed[Context]:
         """The contexts' keys and values side by side, branch-major; kept while the same drawings go on together."""
         contexts = [d.contexts[b] for b in range(len(drawings[0].contexts)) for d in drawings]
         if drawings[0].slot and drawings[0].slot.holds(contexts):
@@ -402,7 +620,7 @@ class Bagel(UnifiedModel[FlowSettings]):
         self,
         x_t: Float[Tensor, "B n f"],
         t: Float[Tensor, " B"],
-        drawings: Sequence[Drawing[FlowSettings]],
+        drawings: Sequence[Drawing[Settings]],
         table: Fixed[Context],
         branches: int,
     ) -> Float[Tensor, "R B n f"]:
@@ -422,12 +640,16 @@ class Bagel(UnifiedModel[FlowSettings]):
         prediction = self.latent_out(states[2 * blocks :]).float().view(branches, B, n, -1)
         return torch.stack([velocity(p, x_t, t, self.config.prediction) for p in prediction])
 
-    def encoded(self, drawing: Drawing[FlowSettings]) -> dict[str, Tensor]:
+    def encoded(self, drawing: Drawing[Settings]) -> dict[str, Tensor]:
         grid = self._grid(drawing.canvas)
         return {"autoencoder": tokens_to_latents(drawing.state[None].clone(), grid, self.config.latent_patch)[0]}
 
     @torch.inference_mode()
-    def finish(self, drawings: Sequence[Drawing[FlowSettings]]) -> Float[Tensor, "B 3 H W"]:
+    def finish(self, drawings: Sequence[Drawing[Settings]]) -> Float[Tensor, "B 3 H W"]:
         states = torch.stack([d.state for d in drawings])
         latents = tokens_to_latents(states, self._grid(drawings[0].canvas), self.config.latent_patch)
-        return self.autoencoder.decode(latents).float().clamp(-1, 1)
+        pixels = self.autoencoder.decode(latents).float().clamp(-1, 1)
+        for i, d in enumerate(drawings):
+            if d.settings.seeding == "published":
+                pixels[i] = ((pixels[i] * 0.5 + 0.5) * 255).floor() / 127.5 - 1
+        return pixels

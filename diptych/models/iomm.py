@@ -54,6 +54,7 @@ from diptych.models.protocol import (
     fitted,
     noised,
     supervised,
+    worded,
 )
 from diptych.models.sizes import Sizes
 from diptych.parts.adapters import Connector, NoQueries, QueryBlock, ResidualQueries, StaticQueries
@@ -345,6 +346,10 @@ class Iomm(UnifiedModel[FlowSettings]):
                 page.part(part)
         if not final or not (message.parts and _draws(message, -1)):
             page.end(any(isinstance(p, Text) and p.loss for p in message.parts[-1:]))
+
+    def planned(self, sample: Sample, plan: str) -> Sample:
+        """The request with the plan after its words: the generator is conditioned on the user's turn."""
+        return worded(sample, f"{sample.prompt}\n{plan}".strip())
 
     # ---- network ------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,17 @@ from diptych.parts.routed import spare_parameters
 from diptych.parts.tokenizer import Tokenizer
 
 Drop = frozenset[str]  # which of a family's conditions to leave out
+# The system texts of BAGEL's think mode (ByteDance-Seed/Bagel, inferencer.py, Apache-2.0); users' weights know them.
+THINK_BEFORE_DRAWING = (
+    "You should first think about the planning process in the mind and then generate the image. \n"
+    "The planning process is enclosed within <think> </think> tags, i.e. <think> planning process here </think> image "
+    "here"
+)
+THINK_BEFORE_ANSWERING = (
+    "You should first think about the reasoning process in the mind and then provide the user with the answer. \n"
+    "The reasoning process is enclosed within <think> </think> tags, i.e. <think> reasoning process here </think> "
+    "answer here"
+)
 NOTHING, TEXT, IMAGE = Drop(), Drop({"text"}), Drop({"image"})
 Branches = Mapping[Drop, float]  # what a context of guidance leaves out -> how far guidance goes away from it
 
@@ -124,6 +135,7 @@ class Trainable(nn.Module, ABC):
     frozen: ClassVar[frozenset[str]] = frozenset()  # parts that no recipe may train
     generation: ClassVar[tuple[str, ...]] = ()  # parts that draw, for recipes of any family
     conditions: ClassVar[tuple[str, ...]] = ()  # what ``lay_out`` can drop, such as "text" and "image"
+    segmented: ClassVar[tuple[str, ...]] = ()  # those of ``conditions`` of which it can drop segments, as "text:0"
     encoders: ClassVar[Mapping[str, Encoder]] = {}  # frozen encoders that ``lay_out`` names (``Image.through``)
     config: Any
     tokenizer: Tokenizer
@@ -210,16 +222,41 @@ class Trainable(nn.Module, ABC):
         return sum(p.numel() for p in self.parameters()) - spare_parameters(self)
 
 
+@dataclass(frozen=True)
+class Preset:
+    """The settings of a published entry point, as changes of a family's own."""
+
+    summary: str
+    draw: Mapping[str, Any]
+    edit: Mapping[str, Any]
+    plan: tuple[int, float] = (999, 0.0)  # of thinking before a picture: most tokens, and temperature
+
+
 class UnifiedModel(Trainable, Generic[S]):
     """A family that reads pictures and draws them. Generation takes lists: one request is a list of one."""
 
     opens_with_picture: ClassVar[bool] = False  # ``picture_word`` begins a picture only as the first word of an answer
+    think_before_drawing: ClassVar[str] = THINK_BEFORE_DRAWING  # the system text of a request that is planned first
+    think_before_answering: ClassVar[str] = THINK_BEFORE_ANSWERING
     settings: S  # those that suit the weights
     edits: S | None = None  # those that suit edits; None: the same
 
-    def defaults(self, sample: Sample) -> S:
-        """The settings that suit a request: those of edits where it shows ``sources``, as far as the model has any."""
-        return self.settings if self.edits is None or not sources(sample) else self.edits
+    presets: ClassVar[Mapping[str, Preset]] = {}
+
+    def defaults(self, sample: Sample | None = None, preset: str = "") -> S:
+        """The settings that suit a request: those of edits where it shows ``sources``, as far as the model has any; or
+        those of ``preset`` for such a request."""
+        edits = sample is not None and bool(sources(sample))
+        if preset:
+            named = self.preset(preset)
+            return replace(self.settings, **(named.edit if edits else named.draw))
+        return self.settings if self.edits is None or not edits else self.edits
+
+    def preset(self, name: str) -> Preset:
+        """One of ``presets``. Raises ``ValueError`` for a name that the family does not have."""
+        if name not in self.presets:
+            raise ValueError(f"unknown preset {name!r}; {self.family} has {', '.join(self.presets) or 'none'}")
+        return self.presets[name]
 
     @abstractmethod
     def predict(self, batch: Batch, noise: Noise) -> Predictions:
@@ -258,7 +295,7 @@ class UnifiedModel(Trainable, Generic[S]):
         negative prompt) in place of its own where those are dropped."""
         if not words or "text" not in drop:
             return self.lay_out(sample, drop)
-        return self.lay_out(worded(sample, words), drop - {"text"})
+        return self.lay_out(worded(sample, words), drop - {"text"} | {"plan"})
 
     def rewind(self, context: Context, length: int, position: int) -> Context:
         """The context as it was after its first ``length`` tokens, where position ids stood at ``position``; read on
@@ -274,6 +311,20 @@ class UnifiedModel(Trainable, Generic[S]):
     def picture_word(self) -> int | None:
         """The token with which an answer begins a picture; None in families that do not have one."""
         return None
+
+    def planned(self, sample: Sample, plan: str) -> Sample:
+        """The request for a picture with a plan that the model has generated for it: the plan stands in the open turn,
+        before the picture."""
+        *before, turn = sample.messages
+        return replace(sample, messages=(*before, replace(turn, parts=(Text(plan), *turn.parts))))
+
+    def spoken(self, ids: Sequence[int]) -> str:
+        """The text of generated ids, special tokens left out."""
+        return self.tokenizer.decode(ids)
+
+    def prepare(self, sample: Sample, settings: S, seed: int) -> Sample:
+        """The request as it is laid out with these settings and this seed; in most families as it is."""
+        return sample
 
     def drawn(self, image: Image) -> tuple[Segment, ...]:
         """A picture that an answer began with ``picture_word`` and that has been drawn, up to where words go on."""
@@ -347,24 +398,32 @@ def advance(drawing: Drawing[S], state: Tensor, velocity: Tensor | None = None, 
 # ---- requests ---------------------------------------------------------------------------------------------------
 
 
-def dropped(sample: Sample, drop: Drop) -> Sample:
+def dropped(sample: Sample, drop: Drop, last: bool = False) -> Sample:
     """The sample without the conditions that ``drop`` names of the picture that is drawn (``Sample.drawing``)::
 
-        text    the words of its request
+        text    the words of its request and, in a request, the plan that was made from them; with ``last`` only the
+                text that ends the request: one that a picture follows stays
         image   every picture before it: sources, pictures to understand, and what was drawn earlier
+        plan    the text that a request's open turn begins with
+        system  the words of system messages
 
-    Where nothing is drawn, of the answer. The same in every family; what follows the drawing stays.
+    Where nothing is drawn, of the answer. What follows the drawing stays.
     Raises ``ValueError`` for a picture without pixels that is not the one to draw."""
     place, asked, messages = sample.drawing, sample.request_at, []
     for i, message in enumerate(sample.messages):
         parts = []
+        planning = sample.is_open and i == len(sample.messages) - 1
         for j, part in enumerate(message.parts):
             if isinstance(part, Image):
                 if part.blank and not (sample.is_open and (i, j) == place):
                     raise ValueError(f"sample {sample.id!r} has a picture without pixels that is not the one to draw")
                 gone = "image" in drop and (place is None or (i, j) < place)
+            elif planning:
+                gone = bool({"text", "plan"} & drop)
+            elif message.role == "system":
+                gone = "system" in drop
             else:
-                gone = "text" in drop and i == asked
+                gone = "text" in drop and i == asked and (not last or j == len(message.parts) - 1)
             parts += [] if gone else [part]
         messages.append(Message(message.role, tuple(parts)))
     return replace(sample, messages=tuple(messages)) if drop else sample

@@ -63,12 +63,16 @@ class FlowSettings:
         self, velocities: Float[Tensor, "R n f"], branches: Mapping[frozenset[str], float]
     ) -> Float[Tensor, "n f"]:
         """The guided velocity of one picture from the velocities of its first R branches. ``branches`` maps what each
-        leaves out to its guidance scale."""
-        rest = {drop: (v[None], g) for (drop, g), v in zip(branches.items(), velocities, strict=False)}
-        full, _ = rest.pop(frozenset())
-        no_text, text_scale = rest.pop(frozenset({"text"}), (None, 1.0))
-        no_image, image_scale = rest.pop(frozenset({"image"}), (None, 1.0))
-        assert not rest, f"a flow has the branches without text and without image, not {rest.keys()}"
+        leaves out to its guidance scale: one without the text, and one without the images that keeps the text."""
+        full, no_text, no_image = velocities[:1], None, None
+        text_scale = image_scale = 1.0
+        for (drop, scale), v in zip(list(branches.items())[1:], velocities[1:], strict=False):
+            if "text" in drop:
+                assert no_text is None, f"two branches lack the text: {branches}"
+                no_text, text_scale = v[None], scale
+            else:
+                assert no_image is None and "image" in drop, f"neither text nor images are left out: {branches}"
+                no_image, image_scale = v[None], scale
         return guide(full, no_text, no_image, text_scale, image_scale, self.renorm, self.renorm_min)[0]
 
 

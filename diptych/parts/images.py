@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import Literal
 
 import numpy as np
 import PIL.Image
@@ -22,12 +24,16 @@ class SizeRule:
 
     Scale so that the long side is at most ``longest``, then so that the short side is at least ``shortest``, round each
     side to the stride, then shrink when there are more than ``pixels`` or the long side exceeds ``longest`` again.
+    ``over`` says how a picture with too many pixels is shrunk: ``root`` scales the original sides by the root of
+    ``pixels`` over their product, so that about ``pixels`` remain (SGT's fork); ``ratio`` scales the rounded sides by
+    ``pixels`` over their product (BAGEL).
     """
 
     longest: int
     shortest: int
     stride: int
     pixels: int = 14 * 14 * 9 * 1024
+    over: Literal["root", "ratio"] = "root"
 
     def __call__(self, width: int, height: int) -> tuple[int, int]:
         """The (width, height) to resize a picture of this size to."""
@@ -35,7 +41,8 @@ class SizeRule:
         scale = max(scale, self.shortest / min(width, height))
         w, h = self._apply(width, height, scale)
         if w * h > self.pixels:
-            w, h = self._apply(w, h, (self.pixels / (w * h)) ** 0.5)
+            root = (self.pixels / (width * height)) ** 0.5
+            w, h = self._apply(width, height, root) if self.over == "root" else self._apply(w, h, self.pixels / (w * h))
         if max(w, h) > self.longest:
             w, h = self._apply(w, h, self.longest / max(w, h))
         return w, h
@@ -136,9 +143,16 @@ def fit(image: PIL.Image.Image, size: tuple[int, int], nearest: bool = False) ->
 
 def to_tensor(image: PIL.Image.Image, size: tuple[int, int], nearest: bool = False) -> UInt8[Tensor, "3 H W"]:
     """The picture resized to (width, height), bicubic (nearest for label pictures), as uint8."""
-    if image.size != size:
-        image = image.resize(size, PIL.Image.Resampling.NEAREST if nearest else PIL.Image.Resampling.BICUBIC)
+    image = resized(image, [size], nearest)
     return torch.from_numpy(np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy())
+
+
+def resized(image: PIL.Image.Image, sizes: Sequence[tuple[int, int]], nearest: bool = False) -> PIL.Image.Image:
+    """The picture resized to each (width, height) in turn, as ``to_tensor`` does."""
+    for size in sizes:
+        how = PIL.Image.Resampling.NEAREST if nearest else PIL.Image.Resampling.BICUBIC
+        image = image.resize(size, how) if image.size != size else image
+    return image
 
 
 def letterbox(image: PIL.Image.Image, size: tuple[int, int], nearest: bool = False) -> PIL.Image.Image:

@@ -54,6 +54,10 @@ class Tokenizer:
         """The text of ids, special tokens left out."""
         return self.inner.decode(list(ids), skip_special_tokens=True)
 
+    def decode_markup(self, ids: Iterable[int]) -> str:
+        """The text of ids, special tokens spelled out."""
+        return self.inner.decode(list(ids), skip_special_tokens=False)
+
     def adding(self, tokens: Iterable[str]) -> Tokenizer:
         """The same tokenizer with these special tokens, the new ones at its end in this order."""
         lacking = [t for t in tokens if self.inner.token_to_id(t) is None]

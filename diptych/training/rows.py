@@ -32,7 +32,7 @@ def stage_loader(recipe: Recipe, stage: Stage, model: Trainable, sources: Source
         plan,
         model.lay_out,
         routes=model.routes,
-        conditions=model.conditions,
+        conditions=(*model.conditions, *(f"{name}*" for name in model.segmented)),
         workers=recipe.workers,
         skip_limit=recipe.skip_limit,
         **options,

@@ -24,13 +24,13 @@ from diptych.core.mask import dense, rule
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Sample, assistant, user
 from diptych.core.tensors import NONE, Tensor, to_float
-from diptych.models.bagel import Bagel, Config
+from diptych.models.bagel import Bagel, Config, Settings
 from diptych.models.protocol import NOTHING, Context
 from diptych.models.published.bagel import BAGEL, published_config
 from diptych.models.published.key_map import export, load
 from diptych.models.published.parts import FLUX_AUTOENCODER
 from diptych.parts.attention import inverse_permutation
-from diptych.parts.flow import FlowSettings, TimeDraw, shift_time, squared_error
+from diptych.parts.flow import TimeDraw, shift_time, squared_error
 from diptych.parts.images import SizeRule, latents_to_tokens, to_tensor, tokens_to_latents
 from diptych.parts.positions import grid_places, grid_table
 from diptych.parts.tokenizer import Tokenizer
@@ -578,9 +578,9 @@ def understanding(folder: Folder) -> None:
 # ---- drawing ----------------------------------------------------------------------------------------------------
 
 
-def settings(args: dict) -> FlowSettings:
+def settings(args: dict) -> Settings:
     """``num_timesteps`` counts the ends, so it is one more than our steps."""
-    return FlowSettings(
+    return Settings(
         args["num_timesteps"] - 1,
         guidance_scale=args.get("cfg_text_scale", 1.0),
         image_guidance_scale=args.get("cfg_img_scale", 1.0),
@@ -750,7 +750,7 @@ def probes(folder: Folder) -> None:
     grid = grid_of(folder.get("generation.in.plain.packed_vae_position_ids"), made.config.latent_side)
     size = (grid[1] * made.config.stride, grid[0] * made.config.stride)
     asked = Sample("draw", (user("1"), assistant(Image(None, "target", size))))
-    [drawing] = made.start([(context,)], [asked], [FlowSettings(2, guidance_scale=1.0, timestep_shift=3.0)], [0])
+    [drawing] = made.start([(context,)], [asked], [Settings(2, guidance_scale=1.0, timestep_shift=3.0)], [0])
     noise = folder.get("generation.in.plain.packed_init_noises")
     watched = read_on = replace(drawing, state=noise)
     for step, shares in enumerate(meta["gen.released_share_percent"].values()):

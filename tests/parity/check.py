@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-FAMILIES = ("bagel", "cheers", "omnigen2")
+FAMILIES = ("bagel", "bagel-inferencer", "cheers", "omnigen2")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{a.folder} holds no config.json")
     from tests.parity.compare import Folder
 
-    family = importlib.import_module(f"tests.parity.{a.family}")
+    family = importlib.import_module(f"tests.parity.{a.family.replace('-', '_')}")
     folder = Folder(a.folder, family.WEIGHTS)
     begun = time.perf_counter()
     for name, stage in family.STAGES.items():

@@ -77,6 +77,11 @@ class Folder:
         ours, theirs = (x.tolist() if isinstance(x, Tensor) else x for x in (ours, theirs))
         self.rows.append(Row(name, 0.0 if ours == theirs else float("inf"), 0.0, ours == theirs))
 
+    def within(self, name: str, ours: Tensor, most: float) -> None:
+        """Compares with the tensor of this name, which may differ by at most ``most``."""
+        off = (ours.double() - self.get(name).double()).abs().max()
+        self.rows.append(Row(name, float(off), most, bool(off <= most)))
+
     def failures(self) -> list[Row]:
         """What is beyond its tolerance."""
         return [r for r in self.rows if not r.ok]

@@ -14,8 +14,9 @@ from diptych.core.layout import Kind
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Sample, assistant, user
 from diptych.generation.engine import Engine
-from diptych.generation.events import ImageDone, ImagePreview, Stop, TextDelta
+from diptych.generation.events import ImageDone, ImagePreview, ReasoningDelta, Stop, TextDelta
 from diptych.generation.prefix_cache import Memory
+from diptych.generation.thinking import Think
 from diptych.models import store
 from tests.support import tiny
 from tests.support.tolerances import LOGITS, PIXELS, SUM
@@ -232,13 +233,17 @@ def test_guidance_scale_1_is_no_guidance(model):
 def test_every_branch_drops_what_it_says(model):
     settings = replace(model.settings, guidance_scale=2.0, image_guidance_scale=1.5)
     edit = replace(tiny.edit(), messages=(tiny.edit().messages[0], assistant(Image(None, "target"))))
-    assert model.branches(to_draw(), settings) == {frozenset(): 1.0, frozenset({"text"}): 2.0}
+    plain = {frozenset(): 1.0, frozenset({"text"}): 2.0}
+    if model.family == "bagel":  # as published, its second scale counts without pictures too
+        plain[frozenset({"image"})] = 1.5
+    assert model.branches(to_draw(), settings) == plain
     assert [g for drop, g in model.branches(edit, settings).items() if "image" in drop] == [1.5]
     for request in (to_draw(), edit):
         first, *rest = model.branches(request, settings)
         assert first == frozenset() and rest and all(b <= set(model.conditions) for b in rest)
         told = [model.lay_out(request, drop).describe(model.tokenizer.decode) for drop in (first, *rest)]
-        assert len(set(told)) == len(told)
+        lacks_nothing = request == to_draw() and len(plain) == 3  # no picture: the image branch reads all
+        assert len(set(told)) == len(told) - lacks_nothing
         words = "a blue star" if request is not edit else "make the star red"
         assert all((words in t) == ("text" not in drop) for t, drop in zip(told, (first, *rest)))
     assert model.branches(edit, replace(settings, guidance_scale=1.0, image_guidance_scale=1.0)) == {frozenset(): 1.0}
@@ -420,3 +425,32 @@ def test_first_turns_do_not_depend_on_what_was_asked_before(model):
     engine = Engine(model)
     engine.generate("two red circles", seed=3, **few)
     assert engine.generate("two red stars", seed=3, **few).images[0].tobytes() == alone.tobytes()
+
+
+def test_a_picture_is_planned_first_and_drawn_from_its_plan(engine):
+    """Thinking before drawing is one protocol for every family: a system text, a plan, and the plan in the request."""
+    how = {"num_inference_steps": 2} if engine.model.settings.num_inference_steps else {}
+    think = Think(max_new_tokens=6)
+    plain = engine.generate("a blue star", **how)
+    planned = engine.generate("a blue star", n=2, think=think, **how)
+    assert plain.reasoning == () and len(planned.reasoning) == 2
+    *deltas, done, stop = engine.stream_picture("a blue star", think=think, **how)
+    assert isinstance(done, ImageDone) and isinstance(stop, Stop) and stop.usage.written > 0
+    assert all(isinstance(d, ReasoningDelta) for d in deltas)
+    assert "".join(d.text for d in deltas) == planned.reasoning[0]
+    assert done.image.tobytes() == planned.images[0].tobytes() != plain.images[0].tobytes()
+    asked = Sample("p", (user("a blue star"), assistant(Image(None, "target"))))
+    one, other = (engine.model.lay_out(engine.model.planned(asked, plan)) for plan in ("a red star", "no star"))
+    assert one.describe(engine.model.tokenizer.decode) != other.describe(engine.model.tokenizer.decode)
+
+
+def test_thoughts_before_an_answer_are_told_apart(engine, monkeypatch):
+    tokenizer = engine.model.tokenizer
+    words = [*tokenizer.encode("<think> it is red </think> two"), next(iter(engine.model.stop_ids))]
+    given = iter(words * 2)
+    monkeypatch.setattr("diptych.generation.scheduler.next_word", lambda *_: next(given))
+    answer = engine.chat("how many?", think=True, pictures=0, max_new_tokens=40)
+    assert (answer.reasoning, answer.text, answer.finish_reason) == ("it is red ", "two", "stop")
+    *deltas, _ = engine.stream("how many?", think=True, max_new_tokens=40)
+    kinds = {kind: "".join(d.text for d in deltas if isinstance(d, kind)) for kind in (ReasoningDelta, TextDelta)}
+    assert kinds == {ReasoningDelta: "it is red ", TextDelta: "two"}

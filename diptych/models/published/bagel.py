@@ -66,9 +66,10 @@ def published_config(json: Json, states: States) -> Config:
         vision_side=None if seen == vision.side else seen,
         stretch=bool(more.get("interpolate_pos", False)),
         times=TimeDraw(shift=more.get("timestep_shift", 1.0)),
-        see=SizeRule(longest=longest, shortest=shortest, stride=vision.patch_size),
-        draw=SizeRule(longest=most * stride, shortest=(most + 1) // 2 * stride, stride=stride),
+        see=SizeRule(longest=longest, shortest=shortest, stride=vision.patch_size, over="ratio"),
+        draw=SizeRule(longest=most * stride, shortest=(most + 1) // 2 * stride, stride=stride, over="ratio"),
         size=(most * stride, most * stride),
+        reading="inferencer",
         edits=EDITS,
     )
 
@@ -100,7 +101,7 @@ PUBLISHED = PublishedFormat(
     optional=("config.json",),
     config=published_config,
     describe=published_files,
-    unstored=("times", "see", "draw", "size", "settings", "edits"),
+    unstored=("times", "see", "draw", "size", "reading", "markers_in_text", "settings", "edits"),
     computed=position_tables,
 )
 
