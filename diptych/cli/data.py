@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -58,6 +59,11 @@ def add(app: Verbs) -> None:
         "diptych data convert llava instruct.json mine.jsonl --images coco",
         "diptych data convert bagel-edit 'edits/*.parquet' edits.jsonl",
     )(convert)
+    verbs.verb(
+        "index",
+        "diptych data index my_data.yaml",
+        "diptych data index my_data.yaml photos scraped --processes 16",
+    )(index)
     verbs.verb(
         "shard",
         "diptych data shard cats dogs --catalog my_data.yaml --out shards",
@@ -164,6 +170,40 @@ def convert(
             print(f"skipped {line}")
         print(f"{out}: {result.rows} rows, {result.pictures} pictures, {len(result.skipped)} skipped")
     return OK if result.rows else BAD
+
+
+def index(
+    catalog: Annotated[str, typer.Argument(metavar="CATALOG", help="YAML file that names the data sets")],
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="which data sets (default: all that take an index)")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", metavar="N", help="processes that scan (default: one a processor)")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write where every row is, so that opening a data set scans nothing.
+
+    The index goes to NAME.index beside the catalog, or where the catalog says (index: FILE)."""
+    from diptych.core.errors import nearest
+    from diptych.data.catalog import read_catalog
+    from diptych.data.index import default_processes
+
+    at_least_one(processes=processes)
+    entries = read_catalog(catalog)
+    for name in names or []:
+        if name not in entries:
+            raise ValueError(f"unknown data set {name!r}; {catalog} has: {', '.join(entries)}{nearest(name, entries)}")
+    chosen = names or [name for name, entry in entries.items() if entry.takes_index]
+    results = {}
+    with progress_bars(shown=not as_json) as progress:
+        for name in chosen:
+            rows = entries[name].write_index(processes or default_processes(), partial(progress, name))
+            results[name] = {"rows": rows, "file": str(entries[name].index_file)}
+    if as_json:
+        print(json.dumps(results))
+        return
+    show_table(catalog, ["data set", "rows", "index"], [[n, r["rows"], r["file"]] for n, r in results.items()])
 
 
 def shard(

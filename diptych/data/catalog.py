@@ -8,15 +8,17 @@
     textures: {format: images, path: textures}
     things:   {format: coco, path: instances.json, images: photos, read: sgt/instance}
 
-Paths are relative to the catalog file. docs/data.md says what each format holds.
+Paths are relative to the catalog file, or addresses (s3://, gs://, https://, hf://). docs/data.md says what each
+format holds. A file NAME.index beside the catalog, or ``index: FILE``, is what ``diptych data index`` wrote.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,11 +27,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from diptych.data import sources as readers
 from diptych.data.decoding import MAX_PIXELS, picture_suffixes
+from diptych.data.index import SUFFIX, Index, Scan, load, write
 from diptych.data.mixture import First, Source
-from diptych.data.parquet import Parquet, parquet
+from diptych.data.parquet import Parquet, parquet, scan_groups
+from diptych.data.reading import read
 from diptych.data.self_condition import PICTURES, UnlabelledPictures
 from diptych.data.tasks import annotations as annotated
 from diptych.data.tasks import ladder
+from diptych.machine.addresses import address, join
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
 Path_ = Annotated[str, Field(min_length=1)]
@@ -53,6 +58,7 @@ class Jsonl(BaseModel):
     format: Literal["jsonl"]
     path: Path_
     images: Path_ | None = None
+    index: Path_ | None = None
     max_pixels: Pixels = MAX_PIXELS
 
 
@@ -70,6 +76,7 @@ class Images(BaseModel):
     view: Path_ | None = None
     longest: Pixels = annotated.LONGEST
     seed: int = 0
+    index: Path_ | None = None
     max_pixels: Pixels = MAX_PIXELS
 
 
@@ -94,6 +101,7 @@ class PackedEntry(BaseModel):
     format: Literal["parquet", "webdataset"]
     path: Path_
     read: readers.Read = "rows"
+    index: Path_ | None = None
     max_pixels: Pixels = MAX_PIXELS
 
 
@@ -122,30 +130,90 @@ class Entry:
     def open(self) -> Opened:
         """The source. Raises ``ValueError`` that begins with the catalog's file and line."""
         s = self.settings
-        path = self.folder / s.path
         try:
+            path, index = join(self.folder, s.path), self._index()
             if isinstance(s, Jsonl):
-                return readers.jsonl(self.name, path, self.folder / s.images if s.images else None, s.max_pixels)
+                pictures = join(self.folder, s.images) if s.images else None
+                return readers.jsonl(self.name, path, pictures, s.max_pixels, index)
             if isinstance(s, Images) and not s.read:
-                if given := sorted(s.model_fields_set - {"format", "path", "max_pixels"}):
+                if given := sorted(s.model_fields_set - {"format", "path", "index", "max_pixels"}):
                     raise ValueError(f"{given} go with read: {SGT}...")
-                return readers.images(self.name, path, s.max_pixels)
+                return readers.images(self.name, path, s.max_pixels, index)
             if isinstance(s, Images | Annotation):
                 task = ladder.TASKS[str(s.read).removeprefix(SGT)]
                 folder = isinstance(s, Images)
                 left_out = readers.images("", path).left_out if folder else readers.unread_files(path, (".json",))
                 return annotated.Proxies(self.name, task, self._rows(s, task), s.longest, s.seed, left_out)
             make = parquet if s.format == "parquet" else readers.webdataset
-            return make(self.name, path, s.read, s.max_pixels)
+            return make(self.name, path, s.read, s.max_pixels, index)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{self.where}: data set {self.name!r}: {error}") from error
+
+    @property
+    def index_file(self) -> Path:
+        """Where the index of the data set is, or would be: ``index``, or NAME.index beside the catalog."""
+        return join(self.folder, getattr(self.settings, "index", None) or f"{self.name}{SUFFIX}")
+
+    @property
+    def takes_index(self) -> bool:
+        """Whether the data set can have an index: all but those that are read as a task of SGT."""
+        return not isinstance(self.settings, Annotation) and not (
+            isinstance(self.settings, Images) and self.settings.read
+        )
+
+    def _index(self) -> Index | None:
+        """The index that ``write_index`` wrote. Raises ``ValueError`` where it describes other data, and where the one
+        that the catalog names is missing."""
+        s = self.settings
+        if isinstance(s, Annotation) or not self.takes_index:
+            return None
+        if not self.index_file.is_file():
+            if s.index:
+                raise ValueError(f"index {str(self.index_file)!r} does not exist; write it with `diptych data index`")
+            return None
+        files, settings, *_ = self._scan()
+        return load(self.index_file, files, settings)
+
+    def _scan(self) -> tuple[tuple[Path, ...], dict[str, Any], Scan, Mapping[str, int]]:
+        """(files, the settings that decide their rows, the scan of one file, the files left out)."""
+        s = self.settings
+        path, settings = join(self.folder, s.path), dict[str, Any](format=s.format)
+        if isinstance(s, Jsonl):
+            suffixes: tuple[str, ...] = readers.JSONL
+            scan: Scan = readers.scan_lines
+        elif isinstance(s, Images) and not s.read:
+            return (path,), settings, readers.scan_folder, {}
+        elif not isinstance(s, PackedEntry):
+            raise ValueError("it is read as a task of SGT; such a data set takes no index")
+        elif s.format == "parquet":
+            settings["read"] = s.read
+            suffixes, scan = (".parquet",), partial(scan_groups, read=s.read)
+        else:
+            suffixes, scan = (".tar",), readers.scan_tar
+        return readers.find_files(path, suffixes), settings, scan, readers.unread_files(path, suffixes)
+
+    def write_index(self, processes: int = 1, progress: Callable[[int, int], None] = lambda done, files: None) -> int:
+        """Scans the files of the data set and writes their index; returns its number of rows. ``progress`` is called
+        with (files scanned, files in all). Raises ``ValueError`` that begins with the catalog's file and line."""
+        done = 0
+
+        def count(files: int) -> None:
+            nonlocal done
+            done += files
+            progress(done, len(paths))
+
+        try:
+            paths, settings, scan, left_out = self._scan()
+            return write(self.index_file, paths, scan, settings, left_out=left_out, processes=processes, progress=count)
         except (ValueError, OSError) as error:
             raise ValueError(f"{self.where}: data set {self.name!r}: {error}") from error
 
     def _rows(self, s: Images | Annotation, task: ladder.Task) -> tuple[annotated.AnnotatedRow, ...]:
         def folder_of(key: str) -> Path | None:
             value = getattr(s, key)
-            return self.folder / value if value else None
+            return join(self.folder, value) if value else None
 
-        path, masks = self.folder / s.path, folder_of("masks")
+        path, masks = join(self.folder, s.path), folder_of("masks")
         if isinstance(s, Images):
             others = {key: folder_of(key) for key in ("labels", "classes", "depth", "view")}
             return annotated.folder(path, task, masks, **others, max_pixels=s.max_pixels)
@@ -168,9 +236,9 @@ def read_catalog(path: str | Path) -> dict[str, Entry]:
 
     Raises ``ValueError`` naming the file, the line, the entry, the key and the choices.
     """
-    path = Path(path)
+    path = address(path)
     try:
-        node = yaml.compose(path.read_text("utf-8"), yaml.SafeLoader)
+        node = yaml.compose(read(path).decode("utf-8"), yaml.SafeLoader)
     except FileNotFoundError as error:
         raise ValueError(f"catalog {str(path)!r} does not exist") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -269,7 +337,7 @@ def origin(name: str, entries: Mapping[str, Entry], size: int, folders: Mapping[
     if whole in (folders or {}):
         return {"folder": str(Path((folders or {})[whole]).absolute())}
     if whole in entries:
-        return entries[whole].settings.model_dump() | {"folder": str(entries[whole].folder.absolute())}
+        return entries[whole].settings.model_dump(exclude={"index"}) | {"folder": str(entries[whole].folder.absolute())}
     return {"embedded": name.partition("#")[0], "size": size}
 
 

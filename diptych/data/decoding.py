@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
@@ -26,6 +26,8 @@ import PIL.ImageCms
 import PIL.ImageFile
 import PIL.ImageOps
 import torch
+
+from diptych.data.reading import read
 
 PictureSource = (
     str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | PIL.Image.Image | np.ndarray | torch.Tensor
@@ -167,7 +169,9 @@ def image_size(source: str | Path | bytes, name: str = "", max_pixels: int = MAX
 def read_bytes(path: str | os.PathLike[str], name: str) -> bytes:
     """The file as it is. Raises ``ValueError`` naming the picture."""
     try:
-        return Path(path).read_bytes()
+        return read(Path(path) if isinstance(path, str) else cast(Path, path))
+    except ConnectionError:
+        raise
     except FileNotFoundError as error:
         raise ValueError(f"picture {name!r} does not exist") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte

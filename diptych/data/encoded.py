@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -62,6 +63,11 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.tar)
+
+    @property
+    def shard_ends(self) -> np.ndarray:
+        """The number of rows up to the end of each shard."""
+        return self.tar.shard_ends
 
     def __getitem__(self, index: int, /) -> Sample:
         if not 0 <= index < len(self):

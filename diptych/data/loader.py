@@ -17,7 +17,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -26,7 +26,8 @@ from diptych.core.batch import Batch, pack
 from diptych.core.layout import Layout
 from diptych.core.sample import Sample
 from diptych.core.tensors import NONE
-from diptych.data.mixture import Draw, Mixture, Source, uniform
+from diptych.data.mixture import BUFFER, Draw, Mixture, Order, Source, uniform
+from diptych.data.reading import COUNTS, Counts
 from diptych.data.workers import read_ahead
 
 LayOut = Callable[..., Layout]  # lay_out(sample, drop=frozenset of conditions): a family's, or any function
@@ -50,6 +51,7 @@ class Stats:
     dropped: Mapping[str, int]  # condition -> how many samples lost it
     skipped: Mapping[str, str]  # bad sample -> why; in the order met
     untargeted: int = 0  # samples without anything to predict or to draw
+    files: Counts = Counts()  # read for it
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +74,8 @@ class Plan:
     ``dropout``   condition -> how often ``lay_out`` leaves it out, where a sample has a picture to draw; ``A|B`` is how
                   often a sample that lost condition B loses A too (OmniGen2: ``image|text``), and ``A*`` how often
                   each segment of condition A is left out, by a draw of its own (BAGEL: ``text*``)
+    ``order``     of the rows of each data set: ``global`` (shuffled as a whole) or ``shards`` (see data/mixture.py)
+    ``buffer``    rows of a shuffled window of the order ``shards``
     """
 
     weights: Mapping[str, float]
@@ -81,6 +85,8 @@ class Plan:
     streams: int = 16
     ahead: int = 24
     dropout: Mapping[str, float] = field(default_factory=dict)
+    order: Order = "global"
+    buffer: int = BUFFER
 
 
 class Bad(NamedTuple):
@@ -122,15 +128,15 @@ class Stream:
 
     def state_dict(self) -> dict[str, Any]:
         """The mixture's counters and the draws that wait."""
-        waiting = [[p.draw.source, p.draw.index, p.draw.number] for p in self.pending]
+        waiting = [list(astuple(p.draw)) for p in self.pending]
         return {"mixture": self.mixture.state_dict(), "pending": waiting}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from ``state``: what waited is laid out again. Raises ``ValueError`` when that fails now."""
         self.mixture.load_state_dict(state["mixture"])
         self.pending = []
-        for source, index, number in state["pending"]:
-            made = self._lay_out(Draw(source, index, number))
+        for draw in state["pending"]:
+            made = self._lay_out(Draw(*draw))
             if isinstance(made, Bad):
                 raise ValueError(f"cannot resume: {made.name} was readable when the state was saved; {made.reason}")
             self.pending.append(made)
@@ -139,6 +145,7 @@ class Stream:
         """The next row: the oldest samples while they fit, then the longest that fit, until none does."""
         chosen: list[Pending] = []
         skipped: dict[str, str] = {}
+        before = COUNTS.copy()
         tokens, pictures = self.plan.tokens, self.plan.pictures
         while True:
             self._refill(skipped)
@@ -160,6 +167,7 @@ class Stream:
             dropped=dict(Counter(c for p in chosen for c in p.dropped)),
             skipped=skipped,
             untargeted=sum(not p.has_target for p in chosen),
+            files=COUNTS.since(before),
         )
 
     def _refill(self, skipped: dict[str, str]) -> None:
@@ -181,6 +189,8 @@ class Stream:
         with _naming(f"while reading row {draw.index} of data set {draw.source!r}"):
             try:
                 sample = self.sources[draw.source][draw.index]
+            except ConnectionError:  # the storage is gone; the row is not at fault
+                raise
             except (ValueError, OSError) as error:  # what sources raise for rows and pictures that cannot be read
                 return Bad(name, str(error))
         sample = replace(sample, id=f"{draw.source}/{sample.id}")
@@ -285,8 +295,8 @@ class Loader:
 
         Raises ``ValueError`` for settings that contradict each other, naming the value and the choices.
         """
-        lowest = {"tokens": 1, "pictures": 0, "routes": 1, "streams": 1, "ahead": 1, "world": 1}
-        given = {name: getattr(plan, name) for name in ("tokens", "pictures", "streams", "ahead")}
+        lowest = {"tokens": 1, "pictures": 0, "routes": 1, "streams": 1, "ahead": 1, "buffer": 1, "world": 1}
+        given = {name: getattr(plan, name) for name in ("tokens", "pictures", "streams", "ahead", "buffer")}
         given |= {"routes": routes, "world": world, "skip_limit": skip_limit, "workers": workers}
         for name, value in given.items():
             if value < lowest.get(name, 0):
@@ -311,12 +321,12 @@ class Loader:
                 raise ValueError(f"the dropout of {name!r} is {p}; it must lie in [0, 1]")
         self.plan, self.lay_out, self.routes, self.pad_to = plan, lay_out, routes, pad_to
         self.sources = {name: sources[name] for name in plan.weights if name in sources}
-        self.lengths = Mixture(sources, plan.weights, plan.seed).lengths
+        self._generations: dict[str, int] = {}  # how often a data set has grown since the run began
+        self.lengths = self._mixture(0, sources).lengths
         self.workers, self.rank, self.world = workers, rank, world
         self._rows = 0  # handed out by this rank
         self._states: dict[str, Any] = {}
         self._skips = Skips(skip_limit)
-        self._generations: dict[str, int] = {}  # how often a data set has grown since the run began
 
     @property
     def skipped(self) -> Mapping[str, str]:
@@ -368,7 +378,8 @@ class Loader:
         Raises ``ValueError`` when the rows would not be those of the saved run: other data, budgets, seed or streams; a
         number of rows that the ranks cannot share; or streams of another rank missing (see ``merge_states``).
         """
-        now, saved = _plain(self.plan, self.lengths), state["plan"]
+        now = _plain(self.plan, self.lengths)
+        saved = {"order": "global", "buffer": BUFFER} | state["plan"]
         longer = [n for n, length in self.lengths.items() if length > saved["lengths"].get(n, length)]
         for name in now:
             if name == "lengths" and longer and now[name] == saved[name] | {n: self.lengths[n] for n in longer}:
@@ -397,8 +408,14 @@ class Loader:
             counts = state.get("skips", {"events": 0, "draws": 0})
             self._skips.events, self._skips.draws = counts["events"], counts["draws"]
 
+    def _mixture(self, stream: int, sources: Mapping[str, Source]) -> Mixture:
+        plan = self.plan
+        return Mixture(
+            sources, plan.weights, plan.seed, stream, plan.streams, self._generations, plan.order, plan.buffer
+        )
+
     def _stream(self, number: int) -> Stream:
-        mixture = Mixture(self.sources, self.plan.weights, self.plan.seed, number, self.plan.streams, self._generations)
+        mixture = self._mixture(number, self.sources)
         return Stream(mixture, self.plan, self.sources, self.lay_out, self.routes, self.pad_to, self._skips.limit)
 
 

@@ -1,8 +1,14 @@
 """Which sample comes n-th: a weighted mixture of data sets as a pure function of the seed and of small counters.
 
-The n-th draw picks a data set from a hash of (seed, stream, n). The k-th draw from a data set in stream s of S is draw
-g = k S + s from that data set: row (g mod N) of the seeded permutation of epoch (g div N). So the streams together
-visit every row exactly once per epoch, without talking to each other and without a list of N numbers anywhere.
+The n-th draw picks a data set from a hash of (seed, stream, n). Which of its rows comes next depends on the order:
+
+``global``  the k-th draw from a data set in stream s of S is draw g = k S + s from that data set: row (g mod N) of the
+            seeded permutation of epoch (g div N)
+``shards``  in each epoch the shards are shuffled and put behind each other; stream s reads rows s N / S to
+            (s + 1) N / S of that sequence, ``buffer`` rows at a time, each such window shuffled
+
+Either way the streams together visit every row exactly once per epoch, without talking to each other and without a list
+of N numbers anywhere.
 """
 
 from __future__ import annotations
@@ -11,13 +17,18 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+import numpy as np
 
 from diptych.core.sample import Sample
 
 ROUNDS = 6  # of the Feistel network
+BUFFER = 4096  # rows of a window of ``order: shards``
+Order = Literal["global", "shards"]
 
 
 class Source(Protocol):
@@ -53,6 +64,16 @@ class First:
         return self.source[index]
 
 
+def shard_ends(source: Any) -> np.ndarray | None:
+    """The number of rows up to the end of each shard of a data set; None for one that is not read from files."""
+    if isinstance(source, First):
+        ends = shard_ends(source.source)
+        return None if ends is None else np.unique(np.minimum(ends, source.n))
+    if hasattr(source, "source"):
+        return shard_ends(source.source)
+    return getattr(source, "shard_ends", None)
+
+
 def bits(*address: object) -> int:
     """64 random bits that belong to this address."""
     key = "\0".join(map(str, address)).encode()
@@ -83,6 +104,51 @@ def permuted(place: int, length: int, *address: object) -> int:
             return place
 
 
+@lru_cache(maxsize=64)
+def _shuffled_shards(shards: int, address: str) -> np.ndarray:
+    """The order of ``shards`` shards that belongs to this address."""
+    return np.argsort(np.random.Philox(key=bits(address)).random_raw(shards), kind="stable")
+
+
+@dataclass(frozen=True)
+class ShardOrder:
+    """The rows of one data set as one stream of several reads them in the order ``shards``."""
+
+    ends: np.ndarray
+    buffer: int
+    seed: int
+    name: str
+    stream: int
+    streams: int
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The stream's first and last place (exclusive) in the sequence of shuffled shards."""
+        rows = int(self.ends[-1])
+        return self.stream * rows // self.streams, (self.stream + 1) * rows // self.streams
+
+    def row(self, number: int, generation: int) -> tuple[int, int]:
+        """(row, epoch) of the stream's draw ``number`` from the data set."""
+        low, high = self.bounds
+        epoch, place = divmod(number, high - low)
+        shuffle = f"{generation}.{epoch}" if generation else str(epoch)
+        window = place // self.buffer
+        first = window * self.buffer
+        size = min(self.buffer, high - low - first)
+        turn = (self.seed, "window", self.name, shuffle, self.stream, window)
+        place = low + first + permuted(place - first, size, *turn)
+        shards, ends = self._sequence(shuffle)
+        at = int(np.searchsorted(ends, place, side="right"))
+        shard = int(shards[at])
+        start = int(self.ends[shard - 1]) if shard else 0
+        return start + place - (int(ends[at - 1]) if at else 0), epoch
+
+    def _sequence(self, shuffle: str) -> tuple[np.ndarray, np.ndarray]:
+        """The shards in the order of an epoch, and the number of rows up to the end of each."""
+        shards = _shuffled_shards(len(self.ends), f"{self.seed}\0shards\0{self.name}\0{shuffle}")
+        return shards, np.cumsum(np.diff(self.ends, prepend=0)[shards])
+
+
 @dataclass(frozen=True)
 class Draw:
     """One draw: row ``index`` of data set ``source``, drawn as the ``number``-th of its stream."""
@@ -90,6 +156,7 @@ class Draw:
     source: str
     index: int
     number: int
+    epoch: int = 0  # of the data set
 
 
 class Mixture:
@@ -103,13 +170,16 @@ class Mixture:
         stream: int = 0,
         streams: int = 1,
         generations: Mapping[str, int] | None = None,
+        order: Order = "global",
+        buffer: int = BUFFER,
     ) -> None:
         """``weights`` are of samples and need not add up to one; they choose among ``sources``. ``generations`` says
         how often a data set has grown since the run began: then its rows are shuffled anew, from where ``starts`` of
-        the state says.
+        the state says. With the order ``shards`` a window has ``buffer`` rows; data sets that are not read from files
+        keep the order ``global``.
 
-        Raises ``ValueError`` for an unknown name, a weight that is not positive and finite, an empty data set, and a
-        stream outside ``range(streams)``.
+        Raises ``ValueError`` for an unknown name, a weight that is not positive and finite, an empty data set, a stream
+        outside ``range(streams)``, and a data set in shard order with fewer rows than there are streams.
         """
         if not weights:
             raise ValueError(f"a mixture needs at least one weight; data sets: {', '.join(sources) or 'none'}")
@@ -131,14 +201,28 @@ class Mixture:
         self._counts = dict.fromkeys(self.names, 0)
         self._generations = dict(generations or {})
         self._starts = dict.fromkeys(self._generations, 0)  # draws from a data set before it last grew
+        self._shards: dict[str, ShardOrder] = {}
+        for name in self.names if order == "shards" else ():
+            if (ends := shard_ends(sources[name])) is not None:
+                if int(ends[-1]) < streams:
+                    raise ValueError(
+                        f"data set {name!r} has {int(ends[-1])} rows, fewer than the {streams} streams; "
+                        "such a data set needs the order global"
+                    )
+                self._shards[name] = ShardOrder(ends, buffer, seed, name, stream, streams)
 
     def draw(self) -> Draw:
         """The next draw; moves the counters."""
         name = self.names[bisect_right(self._edges, uniform(self.seed, "choice", self.stream, self._number))]
         since = self._counts[name] - self._starts.get(name, 0)
-        epoch, place = divmod(since * self.streams + self.stream, self.lengths[name])
-        shuffle = f"{self._generations[name]}.{epoch}" if self._generations.get(name) else epoch
-        drawn = Draw(name, permuted(place, self.lengths[name], self.seed, "order", name, shuffle), self._number)
+        generation = self._generations.get(name, 0)
+        if name in self._shards:
+            row, epoch = self._shards[name].row(since, generation)
+        else:
+            epoch, place = divmod(since * self.streams + self.stream, self.lengths[name])
+            shuffle = f"{generation}.{epoch}" if generation else epoch
+            row = permuted(place, self.lengths[name], self.seed, "order", name, shuffle)
+        drawn = Draw(name, row, self._number, epoch)
         self._number += 1
         self._counts[name] += 1
         return drawn

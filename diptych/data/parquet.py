@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ import PIL.Image
 
 from diptych.core.sample import Sample
 from diptych.data.decoding import MAX_PIXELS, open_picture
+from diptych.data.index import Index, Scanned, build
+from diptych.data.reading import Stream
 from diptych.data.sources import Read, caption_messages, find_files, open_row, parse_row, unread_files
+from diptych.machine.addresses import is_remote
 from diptych.machine.extras import install
 
-HELD = 4  # row groups kept decoded, per process
+HELD = 4  # row groups that a process always keeps decoded
+HELD_BYTES = 2**29  # more are kept up to this size
 
 Columns = tuple[tuple[str, ...], tuple[str, ...]]
 COLUMNS: dict[Read, Columns] = {  # (required, optional)
@@ -33,38 +38,37 @@ class Parquet:
     """Rows of parquet files with the pictures inside; a row's group is read whole, the last few are kept."""
 
     name: str
-    files: tuple[Path, ...]
+    index: Index = field(repr=False)  # a row group is a shard
     read: Read
     max_pixels: int
-    groups: tuple[tuple[int, int, int], ...] = field(repr=False)  # (file, group in file, its first row in file)
-    ends: np.ndarray = field(repr=False)  # rows up to the end of each group
-    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return len(self.index)
 
     def __getitem__(self, index: int) -> Sample:
         return open_row(self, index)
 
-    def _place(self, index: int) -> tuple[int, int, int]:
-        """(file, group in file, row in group)."""
-        group = int(np.searchsorted(self.ends, index, side="right"))
-        file, number, _ = self.groups[group]
-        return file, number, index - (int(self.ends[group - 1]) if group else 0)
+    @property
+    def shard_ends(self) -> np.ndarray:
+        """The number of rows up to the end of each row group."""
+        return self.index.shard_ends
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """How many files of the folder are not read, by suffix."""
+        return self.index.left_out
 
     def _number(self, index: int) -> int:
         """The row's number in its file, from 1."""
-        group = int(np.searchsorted(self.ends, index, side="right"))
-        return self.groups[group][2] + self._place(index)[2] + 1
+        return index - self.index.first(self.index.first_shard(self.index.shard(index))) + 1
 
     def where(self, index: int) -> str:
         """``file:row N``, counted from 1."""
-        return f"{self.files[self._place(index)[0]]}:row {self._number(index)}"
+        return f"{self.index.file(index)}:row {self._number(index)}"
 
     def _cells(self, index: int) -> dict[str, Any]:
-        file, group, row = self._place(index)
-        stat = self.files[file].stat()
-        table = _row_group(self.files[file], group, COLUMNS[self.read], (stat.st_mtime_ns, stat.st_size))
+        file, shard, row = self.index.place(index)
+        table = _row_group(file, shard - self.index.first_shard(shard), COLUMNS[self.read])
         cells = {}
         for column in table.column_names:
             try:
@@ -77,7 +81,7 @@ class Parquet:
         """The sample, its pictures by name."""
         cells, where = self._cells(index), self.where(index)
         number = self._number(index)
-        default = str(number) if len(self.files) == 1 else f"{self.files[self._place(index)[0]].stem}/{number}"
+        default = str(number) if len(self.index.files) == 1 else f"{self.index.file(index).stem}/{number}"
         if self.read == "rows":
             return parse_row(_messages_text(cells["messages"], where), where, default, cells.get("id"))
         text = cells.get("caption", "")
@@ -116,7 +120,9 @@ class Parquet:
         return _bytes(by_name[reference], "images", reference)
 
 
-def parquet(name: str, path: Path, read: Read = "rows", max_pixels: int = MAX_PIXELS) -> Parquet:
+def parquet(
+    name: str, path: Path, read: Read = "rows", max_pixels: int = MAX_PIXELS, index: Index | None = None
+) -> Parquet:
     """The rows of a parquet file, or of all ``*.parquet`` in a folder or a pattern.
 
     ``read`` says what a row is. ``rows``: column ``messages`` (the schema's messages, as JSON text or as a list of
@@ -127,29 +133,30 @@ def parquet(name: str, path: Path, read: Read = "rows", max_pixels: int = MAX_PI
 
     Raises ``ValueError`` for files that are not parquet, lack a column, or hold another type in it.
     """
-    pq, errors = pyarrow()
-    files, groups, ends = find_files(path, (".parquet",)), [], []
-    total = 0
-    for number, file in enumerate(files):
-        try:
-            with pq.ParquetFile(file) as opened:
-                schema, metadata = opened.schema_arrow, opened.metadata
-                sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
-        except errors as error:
-            raise ValueError(f"{file} is not a readable parquet file: {error}") from error
-        if missing := [c for c in COLUMNS[read][0] if c not in schema.names]:
-            raise ValueError(f"{file} lacks columns {missing} to be read as {read!r}; it has {', '.join(schema.names)}")
-        for column in COLUMNS[read][0] + COLUMNS[read][1]:
-            if column in schema.names:
-                _check_type(file, column, schema.field(column).type)
-        first = 0
-        for group, size in enumerate(sizes):
-            groups.append((number, group, first))
-            first, total = first + size, total + size
-            ends.append(total)
-    if not total:
+    files = index.files if index else find_files(path, (".parquet",))
+    index = index or build(files, partial(scan_groups, read=read), unread_files(path, (".parquet",)))
+    if not len(index):
         raise ValueError(f"{path} holds no rows")
-    return Parquet(name, files, read, max_pixels, tuple(groups), np.array(ends), unread_files(path, (".parquet",)))
+    return Parquet(name, index, read, max_pixels)
+
+
+def scan_groups(file: Path, read: Read) -> Scanned:
+    """The rows of every row group of a parquet file. Raises ``ValueError`` as ``parquet`` does."""
+    pq, errors = pyarrow()
+    try:
+        with pq.ParquetFile(Stream(file)) as opened:
+            schema, metadata = opened.schema_arrow, opened.metadata
+            sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+    except ConnectionError:
+        raise
+    except errors as error:
+        raise ValueError(f"{file} is not a readable parquet file: {error}") from error
+    if missing := [c for c in COLUMNS[read][0] if c not in schema.names]:
+        raise ValueError(f"{file} lacks columns {missing} to be read as {read!r}; it has {', '.join(schema.names)}")
+    for column in COLUMNS[read][0] + COLUMNS[read][1]:
+        if column in schema.names:
+            _check_type(file, column, schema.field(column).type)
+    return Scanned([], sizes, rows=sum(sizes))
 
 
 def pyarrow() -> tuple[Any, tuple[type[Exception], ...]]:
@@ -196,16 +203,27 @@ def _check_type(file: Path, column: str, type: Any) -> None:
         raise ValueError(f"{file}: column {column!r} has the type {type}; it must hold {wanted}")
 
 
-@lru_cache(maxsize=HELD)
-def _row_group(file: Path, group: int, columns: Columns, stamp: tuple[int, int]) -> Any:
-    """The table of a row group; ``stamp`` is the file's time and size, so that a file written anew is read anew."""
-    pq, errors = pyarrow()
-    try:
-        with pq.ParquetFile(file) as opened:
-            wanted = [c for c in columns[0] + columns[1] if c in opened.schema_arrow.names]
-            return opened.read_row_group(group, wanted, use_threads=False)
-    except errors as error:
-        raise ValueError(f"{file}: row group {group} cannot be read: {error}") from error
+_TABLES: OrderedDict[tuple, Any] = OrderedDict()  # row groups of this process, the last used last
+
+
+def _row_group(file: Path, group: int, columns: Columns) -> Any:
+    """The table of a row group; it is read once while it is among the last used, and anew from a file written anew."""
+    stamp = () if is_remote(file) else (file.stat().st_mtime_ns, file.stat().st_size)
+    key = (str(file), group, columns, stamp)
+    if key not in _TABLES:
+        pq, errors = pyarrow()
+        try:
+            with pq.ParquetFile(Stream(file)) as opened:
+                wanted = [c for c in columns[0] + columns[1] if c in opened.schema_arrow.names]
+                _TABLES[key] = opened.read_row_group(group, wanted, use_threads=False)
+        except ConnectionError:
+            raise
+        except errors as error:
+            raise ValueError(f"{file}: row group {group} cannot be read: {error}") from error
+        while len(_TABLES) > HELD and sum(table.nbytes for table in _TABLES.values()) > HELD_BYTES:
+            _TABLES.popitem(last=False)
+    _TABLES.move_to_end(key)
+    return _TABLES[key]
 
 
 def _bytes(held: Any, column: str, reference: str) -> bytes:

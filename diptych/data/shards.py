@@ -166,7 +166,8 @@ def stats(sources: Mapping[str, Source], lay_out: Callable[[Sample], Layout], li
 
 @dataclass(frozen=True)
 class Speed:
-    """The throughput of a loader per second of waiting for it, and how full its rows are."""
+    """The throughput of a loader per second of waiting for it, how full its rows are, and what a sample costs: files
+    opened, reads (requests, where remote) and bytes."""
 
     rows: int
     seconds: float
@@ -175,6 +176,9 @@ class Speed:
     pictures_per_second: float
     fill: float
     skipped: int
+    opens_per_sample: float
+    reads_per_sample: float
+    bytes_per_sample: float
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -189,12 +193,16 @@ def speed(loader: Loader, rows: int, warm: int = 2) -> Speed:
     rows_read = list(islice(endless, rows))
     seconds = time.perf_counter() - start
     stats = [row.stats for row in rows_read]
+    samples = sum(sum(t.samples.values()) for t in stats)
     return Speed(
         rows,
         seconds,
         sum(t.tokens for t in stats) / seconds,
-        sum(sum(t.samples.values()) for t in stats) / seconds,
+        samples / seconds,
         sum(t.pictures for t in stats) / seconds,
         sum(t.fill for t in stats) / rows,
         len(loader.skipped),
+        sum(t.files.opens for t in stats) / samples,
+        sum(t.files.reads for t in stats) / samples,
+        sum(t.files.bytes for t in stats) / samples,
     )

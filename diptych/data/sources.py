@@ -2,9 +2,10 @@
 data/parquet.py.
 
 For each row, ``where(index)`` is its file and line, ``row(index)`` the sample with pictures by reference, and
-``source[index]`` the sample with decoded pictures. These are functions of the index alone. They close the files that
-they open, so sources can be forked and pickled. ``left_out`` counts, by
-suffix, the files of the given folder that are not read.
+``source[index]`` the sample with decoded pictures. These are functions of the index alone, and sources can be forked
+and pickled. ``left_out`` counts, by
+suffix, the files of the given folder that are not read. ``index`` says where the rows are; without a file of
+``diptych data index`` opening a data set scans all its files.
 
 Rows that cannot be read raise ``ValueError`` that begins with ``where``.
 """
@@ -23,12 +24,18 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import PIL.Image
+from braceexpand import braceexpand
 
 from diptych.core.sample import Image, Message, Sample, assistant, check_text, sample_from_json, user
 from diptych.data.decoding import MAX_PIXELS, open_picture, picture_suffixes, read_bytes, suffixes
+from diptych.data.index import Index, Scanned, build, chunks, fields, split
+from diptych.data.reading import read
+from diptych.machine import addresses
 
 Read = Literal["rows", "draw", "caption", "pictures"]
 NO_SUFFIX = "(no suffix)"
+JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+LINES = 4096  # rows of a shard of a jsonl file, and pictures of a shard of a folder
 
 
 # ---- jsonl ----------------------------------------------------------------------------------------------------------
@@ -39,63 +46,90 @@ class JsonLines:
     """Rows of ``core.sample``'s schema, one a line; pictures are paths inside ``images``."""
 
     name: str
-    files: tuple[Path, ...]
+    index: Index = field(repr=False)
     images: Path
     max_pixels: int
-    places: np.ndarray = field(repr=False)  # (rows, 3): file, byte offset, line number
-    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.index)
 
     def __getitem__(self, index: int) -> Sample:
         return open_row(self, index)
 
+    @property
+    def shard_ends(self) -> np.ndarray:
+        """The number of rows up to the end of each shard."""
+        return self.index.shard_ends
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """How many files of the folder are not read, by suffix."""
+        return {s: n for s, n in self.index.left_out.items() if s not in picture_suffixes()}
+
+    def _place(self, index: int) -> tuple[Path, int, int, int]:
+        """(file, byte offset, bytes, line number)."""
+        offset, size, line = map(int, split(self.index.record(index)))
+        return self.index.file(index), offset, size, line
+
     def where(self, index: int) -> str:
         """``file:line``."""
-        file, _, line = self.places[index].tolist()
-        return f"{self.files[file]}:{line}"
+        file, _, _, line = self._place(index)
+        return f"{file}:{line}"
 
     def row(self, index: int) -> Sample:
         """The sample of a line, pictures by path. A row without an id is named by its file and line."""
-        file, offset, line = self.places[index].tolist()
-        with self.files[file].open("rb") as stream:
-            stream.seek(offset)
-            text = stream.readline()
-        default = str(line) if len(self.files) == 1 else f"{self.files[file].stem}/{line}"
-        return parse_row(text, self.where(index), default)
+        file, offset, size, line = self._place(index)
+        text = read(_plain(file), offset, size)
+        default = str(line) if len(self.index.files) == 1 else f"{_stem(file)}/{line}"
+        return parse_row(text, f"{file}:{line}", default)
 
     def picture(self, index: int, reference: str) -> PIL.Image.Image:
         """A picture of the row."""
-        return open_picture(inside(self.images, reference), reference, self.max_pixels)
+        return open_picture(self.data(index, reference), reference, self.max_pixels)
 
     def data(self, index: int, reference: str) -> bytes:
         """The picture's file as it is."""
         return read_bytes(inside(self.images, reference), reference)
 
 
-def jsonl(name: str, path: Path, images: Path | None = None, max_pixels: int = MAX_PIXELS) -> JsonLines:
-    """The rows of a jsonl file, or of all ``*.jsonl`` in a folder or a pattern. Blank lines are no rows.
+def jsonl(
+    name: str, path: Path, images: Path | None = None, max_pixels: int = MAX_PIXELS, index: Index | None = None
+) -> JsonLines:
+    """The rows of a jsonl file, or of all ``*.jsonl`` in a folder or a pattern. Blank lines are no rows. Files that end
+    with .gz or .zst are uncompressed into the cache.
 
     ``images`` is the folder that pictures' paths start from; by default that of the file.
     Raises ``ValueError`` when a file or the folder does not exist or no row is found.
     """
-    files = find_files(path, (".jsonl",))
+    files = index.files if index else find_files(path, JSONL)
     root = images if images is not None else files[0].parent
-    if not root.is_dir():
+    if not addresses.is_remote(root) and not root.is_dir():
         raise ValueError(f"image folder {str(root)!r} does not exist")
-    places: list[tuple[int, int, int]] = []
-    for number, file in enumerate(files):
-        offset = 0
-        with file.open("rb") as stream:
-            for line, text in enumerate(stream, start=1):
-                if text.strip():
-                    places.append((number, offset, line))
-                offset += len(text)
-    if not places:
+    index = index or build(files, scan_lines, unread_files(path, JSONL))
+    if not len(index):
         raise ValueError(f"{path} holds no rows")
-    left_out = {s: n for s, n in unread_files(path, (".jsonl",)).items() if s not in picture_suffixes()}
-    return JsonLines(name, files, root, max_pixels, np.array(places, np.int64), left_out)
+    return JsonLines(name, index, root, max_pixels)
+
+
+def scan_lines(file: Path) -> Scanned:
+    """The offset, size and number of every line of a jsonl file that is not blank."""
+    records, offset = [], 0
+    with addresses.local_copy(file).open("rb") as stream:
+        for line, text in enumerate(stream, start=1):
+            if text.strip():
+                records.append(fields(offset, len(text), line))
+            offset += len(text)
+    return Scanned(records, chunks(len(records), LINES))
+
+
+def _plain(file: Path) -> Path:
+    """The file, or where it is compressed its uncompressed copy."""
+    return addresses.local_copy(file) if file.suffix in addresses.COMPRESSED else file
+
+
+def _stem(file: Path) -> str:
+    """The name without suffixes such as .jsonl and .jsonl.gz."""
+    return file.stem.removesuffix(".jsonl")
 
 
 # ---- plain image folder ---------------------------------------------------------------------------------------------
@@ -107,53 +141,73 @@ class ImageFolder:
 
     name: str
     folder: Path
-    paths: tuple[str, ...] = field(repr=False)
+    index: Index = field(repr=False)
     max_pixels: int = MAX_PIXELS
-    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.index)
 
     def __getitem__(self, index: int) -> Sample:
         return open_row(self, index)
 
+    @property
+    def shard_ends(self) -> np.ndarray:
+        """The number of rows up to the end of each shard."""
+        return self.index.shard_ends
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """How many files of the folder are not read, by suffix."""
+        return self.index.left_out
+
+    def path(self, index: int) -> str:
+        """The picture's path inside the folder."""
+        return split(self.index.record(index))[0]
+
     def where(self, index: int) -> str:
         """The picture's path."""
-        return str(self.folder / self.paths[index])
+        return str(self.folder / self.path(index))
 
     def row(self, index: int) -> Sample:
         """The sample, its picture by path."""
-        return Sample(self.paths[index], caption_messages("pictures", self.paths[index]))
+        path = self.path(index)
+        return Sample(path, caption_messages("pictures", path))
 
     def picture(self, index: int, reference: str) -> PIL.Image.Image:
         """The picture."""
-        return open_picture(inside(self.folder, reference), reference, self.max_pixels)
+        return open_picture(self.data(index, reference), reference, self.max_pixels)
 
     def data(self, index: int, reference: str) -> bytes:
         """The picture's file as it is."""
         return read_bytes(inside(self.folder, reference), reference)
 
 
-def images(name: str, path: Path, max_pixels: int = MAX_PIXELS) -> ImageFolder:
+def images(name: str, path: Path, max_pixels: int = MAX_PIXELS, index: Index | None = None) -> ImageFolder:
     """The pictures in a folder and below, by suffix, in the order of their paths; hidden files are left out.
 
     Raises ``ValueError`` when the folder does not exist or holds no picture.
     """
-    if not path.is_dir():
+    if not addresses.is_remote(path) and not path.is_dir():
         raise ValueError(f"image folder {str(path)!r} does not exist")
+    index = index or build([path], scan_folder)
+    if not len(index):
+        others = f"; it holds {describe_left_out(index.left_out)}" if index.left_out else ""
+        raise ValueError(f"image folder {str(path)!r} holds no {', '.join(suffixes())} file{others}")
+    return ImageFolder(name, path, index, max_pixels)
+
+
+def scan_folder(folder: Path) -> Scanned:
+    """The paths of the pictures in a folder and below."""
     known, paths, left_out = suffixes(), list[str](), Counter[str]()
-    for file in path.rglob("*"):
-        inner = file.relative_to(path)
+    for file in folder.rglob("*"):
+        inner = file.relative_to(folder)
         if any(part.startswith(".") for part in inner.parts) or file.is_dir():
             continue
         if file.suffix.lower() in known:
             paths.append(inner.as_posix())
         else:
             left_out[file.suffix.lower() or NO_SUFFIX] += 1
-    if not paths:
-        others = f"; it holds {describe_left_out(left_out)}" if left_out else ""
-        raise ValueError(f"image folder {str(path)!r} holds no {', '.join(known)} file{others}")
-    return ImageFolder(name, path, tuple(sorted(paths)), max_pixels, dict(left_out))
+    return Scanned([fields(path) for path in sorted(paths)], chunks(len(paths), LINES), left_out, folder=True)
 
 
 # ---- webdataset -----------------------------------------------------------------------------------------------------
@@ -164,43 +218,55 @@ class Tar:
     """Samples of webdataset shards: members that share a key, found by offset; nothing is unpacked."""
 
     name: str
-    files: tuple[Path, ...]
+    index: Index = field(repr=False)
     read: Read
     max_pixels: int
-    members: tuple[tuple[int, str, dict[str, tuple[int, int]]], ...] = field(repr=False)  # (file, key, {ext: place})
-    damaged: Mapping[int, str] = field(default_factory=dict, repr=False)  # index in place of what a shard lost -> why
-    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.members)
+        return len(self.index)
 
     def __getitem__(self, index: int) -> Sample:
         return open_row(self, index)
 
+    @property
+    def shard_ends(self) -> np.ndarray:
+        """The number of rows up to the end of each shard."""
+        return self.index.shard_ends
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """How many files and members are not read, by suffix."""
+        return self.index.left_out
+
+    def places(self, index: int) -> tuple[str, dict[str, tuple[int, int]]]:
+        """The key of a sample, and (offset, bytes) of its members by extension. Raises ``ValueError`` for what a
+        damaged shard lost."""
+        key, *rest = split(self.index.record(index))
+        if not key:
+            raise ValueError(rest[0])
+        places = zip(rest[0::3], rest[1::3], rest[2::3], strict=True)
+        return key, {extension: (int(offset), int(size)) for extension, offset, size in places}
+
     def where(self, index: int) -> str:
         """``shard:key``."""
-        file, key, _ = self.members[index]
-        return f"{self.files[file]}:{key}"
+        return f"{self.index.file(index)}:{split(self.index.record(index))[0] or 'damaged'}"
 
     def member(self, index: int, extension: str) -> bytes:
         """The content of a member. Raises ``ValueError`` when the sample lacks it or the shard ends inside it."""
-        file, key, places = self.members[index]
+        key, places = self.places(index)
         if extension not in places:
             raise ValueError(f"{key} has no member .{extension}; it has {', '.join(places)}")
         offset, size = places[extension]
-        with self.files[file].open("rb") as stream:
-            stream.seek(offset)
-            data = stream.read(size)
+        data = read(self.index.file(index), offset, size)
         if len(data) != size:
             raise ValueError(f"member .{extension} ends after {len(data)} of {size} bytes")
         return data
 
     def row(self, index: int) -> Sample:
         """The sample, its pictures by extension."""
-        if index in self.damaged:
-            raise ValueError(self.damaged[index])
-        file, key, places = self.members[index]
-        default, where = key if len(self.files) == 1 else f"{self.files[file].stem}/{key}", self.where(index)
+        key, places = self.places(index)
+        file, where = self.index.file(index), self.where(index)
+        default = key if len(self.index.files) == 1 else f"{file.stem}/{key}"
         if self.read == "rows":
             if "json" not in places:
                 raise ValueError(f"{where}: has no .json member; it has {', '.join(places)}")
@@ -219,17 +285,19 @@ class Tar:
 
     def picture(self, index: int, reference: str) -> PIL.Image.Image:
         """The picture in the member of that extension."""
-        return open_picture(self.data(index, reference), f"{self.members[index][1]}.{reference}", self.max_pixels)
+        return open_picture(self.data(index, reference), f"{self.places(index)[0]}.{reference}", self.max_pixels)
 
     def data(self, index: int, reference: str) -> bytes:
         """The picture's member as it is."""
-        _, key, places = self.members[index]
+        key, places = self.places(index)
         if reference not in places:
             raise ValueError(f"picture {reference!r} is not a member; {key} has {', '.join(places)}")
         return self.member(index, reference)
 
 
-def webdataset(name: str, path: Path, read: Read = "rows", max_pixels: int = MAX_PIXELS) -> Tar:
+def webdataset(
+    name: str, path: Path, read: Read = "rows", max_pixels: int = MAX_PIXELS, index: Index | None = None
+) -> Tar:
     """The samples of an uncompressed tar shard, or of all ``*.tar`` in a folder or a pattern.
 
     Members with one key (the name up to its first dot) are one sample. ``read`` chooses the conversation. With
@@ -237,48 +305,53 @@ def webdataset(name: str, path: Path, read: Read = "rows", max_pixels: int = MAX
     The others read one picture and a ``.txt``: with ``draw`` the text asks for the picture, with ``caption`` the
     picture asks for the text. ``pictures`` needs no text.
 
-    Reads every header once. The rest of a damaged shard (compressed, overwritten, cut off) counts as one sample that
-    cannot be read. Raises ``ValueError`` where nothing can be read.
+    The rest of a damaged shard (compressed, overwritten, cut off) counts as one sample that cannot be read. Raises
+    ``ValueError`` where nothing can be read.
     """
-    files = find_files(path, (".tar",))
-    damaged: dict[int, str] = {}
-    members: list[tuple[int, str, dict[str, tuple[int, int]]]] = []
-    left_out = Counter(unread_files(path, (".tar",)))
-    for number, file in enumerate(files):
-        groups: dict[str, dict[str, tuple[int, int]]] = {}
-        listed, damage = _tar_members(file)
-        for member, offset, size in listed:
-            folder, slash, base = member.rpartition("/")
-            stem, dot, extension = base.partition(".")
-            if not (stem and dot):  # hidden files, and members without an extension
-                left_out[NO_SUFFIX] += bool(stem)
-                continue
-            group = groups.setdefault(folder + slash + stem, {})
-            if extension.lower() in group:
-                raise ValueError(f"{file}: member {member!r} comes twice")
-            group[extension.lower()] = (offset, size)
-        members += [(number, key, group) for key, group in groups.items()]
-        if damage:
-            damaged[len(members)] = damage
-            members.append((number, "damaged", {}))
-    if len(members) == len(damaged):
-        raise ValueError("; ".join(damaged.values()) or f"{path} holds no samples")
-    return Tar(name, files, read, max_pixels, tuple(members), damaged, dict(left_out))
+    index = index or build(find_files(path, (".tar",)), scan_tar, unread_files(path, (".tar",)))
+    if len(index) <= len(index.files):  # perhaps nothing but what damaged shards lost
+        lost = [split(index.record(row)) for row in range(len(index))]
+        if all(not key for key, *_ in lost):
+            raise ValueError("; ".join(why for _, why in lost) or f"{path} holds no samples")
+    return Tar(name, index, read, max_pixels)
+
+
+def scan_tar(file: Path) -> Scanned:
+    """The members of every sample of a tar. Raises ``ValueError`` for a member that comes twice."""
+    groups: dict[str, dict[str, tuple[int, int]]] = {}
+    left_out = Counter[str]()
+    listed, damage = _tar_members(file)
+    for member, offset, size in listed:
+        folder, slash, base = member.rpartition("/")
+        stem, dot, extension = base.partition(".")
+        if not (stem and dot):  # hidden files, and members without an extension
+            left_out[NO_SUFFIX] += bool(stem)
+            continue
+        group = groups.setdefault(folder + slash + stem, {})
+        if extension.lower() in group:
+            raise ValueError(f"{file}: member {member!r} comes twice")
+        group[extension.lower()] = (offset, size)
+    records = [fields(key, *(x for e, (o, n) in group.items() for x in (e, o, n))) for key, group in groups.items()]
+    if damage:
+        records.append(fields("", damage))
+    return Scanned(records, [len(records)] if records else [], left_out)
 
 
 def _tar_members(file: Path) -> tuple[list[tuple[str, int, int]], str]:
     """(name, offset of the data, bytes) of every readable member of a tar, and how the rest is damaged, or ""."""
     end, last, members = 0, "its start", []
-    try:
-        with tarfile.open(file, "r:") as opened:
-            for member in opened:
-                end, last = member.offset_data + -(-member.size // 512) * 512, repr(member.name)
-                if member.isreg() and not member.issparse():
-                    members.append((member.name, member.offset_data, member.size))
-    except (tarfile.TarError, OSError) as error:
-        return members, f"{file} is not a readable uncompressed tar; damaged after {last}: {error}"
-    with file.open("rb") as stream:  # tarfile takes a damaged header for the end of the archive
-        stream.seek(end)
+    with addresses.local_copy(file).open("rb") as stream:
+        try:
+            with tarfile.open(fileobj=stream, mode="r:") as opened:
+                for member in opened:
+                    end, last = member.offset_data + -(-member.size // 512) * 512, repr(member.name)
+                    if member.isreg() and not member.issparse():
+                        members.append((member.name, member.offset_data, member.size))
+        except ConnectionError:
+            raise
+        except (tarfile.TarError, OSError) as error:
+            return members, f"{file} is not a readable uncompressed tar; damaged after {last}: {error}"
+        stream.seek(end)  # tarfile takes a damaged header for the end of the archive
         if any(stream.read(512)):
             return members, f"{file} is damaged after {last}: what follows is no tar header"
     return members, ""
@@ -288,28 +361,43 @@ def _tar_members(file: Path) -> tuple[list[tuple[str, int, int]], str]:
 
 
 def find_files(path: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
-    """The file at ``path``, or those with one of the suffixes in that folder or in that pattern (``*``), sorted.
+    """The file at ``path``, or those with one of the suffixes in that folder or in that pattern, sorted.
 
-    Raises ``ValueError`` when there is none.
+    A pattern has ``*`` in its last part, or braces anywhere (``{0000..0099}``, ``{a,b}``), whose order is kept. Raises
+    ``ValueError`` when there is none, and for a local file of braces that does not exist.
     """
-    if path.is_file():
+    remote, text = addresses.is_remote(path), str(path)
+    if "{" in text and (remote or not path.exists()):
+        try:
+            every = [addresses.address(name) for name in braceexpand(text)]
+        except ValueError as error:  # a brace that is not closed
+            raise ValueError(f"{text!r}: {error}") from error
+        if lacking := [file for file in every if not remote and not file.is_file()]:
+            raise ValueError(f"{text!r}: {len(lacking)} of {len(every)} files do not exist, first {str(lacking[0])!r}")
+        return tuple(every)
+    if "*" in path.name:
+        files = list(addresses.retried(lambda: list(path.parent.glob(path.name)), path))
+    elif remote and path.name.lower().endswith(suffixes):
         return (path,)
-    if path.is_dir():
-        files = [p for p in path.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith(".")]
-    elif "*" in path.name:
-        files = list(path.parent.glob(path.name))
+    elif path.is_file():
+        return (path,)
+    elif path.is_dir():
+        files = [p for p in path.iterdir() if p.name.lower().endswith(suffixes) and not p.name.startswith(".")]
     else:
-        raise ValueError(f"{str(path)!r} does not exist")
+        raise ValueError(f"{text!r} does not exist")
     if not files:
-        raise ValueError(f"{str(path)!r} holds no {' or '.join(suffixes)} file")
-    return tuple(sorted(files))
+        plain = " or ".join(suffix for suffix in suffixes if not suffix.endswith(addresses.COMPRESSED))
+        raise ValueError(f"{text!r} holds no {plain} file")
+    return tuple(sorted(files, key=str))
 
 
 def unread_files(path: Path, suffixes: tuple[str, ...]) -> dict[str, int]:
-    """How many files of a folder ``find_files`` leaves out, by suffix; hidden ones do not count. Empty for a path that
-    is no folder."""
-    others = (p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")) if path.is_dir() else ()
-    return dict(Counter(p.suffix.lower() or NO_SUFFIX for p in others if p.suffix.lower() not in suffixes))
+    """How many files of a local folder ``find_files`` leaves out, by suffix; hidden ones do not count. Empty for a path
+    that is no folder."""
+    if addresses.is_remote(path) or not path.is_dir():
+        return {}
+    others = (p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+    return dict(Counter(p.suffix.lower() or NO_SUFFIX for p in others if not p.name.lower().endswith(suffixes)))
 
 
 def describe_left_out(left_out: Mapping[str, int]) -> str:
@@ -320,13 +408,19 @@ def describe_left_out(left_out: Mapping[str, int]) -> str:
 def inside(root: Path, reference: str) -> Path:
     """The file that ``reference``, a relative path, names in the folder ``root``: the rule of catalogs and question
     files. Raises ``ValueError`` for a URL, an absolute path, and a path that leaves ``root`` by ``..`` or a link."""
-    base = root.resolve()
     if "\0" in reference:
         raise ValueError(f"picture {reference!r} is no path")
-    found = (base / reference).resolve()
-    if re.match(r"[a-z]+://", reference) or Path(reference).is_absolute() or not found.is_relative_to(base):
+    outside = bool(re.match(r"[a-z]+://", reference)) or Path(reference).is_absolute()
+    if addresses.is_remote(root):
+        outside = outside or ".." in Path(reference).parts
+        file = root if outside else root / reference
+    else:
+        base = root.resolve()
+        file = (base / reference).resolve()
+        outside = outside or not file.is_relative_to(base)
+    if outside:
         raise ValueError(f"picture {reference!r} lies outside the image folder {str(root)!r}")
-    return found
+    return file
 
 
 class RowSource(Protocol):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from diptych.data.mixture import BUFFER, Order
 from diptych.models import configs, store
 
 CHANGEABLE = (  # what a resumed run may change; * stands for one part of a path, ** for any
@@ -190,6 +191,8 @@ class Recipe:
     encoded: str | None = None  # folder of ``diptych data precompute``; its data sets stand in for those of their names
     workers: int = 1
     streams: int = 16
+    order: Order = "global"  # of each data set's rows: shuffled as a whole, or by ``shards`` and in windows
+    buffer: int = BUFFER  # rows of a window
     precision: Literal["fp32", "bf16"] = "fp32"
     engine: Engine = Engine()
     lora: dict[str, int] = field(default_factory=dict)  # part -> rank: its linear layers are adapted, not trained
@@ -207,6 +210,8 @@ class Recipe:
             raise ValueError(f"minutes must be positive, not {self.minutes}")
         if self.checkpoint_every < 1 or self.keep < 1:
             raise ValueError(f"checkpoint_every and keep must be at least 1: {self.checkpoint_every}, {self.keep}")
+        if self.buffer < 1:
+            raise ValueError(f"buffer must be at least 1 row, not {self.buffer}")
         if self.engine.frozen != "fp32" and self.precision != "bf16":
             raise ValueError(f"engine.frozen {self.engine.frozen} needs precision bf16: a product has one dtype")
         if self.engine.frozen == "int8" and self.engine.shard != "none":

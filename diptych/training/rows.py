@@ -24,6 +24,8 @@ def stage_loader(recipe: Recipe, stage: Stage, model: Trainable, sources: Source
         recipe.seed + 7919 * recipe.stages.index(stage),
         recipe.streams,
         dropout=stage.dropout,
+        order=recipe.order,
+        buffer=recipe.buffer,
     )
     found = sources(recipe, stage)
     check_encoded(found, model)

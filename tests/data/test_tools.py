@@ -310,11 +310,11 @@ def test_damaged_shards_are_skipped_counted_and_listed(tmp_path, capsys):
     """A member that was cut, a shard that was cut and one that is no tar: every tool goes on with the rest."""
     shard(sources(["shapes/ask#12"], size=32)["shapes/ask#12"], tmp_path / "in", rows=4, seed=None)
     first, second, third = (tmp_path / "in" / f"00000{k}.tar" for k in range(3))
-    members = webdataset("in", tmp_path / "in").members
-    offset, size = members[1][2]["0.png"]
+    whole = webdataset("in", tmp_path / "in")
+    offset, size = whole.places(1)[1]["0.png"]
     data = first.read_bytes()
     first.write_bytes(data[: offset + 20] + bytes(size - 20) + data[offset + size :])
-    cut = members[6][2]["0.png"][0] + 10  # the third sample of the second shard loses its picture, the fourth all
+    cut = whole.places(6)[1]["0.png"][0] + 10  # the third sample of the second shard loses its picture, the fourth all
     second.write_bytes(second.read_bytes()[:cut])
     third.write_bytes(b"no tar at all" * 100)
     catalog = tmp_path / "catalog.yaml"

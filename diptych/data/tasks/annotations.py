@@ -369,7 +369,9 @@ def folder(
         raise ValueError(f"task {task.name!r} needs {' and '.join(missing)}; the folders give {has}")
     names = _class_names(classes) if classes else ()
     read = partial(_read_folder, path, masks, labels, names, depth, view, max_pixels)
-    return tuple(AnnotatedRow(name, str(path / name), partial(read, name)) for name in list_images("", path).paths)
+    pictures = list_images("", path)
+    names_in_folder = (pictures.path(row) for row in range(len(pictures)))
+    return tuple(AnnotatedRow(name, str(path / name), partial(read, name)) for name in names_in_folder)
 
 
 def _class_names(path: Path) -> tuple[str, ...]:
