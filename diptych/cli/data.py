@@ -182,7 +182,7 @@ def index(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write where every row is, so that opening a data set scans nothing.
+    """Scan data sets once, for quick starts and shard order.
 
     The index goes to NAME.index beside the catalog, or where the catalog says (index: FILE)."""
     from diptych.core.errors import nearest
