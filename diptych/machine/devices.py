@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from functools import lru_cache
+from typing import Literal
 
 import torch
 
@@ -19,6 +21,21 @@ def matmul_rate(dtype: torch.dtype, device: str = "cpu", n: int = 768, seconds: 
             torch.cuda.synchronize()
         best = max(best, 2 * n**3 / (time.perf_counter() - start) / 1e9)
     return best
+
+
+BF16_GAIN = 1.5  # products must be this much faster in bf16 to pay for the casts around them
+
+
+@lru_cache
+def fastest_precision(device: str = "cpu") -> Literal["bf16", "fp32"]:
+    """The precision in which training is faster on a device. GPUs have units for bfloat16 or not; on a processor the
+    rates of matrix products are measured."""
+    if device.startswith("cuda"):
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device != "cpu":
+        return "fp32"
+    rates = [matmul_rate(dtype, n=256) for dtype in (torch.bfloat16, torch.float32)]
+    return "bf16" if rates[0] > BF16_GAIN * rates[1] else "fp32"
 
 
 def pick_device(device: str) -> str:

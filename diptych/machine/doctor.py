@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from diptych.machine import extras
-from diptych.machine.devices import host_memory, matmul_rate
+from diptych.machine.devices import fastest_precision, host_memory, matmul_rate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,6 +28,7 @@ def report() -> dict[str, str]:
         "memory": f"{host_memory() / 2**30:.1f} GiB",
         "disk free": f"{shutil.disk_usage('.').free / 2**30:.0f} GiB",
         **rates("cpu", 256),
+        "precision auto": f"trains in {fastest_precision('cpu')} on this processor",
         "cuda": ", ".join(gpus()) or "none",
     }
     if torch.cuda.is_available():

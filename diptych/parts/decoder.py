@@ -76,8 +76,34 @@ class DecoderConfig:
         return self.routes if what in self.routed else 1
 
 
+class _RMSNorm(torch.autograd.Function):
+    """``F.rms_norm`` for training on a CPU, where torch's gradient is a dozen passes over memory. Layer norm's backward
+    kernel is one pass: with a mean of zero it gives this gradient less the mean of ``gradient * weight``, which is
+    added again."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        y = x.float()
+        scale = y.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(y, weight, scale)
+        ctx.dtype = x.dtype
+        return (y * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        y, weight, scale = ctx.saved_tensors
+        grad, gain = grad.to(y.dtype).contiguous(), weight.to(y.dtype)
+        zero = torch.zeros_like(scale)
+        dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, y, gain.shape, zero, scale, gain, None, [True, True, False]
+        )
+        dx.addcmul_((grad @ gain / len(gain))[..., None], scale)
+        return dx.to(ctx.dtype), dweight.to(weight.dtype), None
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast back, times a gain."""
+    """x / rms(x) * gain, computed in float32 (arXiv 1910.07467, Eq. 4)."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -86,10 +112,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) to the same shape and dtype."""
-        if x.numel() == x.shape[-1] and x.dtype == torch.float32:  # one token: the number of calls dominates
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        y = x.float()
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        if torch.is_grad_enabled() and x.device.type in ("cpu", "meta"):
+            return _RMSNorm.apply(x, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):

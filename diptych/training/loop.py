@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from diptych.core.losses import add_counts, check_weights, combine
 from diptych.core.noise import Noise
 from diptych.data.loader import Loader, Row, merge_states
 from diptych.machine import disk
+from diptych.machine.devices import fastest_precision
 from diptych.machine.doctor import environment
 from diptych.machine.processes import any_of, gather, place, processes, together, total
 from diptych.models import store
@@ -103,6 +104,7 @@ def train(
     with processes(device, recipe.engine.timeout) as (rank, world), _asked_to_stop(stop) as asked:
         began = time.monotonic()
         run = agreed_folder(run, recipe)
+        asked_for, recipe = recipe.precision, _settled(recipe, device, run if resume else None)
         together(lambda: _prepare(run, recipe, resume) if rank == 0 else None)
         find = resume and rank == 0
         found = together(lambda: checkpoint.newest(run / "checkpoints") if find else (None, []))
@@ -118,6 +120,8 @@ def train(
         if log:
             for line in damaged:
                 log.say(f"{line}; going on from {saved}")
+            if asked_for == "auto":
+                log.say(f"precision auto: {recipe.precision}, the faster one on this {device.partition(':')[0]}")
         saver = checkpoint.Saver(run / "checkpoints", recipe.keep, recipe.engine.async_save, recipe.engine.timeout)
         first_world = meta["world"] if meta else world
         job = _Job(recipe, run, sources, state, log, asked, hook, rank, world, first_world, saver, grown)
@@ -193,7 +197,7 @@ class _Job:
         settle(model)
         named = {name: p for part in parts.values() for name, p in part.items()}
         names = {id(p): name for name, p in named.items()}
-        state.optimizers = optim.build(model, parts, rates, stage.optimizer)
+        state.optimizers = optim.build(model, parts, rates, stage.optimizer, recipe.precision)
         state.average = Average(named, stage.ema) if stage.ema else None
         if saved:
             checkpoint.load(saved, _tensors(state))
@@ -394,6 +398,16 @@ def _check(recipe: Recipe, model: Trainable) -> None:
     for stage in recipe.stages:
         select(model, stage.train)
         check_weights(set(model.counts(none)), stage.loss)
+
+
+def _settled(recipe: Recipe, device: str, run: Path | None) -> Recipe:
+    """The recipe with ``auto`` replaced by a precision, the same in all processes: that of the ``run`` that is resumed,
+    or the faster one on the device of process 0."""
+    if recipe.precision != "auto":
+        return recipe
+    before = run / "recipe.json" if run else None
+    kept = Recipe.load(before).precision if before and before.is_file() else "auto"
+    return replace(recipe, precision=gather(fastest_precision(device) if kept == "auto" else kept)[0])
 
 
 def _holds(path: Path) -> bool:

@@ -28,11 +28,11 @@ from diptych.core.batch import Batch
 from diptych.core.errors import nearest
 from diptych.core.losses import combine
 from diptych.core.noise import Noise
-from diptych.machine.devices import host_memory, matmul_rate
+from diptych.machine.devices import fastest_precision, host_memory, matmul_rate
 from diptych.models import configs, store
 from diptych.models.protocol import Trainable
 from diptych.parts.quantize import to_int8
-from diptych.training import lora
+from diptych.training import lora, optim
 from diptych.training.parallel import spread
 from diptych.training.parameters import always_frozen, ever_trained, freeze
 from diptych.training.recipe import Recipe, Stage
@@ -176,6 +176,8 @@ def plan(
     device for an hour. Raises ``ValueError`` for processes that do not divide as the recipe shards."""
     if gpus < 1 or nodes < 1 or gpus % nodes:
         raise ValueError(f"{gpus} processes do not divide among {nodes} machines")
+    if recipe.precision == "auto":  # every GPU of the table has units for bfloat16
+        recipe = replace(recipe, precision=fastest_precision("cpu") if device == "cpu" else "bf16")
     needs = []
     for stage in recipe.stages:
         model = _prepared(recipe, stage)
@@ -284,7 +286,8 @@ def _memory(
     elif gpus > 1:
         gathered = gradients  # the flat copy that is summed
     alike = Counter(tuple(p.shape) for p in _matrices(model, trained)) if config.name == "muon" else Counter()
-    update = max((5 * 4 * n * rows * columns // ways for (rows, columns), n in alike.items()), default=0)
+    together = {shape: min(n, optim.at_once(*shape)) for shape, n in alike.items()}
+    update = max((5 * 4 * n * rows * columns // ways for (rows, columns), n in together.items()), default=0)
     micro = stage.limits.rows_of(gpus)
     during = work.together if micro == 1 and ways == 1 else work.activations + gradients
     activations = max(during, gradients + update) - gradients

@@ -193,7 +193,7 @@ class Recipe:
     streams: int = 16
     order: Order = "global"  # of each data set's rows: shuffled as a whole, or by ``shards`` and in windows
     buffer: int = BUFFER  # rows of a window
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"  # auto: the faster one on the machine that trains
     engine: Engine = Engine()
     lora: dict[str, int] = field(default_factory=dict)  # part -> rank: its linear layers are adapted, not trained
     checkpoint_every: int = 500

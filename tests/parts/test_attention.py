@@ -233,3 +233,17 @@ def test_blocks_over_contexts_that_do_not_change(lengths, heads):
     if blocks > 1:
         half = torch.arange(n)
         assert same(table.over(1, half)(0, q[:n], k[:n], v[:n]), out[:n], ATTENTION)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_short_documents_are_attended_in_float32_under_autocast(full):
+    """On a CPU the gradient of attention in bfloat16 is slower than in float32; the result is bfloat16 all the same."""
+    batch = pack([Layout(str(n), (Segment(Kind.TEXT, (3,) * n, full=full),)) for n in (5, 9, 8)])
+    qkv = columns(len(batch), (4, 2))
+    exact = Packed(batch)(0, *qkv)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = Packed(batch)(0, *qkv)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, exact.to(torch.bfloat16))
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    half, whole = (torch.autograd.grad(x, qkv, weights.to(x.dtype)) for x in (out, exact))
+    assert all(torch.equal(a, b) for a, b in zip(half, whole, strict=True))

@@ -9,7 +9,7 @@ from diptych.core.layout import Kind, Layout, Segment
 from diptych.models.published.key_map import export, load
 from diptych.models.published.parts import TEXT, decoder_config, decoder_rules
 from diptych.parts.attention import Cache, Cached, Dense, Packed
-from diptych.parts.decoder import Decoder
+from diptych.parts.decoder import Decoder, RMSNorm
 
 SIZES = {
     "vocab_size": 96,
@@ -254,3 +254,21 @@ def test_unknown_family_and_missing_sizes():
         decoder_config({"model_type": "gpt2"})
     with pytest.raises(ValueError, match=r"lacks hidden_size"):
         decoder_config({k: v for k, v in SIZES.items() if k != "hidden_size"} | {"model_type": "llama"})
+
+
+@pytest.mark.parametrize("shape", [(7, 32), (5, 3, 8), (1, 16)])
+def test_the_gradient_of_the_norm_is_that_of_its_formula(shape):
+    generator = torch.Generator().manual_seed(0)
+    x, gain, grad = (torch.randn(n, generator=generator) for n in (shape, shape[-1:], shape))
+    norm = RMSNorm(shape[-1], 1e-3)
+    norm.weight.data = gain
+    x = x.requires_grad_()
+    y, wide = norm(x), x.detach().double().requires_grad_()
+    exact_gain = gain.double().requires_grad_()
+    exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-3).sqrt() * exact_gain
+    got = (y, *torch.autograd.grad(y, (x, norm.weight), grad))
+    expected = (exact, *torch.autograd.grad(exact, (wide, exact_gain), grad.double()))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(norm(x), y, rtol=1e-6, atol=1e-6)

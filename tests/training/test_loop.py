@@ -97,6 +97,17 @@ def test_bf16_trains_too(tmp_run):
     assert half[0]["loss"] == pytest.approx(plain[0]["loss"], rel=0.02) and half[0]["loss"] != plain[0]["loss"]
 
 
+def test_precision_auto_is_what_the_machine_does_faster_and_stays_so(tmp_run, monkeypatch):
+    recipe = tiny.recipe(steps=1, train={"head": 1e-3}, precision="auto")
+    monkeypatch.setattr(loop, "fastest_precision", lambda device: "bf16")
+    auto = train(recipe, tmp_run)
+    half = train(replace(recipe, precision="bf16"), tmp_run.with_name("half"))
+    assert losses(auto) == losses(half) and Recipe.load(tmp_run / "recipe.json").precision == "bf16"
+    monkeypatch.setattr(loop, "fastest_precision", lambda device: "fp32")
+    train(recipe.with_steps(2), tmp_run, resume=True)
+    assert Recipe.load(tmp_run / "recipe.json").precision == "bf16"
+
+
 # ---- what is wrong is said before the first step ------------------------------------------------------------------
 
 
@@ -246,6 +257,32 @@ def test_orthogonalise(shape):
     assert torch.allclose(optim.orthogonalise(x.mT), y.mT, atol=1e-4)
     assert torch.allclose(optim.orthogonalise(1e-3 * x), y, atol=1e-2)
     assert not optim.orthogonalise(torch.zeros(1, 4, 4)).any()
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 64, 16)])
+def test_orthogonalise_in_bfloat16(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    exact, half = optim.orthogonalise(x), optim.orthogonalise(x, torch.bfloat16)
+    assert half.dtype == torch.float32 and 0 < float((half - exact).norm() / exact.norm()) < 0.02
+    model = tiny.model("bagel")
+    parts = freeze(model, {"decoder": 1e-3})
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        built = optim.build(model, parts, select(model, {"decoder": 1e-3}), Optimizer("muon"), precision)
+        assert built[1].dtype == dtype
+
+
+def test_muon_takes_a_few_matrices_at_a_time(monkeypatch):
+    def steps(numbers):
+        ps = [nn.Parameter(torch.randn(4, 6, generator=torch.Generator().manual_seed(i))) for i in range(5)]
+        monkeypatch.setattr(optim, "at_once", lambda rows, columns: numbers)
+        muon = optim.Muon([{"params": ps}], lr=0.1, momentum=0.9, weight_decay=0.1)
+        for _ in range(2):
+            for p in ps:
+                p.grad = p.detach().square()
+            muon.step()
+        return torch.stack([p.detach() for p in ps])
+
+    assert torch.equal(steps(2), steps(5))
 
 
 def test_muon_decays_weights_and_goes_downhill():

@@ -28,7 +28,7 @@ def wide(**changes):
     decoder = replace(c.decoder, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6)
     row = configs.config_to_json("bagel", replace(c, decoder=replace(decoder, num_key_value_heads=2)))
     base = tiny.recipe(
-        steps=2, checkpoint_every=1, limits=Limits(tokens=3072, pictures=256), optimizer=tiny.Optimizer("adamw")
+        steps=2, checkpoint_every=1, limits=Limits(tokens=4096, pictures=320), optimizer=tiny.Optimizer("adamw")
     )
     return replace(base, model=row, **changes)
 
