@@ -64,7 +64,7 @@ from diptych.parts.dit import DitConfig, Group, blocks, build_dit
 from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, euler, velocity
 from diptych.parts.images import SizeRule, to_tensor, tokens_to_latents
 from diptych.parts.images import crop as cropped
-from diptych.parts.mllm import Mllm, MllmConfig, Template
+from diptych.parts.mllm import Mllm, MllmConfig, tiny_mllm
 from diptych.parts.runs import Runs
 from diptych.parts.tokenizer import Tokenizer
 from diptych.parts.vision import kept
@@ -198,41 +198,6 @@ def internvl3_2b() -> MllmConfig:
     }
     return MllmConfig(
         {"model_type": "internvl", "vision_config": vision, "text_config": text, "tie_word_embeddings": False}
-    )
-
-
-def tiny_mllm(vocab_size: int = 1024) -> MllmConfig:
-    """InternVL's classes with a decoder of width 128 and a tower of width 96: 64 pixels are 16 tokens."""
-    vision = {
-        "hidden_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 3,
-        "intermediate_size": 192,
-        "image_size": [64, 64],
-        "patch_size": [8, 8],
-        "layer_scale_init_value": 1.0,
-    }
-    text = {
-        "model_type": "qwen2",
-        "vocab_size": vocab_size,
-        "hidden_size": 128,
-        "intermediate_size": 320,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-        "tie_word_embeddings": True,
-    }
-    template = Template(
-        system="<|im_start|>",
-        user="<|im_start|>",
-        assistant="<|im_start|>",
-        end="<|im_end|>",
-        image=("<|vision_start|>", "<|vision_end|>"),
-    )
-    return MllmConfig(
-        {"model_type": "internvl", "vision_config": vision, "text_config": text, "tie_word_embeddings": True}, template
     )
 
 

@@ -59,9 +59,9 @@ from diptych.models.protocol import (
 from diptych.models.sizes import Sizes
 from diptych.parts.attention import Cached, documents
 from diptych.parts.autoencoder import AutoencoderConfig, build_latent_autoencoder, sampled, tiny_autoencoder
-from diptych.parts.flow import TimeDraw, schedule, shift_time
+from diptych.parts.flow import Prediction, TimeDraw, schedule, shift_time, velocity
 from diptych.parts.images import AreaRule, ShrinkRule, latents_to_tokens, to_tensor, tokens_to_latents
-from diptych.parts.mllm import Mllm, MllmConfig, Template
+from diptych.parts.mllm import Mllm, MllmConfig, Template, tiny_mllm
 from diptych.parts.reference_dit import Drawn, Reference, ReferenceDit, ReferenceDitConfig
 from diptych.parts.runs import Runs
 from diptych.parts.solvers import Solver, dpm_step, euler_step
@@ -144,6 +144,7 @@ class Config:
     ``system``, ``dropped_system``  the system turn, and that of a training row whose words are left out; "": no turn
     ``labels``      whether ``<imgK>: `` stands before the K-th picture of a turn: ``always`` (OmniGen2's chat), only in
                     turns that ask for a drawing (``drawing``, SGT's rows), or ``never``
+    ``prediction``  what the diffusion transformer returns: the velocity from noise to data (the release), or the data
     ``time_shift``  how training times depend on the picture: m = exp(0.5 + 0.65 (n - 256) / 3840) for n latent tokens
                     (``v1``, the release), sqrt(n) / 20 (``v2``), or not at all (``none``)
     ``source``      how references of a request are shrunk; ``sources`` those of a training row, by how many there are
@@ -157,6 +158,7 @@ class Config:
     system: str = SYSTEM
     dropped_system: str = DROPPED_SYSTEM
     labels: Literal["always", "drawing", "never"] = "always"
+    prediction: Prediction = "velocity"
     times: TimeDraw = TimeDraw()
     time_shift: Literal["v1", "v2", "none"] = "v1"
     source: ShrinkRule = ShrinkRule(1024**2, 1024, 16)
@@ -201,21 +203,23 @@ class Config:
 
     @staticmethod
     def tiny(vocab_size: int = 1032) -> Config:
-        """The same code at a size that one CPU core trains: 64 x 64 pixels are 16 tokens for the reader and 16 latent
-        tokens. The shift of the times is fixed, since sqrt(h w) / 40 is below 1 for small pictures."""
+        """The same code at a size that one CPU core trains, with the reader of ``iomm/tiny``: 64 x 64 pixels are 16
+        tokens for the reader and 16 latent tokens. The shift of the times is fixed, since sqrt(h w) / 40 is below 1
+        for small pictures. The network predicts the data, which small networks learn faster (NOTES.md)."""
         dit = ReferenceDitConfig(
             128, 6, 2, 4, 2, (8, 12, 12), (1024, 1024, 1024), text_width=128, multiple_of=32, references=5
         )
         shrink = ShrinkRule(128**2, 128, 16)
         settings = Settings(25, guidance_scale=2.5, timestep_shift=3.0)
         return Config(
-            tiny_reader(vocab_size),
+            tiny_mllm(vocab_size),
             dit,
             tiny_autoencoder(),
             system="",
             dropped_system="",
             labels="never",
-            times=TimeDraw(shift=3.0),
+            prediction="data",
+            times=TimeDraw(mean=2.2, std=1.3),
             time_shift="none",
             source=shrink,
             sources=(shrink,),
@@ -311,7 +315,12 @@ class OmniGen2(UnifiedModel[Settings]):
         "source": Encoder(("autoencoder",), ("autoencoder", "sources")),
         "vision": Encoder(("mllm.model",), ("mllm",)),
     }
-    parts: ClassVar = {"mllm": ("mllm.*",), "dit": ("dit.*",), "autoencoder": ("autoencoder.*",)}
+    parts: ClassVar = {
+        "mllm.language": ("mllm.model.language_model.*", "mllm.lm_head.*"),
+        "mllm.vision": ("mllm.model.visual.*", "mllm.model.vision_tower.*", "mllm.model.multi_modal_projector.*"),
+        "dit": ("dit.*",),
+        "autoencoder": ("autoencoder.*",),
+    }
     opens_with_picture = True
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
@@ -487,17 +496,16 @@ class OmniGen2(UnifiedModel[Settings]):
         pictures, targets, owners = self._pictures(batch, s, states, noise)
         drawn = bool(batch.of(Kind.NOISED))
         image = [
-            FlowPrediction(-velocity.float()[None], target, "velocity", owner[None], drawn)
-            for velocity, target, owner in zip(self.dit(pictures), targets, owners, strict=True)
+            FlowPrediction(self._prediction(out)[None], target, self.config.prediction, owner[None], drawn)
+            for out, target, owner in zip(self.dit(pictures), targets, owners, strict=True)
         ]
         return {"text": text, "image": tuple(image)}
 
     def _pictures(
         self, batch: Batch, s: _Stream, states: Float[Tensor, "S D"], noise: Noise
     ) -> tuple[list[Drawn], list[Noised], list[Tensor]]:
-        """The pictures to draw of a row, their latents with noise and the document of each. The network predicts
-        data - noise. A row without any draws one token that counts nothing: other processes may draw, and wait for it.
-        """
+        """The pictures to draw of a row, their latents with noise and the document of each. A row without any draws
+        one token that counts nothing: other processes may draw, and wait for it."""
         clean = sorted(
             (int(g.tokens[i, 0]), Reference(tokens, g.grid))
             for g in batch.of(Kind.CLEAN)
@@ -521,8 +529,12 @@ class OmniGen2(UnifiedModel[Settings]):
         if not pictures:
             empty = states.new_zeros(1, 1, self.features, dtype=torch.float32)
             pictures = [Drawn(empty[0], (1, 1), empty[0, 0, 0], states[:1])]
-            targets, owners = [Noised(empty, empty, empty[:, 0, 0])], [batch.document[0]]
+            targets, owners = [Noised(empty, empty, empty[:, 0, 0] + 1)], [batch.document[0]]
         return pictures, targets, owners
+
+    def _prediction(self, out: Float[Tensor, "n f"]) -> Float[Tensor, "n f"]:
+        """What the network returns, with a velocity from data to noise; the network's own goes from noise to data."""
+        return -out.float() if self.config.prediction == "velocity" else out.float()
 
     def _condition(
         self, condition: Bool[Tensor, " S"], ids: Int[Tensor, " S"], before: Bool[Tensor, " S"]
@@ -669,7 +681,9 @@ class OmniGen2(UnifiedModel[Settings]):
             t = 1 - d.times[d.step].to(d.state.device)
             pairs = zip(d.slot.conditions[:branches], d.slot.references[:branches], strict=True)
             rows += [Drawn(d.state, grid, t, condition, references) for condition, references in pairs]
-        velocities = iter([-v.float() for v in self.dit(rows)])
+        outs = zip(self.dit(rows), rows, strict=True)
+        kind = self.config.prediction
+        velocities = iter([velocity(self._prediction(out), row.x, 1 - row.t, kind) for out, row in outs])
         out = []
         for d, branches in zip(drawings, active, strict=True):
             assert d.times is not None

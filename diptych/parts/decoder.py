@@ -261,6 +261,14 @@ def decoder_weights_from(source: Decoder, target: Decoder) -> dict[str, Tensor]:
     for name, fresh in fresh_state.items():
         t = state.get(name, state.get(first(name), state["embed_tokens.weight"] if name == head else None))
         if t is not None:
-            per_token = name in ("embed_tokens.weight", head) and t.shape[1:] == fresh.shape[1:]
-            out[name] = torch.cat([t, fresh[len(t) :]]) if per_token else t
+            out[name] = with_fresh_rows(name, t, fresh)
     return out
+
+
+def with_fresh_rows(name: str, weight: Tensor, fresh: Tensor | None) -> Tensor:
+    """A weight that is taken over; an embedding table or a language head has the rows of ``fresh`` for the words that
+    it lacks."""
+    table = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+    if fresh is None or not table or weight.shape[1:] != fresh.shape[1:]:
+        return weight
+    return torch.cat([weight, fresh[len(weight) :]])

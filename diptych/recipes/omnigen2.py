@@ -11,36 +11,33 @@ from dataclasses import replace
 
 from diptych.models.configs import config_to_json
 from diptych.models.table import config
-from diptych.recipes import iomm
 from diptych.training.recipe import Engine, Limits, Optimizer, Recipe, Schedule, Stage
 
-DRAW = {  # the pictures of iomm/tiny, edits of a reference, and two references in one picture
-    "shapes/draw": 0.32,
-    "shapes/draw-where": 0.10,
-    "shapes/draw-position": 0.10,
-    "emoji64/draw": 0.08,
-    "shapes/edit": 0.15,
-    "emoji64/edit": 0.10,
-    "emoji64/compose": 0.15,
+DRAW = {  # pictures from words, edits of a reference, and two references in one picture
+    "shapes/draw": 0.40,
+    "shapes/draw-where": 0.18,
+    "shapes/draw-position": 0.14,
+    "emoji64/draw": 0.02,
+    "shapes/edit": 0.12,
+    "emoji64/edit": 0.04,
+    "emoji64/compose": 0.10,
 }
 DROPOUT = {"text": 1e-4, "image|text": 0.5}  # of the published option files: references go only where the words go
 OPTIMIZER = Optimizer("adamw", betas=(0.9, 0.95), weight_decay=0.01, clip=1.0)
 
 
-def tiny(reader: int = 4000, steps: int = 6000) -> Recipe:
-    """OmniGen2 at a size that one CPU core trains. The reader learns to answer and to describe, with the settings of
-    ``iomm/reader``, and is then frozen, as the released one is. Edits and compositions cannot be drawn from words
-    alone, so the references are learned. Words are dropped from one request in ten, and half of those lose their
-    references too.
+def tiny(steps: int = 4000) -> Recipe:
+    """OmniGen2 at a size that one CPU core trains. The reader is that of ``iomm/tiny``; it is frozen, like the released
+    one. Edits and compositions cannot be drawn from words alone, so the references are learned. Words are dropped from
+    one request in ten, and half of those lose their references too.
 
-    diptych train omnigen2/tiny --steps 2000
+    diptych train omnigen2/tiny --minutes 90
     """
     return Recipe(
         name="omnigen2/tiny",
         model=config_to_json("omnigen2", config("omnigen2/tiny")),
-        init={"autoencoder": "autoencoder/tiny"},
+        init={"mllm": "iomm/tiny", "autoencoder": "autoencoder/tiny"},
         stages=(
-            iomm.reader(reader).stages[0],
             Stage(
                 "drawing",
                 steps=steps,
@@ -49,12 +46,12 @@ def tiny(reader: int = 4000, steps: int = 6000) -> Recipe:
                 loss={"text": 0.0, "image": 1.0},
                 optimizer=Optimizer("muon"),
                 schedule=Schedule(warmup=50, decay=0.4),
-                limits=Limits(tokens=4096, pictures=192),
+                limits=Limits(tokens=2048, pictures=192),
                 dropout={"text": 0.1, "image|text": 0.5},
                 ema=0.998,
             ),
         ),
-        checkpoint_every=500,
+        checkpoint_every=250,
     )
 
 

@@ -12,7 +12,7 @@ from diptych.models import configs, store
 from diptych.models.protocol import Trainable
 from diptych.models.published.part_weights import read_autoencoder, read_language_model, read_vision_encoder
 from diptych.parts.autoencoder import LatentDecoder
-from diptych.parts.decoder import Decoder, decoder_weights_from
+from diptych.parts.decoder import Decoder, decoder_weights_from, with_fresh_rows
 from diptych.parts.tokenizer import Tokenizer
 from diptych.parts.vision import VisionEncoder
 from diptych.training import lora
@@ -61,9 +61,10 @@ def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = Non
             store.load_strict(model, other.state_dict(), source)
             continue
         module, origin = _module(model, path, name), _module(other, other_path or path, where)
-        weights = origin.state_dict()
         if isinstance(module, Decoder) and isinstance(origin, Decoder):
             weights = decoder_weights_from(origin, module)
+        else:
+            weights = {n: with_fresh_rows(n, t, module.state_dict().get(n)) for n, t in origin.state_dict().items()}
         store.load_strict(module, weights, f"{source}, taken over as {path!r},")
     prepare(model, device)
     return model
