@@ -203,3 +203,21 @@ def test_the_reader_learns_through_the_condition():
     made.losses(pack([made.lay_out(sample)]), Noise())["image"].sum.backward()
     moved = {n for n, p in made.mllm.named_parameters() if p.grad is not None and p.grad.any()}
     assert any("visual" in n for n in moved) and any("language_model.layers.0" in n for n in moved)
+
+
+def test_a_network_that_predicts_the_data_moves_towards_it():
+    """The step of a drawing is that of the velocity (x - data) / t of what the network returns."""
+    config = tiny.FAMILIES["omnigen2"]()
+    model = tiny.shake(store.create("omnigen2", replace(config, prediction="data"))).requires_grad_(False)
+    [context] = model.extend([model.open()], [model.lay_out(asked("a star"))])
+    [drawing] = model.start([(context,)], [asked("a star")], [Settings(4, guidance_scale=1.0)], [0])
+    returned = []
+    handle = model.dit.register_forward_hook(lambda _, inputs, out: returned.append(out[0]))
+    for _ in range(2):
+        [after] = model.step([drawing])
+        now, then = (float(t) for t in drawing.times[drawing.step : drawing.step + 2])
+        assert torch.allclose(
+            after.state, drawing.state - (drawing.state - returned[-1]) / now * (now - then), atol=1e-5
+        )
+        drawing = after
+    handle.remove()
