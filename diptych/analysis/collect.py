@@ -293,11 +293,11 @@ def words(model: UnifiedModel, text: str, at: Sequence[int]) -> list[tuple[str, 
     ids = model.tokenizer.encode(text)
     assert len(ids) == len(at)
     prefixes = [model.tokenizer.decode(ids[:i]) for i in range(len(ids) + 1)]
-    found: list[tuple[str, list[int]]] = []
+    spans: list[tuple[str, list[int]]] = []
     for i, place in enumerate(at):
         new = prefixes[i + 1][len(prefixes[i]) :]
-        begins = not found or new[:1].isspace() or prefixes[i][-1:].isspace()
+        begins = not spans or new[:1].isspace() or prefixes[i][-1:].isspace()
         if begins:
-            found.append(("", []))
-        found[-1] = (found[-1][0] + new, [*found[-1][1], place])
-    return [(word.strip().strip(".,;:!?\"'()").lower(), tuple(p)) for word, p in found]
+            spans.append(("", []))
+        spans[-1] = (spans[-1][0] + new, [*spans[-1][1], place])
+    return [(word.strip().strip(".,;:!?\"'()").lower(), tuple(p)) for word, p in spans]

@@ -159,10 +159,10 @@ def similarity(models: Models, title: str) -> bytes:
         figure.suptitle(title, fontsize=10)
         ax = axes[0, 0]
         for m, (name, rows) in enumerate(models.items()):
-            at, of = range(len(rows)), f"{name}: " if len(models) > 1 else ""
+            at, prefix = range(len(rows)), f"{name}: " if len(models) > 1 else ""
             ax.set_xticks(at, [str(r["layer"]) for r in rows])
             ax.plot(
-                at, [r["same"]["value"] for r in rows], "-o", color=f"C{m}", markersize=4, label=f"{of}same picture"
+                at, [r["same"]["value"] for r in rows], "-o", color=f"C{m}", markersize=4, label=f"{prefix}same picture"
             )
             ax.fill_between(
                 at,
@@ -172,8 +172,8 @@ def similarity(models: Models, title: str) -> bytes:
                 alpha=0.15,
                 linewidth=0,
             )
-            ax.plot(at, [r["centred"] for r in rows], "--", color=f"C{m}", label=f"{of}mean-centred")
-            ax.plot(at, [r["other"] for r in rows], ":", color=f"C{m}", label=f"{of}another picture")
+            ax.plot(at, [r["centred"] for r in rows], "--", color=f"C{m}", label=f"{prefix}mean-centred")
+            ax.plot(at, [r["other"] for r in rows], ":", color=f"C{m}", label=f"{prefix}another picture")
         ax.set(
             xlabel="layer (0: inputs)",
             ylabel="cosine of a picture token read\nand the same token drawn",
@@ -198,14 +198,19 @@ def locality(models: Models, title: str) -> bytes:
             "to text": "mass off the picture",
         }
         for ax, (key, label) in zip(axes[0], panels.items(), strict=True):
-            for m, (name, found) in enumerate(models.items()):
-                for style, (task, rows) in zip(("-o", "--s"), found.rows.items(), strict=True):
-                    said = f"{name}: {task}" if len(models) > 1 else task
+            for m, (name, local) in enumerate(models.items()):
+                for style, (task, rows) in zip(("-o", "--s"), local.rows.items(), strict=True):
+                    line_name = f"{name}: {task}" if len(models) > 1 else task
                     ax.plot(
-                        range(1, len(rows) + 1), [r[key] for r in rows], style, color=f"C{m}", markersize=4, label=said
+                        range(1, len(rows) + 1),
+                        [r[key] for r in rows],
+                        style,
+                        color=f"C{m}",
+                        markersize=4,
+                        label=line_name,
                     )
-                if key in found.even and m == 0:
-                    ax.axhline(found.even[key], color="0.4", linewidth=1, linestyle=":", label="even causal attention")
+                if key in local.even and m == 0:
+                    ax.axhline(local.even[key], color="0.4", linewidth=1, linestyle=":", label="even causal attention")
             ax.set(title=label, xlabel="layer", ylim=(0, None))
             ax.grid(alpha=0.25, linewidth=0.6)
         handles, names = axes[0, 0].get_legend_handles_labels()

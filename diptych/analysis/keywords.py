@@ -144,13 +144,13 @@ def classify(model: UnifiedModel, sample: Sample, words: Words) -> tuple[torch.T
     names = [*words, OTHER]
     number = torch.full((len(sequence),), len(names))
     texts = [part.text for m in sample.messages for part in m.parts if isinstance(part, Text)]
-    said = []
+    labelled = []
     for text, at in zip(texts, p.texts, strict=True):
         for word, tokens in collect.words(model, text, at):
             name = next((n for n in words if word in words[n]), OTHER)
             number[list(tokens)] = names.index(name)
-            said.append((word, name))
-    return number, said
+            labelled.append((word, name))
+    return number, labelled
 
 
 def _measure(
@@ -207,10 +207,10 @@ def drawn_segment(model: UnifiedModel, canvas: tuple[int, int]) -> Segment:
     Raises ``ValueError`` for a family that lays out no such segment."""
     blank = Image(PIL.Image.new("RGB", (canvas[1], canvas[0])), "target")
     laid = model.lay_out(Sample("blank", (user("1"), assistant(blank))))
-    found = [s for s in laid.segments if s.drawn]
-    if len(found) != 1 or not found[0].open:
+    noised = [s for s in laid.segments if s.drawn]
+    if len(noised) != 1 or not noised[0].open:
         raise ValueError(f"family {model.family!r} draws outside its sequence, so it does not attend to its prompt")
-    return found[0]
+    return noised[0]
 
 
 def _all_words(prompts: Sequence[str]) -> str:

@@ -178,7 +178,7 @@ def locality(model: UnifiedModel, samples: Sequence[Sample]) -> Local:
     far = torch.cdist(at[None], at[None])[0]
     causal = torch.ones(n, n).tril()
     even = _measure((causal / causal.sum(1, keepdim=True)).double(), near, far, columns)
-    found: dict[str, list[list[dict[str, float]]]] = {t: [] for t in TASKS}
+    by_task: dict[str, list[list[dict[str, float]]]] = {t: [] for t in TASKS}
     lags: dict[str, list[list[np.ndarray]]] = {t: [] for t in TASKS}
     maps: dict[str, np.ndarray] = {}
     for number, p in enumerate(pairs):
@@ -191,13 +191,16 @@ def locality(model: UnifiedModel, samples: Sequence[Sample]) -> Local:
             mass = [w.sum(1) for w in inside]
             each = [w / m[:, None] for w, m in zip(inside, mass, strict=True)]
             measured = [_measure(w, near, far, columns) for w in each]
-            found[task].append([m | {"to text": float(1 - k.mean())} for m, k in zip(measured, mass, strict=True)])
+            by_task[task].append([m | {"to text": float(1 - k.mean())} for m, k in zip(measured, mass, strict=True)])
             lags[task].append([_lags(w) for w in each])
     means = {
-        task: [{k: round(float(np.mean([p[i][k] for p in of])), 6) for k in of[0][i]} for i in range(len(of[0]))]
-        for task, of in found.items()
+        task: [
+            {k: round(float(np.mean([p[i][k] for p in pictures])), 6) for k in pictures[0][i]}
+            for i in range(len(pictures[0]))
+        ]
+        for task, pictures in by_task.items()
     }
-    spectrum = {task: np.mean(np.array(of), 0) for task, of in lags.items()}
+    spectrum = {task: np.mean(np.array(pictures), 0) for task, pictures in lags.items()}
     return Local(means, {k: round(v, 6) for k, v in even.items()}, spectrum, maps, pairs[0])
 
 

@@ -81,13 +81,13 @@ def published_shares(
     number, _ = keywords.classify(model, sample, words)
     text = [i for i, c in enumerate(number.tolist()) if c <= len(words)]
     classes = {name: [i - text[0] for i in text if number[i] == c] for c, name in enumerate((*words, keywords.OTHER))}
-    found = []
+    shares_by_step = []
     for step in keywords.spread(drawing.steps, steps):
         while drawing.step < step:
             [drawing] = model.step([drawing])
         drawing, shares = published_keywords(model, drawing, classes)
-        found.append(shares)
-    return found
+        shares_by_step.append(shares)
+    return shares_by_step
 
 
 def _tokens(model: UnifiedModel, drawing: Drawing) -> int:
@@ -97,10 +97,10 @@ def _tokens(model: UnifiedModel, drawing: Drawing) -> int:
 
 def _queries(model: UnifiedModel, block: nn.Module, states: Tensor, width: int) -> Float[Tensor, "H T D"]:
     """W_q h by the understanding expert (route 0), whatever the token."""
-    found = next((m for name, m in block.named_modules() if name.endswith("q_proj")), None)
-    if not isinstance(found, nn.Linear):
+    projection = next((m for name, m in block.named_modules() if name.endswith("q_proj")), None)
+    if not isinstance(projection, nn.Linear):
         raise ValueError(f"family {model.family!r} has no q_proj in its blocks, which the published probes need")
-    return (states.to(found.weight.dtype) @ found.weight.T).float().unflatten(-1, (-1, width)).transpose(0, 1)
+    return (states.to(projection.weight.dtype) @ projection.weight.T).float().unflatten(-1, (-1, width)).transpose(0, 1)
 
 
 def _softmax(q: Tensor, k: Tensor) -> Float[Tensor, "H L S"]:

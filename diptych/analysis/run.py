@@ -59,8 +59,8 @@ def run_separability(
     at = at or separability.points(next(iter(models.values())))
     measures, planes = {}, {}
     for name, model in models.items():
-        measures[name], found = separability.separability(model, data, at, seed)
-        planes[name] = {point: separability.tsne(x, seed=seed) for point, x in found.items()}
+        measures[name], vectors = separability.separability(model, data, at, seed)
+        planes[name] = {point: separability.tsne(x, seed=seed) for point, x in vectors.items()}
     numbers = {
         "what": "separability",
         "data": what,
@@ -97,8 +97,8 @@ def run_attention(
     published: bool = False,
 ) -> Found:
     """A_V and A_T by layer, and the change against a base in percent; ``published`` adds the released code's number."""
-    found = {name: attention.allocation(m, samples, rows, markers) for name, m in models.items()}
-    by_layer = {name: a.to_json() for name, a in found.items()}
+    allocations = {name: attention.allocation(m, samples, rows, markers) for name, m in models.items()}
+    by_layer = {name: a.to_json() for name, a in allocations.items()}
     numbers: dict[str, Any] = {
         "what": "attention",
         "data": what,
@@ -108,7 +108,7 @@ def run_attention(
     }
     changes = None
     if len(models) == 2:
-        ours, base = found.values()
+        ours, base = allocations.values()
         changes = attention.change(ours.picture, base.picture)
         numbers["change_percent"] = {"picture": changes, "text": attention.change(ours.text, base.text)}
     shown: dict[str, Any] = dict(by_layer)
@@ -132,29 +132,31 @@ def _published(model: UnifiedModel, samples: Sequence[Sample]) -> list[float]:
 
 def run_similarity(models: Models, samples: Sequence[Sample], what: str) -> Found:
     """Layer-wise cosine of the same picture read and drawn, and its controls (SynerGen-VL, figure 4)."""
-    found = {name: layers.similarity(m, samples) for name, m in models.items()}
+    similarities = {name: layers.similarity(m, samples) for name, m in models.items()}
     numbers = {
         "what": "similarity",
         "data": what,
         "pictures": len(samples),
         "instruction": layers.INSTRUCTION,
-        "models": found,
+        "models": similarities,
     }
     title = f"the same picture read and drawn, {len(samples)} of {what}"
-    return Found("similarity", numbers, {"similarity": figures.similarity(found, title)})
+    return Found("similarity", numbers, {"similarity": figures.similarity(similarities, title)})
 
 
 def run_locality(models: Models, samples: Sequence[Sample], what: str) -> Found:
     """How local the attention among a picture's tokens is, read and drawn, and the first picture's maps (figure 5)."""
-    found = {name: layers.locality(m, samples) for name, m in models.items()}
+    localities = {name: layers.locality(m, samples) for name, m in models.items()}
     numbers = {
         "what": "locality",
         "data": what,
         "pictures": len(samples),
-        "models": {n: f.to_json() for n, f in found.items()},
+        "models": {n: f.to_json() for n, f in localities.items()},
     }
-    shown = {"locality": figures.locality(found, f"attention among the tokens of a picture, {len(samples)} of {what}")}
-    for i, (name, local) in enumerate(found.items()):
+    shown = {
+        "locality": figures.locality(localities, f"attention among the tokens of a picture, {len(samples)} of {what}")
+    }
+    for i, (name, local) in enumerate(localities.items()):
         shown["regions" if not i else "regions-against"] = figures.regions(local, f"{name}: {local.first.caption}")
     return Found("locality", numbers, shown)
 
@@ -170,20 +172,20 @@ def run_keywords(
 ) -> Found:
     """Shares of word classes by step and layer; a base draws the same prompts from the same seeds. ``published`` adds
     the released code's percentages, means over prompts by step, class and layer."""
-    found = {name: keywords.keywords(m, prompts, words, steps, seed=seed) for name, m in models.items()}
+    results = {name: keywords.keywords(m, prompts, words, steps, seed=seed) for name, m in models.items()}
     numbers: dict[str, Any] = {
         "what": "keywords",
         "data": what,
         "prompts": list(prompts),
         "seed": seed,
         "words": {name: sorted(some) for name, some in words.items()},
-        "models": {name: k.to_json() for name, k in found.items()},
+        "models": {name: k.to_json() for name, k in results.items()},
     }
     if len(models) == 2:
-        ours, base = (k.share.mean((0, 1)) for k in found.values())  # (layers, classes)
+        ours, base = (k.share.mean((0, 1)) for k in results.values())  # (layers, classes)
         if ours.shape != base.shape:
             raise ValueError(f"cannot compare {len(ours)} layers with the base's {len(base)}")
-        classes = next(iter(found.values())).classes
+        classes = next(iter(results.values())).classes
         change = 100 * (ours - base) / base
         numbers["change_percent"] = [
             {"layer": i} | {c: round(float(v), 6) for c, v in zip(classes, row, strict=True)}
@@ -195,21 +197,21 @@ def run_keywords(
             for name, m in models.items()
         }
     title = f"attention to words while drawing, {len(prompts)} prompts"
-    return Found("keywords", numbers, {"keywords": figures.keywords(found, title)})
+    return Found("keywords", numbers, {"keywords": figures.keywords(results, title)})
 
 
 def run_gates(models: Models, prompts: Sequence[str], what: str, steps: int = 20, seed: int = 0) -> Found:
     """The gate's size by step and place while prompts are drawn; a base draws the same prompts from the same seeds."""
-    found = {name: gates.gates(m, prompts, steps, seed) for name, m in models.items()}
+    results = {name: gates.gates(m, prompts, steps, seed) for name, m in models.items()}
     numbers = {
         "what": "gates",
         "data": what,
         "prompts": list(prompts),
         "seed": seed,
-        "models": {name: g.to_json() for name, g in found.items()},
+        "models": {name: g.to_json() for name, g in results.items()},
     }
     title = f"where the gate is open while drawing, {len(prompts)} prompts"
-    return Found("gates", numbers, {"gates": figures.gates(found, prompts, title)})
+    return Found("gates", numbers, {"gates": figures.gates(results, prompts, title)})
 
 
 def _mean_shares(prompts: Sequence[Sequence[Mapping[str, Sequence[float]]]]) -> list[dict[str, list[float]]]:

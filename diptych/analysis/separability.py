@@ -96,12 +96,12 @@ def labelled(name: str, each: int = 40, size: int = 64, seed: int = 0) -> Labell
     make, classes = SETS[name]
     rng = np.random.default_rng((seed, list(SETS).index(name)))
     labels = tuple(i for i in range(len(classes)) for _ in range(each))
-    found: dict[bytes, PIL.Image.Image] = {}
+    pictures: dict[bytes, PIL.Image.Image] = {}
     for i in labels:
-        while (made := make(rng, classes[i], size)).tobytes() in found:
+        while (picture := make(rng, classes[i], size)).tobytes() in pictures:
             pass
-        found[made.tobytes()] = made
-    return Labelled(tuple(found.values()), labels, classes)
+        pictures[picture.tobytes()] = picture
+    return Labelled(tuple(pictures.values()), labels, classes)
 
 
 def folder(path: str | Path, each: int | None = None) -> Labelled:
@@ -115,14 +115,14 @@ def folder(path: str | Path, each: int | None = None) -> Labelled:
         raise ValueError(
             f"{str(path)!r} needs two or more sub-folders, one a class; it has {', '.join(classes) or 'none'}"
         )
-    found: list[PIL.Image.Image] = []
+    pictures: list[PIL.Image.Image] = []
     labels: list[int] = []
     for i, name in enumerate(classes):
         source = sources.images(name, Path(path) / name)
         some = range(len(source) if each is None else min(each, len(source)))
-        found += [image.pixels for k in some for image in source[k].images()]
+        pictures += [image.pixels for k in some for image in source[k].images()]
         labels += [i] * len(some)
-    return Labelled(tuple(found), tuple(labels), tuple(classes))
+    return Labelled(tuple(pictures), tuple(labels), tuple(classes))
 
 
 # ---- features --------------------------------------------------------------------------------------------------------
@@ -148,14 +148,16 @@ def features(
     groups: dict[tuple[int, int], list[int]] = {}
     for i, picture in enumerate(pictures):
         groups.setdefault(picture.size, []).append(i)
-    found: dict[str, dict[int, Tensor]] = {name: {} for name in at}
+    by_point: dict[str, dict[int, Tensor]] = {name: {} for name in at}
     for members in groups.values():
         for start in range(0, len(members), batch_size):
             some = members[start : start + batch_size]
             for name, means in _read(model, [pictures[i] for i in some], modules).items():
-                found[name] |= zip(some, means, strict=True)
+                by_point[name] |= zip(some, means, strict=True)
     every = range(len(pictures))
-    return {name: F.normalize(torch.stack([rows[i] for i in every]).double(), dim=-1) for name, rows in found.items()}
+    return {
+        name: F.normalize(torch.stack([rows[i] for i in every]).double(), dim=-1) for name, rows in by_point.items()
+    }
 
 
 def _read(
@@ -254,9 +256,9 @@ def silhouette(x: Float[Tensor, "N d"], labels: Int[Tensor, " N"]) -> float:
     x = x.double()
     member = F.one_hot(labels).double()
     sums, sizes = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") @ member, member.sum(0)
-    own = member.bool()
-    a = sums[own] / (sizes[labels] - 1).clamp_min(1)
-    b = (sums / sizes).masked_fill(own, torch.inf).amin(1)
+    same_class = member.bool()
+    a = sums[same_class] / (sizes[labels] - 1).clamp_min(1)
+    b = (sums / sizes).masked_fill(same_class, torch.inf).amin(1)
     score = torch.where(sizes[labels] > 1, (b - a) / torch.maximum(a, b).clamp_min(1e-300), torch.zeros_like(a))
     return float(score.mean())
 
@@ -311,7 +313,7 @@ def separability(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Float[Tensor, "N d"]]]:
     """(measures, features) by point. Measures: accuracy (value, low, high), chance (the largest class's share),
     discriminant_ratio and silhouette."""
-    found, labels = features(model, data.pictures, at or points(model)), data.labels_tensor()
+    vectors, labels = features(model, data.pictures, at or points(model)), data.labels_tensor()
     chance = float(labels.bincount().max() / len(labels))
     named = partial(zip, ("value", "low", "high"), strict=True)
     measures = {
@@ -321,6 +323,6 @@ def separability(
             "discriminant_ratio": round(discriminant_ratio(x, labels), 6),
             "silhouette": round(silhouette(x, labels), 6),
         }
-        for name, x in found.items()
+        for name, x in vectors.items()
     }
-    return measures, found
+    return measures, vectors

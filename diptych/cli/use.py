@@ -153,8 +153,8 @@ def ask(
 
 def show_answer(answer: Any, as_json: bool) -> None:
     """Prints an answer, as JSON with why it ended and the settings that counted."""
-    told = {"text": answer.text, "finish_reason": answer.finish_reason, "parameters": dict(answer.parameters)}
-    print(json.dumps(told) if as_json else answer.text)
+    row = {"text": answer.text, "finish_reason": answer.finish_reason, "parameters": dict(answer.parameters)}
+    print(json.dumps(row) if as_json else answer.text)
 
 
 def chat(

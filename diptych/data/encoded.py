@@ -73,11 +73,11 @@ class Encoded:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name} has no row {index}; it has {len(self)}")
         where = self.tar.where(index)
-        made: dict[str, dict[str, Tensor]] = {}
+        encodings: dict[str, dict[str, Tensor]] = {}
         try:
             for name, tensor in load(self.tar.member(index, "safetensors")).items():
                 picture, _, encoder = name.partition(".")
-                made.setdefault(picture, {})[encoder] = tensor
+                encodings.setdefault(picture, {})[encoder] = tensor
         except SafetensorError as error:
             raise ValueError(f"{where}: member .safetensors is damaged: {error}") from error
         except ValueError as error:
@@ -86,7 +86,7 @@ class Encoded:
         def filled(image: Image) -> Image:
             picture, _, kept = str(image.image).partition(".")
             pixels = self.tar.picture(index, str(image.image)) if kept else None
-            return replace(image, image=pixels, encoded=made.get(picture, {}))
+            return replace(image, image=pixels, encoded=encodings.get(picture, {}))
 
         return self.tar.row(index).map_images(filled)
 
@@ -115,10 +115,10 @@ def refuse_stale(sources: Mapping[str, Any], digest: Callable[[str], str]) -> No
     empty one describes none)."""
     for name, source in sources.items():
         source = _inner(source)
-        for encoder, made in source.digests.items() if isinstance(source, Encoded) else ():
-            if made != (now := digest(encoder)) and now:
+        for encoder, stored in source.digests.items() if isinstance(source, Encoded) else ():
+            if stored != (now := digest(encoder)) and now:
                 raise ValueError(
-                    f"data set {name!r} was encoded by another {encoder!r} (digest {made}) than this model's (digest "
+                    f"data set {name!r} was encoded by another {encoder!r} (digest {stored}) than this model's (digest "
                     f"{now}): its weights or settings changed. Encode it again (diptych data precompute)"
                 )
 
@@ -222,14 +222,14 @@ def precompute(
             for at in range(rows.start, rows.stop, WINDOW):
                 window, good = range(at, min(at + WINDOW, rows.stop)), {}
                 for number in window:
-                    if isinstance(found := next(seen), str):
-                        done["skipped"][f"{source.name}/{number}"] = found
+                    if isinstance(error := next(seen), str):
+                        done["skipped"][f"{source.name}/{number}"] = error
                     else:
-                        good[number] = found
-                made = _encode(model, {i: shown for i, (_, shown) in good.items()}, set(names), dtype, batch)
+                        good[number] = error
+                encodings = _encode(model, {i: shown for i, (_, shown) in good.items()}, set(names), dtype, batch)
                 for number, (sample, _) in good.items():
-                    done["pictures"] += sum(map(bool, made[number]))
-                    _add(tar, f"{number:09d}", sample, made[number], model.lay_out)
+                    done["pictures"] += sum(map(bool, encodings[number]))
+                    _add(tar, f"{number:09d}", sample, encodings[number], model.lay_out)
                 done["rows"] += len(good)
                 progress(len(window))
         done["bytes"] += (folder / shard_name(k)).stat().st_size
@@ -262,15 +262,15 @@ def _encode(
         for number, inputs in enumerate(pictures):
             for encoder in inputs.keys() & names:
                 groups.setdefault((encoder, inputs[encoder].shape, inputs[encoder].dtype), []).append((row, number))
-    made: dict[int, list[dict[str, Tensor]]] = {row: [{} for _ in pictures] for row, pictures in shown.items()}
+    encodings: dict[int, list[dict[str, Tensor]]] = {row: [{} for _ in pictures] for row, pictures in shown.items()}
     for (encoder, *_), places in sorted(groups.items(), key=str):
         for at in range(0, len(places), batch):
             some = places[at : at + batch]
             out = model.encode(encoder, torch.stack([shown[r][n][encoder] for r, n in some]).to(model.device)).cpu()
             for (row, number), tensor in zip(some, out, strict=True):
                 kept = DTYPES[dtype] if dtype and tensor.is_floating_point() else tensor.dtype
-                made[row][number][encoder] = tensor.to(kept).clone()
-    return made
+                encodings[row][number][encoder] = tensor.to(kept).clone()
+    return encodings
 
 
 def _add(

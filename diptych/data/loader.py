@@ -173,12 +173,12 @@ class Stream:
     def _refill(self, skipped: dict[str, str]) -> None:
         run = 0
         while len(self.pending) < self.plan.ahead:
-            made = self._lay_out(self.mixture.draw())
-            if isinstance(made, Pending):
-                self.pending.append(made)
+            pending = self._lay_out(self.mixture.draw())
+            if isinstance(pending, Pending):
+                self.pending.append(pending)
                 run = 0
                 continue
-            skipped[made.name] = made.reason
+            skipped[pending.name] = pending.reason
             run += 1
             # the consumer counts over all streams; this ends a stream that would never yield a row
             if run > self.most or len(skipped) > self.most:
@@ -345,8 +345,8 @@ class Loader:
         Rows raise ``ValueError`` where more than ``skip_limit`` samples were bad, and whatever a source or ``lay_out``
         raises otherwise; a worker that dies raises ``ChildProcessError`` at once."""
         numbers = tuple(range(self.rank, self.plan.streams, self.world))
-        made = Rows(self._stream, numbers, dict(self._states), self._rows)
-        with read_ahead(made, self.workers) as items:
+        rows = Rows(self._stream, numbers, dict(self._states), self._rows)
+        with read_ahead(rows, self.workers) as items:
             yield self._counted(items)
 
     def _counted(self, items: Iterator[tuple[int, Batch, Stats, dict[str, Any]]]) -> Iterator[Row]:

@@ -173,20 +173,22 @@ def _check_type(file: Path, column: str, type: Any) -> None:
     """Raises ``ValueError`` naming file, column and type for a type that a column cannot be read from."""
     import pyarrow.types as t
 
-    def value(of: Any) -> Any:
-        return of.value_type if t.is_dictionary(of) else of
+    def value(arrow: Any) -> Any:
+        return arrow.value_type if t.is_dictionary(arrow) else arrow
 
-    def text(of: Any) -> bool:
-        return t.is_string(of) or t.is_large_string(of) or t.is_string_view(of) or t.is_null(of)
+    def text(arrow: Any) -> bool:
+        return t.is_string(arrow) or t.is_large_string(arrow) or t.is_string_view(arrow) or t.is_null(arrow)
 
-    def data(of: Any) -> bool:
-        return t.is_binary(of) or t.is_large_binary(of) or t.is_binary_view(of) or t.is_fixed_size_binary(of)
+    def data(arrow: Any) -> bool:
+        return (
+            t.is_binary(arrow) or t.is_large_binary(arrow) or t.is_binary_view(arrow) or t.is_fixed_size_binary(arrow)
+        )
 
-    def picture(of: Any) -> bool:
-        return data(of) or t.is_null(of) or (t.is_struct(of) and of.get_field_index("bytes") >= 0)
+    def picture(arrow: Any) -> bool:
+        return data(arrow) or t.is_null(arrow) or (t.is_struct(arrow) and arrow.get_field_index("bytes") >= 0)
 
-    def a_list(of: Any) -> bool:
-        return t.is_list(of) or t.is_large_list(of) or t.is_fixed_size_list(of)
+    def a_list(arrow: Any) -> bool:
+        return t.is_list(arrow) or t.is_large_list(arrow) or t.is_fixed_size_list(arrow)
 
     type = value(type)
     allowed, wanted = {

@@ -119,13 +119,13 @@ def _reaping(workers: set[BaseProcess]) -> Iterator[None]:
 def _cause_of_death(worker: BaseProcess) -> str:
     """What to tell about a worker that died."""
     code = worker.exitcode or 0
-    how = f"ended with exit code {code}"
+    cause = f"ended with exit code {code}"
     if code < 0:
-        how = f"was killed by signal {-code}"
+        cause = f"was killed by signal {-code}"
         with suppress(ValueError):
-            how = f"was killed by {signal.Signals(-code).name}"
+            cause = f"was killed by {signal.Signals(-code).name}"
     memory = "; the machine may be out of memory: use fewer workers (--set workers=0)" if code == -9 else ""
-    return f"a loader worker (process {worker.pid}) {how}{memory}"
+    return f"a loader worker (process {worker.pid}) {cause}{memory}"
 
 
 def _check_temporary(folder: str) -> None:

@@ -168,8 +168,8 @@ def _versions() -> dict[str, str]:
         version = metadata.version("diptych")
     except metadata.PackageNotFoundError:
         version = "not installed"
-    own = {"diptych": version, "python": platform.python_version(), "torch": torch.__version__}
-    return own | {"numpy": np.__version__, "pillow": PIL.__version__}
+    versions = {"diptych": version, "python": platform.python_version(), "torch": torch.__version__}
+    return versions | {"numpy": np.__version__, "pillow": PIL.__version__}
 
 
 def prompts_hash(items: Sequence[Item]) -> str:

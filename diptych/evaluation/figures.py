@@ -64,8 +64,8 @@ def intervals(scores: Mapping[str, Mapping[str, Score]]) -> bytes:
     arms = list(next(iter(scores.values())))
     figure = Figure(figsize=(3.8 * len(scores), 0.9 + 0.36 * len(arms)), dpi=140, layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(scores), sharey=True))
-    for ax, (title, of) in zip(axes, scores.items(), strict=True):
-        for y, score in enumerate(of.values()):
+    for ax, (title, by_arm) in zip(axes, scores.items(), strict=True):
+        for y, score in enumerate(by_arm.values()):
             ax.plot([score.low, score.high], [y, y], color="C0", linewidth=1.6)
             ax.plot(score.value, y, "o", color="C0", markersize=5)
         ax.set_title(title, fontsize=10)
@@ -83,9 +83,9 @@ def bars(categories: Sequence[str], scores: Mapping[str, Mapping[str, Score]]) -
     n, thick = len(scores), 0.8 / len(scores)
     figure = Figure(figsize=(7.6, 0.7 + 0.26 * len(categories) * max(1.0, 0.7 * n)), dpi=140, layout="constrained")
     ax = figure.subplots()
-    for k, (model, of) in enumerate(scores.items()):
-        rows = [i for i, c in enumerate(categories) if c in of]
-        some = [of[categories[i]] for i in rows]
+    for k, (model, by_category) in enumerate(scores.items()):
+        rows = [i for i, c in enumerate(categories) if c in by_category]
+        some = [by_category[categories[i]] for i in rows]
         y = np.array(rows) + (k - (n - 1) / 2) * thick
         arms = [[max(0.0, s.value - s.low) for s in some], [max(0.0, s.high - s.value) for s in some]]
         ax.barh(y, [s.value for s in some], thick * 0.9, color=f"C{k}", label=model, alpha=0.85)
@@ -112,12 +112,12 @@ Line = tuple[np.ndarray, np.ndarray]
 def _series(metrics: str | Path | Iterable[Mapping[str, Any]]) -> tuple[dict[str, Line], list[Line]]:
     if isinstance(metrics, (str, Path)):
         metrics = read_metrics(metrics)
-    found: dict[str, list[tuple[float, float]]] = {}
+    points: dict[str, list[tuple[float, float]]] = {}
     for row in metrics:
         if "step" in row:
             for name, value in _numbers(row):
-                found.setdefault(name, []).append((row["step"], value))
-    lines = {name: (np.array(pairs)[:, 0], np.array(pairs)[:, 1]) for name, pairs in found.items()}
+                points.setdefault(name, []).append((row["step"], value))
+    lines = {name: (np.array(pairs)[:, 0], np.array(pairs)[:, 1]) for name, pairs in points.items()}
     losses = {n: line for n, line in lines.items() if "loss" in n.lower() and "weight" not in n.lower()}
     return losses, [line for n, line in lines.items() if n.endswith("tokens_per_second")]
 

@@ -31,16 +31,16 @@ def read(path: Path, *keys: str) -> list[dict]:
     if whole != data:
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    found = rows(path, whole)
-    for row in found:
+    kept = rows(path, whole)
+    for row in kept:
         for key in keys:
             field(row, (key,), f"{path}: a row")
-    return found
+    return kept
 
 
 def rows(path: Path, data: bytes | None = None) -> list[dict]:
     """The rows of a user's jsonl file, which is not changed. Raises ``ValueError`` naming the line."""
-    found = []
+    parsed = []
     for number, line in enumerate((path.read_bytes() if data is None else data).splitlines(), 1):
         if not line.strip():
             continue
@@ -50,8 +50,8 @@ def rows(path: Path, data: bytes | None = None) -> list[dict]:
             raise ValueError(f"{path} line {number} is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path} line {number} is not an object: {row!r}")
-        found.append(row)
-    return found
+        parsed.append(row)
+    return parsed
 
 
 def load(path: Path) -> Any:

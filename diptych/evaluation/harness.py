@@ -205,8 +205,8 @@ def _joined(work: _Work, result: Result, tasks: Iterable[str]) -> Result:
         outcomes += (some := lmms.read_lmms_samples(file))
         if some:
             work.card["prompts"][some[0].item.benchmark] = cards.prompts_hash([o.item for o in some])
-            made = [_row(o.item, 1, {}, text=o.text or "") for o in some]
-            for stem, rows in ("items", made), ("scores", [{"id": o.item.id, **asdict(o.verdict)} for o in some]):
+            items = [_row(o.item, 1, {}, text=o.text or "") for o in some]
+            for stem, rows in ("items", items), ("scores", [{"id": o.item.id, **asdict(o.verdict)} for o in some]):
                 known = {row["id"] for row in files.read(work.folder / f"{stem}.jsonl")}
                 files.append(work.folder / f"{stem}.jsonl", [row for row in rows if row["id"] not in known])
     cards.write(work.folder, work.card)
@@ -344,10 +344,10 @@ class _Maker:
         """Makes what is missing of a benchmark. An item that the model refuses gets the reason. Where the model refuses
         every item of the first batch, or a server is gone, the ``ValueError`` is raised: no item is at fault."""
         work, engine = self.work, self.engine
-        made = _finished(work.folder, {i.id for i in work.items[benchmark.name]})
+        outputs = _finished(work.folder, {i.id for i in work.items[benchmark.name]})
         ready_made = isinstance(engine, Pictures) and benchmark.task == "draw"  # ``expect`` has seen some of them
-        worked = ready_made or any("error" not in row for row in made.values())
-        todo = [[i for i in chunk if i.id not in made] for chunk in work.chunks(benchmark, self.batch_size)]
+        worked = ready_made or any("error" not in row for row in outputs.values())
+        todo = [[i for i in chunk if i.id not in outputs] for chunk in work.chunks(benchmark, self.batch_size)]
         task = work.bar.add_task(benchmark.name, total=sum(map(len, todo)))
         for some in filter(None, todo):
             rows, refusal = (self._each if isinstance(engine, Endpoint) else self._together)(benchmark, some)
@@ -424,9 +424,9 @@ class _Maker:
         return rows
 
 
-def _row(item: Item, batch: int, parameters: Mapping[str, Any], **made: str) -> dict:
+def _row(item: Item, batch: int, parameters: Mapping[str, Any], **output: str) -> dict:
     row = {"id": item.id, "benchmark": item.benchmark, "category": item.category, "prompt": item.prompt}
-    return row | {"seed": item.seed, "cluster": item.cluster, **made, "batch": batch, "parameters": dict(parameters)}
+    return row | {"seed": item.seed, "cluster": item.cluster, **output, "batch": batch, "parameters": dict(parameters)}
 
 
 def _finished(folder: Path, ids: set[str]) -> dict[str, dict]:
@@ -441,18 +441,18 @@ def _finished(folder: Path, ids: set[str]) -> dict[str, dict]:
 def _scored(work: _Work) -> Result:
     """Judges every item from the folder alone and computes the scores. A verdict in ``scores.jsonl`` is kept where the
     answer or picture and the scorer are the same. Raises ``ValueError`` for an item that is not finished."""
-    made: dict[str, dict] = {}
+    outputs: dict[str, dict] = {}
     for benchmark in work.benchmarks:
         items = work.items[benchmark.name]
         done = _finished(work.folder, {i.id for i in items})
         if missing := [i.id for i in items if i.id not in done]:
             raise ValueError(f"{len(missing)} items of {benchmark.name} are not finished, first {missing[0]}")
-        made |= done
+        outputs |= done
     known = {row["id"]: row for row in files.read(work.folder / "scores.jsonl")}
     for benchmark in work.benchmarks:
         task = work.bar.add_task(f"scoring {benchmark.name}", total=len(work.items[benchmark.name]))
         for chunk in work.chunks(benchmark, 64):
-            _judge(work, benchmark, chunk, made, known)
+            _judge(work, benchmark, chunk, outputs, known)
             work.bar.advance(task, len(chunk))
     work.join("scores")
     known = {row["id"]: row for row in files.read(work.folder / "scores.jsonl")}
@@ -460,7 +460,7 @@ def _scored(work: _Work) -> Result:
     scores: dict[str, Score] = {}
     baselines: Baselines = {}
     for benchmark in work.benchmarks:
-        some = [_outcome(work.folder, i, made[i.id], known[i.id]) for i in work.items[benchmark.name]]
+        some = [_outcome(work.folder, i, outputs[i.id], known[i.id]) for i in work.items[benchmark.name]]
         scores |= benchmark.scores(some)
         baselines |= benchmark.baselines(work.items[benchmark.name], work.sides[benchmark.name] or 0)
         outcomes += some
@@ -474,19 +474,21 @@ def _scored(work: _Work) -> Result:
 
 def _unscored(work: _Work) -> Result:
     """The outcomes of every item, without verdicts and scores."""
-    made = {row["id"]: row for row in files.read(work.folder / "items.jsonl")}
+    outputs = {row["id"]: row for row in files.read(work.folder / "items.jsonl")}
     every = [item for items in work.items.values() for item in items]
-    outcomes = tuple(replace(_outcome(work.folder, i, made[i.id], asdict(UNJUDGED)), verdict=UNJUDGED) for i in every)
+    outcomes = tuple(
+        replace(_outcome(work.folder, i, outputs[i.id], asdict(UNJUDGED)), verdict=UNJUDGED) for i in every
+    )
     return Result({}, {}, work.card, sum(o.error is not None for o in outcomes), outcomes)
 
 
 def _judge(
-    work: _Work, benchmark: Benchmark, items: list[Item], made: Mapping[str, dict], known: Mapping[str, dict]
+    work: _Work, benchmark: Benchmark, items: list[Item], outputs: Mapping[str, dict], known: Mapping[str, dict]
 ) -> None:
     """Writes the verdicts that these items lack, or whose answer, picture or scorer has changed."""
     rows, waiting, judged, hashes = [], [], [], {}
     for item in items:
-        row = made[item.id]
+        row = outputs[item.id]
         image = None
         if "file" in row:
             image = open_picture(work.folder / row["file"])
@@ -508,9 +510,9 @@ def _judge(
 
 def _hash(benchmark: Benchmark, row: Mapping[str, Any], image: PIL.Image.Image | None) -> str:
     """A hash of the answer or picture and of the scorer: where either changes, the item is judged again."""
-    made = row.get("text", row.get("error", "")).encode() if image is None else rgb(image).tobytes()
+    output = row.get("text", row.get("error", "")).encode() if image is None else rgb(image).tobytes()
     scorer = json.dumps(benchmark.scorer, sort_keys=True).encode() if benchmark.scorer else b""
-    return hashlib.sha256(made + scorer).hexdigest()[:16]
+    return hashlib.sha256(output + scorer).hexdigest()[:16]
 
 
 def write_layout(folder: str | Path, result: Result, benchmarks: Sequence[Benchmark]) -> list[Path]:

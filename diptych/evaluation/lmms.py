@@ -34,7 +34,7 @@ MAX_NEW_TOKENS = 1024  # where a task names no length
 def messages(raw: Sequence[Mapping]) -> tuple[Message, ...]:
     """lmms-eval's chat messages (role; content of text and image parts) as ours; a system's text goes before the
     user's. Raises ``ValueError`` for video and sound."""
-    found: list[Message] = []
+    conversation: list[Message] = []
     before: list[Text | Image] = []
     for m in raw:
         parts: list[Text | Image] = []
@@ -49,9 +49,9 @@ def messages(raw: Sequence[Mapping]) -> tuple[Message, ...]:
         if m["role"] == "system":
             before += parts
         else:
-            found.append(Message(m["role"], (*before, *parts)))
+            conversation.append(Message(m["role"], (*before, *parts)))
             before = []
-    return tuple(found)
+    return tuple(conversation)
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,15 @@ def lmms_model(engine: Any, batch_size: int = 8, answering: Answering = DEFAULT)
             for i, request in enumerate(requests):
                 alike.setdefault(Generation.of(request.args[2], answering), []).append(i)
             out = [""] * len(requests)
-            for how, members in alike.items():
-                nucleus = {} if how.top_p == 1 else {"top_p": how.top_p}
+            for generation, members in alike.items():
+                nucleus = {} if generation.top_p == 1 else {"top_p": generation.top_p}
                 for some in (members[k : k + batch_size] for k in range(0, len(members), batch_size)):
                     samples = [self._sample(requests[i], i) for i in some]
-                    answers = engine.answers(samples, how.max_new_tokens, how.temperature, 0, batch_size, **nucleus)
+                    answers = engine.answers(
+                        samples, generation.max_new_tokens, generation.temperature, 0, batch_size, **nucleus
+                    )
                     for i, answer in zip(some, answers, strict=True):
-                        out[i] = how.cut(spoken(answer.text) if answering.thinking else answer.text)
+                        out[i] = generation.cut(spoken(answer.text) if answering.thinking else answer.text)
                         self.cache_hook.add_partial("generate_until", requests[i].args[:2], out[i])
             return out
 
@@ -171,9 +173,9 @@ def run_lmms(
         there = file.is_file()
         processes.gather(None)  # every process has looked before the first one writes
         if there:
-            if (made := files.load(file)["card"]) != who:
-                differs = next(k for k in who if made.get(k) != who[k])
-                raise ValueError(f"{file} was made with {differs} = {made.get(differs)!r}; use another folder")
+            if (stored := files.load(file)["card"]) != who:
+                differs = next(k for k in who if stored.get(k) != who[k])
+                raise ValueError(f"{file} was made with {differs} = {stored.get(differs)!r}; use another folder")
         else:
             with _whole_pictures():
                 done = _lmms("lmms_eval.evaluator").simple_evaluate(

@@ -82,11 +82,11 @@ def read_wise(file: Path) -> dict[str, Score]:
 
 def read_dpg(file: Path) -> dict[str, Score]:
     """The numbers of DPG-Bench's ``_results.txt``: lines that end in "NAME: NUMBER"."""
-    found = re.findall(
+    numbers = re.findall(
         r"^\s*([A-Za-z][\w \-/().]*?)\s*[:=]\s*(-?\d+(?:\.\d+)?)\s*%?\s*$", file.read_text("utf-8"), re.M
     )
     scores = {}
-    for name, value in found:
+    for name, value in numbers:
         key = re.sub(r"\W+", "-", name.strip().lower()).strip("-")
         key = "overall" if "dpg" in key else key
         scores[f"dpg@official[mplug]/{key}"] = Score(float(value), float(value), float(value), 0)
@@ -133,8 +133,8 @@ def read_imgedit(file: Path) -> dict[str, Score]:
     if {k.lower() for k in numbers} >= set(aggregate.IMGEDIT):
         types = {k.lower(): v for k, v in numbers.items()}
         value = aggregate.imgedit(types)
-        found = {f"imgedit@basic[official]/{k}": Score(types[k], types[k], types[k], 0) for k in aggregate.IMGEDIT}
-        return {"imgedit@basic[official]/overall": Score(value, value, value, 0)} | found
+        scores = {f"imgedit@basic[official]/{k}": Score(types[k], types[k], types[k], 0) for k in aggregate.IMGEDIT}
+        return {"imgedit@basic[official]/overall": Score(value, value, value, 0)} | scores
     return {"imgedit@basic[official]/items": Score(*intervals.mean(list(numbers.values())), len(numbers))}
 
 

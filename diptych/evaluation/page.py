@@ -166,7 +166,7 @@ def _check(path: Path, mark: str, force: bool) -> None:
 @cache
 def _templates() -> jinja2.Environment:
     """The templates with their filters; whatever a template prints is escaped."""
-    made = jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -174,10 +174,10 @@ def _templates() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters |= {"data_uri": data_uri, "anchor": _anchor, "bar": _bar, "breakable": _breakable}
-    made.tests |= {"score": lambda cell: isinstance(cell, Score)}
-    made.globals |= {"kind": lambda section: type(section).__name__}
-    return made
+    environment.filters |= {"data_uri": data_uri, "anchor": _anchor, "bar": _bar, "breakable": _breakable}
+    environment.tests |= {"score": lambda cell: isinstance(cell, Score)}
+    environment.globals |= {"kind": lambda section: type(section).__name__}
+    return environment
 
 
 def _anchor(id: str) -> str:

@@ -240,8 +240,8 @@ class Pictures:
             for f in sorted(stem.parent.iterdir()) if stem.parent.is_dir() else ():
                 if f.suffix.lower() in SUFFIXES:
                     there.setdefault(_number(f.stem), []).append(f)
-        found = self.listed[stem.parent].get(_number(stem.name), ())
-        best = min(found, key=lambda f: (f.stem != stem.name, SUFFIXES.index(f.suffix.lower())), default=None)
+        numbered = self.listed[stem.parent].get(_number(stem.name), ())
+        best = min(numbered, key=lambda f: (f.stem != stem.name, SUFFIXES.index(f.suffix.lower())), default=None)
         return best, f"{stem}{{{','.join(SUFFIXES)}}}"
 
 

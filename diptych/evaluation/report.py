@@ -28,21 +28,21 @@ def sections(
     if not results:
         raise ValueError("a report needs at least one result")
     name, last = list(results.items())[-1]
-    found: list[Section] = [score_table(results), *charts(results)]
+    page: list[Section] = [score_table(results), *charts(results)]
     if metrics is not None:
         from diptych.evaluation.figures import curves
 
-        found.append(Figure("Training", curves(metrics), "Faint: every logged step. Bold: smoothed."))
-    for benchmark, of in _by_benchmark(last).items():
-        if any(o.text is not None for o in of):
-            found += answers(benchmark, of, name, per_category)
+        page.append(Figure("Training", curves(metrics), "Faint: every logged step. Bold: smoothed."))
+    for benchmark, group in _by_benchmark(last).items():
+        if any(o.text is not None for o in group):
+            page += answers(benchmark, group, name, per_category)
         else:
-            found += drawings(benchmark, of, name, per_category)
-        found.append(verdicts(benchmark, of, per_category))
-    found.append(card_table(last))
+            page += drawings(benchmark, group, name, per_category)
+        page.append(verdicts(benchmark, group, per_category))
+    page.append(card_table(last))
     if commands:
-        found.append(Text("Reproduce", "", commands))
-    return found
+        page.append(Text("Reproduce", "", commands))
+    return page
 
 
 def score_table(results: Mapping[str, Result]) -> Table:
@@ -70,40 +70,40 @@ def charts(results: Mapping[str, Result]) -> list[Figure]:
             stamp, slash, category = name.partition("/")
             if slash and category not in groups.setdefault(stamp, []):
                 groups[stamp].append(category)
-    found = []
+    figures = []
     for stamp, categories in groups.items():
         scores = {
             model: {c: r.scores[f"{stamp}/{c}"] for c in categories if f"{stamp}/{c}" in r.scores}
             for model, r in results.items()
         }
         if len(categories) >= 3 and any(scores.values()):
-            found.append(Figure(f"{stamp} by category", bars(categories, scores)))
-    return found
+            figures.append(Figure(f"{stamp} by category", bars(categories, scores)))
+    return figures
 
 
 def drawings(benchmark: str, outcomes: Sequence[Outcome], name: str, per_category: int = 6) -> list[Gallery]:
     """One gallery for each category of a drawing benchmark; the pictures that the model was shown come first."""
-    found = []
-    for category, of in by_category(outcomes).items():
+    galleries = []
+    for category, group in by_category(outcomes).items():
         shown = []
-        for o in _worst_first(of)[:per_category]:
+        for o in _worst_first(group)[:per_category]:
             before = [files.picture(i.image) for i in o.item.sample.images() if i.image is not None]
             images = (*before, *([o.image] if o.image is not None else []))
             shown.append(Shown(images, o.item.prompt, o.verdict.ok, o.verdict.reason, o.item.id))
-        found.append(Gallery(f"{benchmark}: {category} · {name}", tuple(shown), _tally(of)))
-    return found
+        galleries.append(Gallery(f"{benchmark}: {category} · {name}", tuple(shown), _tally(group)))
+    return galleries
 
 
 def answers(benchmark: str, outcomes: Sequence[Outcome], name: str, per_category: int = 6) -> list[Questions]:
     """Questions of each category with their answers and the expected ones."""
     groups = by_category(outcomes).values()
-    asked = [_asked(o) for of in groups for o in _worst_first(of)[:per_category]]
+    asked = [_asked(o) for group in groups for o in _worst_first(group)[:per_category]]
     return [Questions(f"{benchmark} · {name}", tuple(asked), _tally(outcomes))]
 
 
 def verdicts(benchmark: str, outcomes: Sequence[Outcome], per_category: int = 6) -> Verdicts:
     """Every verdict of a benchmark, failures first; those that are shown on the page are linked."""
-    seen = {o.item.id for of in by_category(outcomes).values() for o in _worst_first(of)[:per_category]}
+    seen = {o.item.id for group in by_category(outcomes).values() for o in _worst_first(group)[:per_category]}
     rows = [
         (o.item.id, o.item.id in seen, o.verdict.ok, o.verdict.grade, o.verdict.reason or (o.text or ""))
         for o in _worst_first(outcomes)

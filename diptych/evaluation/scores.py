@@ -117,7 +117,7 @@ Judge = Callable[[Sequence[Item], Sequence[Any]], list[Verdict]]  # of several i
 
 def each(judge: Callable[[Item, Any], Verdict]) -> Judge:
     """A judge of several items from a judge of one."""
-    return lambda items, made: [judge(item, m) for item, m in zip(items, made, strict=True)]
+    return lambda items, outputs: [judge(item, m) for item, m in zip(items, outputs, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -171,8 +171,8 @@ def weighted(
     """The weighted mean of the groups' mean grades; ``weights`` sum to 1."""
     low, high = scale
     units = {
-        k: ([(o.verdict.grade - low) / (high - low) for o in of], [o.item.cluster for o in of])
-        for k, of in groups.items()
+        k: ([(o.verdict.grade - low) / (high - low) for o in group], [o.item.cluster for o in group])
+        for k, group in groups.items()
     }
     score = macro(units, weights=[weights[k] for k in units], graded=True)
     value, least, most = (low + v * (high - low) for v in (score.value, score.low, score.high))

@@ -30,13 +30,13 @@ class HostNames:
     every address (0.0.0.0, ::) answers to any address, too: only names can be re-pointed."""
 
     def __init__(self, bound: str, names: tuple[str, ...] = ()) -> None:
-        own = {}
+        parsed = {}
         for name in (bound, *names):
-            own[name] = host_name(f"[{name}]" if name.count(":") > 1 and not name.startswith("[") else name)
-            if own[name] is None:
+            parsed[name] = host_name(f"[{name}]" if name.count(":") > 1 and not name.startswith("[") else name)
+            if parsed[name] is None:
                 raise ValueError(f"{name!r} is not a host name or an address")
-        self.names = LOCAL | {name for name in own.values() if name}
-        self.any_address = own[bound] in ("0.0.0.0", "::")
+        self.names = LOCAL | {name for name in parsed.values() if name}
+        self.any_address = parsed[bound] in ("0.0.0.0", "::")
 
     def __contains__(self, header: str) -> bool:
         """Whether a ``Host`` header names this server."""

@@ -28,11 +28,11 @@ def listen(host: str, port: int) -> list[socket.socket]:
     if not 0 <= port < 65536:
         raise ValueError(f"port must lie between 0 and 65535, not {port}")
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise ValueError(f"host {host!r} cannot be found") from error
     sockets: list[socket.socket] = []
-    for kind, address in dict.fromkeys((f, (a[0], *a[1:])) for f, _, _, _, a in found):
+    for kind, address in dict.fromkeys((f, (a[0], *a[1:])) for f, _, _, _, a in addresses):
         one = socket.socket(kind, socket.SOCK_STREAM)
         sockets.append(one)
         try:

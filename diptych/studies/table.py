@@ -74,8 +74,8 @@ def _on_language_model(recipe: Recipe, model: str) -> Recipe:
 
 def _reader_study(title: str, arms: Mapping[str, tuple], base: str) -> Study:
     """Arms that read digits, trained from random weights."""
-    made = {arm: _reader(settings) for arm, settings in arms.items()}
-    return Study(title, made, base, model=None, steps=1500, benchmarks=("glyphs-read",))
+    recipes = {arm: _reader(settings) for arm, settings in arms.items()}
+    return Study(title, recipes, base, model=None, steps=1500, benchmarks=("glyphs-read",))
 
 
 # --- Cheers -----------------------------------------------------------------------------------------------------------

@@ -33,12 +33,12 @@ def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = Non
     if tokenizer is None:
         tokenizer = _tokenizer(recipe)
 
-    def prepare(made: Trainable, place: str | None = None) -> None:
-        lora.inject(made, recipe.lora, recipe.seed)
-        narrow(made, recipe.engine, ever_trained(made, recipe.stages))
+    def prepare(model: Trainable, place: str | None = None) -> None:
+        lora.inject(model, recipe.lora, recipe.seed)
+        narrow(model, recipe.engine, ever_trained(model, recipe.stages))
         if place:
-            made.to(place)  # narrow already: the device need not hold the whole in float32
-        spread(made, recipe.engine, recipe.precision, device, ever_trained(made, recipe.stages))
+            model.to(place)  # narrow already: the device need not hold the whole in float32
+        spread(model, recipe.engine, recipe.precision, device, ever_trained(model, recipe.stages))
 
     if sharded(recipe.engine) and resuming:
         model = store.create(name, config, tokenizer, "meta")
@@ -114,10 +114,10 @@ def _module(model: Trainable, path: str, name: str) -> nn.Module:
 
 def copy(model: Trainable, weights: dict[str, torch.Tensor], precision: str) -> Trainable:
     """A model of its own with these weights; what is trained in bf16 is used in bf16."""
-    made = store.create(model.family, model.config, model.tokenizer, "meta")
+    clone = store.create(model.family, model.config, model.tokenizer, "meta")
     if precision == "bf16":
-        parts = by_part(made)
-        lower = {n for part in parts.keys() - made.frozen for n in parts[part]}
+        parts = by_part(clone)
+        lower = {n for part in parts.keys() - clone.frozen for n in parts[part]}
         weights = {n: w.to(torch.bfloat16) if n in lower else w for n, w in weights.items()}
-    made.load_state_dict(weights, assign=True)
-    return made.to(model.device).eval()
+    clone.load_state_dict(weights, assign=True)
+    return clone.to(model.device).eval()

@@ -155,9 +155,9 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     for path in reversed(available(folder)):
         try:
             meta = read_meta(path)
-            found, written = _checksums(path) | {"meta.json": _checksum(meta)}, meta.get("checksums", {})
-            written.setdefault("meta.json", found["meta.json"])  # of runs before 2026-11-22
-            if bad := sorted(f for f in written.keys() | found.keys() if written.get(f) != found.get(f)):
+            checksums, written = _checksums(path) | {"meta.json": _checksum(meta)}, meta.get("checksums", {})
+            written.setdefault("meta.json", checksums["meta.json"])  # of runs before 2026-11-22
+            if bad := sorted(f for f in written.keys() | checksums.keys() if written.get(f) != checksums.get(f)):
                 raise ValueError(f"checkpoint {path} is damaged: {', '.join(bad)} is not what was written")
             return path, wrong
         except ValueError as error:

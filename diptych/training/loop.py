@@ -107,8 +107,8 @@ def train(
         asked_for, recipe = recipe.precision, _settled(recipe, device, run if resume else None)
         together(lambda: _prepare(run, recipe, resume) if rank == 0 else None)
         find = resume and rank == 0
-        found = together(lambda: checkpoint.newest(run / "checkpoints") if find else (None, []))
-        saved, damaged = gather(found)[0]
+        candidates = together(lambda: checkpoint.newest(run / "checkpoints") if find else (None, []))
+        saved, damaged = gather(candidates)[0]
         model = build(recipe, device, resuming=saved is not None)
         _check(recipe, model)
         state, meta = State(model), None

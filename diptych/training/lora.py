@@ -34,8 +34,8 @@ def inject(model: Trainable, ranks: Mapping[str, int], seed: int) -> None:
     parts = by_part(model)
     wanted: dict[str, int] = {}
     for part, rank in select(model, {part: float(rank) for part, rank in ranks.items()}).items():
-        found = {n.rpartition(".")[0] for n in parts[part]} & layers
-        wanted |= dict.fromkeys(found, int(rank))
+        targets = {n.rpartition(".")[0] for n in parts[part]} & layers
+        wanted |= dict.fromkeys(targets, int(rank))
     for part in ranks:
         if not any(n.rpartition(".")[0] in wanted for p in named(model, part) for n in parts[p]):
             raise ValueError(f"part {part!r} of {model.family} has no linear layer in a block for lora to change")
@@ -83,8 +83,8 @@ def apply(model: nn.Module, file: str | Path, sign: int = 1) -> None:
 
     state, weights = load_file(file), dict(model.named_parameters())
     for name in (n for n in state if DOWN in n):
-        own = name.replace(DOWN, ".")
+        weight = name.replace(DOWN, ".")
         down, up = state[name].float(), state[name.replace(DOWN, UP)].float()
-        if own not in weights or weights[own].shape != (up.shape[0], down.shape[1]):
-            raise ValueError(f"{file}: the model has no weight {own!r} of {up.shape[0]} x {down.shape[1]}")
-        weights[own].add_((sign * up @ down).to(weights[own].device, weights[own].dtype))
+        if weight not in weights or weights[weight].shape != (up.shape[0], down.shape[1]):
+            raise ValueError(f"{file}: the model has no weight {weight!r} of {up.shape[0]} x {down.shape[1]}")
+        weights[weight].add_((sign * up @ down).to(weights[weight].device, weights[weight].dtype))

@@ -125,12 +125,12 @@ def build(
     adamw, muon = [], []
     for part, parameters in parts.items():
         for decays in (True, False):
-            own = [p for p in parameters.values() if id(p) not in matrices and (id(p) in weights) == decays]
-            if own:
+            group = [p for p in parameters.values() if id(p) not in matrices and (id(p) in weights) == decays]
+            if group:
                 decay = config.weight_decay if decays else 0.0
-                adamw.append({"params": own, "lr": rates[part], "peak": rates[part], "weight_decay": decay})
-        if own := [p for p in parameters.values() if id(p) in matrices]:
-            muon.append({"params": own, "lr": rates[part], "peak": rates[part], "weight_decay": config.weight_decay})
+                adamw.append({"params": group, "lr": rates[part], "peak": rates[part], "weight_decay": decay})
+        if group := [p for p in parameters.values() if id(p) in matrices]:
+            muon.append({"params": group, "lr": rates[part], "peak": rates[part], "weight_decay": config.weight_decay})
     optimizers: list[torch.optim.Optimizer] = []
     if adamw and config.name == "adamw8bit":
         try:

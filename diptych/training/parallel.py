@@ -85,14 +85,14 @@ def spread(model: Trainable, engine: Engine, precision: str, device: str, traine
     inside = {p for block in trunk for p in block.parameters()}
     whole = {p for p in model.parameters() if p not in inside and p not in trained}
     bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    how: dict[str, Any] = {
+    options: dict[str, Any] = {
         "mesh": mesh(engine, device),
         "offload_policy": CPUOffloadPolicy() if engine.offload and device != "cpu" else OffloadPolicy(),
     }
     for block in trunk:
         block.register_forward_pre_hook(_reached)
-        fully_shard(block, mp_policy=bf16 if precision == "bf16" else MixedPrecisionPolicy(), **how)
-    fully_shard(model, reshard_after_forward=False, ignored_params=whole, **how)
+        fully_shard(block, mp_policy=bf16 if precision == "bf16" else MixedPrecisionPolicy(), **options)
+    fully_shard(model, reshard_after_forward=False, ignored_params=whole, **options)
     for module in shards(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
@@ -150,9 +150,9 @@ def each_whole(stack: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
     if not isinstance(stack, DTensor):
         return work(stack)
     by_matrix = stack.redistribute(placements=[Shard(0) if p.is_shard() else p for p in stack.placements])
-    mine = by_matrix.to_local()
+    local = by_matrix.to_local()
     done = DTensor.from_local(
-        work(mine) if len(mine) else mine.float(),
+        work(local) if len(local) else local.float(),
         stack.device_mesh,
         by_matrix.placements,
         run_check=False,
@@ -175,7 +175,7 @@ KEPT = {  # products and attention: expensive to compute, small beside what is c
 }
 
 
-def recomputed(forward: Callable, how: str) -> Callable:
+def recomputed(forward: Callable, mode: str) -> Callable:
     """A block's forward that keeps its input (``full``) or also its matrix products (``selective``) and computes the
     rest again on the way back."""
 
@@ -183,7 +183,7 @@ def recomputed(forward: Callable, how: str) -> Callable:
         return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
     more: dict[str, Any] = (
-        {"context_fn": lambda: create_selective_checkpoint_contexts(policy)} if how == "selective" else {}
+        {"context_fn": lambda: create_selective_checkpoint_contexts(policy)} if mode == "selective" else {}
     )
 
     def call(*inputs: Any, **settings: Any) -> Any:

@@ -49,8 +49,8 @@ def select(model: Trainable, train: Mapping[str, float]) -> dict[str, float]:
 def freeze(model: Trainable, train: Mapping[str, float]) -> dict[str, dict[str, nn.Parameter]]:
     """Freezes every part that ``train`` does not name (no gradient, eval mode) and returns the trained ones."""
     rates, parts = select(model, train), by_part(model)
-    for part, own in parts.items():  # where a part has adapters, they are trained in its place (training/lora.py)
-        parts[part] = {n: p for n, p in own.items() if ".lora_" in n} or own
+    for part, named in parts.items():  # where a part has adapters, they are trained in its place (training/lora.py)
+        parts[part] = {n: p for n, p in named.items() if ".lora_" in n} or named
     trained = {id(p) for part in rates for p in parts[part].values()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
@@ -80,8 +80,8 @@ def narrow(model: Trainable, engine: Engine, trained: Set[nn.Parameter]) -> None
 
 def _set_modes(module: nn.Module, parent: bool) -> None:
     """Training mode where something below is trained; a module without parameters follows its parent."""
-    own = list(module.parameters())
-    module.training = any(p.requires_grad for p in own) if own else parent
+    parameters = list(module.parameters())
+    module.training = any(p.requires_grad for p in parameters) if parameters else parent
     for child in module.children():
         _set_modes(child, module.training)
 

@@ -76,8 +76,8 @@ class Hollow(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = self.most = self.aside = 0
         self.flops: Counter[Any] = Counter()
-        own = [*model.parameters(), *model.buffers()]
-        self.known: dict[int, Any] = {p.untyped_storage()._cdata: None for p in own}
+        tensors = [*model.parameters(), *model.buffers()]
+        self.known: dict[int, Any] = {p.untyped_storage()._cdata: None for p in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

@@ -27,10 +27,10 @@ def stage_loader(recipe: Recipe, stage: Stage, model: Trainable, sources: Source
         order=recipe.order,
         buffer=recipe.buffer,
     )
-    found = sources(recipe, stage)
-    check_encoded(found, model)
+    data = sources(recipe, stage)
+    check_encoded(data, model)
     loader = Loader(
-        found,
+        data,
         plan,
         model.lay_out,
         routes=model.routes,

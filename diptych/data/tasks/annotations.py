@@ -183,7 +183,7 @@ def shrunk(a: Annotated, longest: int) -> Annotated:
     masks = None if a.masks is None else a.masks[:, ys[:, None], xs]
     kept = list(range(len(a.labels or ()))) if masks is None else np.flatnonzero(masks.any((1, 2))).tolist()
 
-    def of(values: tuple | None) -> tuple | None:
+    def kept_of(values: tuple | None) -> tuple | None:
         return None if values is None else tuple(values[i] for i in kept)
 
     def photo(image: PIL.Image.Image | None) -> PIL.Image.Image | None:
@@ -192,11 +192,11 @@ def shrunk(a: Annotated, longest: int) -> Annotated:
     return Annotated(
         a.image.resize((w, h), PIL.Image.Resampling.BICUBIC),
         None if masks is None else masks[kept],
-        of(a.labels),
+        kept_of(a.labels),
         a.classes,
-        of(a.countable),
+        kept_of(a.countable),
         None if a.boxes is None or masks is not None else a.boxes * np.array([w, h, w, h]) / np.tile(a.image.size, 2),
-        of(a.phrases),
+        kept_of(a.phrases),
         None if a.depth is None else a.depth[ys[:, None], xs],
         photo(a.view),
     )

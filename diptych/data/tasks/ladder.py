@@ -319,7 +319,7 @@ def read_boxes(drawn: np.ndarray, photo: np.ndarray) -> np.ndarray:
     least half as many of them stand in a column (or row) as in the fullest. More than 24 boxes share colours and cannot
     be told apart; nor can a box be read whose sides are half hidden under smaller ones.
     """
-    found = []
+    boxes = []
     for colour in palette("boxes").astype(int):
         near, same = (np.abs(p.astype(int) - colour).max(-1) <= 24 for p in (drawn, photo))
         sides = []
@@ -327,8 +327,8 @@ def read_boxes(drawn: np.ndarray, photo: np.ndarray) -> np.ndarray:
             (full,) = np.nonzero((2 * count >= count.max()) & (count > 0))
             sides.append((full[0], full[-1] + 1) if len(full) else None)
         if sides[0] and sides[1]:
-            found.append((sides[0][0], sides[1][0], sides[0][1], sides[1][1]))
-    return np.array(found, int).reshape(-1, 4)
+            boxes.append((sides[0][0], sides[1][0], sides[0][1], sides[1][1]))
+    return np.array(boxes, int).reshape(-1, 4)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

@@ -39,12 +39,12 @@ def render_scene(things: tuple[PlacedEmoji, ...], size: int) -> PIL.Image.Image:
 
 def scene_masks(things: tuple[PlacedEmoji, ...], size: int) -> np.ndarray:
     """Instance masks: (things, size, size) bool, true where an emoji covers at least half of the pixel."""
-    found = np.zeros((len(things), size, size), bool)
+    masks = np.zeros((len(things), size, size), bool)
     for i, thing in enumerate(things):
         pixels, paper = canvas(size, (0, 0, 0, 0))
         draw(paper, find(thing.emoji).svg, thing.left * size, thing.top * size, thing.side * size)
-        found[i] = pixels[..., 3] >= 128
-    return found
+        masks[i] = pixels[..., 3] >= 128
+    return masks
 
 
 def _place(rng: np.random.Generator, ids: list[str], cells: list[int]) -> tuple[PlacedEmoji, ...]:

@@ -166,20 +166,20 @@ def _soften(covers: np.ndarray) -> np.ndarray:
 
 def check(image: PIL.Image.Image, prompt: Prompt) -> PromptVerdict:
     """Whether a picture shows exactly what a prompt asks for and nothing else."""
-    found = tuple(detect(image))
+    objects = tuple(detect(image))
     wanted = [need for need in prompt.needs for _ in range(need.count)]
-    if len(found) != len(wanted):
-        return PromptVerdict(False, f"{len(found)} objects instead of {len(wanted)}", found)
+    if len(objects) != len(wanted):
+        return PromptVerdict(False, f"{len(objects)} objects instead of {len(wanted)}", objects)
     related = False
-    for order in permutations(found):
+    for order in permutations(objects):
         if all(_meets(need, f) for need, f in zip(wanted, order, strict=True)):
             if prompt.relation is None or prompt.relation in relations(order[0], order[1]):
-                return PromptVerdict(True, "", found)
+                return PromptVerdict(True, "", objects)
             related = True
     if related:
-        return PromptVerdict(False, f"the objects are right, but not {prompt.relation}", found)
-    seen = ", ".join(f"{f.colour} {f.shape}" for f in found)
-    return PromptVerdict(False, f"found {seen} instead of {_listing(list(prompt.needs))}", found)
+        return PromptVerdict(False, f"the objects are right, but not {prompt.relation}", objects)
+    seen = ", ".join(f"{f.colour} {f.shape}" for f in objects)
+    return PromptVerdict(False, f"found {seen} instead of {_listing(list(prompt.needs))}", objects)
 
 
 def _meets(need: Need, object: Found) -> bool:

@@ -45,15 +45,15 @@ _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-
 
 def words(text: str) -> list[str]:
     """The words of a caption in lower case, without punctuation, contractions in two as the Penn Treebank has them."""
-    found: list[str] = []
+    tokens: list[str] = []
     for word in _WORD.findall(text.lower().replace("’", "'")):
         if word in _SPLIT:
-            found += _SPLIT[word].split()
+            tokens += _SPLIT[word].split()
         elif suffix := _SUFFIX.match(word):
-            found += suffix.groups()
+            tokens += suffix.groups()
         else:
-            found.append(_BRACKETS.get(word, word))
-    return found
+            tokens.append(_BRACKETS.get(word, word))
+    return tokens
 
 
 def _grams(text: str) -> list[Counter[tuple[str, ...]]]:
@@ -75,7 +75,7 @@ class Cider:
     def _weigh(self, grams: Sequence[Counter]) -> tuple[list[dict[tuple[str, ...], float]], list[float]]:
         """TF-IDF of each n-gram by order, and the norm of each order."""
         weights = [{g: n * (self._most - log(max(1, self._pictures[g]))) for g, n in c.items()} for c in grams]
-        return weights, [sqrt(sum(w * w for w in of.values())) for of in weights]
+        return weights, [sqrt(sum(w * w for w in order.values())) for order in weights]
 
     def __call__(self, picture: str, caption: str) -> float:
         """The score of a picture's caption, in [0, 10]."""
@@ -94,11 +94,11 @@ class Cider:
 
 def of_pictures(rows: Sequence[Question]) -> list[Question]:
     """One question a picture, with the captions of all its rows (COCO gives each caption a row)."""
-    found: dict[tuple[str, ...], Question] = {}
+    by_images: dict[tuple[str, ...], Question] = {}
     for row in rows:
-        known = found.get(row.images)
-        found[row.images] = row if known is None else replace(known, answers=known.answers + row.answers)
-    return list(found.values())
+        known = by_images.get(row.images)
+        by_images[row.images] = row if known is None else replace(known, answers=known.answers + row.answers)
+    return list(by_images.values())
 
 
 def judge(item: Item, text: str) -> Verdict:

@@ -155,52 +155,52 @@ class _Same(nn.Module):
         return x
 
 
-def frechet(made: np.ndarray, real: np.ndarray | dict) -> float:
+def frechet(generated: np.ndarray, real: np.ndarray | dict) -> float:
     """The Frechet distance of Gaussians of (n, d) features (arXiv 1706.08500), by torchmetrics' sums in double
     precision; ``real`` may be known statistics {"mu", "sigma"}. Raises ``ValueError`` for fewer than two pictures."""
     metric_class = _metrics("fid", "FrechetInceptionDistance")
-    for name, some in (("drawn", made), ("reference", real)):
+    for name, some in (("drawn", generated), ("reference", real)):
         if not isinstance(some, dict) and len(some) < 2:
             raise ValueError(f"a Frechet distance needs two pictures or more, not {len(some)} {name} ones")
     if isinstance(real, dict):
         from torchmetrics.image.fid import _compute_fid
 
         mu, sigma = (torch.from_numpy(np.asarray(real[k], np.float64)) for k in ("mu", "sigma"))
-        if mu.shape != (made.shape[1],):
+        if mu.shape != (generated.shape[1],):
             raise ValueError(
-                f"the reference's statistics are of {mu.shape[0]} features, the pictures' of {made.shape[1]}"
+                f"the reference's statistics are of {mu.shape[0]} features, the pictures' of {generated.shape[1]}"
             )
-        x = torch.from_numpy(made.astype(np.float64))
+        x = torch.from_numpy(generated.astype(np.float64))
         return float(_compute_fid(x.mean(0), x.T.cov(), mu, sigma))
-    metric = metric_class(feature=_Same(made.shape[1])).set_dtype(torch.float64)
-    for some, is_real in ((real, True), (made, False)):
+    metric = metric_class(feature=_Same(generated.shape[1])).set_dtype(torch.float64)
+    for some, is_real in ((real, True), (generated, False)):
         metric.update(torch.from_numpy(some.astype(np.float64)), real=is_real)
     return float(metric.compute())
 
 
-def kernel(made: np.ndarray, real: np.ndarray, seed: int = 0) -> Score:
+def kernel(generated: np.ndarray, real: np.ndarray, seed: int = 0) -> Score:
     """The kernel distance (KID, arXiv 1801.01401): the mean over random subsets and where 95 % of them lie, by
     torchmetrics' polynomial kernel."""
     poly_mmd = _metrics("kid", "poly_mmd")
-    n = min(len(made), len(real), SUBSET)
+    n = min(len(generated), len(real), SUBSET)
     if n < 2:
-        raise ValueError(f"a kernel distance needs two pictures or more of each, not {len(made)} and {len(real)}")
+        raise ValueError(f"a kernel distance needs two pictures or more of each, not {len(generated)} and {len(real)}")
     rng, values = np.random.default_rng(seed), []
     for _ in range(SUBSETS):
-        a, b = (torch.from_numpy(x[rng.permutation(len(x))[:n]].astype(np.float64)) for x in (real, made))
+        a, b = (torch.from_numpy(x[rng.permutation(len(x))[:n]].astype(np.float64)) for x in (real, generated))
         values.append(float(poly_mmd(a, b)))
     low, high = np.quantile(values, (0.025, 0.975))
-    return Score(float(np.mean(values)), float(low), float(high), len(made))
+    return Score(float(np.mean(values)), float(low), float(high), len(generated))
 
 
-def precision_recall(made: np.ndarray, real: np.ndarray) -> tuple[float, float]:
+def precision_recall(generated: np.ndarray, real: np.ndarray) -> tuple[float, float]:
     """(share of drawn pictures that lie among real ones, share of real ones that lie among drawn ones): within the
     distance of any of the others to its third neighbour."""
-    if min(len(made), len(real)) <= NEAREST:
+    if min(len(generated), len(real)) <= NEAREST:
         raise ValueError(
-            f"precision and recall need more than {NEAREST} pictures of each, not {len(made)}, {len(real)}"
+            f"precision and recall need more than {NEAREST} pictures of each, not {len(generated)}, {len(real)}"
         )
-    a, b = torch.from_numpy(made).double(), torch.from_numpy(real).double()
+    a, b = torch.from_numpy(generated).double(), torch.from_numpy(real).double()
     return _among(a, b), _among(b, a)
 
 
@@ -220,28 +220,28 @@ def _metrics(module: str, name: str) -> Any:
         raise ValueError(f"distances need torchmetrics: {install('evaluate')}") from error
 
 
-def distances(made: np.ndarray, reference: np.ndarray | dict, by: Features) -> dict[str, Score]:
+def distances(generated: np.ndarray, reference: np.ndarray | dict, by: Features) -> dict[str, Score]:
     """Every distance of features, by name; of known statistics only the Frechet distance."""
-    at = f"@{by.protocol}[{len(made)}]"
+    at = f"@{by.protocol}[{len(generated)}]"
     frechet_name, kernel_name = ("fid", "kid") if by.name == "inception" else (f"fd_{by.name}", f"kd_{by.name}")
-    found = {f"{frechet_name}{at}": _jackknife(made, reference)}
+    scores = {f"{frechet_name}{at}": _jackknife(generated, reference)}
     if isinstance(reference, dict):
-        return found
-    found[f"{kernel_name}{at}"] = kernel(made, reference)
-    if min(len(made), len(reference)) > NEAREST:
-        of = "" if by.name == "inception" else f"_{by.name}"
-        for name, share in zip(("precision", "recall"), precision_recall(made, reference), strict=True):
-            n = len(made) if name == "precision" else len(reference)
-            found[f"{name}{of}{at}"] = Score(*intervals.wilson(share * n, n), n)
-    return found
+        return scores
+    scores[f"{kernel_name}{at}"] = kernel(generated, reference)
+    if min(len(generated), len(reference)) > NEAREST:
+        suffix = "" if by.name == "inception" else f"_{by.name}"
+        for name, share in zip(("precision", "recall"), precision_recall(generated, reference), strict=True):
+            n = len(generated) if name == "precision" else len(reference)
+            scores[f"{name}{suffix}{at}"] = Score(*intervals.wilson(share * n, n), n)
+    return scores
 
 
-def _jackknife(made: np.ndarray, reference: np.ndarray | dict, groups: int = 10) -> Score:
+def _jackknife(generated: np.ndarray, reference: np.ndarray | dict, groups: int = 10) -> Score:
     """The Frechet distance, with an interval by leaving out a tenth of the drawn pictures at a time."""
-    value, n = frechet(made, reference), len(made)
+    value, n = frechet(generated, reference), len(generated)
     if n < 2 * groups:
         return Score(value, value, value, n)
-    left = np.array([frechet(np.delete(made, np.s_[g::groups], 0), reference) for g in range(groups)])
+    left = np.array([frechet(np.delete(generated, np.s_[g::groups], 0), reference) for g in range(groups)])
     half = intervals.Z * float(np.sqrt((groups - 1) / groups * ((left - left.mean()) ** 2).sum()))
     return Score(value, max(0.0, value - half), value + half, n)
 
@@ -252,10 +252,10 @@ def _jackknife(made: np.ndarray, reference: np.ndarray | dict, groups: int = 10)
 def pictures(folder: Path) -> list[Path]:
     """Every picture below a folder, in order. Raises ``ValueError`` where there is none."""
     known = suffixes()
-    found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in known and f.is_file())
-    if not found:
+    paths = sorted(f for f in folder.rglob("*") if f.suffix.lower() in known and f.is_file())
+    if not paths:
         raise ValueError(f"{folder} has no pictures ({', '.join(known)})")
-    return found
+    return paths
 
 
 def reference_features(source: Path, by: Features, cache: Path | None = None) -> np.ndarray | dict:
@@ -273,21 +273,21 @@ def reference_features(source: Path, by: Features, cache: Path | None = None) ->
     if file is not None and file.is_file():
         with np.load(file) as stored:
             return stored["features"]
-    found = by(open_picture(f) for f in every)
+    features = by(open_picture(f) for f in every)
     if file is not None:
         with atomic(file) as part, part.open("wb") as stream:
-            np.savez(stream, features=found, mu=found.mean(0), sigma=np.cov(found, rowvar=False))
-    return found
+            np.savez(stream, features=features, mu=features.mean(0), sigma=np.cov(features, rowvar=False))
+    return features
 
 
-def compare_folders(made: str | Path, reference: str | Path, tools: Tools) -> dict[str, Score]:
+def compare_folders(generated: str | Path, reference: str | Path, tools: Tools) -> dict[str, Score]:
     """The distances of a folder of pictures from another, or from an .npz of statistics."""
     by = features(tools.features, tools.device)
-    for folder in (Path(made), Path(reference)):
+    for folder in (Path(generated), Path(reference)):
         if not folder.exists():
             raise ValueError(f"there is no {str(folder)!r}")
     real = reference_features(Path(reference), by, tools.cache)
-    return distances(by(open_picture(f) for f in pictures(Path(made))), real, by)
+    return distances(by(open_picture(f) for f in pictures(Path(generated))), real, by)
 
 
 def read_prompts(folder: Path) -> list[tuple[str, str, str]]:
@@ -330,14 +330,14 @@ def picture_scores(source: Path, tools: Tools, outcomes: Sequence[Outcome]) -> d
             f"{len(outcomes) - len(drawn)} of {len(outcomes)} pictures are missing: a distance cannot count them"
         )
     by = features(tools.features, tools.device)
-    made, reference = by(image for _, image in drawn), reference_features(source, by, tools.cache)
-    scores = distances(made, reference, by)
+    generated, reference = by(image for _, image in drawn), reference_features(source, by, tools.cache)
+    scores = distances(generated, reference, by)
     categories = dict.fromkeys(category for category, _ in drawn)
     if isinstance(reference, dict) or len(categories) < 2:
         return scores
     places = [path.relative_to(source).parts[:-1] for path in pictures(source)]
     for category in categories:
-        some = made[[name == category for name, _ in drawn]]
+        some = generated[[name == category for name, _ in drawn]]
         true = reference[[category in parts for parts in places]]
         if min(len(some), len(true)) > 1:
             scores |= {f"{name}/{category}": score for name, score in distances(some, true, by).items()}

@@ -42,7 +42,7 @@ class Proposition:
 
 def read_dpg(file: Path) -> dict[str, tuple[str, list[Proposition]]]:
     """{item: (prompt, its questions in order)} of a ``dpg_bench.csv``. Raises ``ValueError`` naming the line."""
-    found: dict[str, tuple[str, list[Proposition]]] = {}
+    prompts: dict[str, tuple[str, list[Proposition]]] = {}
     for n, row in enumerate(files.table(file), 2):
         where = f"{file} line {n}"
         if row.get("proposition_id") == "proposition_id":  # a second header line
@@ -53,12 +53,12 @@ def read_dpg(file: Path) -> dict[str, tuple[str, list[Proposition]]]:
             raise ValueError(f"{where}: dependency is {row['dependency']!r}, not proposition ids with commas")
         question = files.field(row, ("question_natural_language", "question"), where)
         parents = tuple(int(p) for p in dependency if int(p))
-        found.setdefault(item, (files.field(row, ("text", "prompt"), where), []))[1].append(
+        prompts.setdefault(item, (files.field(row, ("text", "prompt"), where), []))[1].append(
             Proposition(number, question, parents, *_categories(row, where))
         )
-    if not found:
+    if not prompts:
         raise ValueError(f"{file} has no rows")
-    return found
+    return prompts
 
 
 def _categories(row: Mapping, where: str) -> tuple[str, str]:
@@ -114,15 +114,15 @@ def judge_dpg(judge: Judge, ask: str, item: Item, image: PIL.Image.Image) -> Ver
 
 def dpg_scores(stamp: str, outcomes: Sequence[Outcome]) -> dict[str, Score]:
     """The overall score of all pictures, and the categories of both levels of each prompt's last picture."""
-    found = {f"{stamp}/overall": grades(outcomes).times(100)}
+    scores = {f"{stamp}/overall": grades(outcomes).times(100)}
     last = list({o.item.cluster: o for o in sorted(outcomes, key=lambda o: int(o.item.id.rpartition("/")[2]))}.values())
     clusters = [o.item.cluster for o in last]
     for level in ("category", "detail"):
         names = [[getattr(p, level) for p in _asked(o.item)] for o in last]
         for name in sorted({n for some in names for n in some if n}):
             yes = [o.verdict.parts.get(f"{name}/yes", 0.0) for o in last]
-            found[f"{stamp}/{name}"] = ratio(yes, [some.count(name) for some in names], clusters).times(100)
-    return found
+            scores[f"{stamp}/{name}"] = ratio(yes, [some.count(name) for some in names], clusters).times(100)
+    return scores
 
 
 def write_grids(folder: Path, outcomes: Sequence[Outcome]) -> None:
@@ -131,10 +131,10 @@ def write_grids(folder: Path, outcomes: Sequence[Outcome]) -> None:
     groups: dict[str, list[Outcome]] = {}
     for o in outcomes:
         groups.setdefault(o.item.cluster, []).append(o)
-    failed = [k for k, of in groups.items() if any(o.picture is None for o in of)]
-    for k, of in groups.items():
+    failed = [k for k, group in groups.items() if any(o.picture is None for o in group)]
+    for k, group in groups.items():
         if k not in failed:
-            files.save(tiled([o.image for o in of if o.image is not None]), folder / f"{k}.png")
+            files.save(tiled([o.image for o in group if o.image is not None]), folder / f"{k}.png")
     if failed:
         disk.write_text(folder / "failed.txt", "\n".join(failed) + "\n")
 

@@ -54,9 +54,9 @@ def templates(seed: int = 0) -> list[dict]:
     rng = np.random.default_rng((seed, 553))
     rows = [_row("single_object", [{"class": c, "count": 1}], f"a photo of {_a(c)}") for c in CLASSES]
 
-    def pair(of: Sequence[str] = CLASSES) -> tuple[str, str]:
-        a, b = rng.permutation(len(of))[:2]
-        return of[int(a)], of[int(b)]
+    def pair(names: Sequence[str] = CLASSES) -> tuple[str, str]:
+        a, b = rng.permutation(len(names))[:2]
+        return names[int(a)], names[int(b)]
 
     def two_object() -> dict:
         a, b = pair()
@@ -157,11 +157,11 @@ def protocol(rows: Sequence[Mapping], file: Path | None) -> str:
 # --- rules ------------------------------------------------------------------------------------------------------------
 
 
-def things(found: Sequence[Detection], tag: str) -> dict[str, list[Detection]]:
+def things(detections: Sequence[Detection], tag: str) -> dict[str, list[Detection]]:
     """Detections by class, best first, as the rules of a tag take them; nothing is suppressed for overlapping."""
     least = SURE_COUNTING if tag == "counting" else SURE
     by_class: dict[str, list[Detection]] = {}
-    for d in sorted(found, key=lambda d: -d.score):
+    for d in sorted(detections, key=lambda d: -d.score):
         if d.score > least and len(by_class.setdefault(CLASSES[d.label], [])) < MOST:
             by_class[CLASSES[d.label]].append(d)
     return {k: v for k, v in by_class.items() if v}
@@ -192,8 +192,8 @@ def verdict(row: Mapping[str, Any], there: Mapping[str, Sequence[Detection]], co
         groups.append(None if wrong else some)
     for clause in row.get("exclude", []):
         if len(there.get(clause["class"], [])) >= clause["count"]:
-            found = len(there[clause["class"]])
-            reasons.append(f"expected {clause['class']}<{clause['count']}, found {found}")
+            number = len(there[clause["class"]])
+            reasons.append(f"expected {clause['class']}<{clause['count']}, found {number}")
     return not reasons, "\n".join(reasons)
 
 
@@ -213,8 +213,8 @@ def _placed(d: Detection) -> Found:
 def _judge(tools: Tools, items: Sequence[Item], images: Sequence[PIL.Image.Image]) -> list[Verdict]:
     find, name = detector(tools.detector, tools.device), None
     verdicts = []
-    for item, image, found in zip(items, images, find.find(images, SURE, 1 if tools.device == "cpu" else 8)):
-        row, there = item.reference, things(found, item.reference["tag"])
+    for item, image, detections in zip(items, images, find.find(images, SURE, 1 if tools.device == "cpu" else 8)):
+        row, there = item.reference, things(detections, item.reference["tag"])
 
         def colours(some: Sequence[Detection], noun: str, image: PIL.Image.Image = image) -> list[str]:
             nonlocal name
@@ -232,17 +232,17 @@ def _judge(tools: Tools, items: Sequence[Item], images: Sequence[PIL.Image.Image
 def scores(stamp: str, rights: Mapping[str, Sequence[tuple[float, str]]]) -> dict[str, Score]:
     """Of (right, prompt) of every picture by tag: each tag, their mean where all six are there, and, as the official
     summary has it, the share of all pictures and of prompts with any picture right."""
-    groups = {tag: ([v for v, _ in of], [p for _, p in of]) for tag, of in rights.items()}
-    found = {f"{stamp}/{tag}": clustered(*group) for tag, group in groups.items()}
+    groups = {tag: ([v for v, _ in pictures], [p for _, p in pictures]) for tag, pictures in rights.items()}
+    table = {f"{stamp}/{tag}": clustered(*group) for tag, group in groups.items()}
     if set(groups) == set(aggregate.GENEVAL):
-        found = {f"{stamp}/overall": macro(groups)} | found
+        table = {f"{stamp}/overall": macro(groups)} | table
     values = [value for grades, _ in groups.values() for value in grades]
     prompts = [f"{tag}/{p}" for tag, (_, c) in groups.items() for p in c]
     any_right: dict[str, float] = {}
     for value, prompt in zip(values, prompts, strict=True):
         any_right[prompt] = max(any_right.get(prompt, 0.0), value)
-    found[f"{stamp}/images"] = clustered(values, prompts)
-    return found | {f"{stamp}/prompts-with-any": clustered(list(any_right.values()), list(any_right))}
+    table[f"{stamp}/images"] = clustered(values, prompts)
+    return table | {f"{stamp}/prompts-with-any": clustered(list(any_right.values()), list(any_right))}
 
 
 def read_results(file: Path) -> dict[str, Score]:
@@ -267,16 +267,16 @@ def benchmark(name: str, file: Path | None, tools: Tools) -> Benchmark:
     n = tools.pictures or PICTURES
 
     def items(seed: int, size: int) -> list[Item]:
-        found = []
+        drawings = []
         for picture in range(n):
             for i, row in enumerate(rows):
                 key = f"geneval/{row['tag']}/{i:05d}/{picture}"
                 sample = Sample(key, (user(row["prompt"]),))
                 place = f"{i:05d}/samples/{picture:04d}.png"
-                found.append(
+                drawings.append(
                     Item(key, "geneval", row["tag"], row["prompt"], sample, seed_of(seed, key), f"{i:05d}", row, place)
                 )
-        return found
+        return drawings
 
     scorer = {
         "detector": tools.detector,
@@ -292,7 +292,10 @@ def benchmark(name: str, file: Path | None, tools: Tools) -> Benchmark:
         partial(_judge, tools),
         lambda outcomes: scores(
             stamp,
-            {tag: [(float(o.verdict.ok), o.item.cluster) for o in of] for tag, of in by_category(outcomes).items()},
+            {
+                tag: [(float(o.verdict.ok), o.item.cluster) for o in group]
+                for tag, group in by_category(outcomes).items()
+            },
         ),
         pictures_per_prompt=n,
         scorer=scorer,

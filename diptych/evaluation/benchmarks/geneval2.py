@@ -33,8 +33,8 @@ def probability(first: Sequence[tuple[str, float]], answer: str) -> float:
     true = official.evalai(answer)
     total = 0.0
     for token, logprob in first:
-        said = official.evalai(token)
-        if said and (said == true or (len(said) > 1 and true.startswith(said))):
+        word = official.evalai(token)
+        if word and (word == true or (len(word) > 1 and true.startswith(word))):
             total += exp(logprob)
     return min(1.0, total)
 
@@ -80,8 +80,8 @@ def judge_geneval2(judge: Judge, ask: str, item: Item, image: PIL.Image.Image) -
 def geneval2_scores(judged: str, outcomes: Sequence[Outcome]) -> dict[str, Score]:
     """Both means of all; AM also by category, by skill over the questions of that skill, and by the number of atoms."""
     am, gm = (f"geneval2@soft-tifa-{mean}{judged}" for mean in ("am", "gm"))
-    found = {f"{am}/overall": grades(outcomes).times(100)}
-    found |= {f"{am}/{k}": grades(of).times(100) for k, of in by_category(outcomes).items() if k != "all"}
+    scores = {f"{am}/overall": grades(outcomes).times(100)}
+    scores |= {f"{am}/{k}": grades(group).times(100) for k, group in by_category(outcomes).items() if k != "all"}
     skills: dict[str, tuple[list[float], list[str]]] = {}
     atoms: dict[str, list[Outcome]] = {}
     for o in outcomes:
@@ -91,10 +91,10 @@ def geneval2_scores(judged: str, outcomes: Sequence[Outcome]) -> dict[str, Score
             clusters.append(o.item.cluster)
         if "atom_count" in o.item.reference:
             atoms.setdefault(str(o.item.reference["atom_count"]), []).append(o)
-    found |= {f"{am}/skill/{k}": macro({k: unit}, graded=True).times(100) for k, unit in sorted(skills.items())}
-    found |= {f"{am}/atoms/{k}": grades(of).times(100) for k, of in sorted(atoms.items())}
+    scores |= {f"{am}/skill/{k}": macro({k: unit}, graded=True).times(100) for k, unit in sorted(skills.items())}
+    scores |= {f"{am}/atoms/{k}": grades(group).times(100) for k, group in sorted(atoms.items())}
     whole = {"": ([o.verdict.parts.get("gm", 0.0) for o in outcomes], [o.item.cluster for o in outcomes])}
-    return found | {f"{gm}/overall": macro(whole, graded=True).times(100)}
+    return scores | {f"{gm}/overall": macro(whole, graded=True).times(100)}
 
 
 def write_images(folder: Path, outcomes: Sequence[Outcome]) -> None:

@@ -31,11 +31,11 @@ def _read_items(seed: int, size: int) -> list[Item]:
 
 
 def _judge(item: Item, text: str) -> Verdict:
-    said, answer = words(text), item.reference["answer"]
+    read, answer = words(text), item.reference["answer"]
     if (place := item.reference.get("digit")) is not None:
-        ok = len(said) == 2 and said[place] == answer[place]
+        ok = len(read) == 2 and read[place] == answer[place]
     else:
-        ok = said == answer
+        ok = read == answer
     return Verdict(ok, "" if ok else f"the answer is {answer}")
 
 
@@ -63,25 +63,25 @@ def _draw_items(seed: int, size: int) -> list[Item]:
 
 
 def _judge_picture(item: Item, image: PIL.Image.Image) -> Verdict:
-    said, off = glyphs.read_back(image)
-    ok = said == item.reference["answer"]
-    return Verdict(ok, f"reads {said!r}, {off:.0f} grey levels off")
+    read, off = glyphs.read_back(image)
+    ok = read == item.reference["answer"]
+    return Verdict(ok, f"reads {read!r}, {off:.0f} grey levels off")
 
 
 def _scores(name: str, outcomes: Sequence[Outcome]) -> dict[str, Score]:
     stamp = f"{name}@exact"
     return {f"{stamp}/overall": share(outcomes)} | {
-        f"{stamp}/{k}": share(of) for k, of in by_category(outcomes).items()
+        f"{stamp}/{k}": share(group) for k, group in by_category(outcomes).items()
     }
 
 
 def _chance(name: str, items: Sequence[Item], size: int) -> Baselines:
     """``majority``: always the most frequent answer of the category, on these very items."""
     rows: Baselines = {}
-    for category, of in by_category(items).items():
-        answers = [i.reference["answer"] for i in of]
+    for category, group in by_category(items).items():
+        answers = [i.reference["answer"] for i in group]
         if category == "digit":
-            answers = [a[i.reference["digit"]] for a, i in zip(answers, of, strict=True)]
+            answers = [a[i.reference["digit"]] for a, i in zip(answers, group, strict=True)]
         best = max(sorted(set(answers)), key=answers.count)
         rows[f"{name}@exact/{category}"] = {"majority": float(np.mean([a == best for a in answers]))}
     return rows

@@ -120,7 +120,7 @@ def judge_imgedit(judge: Judge, rubrics: Mapping[str, str], item: Item, image: P
 def imgedit_scores(stamp: str, outcomes: Sequence[Outcome]) -> dict[str, Score]:
     """Each type, and the mean of the nine where all are there."""
     groups = by_category(outcomes)
-    scores = {f"{stamp}/{k}": grades(of, SCALE) for k, of in groups.items()}
+    scores = {f"{stamp}/{k}": grades(group, SCALE) for k, group in groups.items()}
     if set(groups) == set(aggregate.IMGEDIT):
         scores = {f"{stamp}/overall": weighted(groups, dict.fromkeys(groups, 1 / len(groups)), SCALE)} | scores
     return scores

@@ -60,18 +60,18 @@ def _emoji_items(seed: int, size: int) -> list[Item]:
 
 
 def _judge_emoji(items: Sequence[Item], images: Sequence[PIL.Image.Image]) -> list[Verdict]:
-    found = recogniser().find(images)
+    detections = recogniser().find(images)
     prompts = [emoji_scenes.EmojiPrompt.from_json(item.reference) for item in items]
-    return [unsquare(image) or _matches(p, f) for p, image, f in zip(prompts, images, found)]
+    return [unsquare(image) or _matches(p, f) for p, image, f in zip(prompts, images, detections)]
 
 
-def _matches(prompt: emoji_scenes.EmojiPrompt, found: Sequence[shapes.Found]) -> Verdict:
-    seen, wanted = Counter(f.shape for f in found), Counter(prompt.ids)
+def _matches(prompt: emoji_scenes.EmojiPrompt, detections: Sequence[shapes.Found]) -> Verdict:
+    seen, wanted = Counter(f.shape for f in detections), Counter(prompt.ids)
     if seen != wanted:
         counts = ", ".join(f"{n} {emoji.NOUNS.get(id, id)}" for id, n in seen.items()) or "nothing"
         return Verdict(False, f"found {counts}")
     if prompt.relation:
-        first, second = (next(f for f in found if f.shape == id) for id in prompt.ids)
+        first, second = (next(f for f in detections if f.shape == id) for id in prompt.ids)
         if prompt.relation not in shapes.relations(first, second):
             return Verdict(False, f"the things are right, but not {prompt.relation}")
     return Verdict(True)
@@ -80,8 +80,8 @@ def _matches(prompt: emoji_scenes.EmojiPrompt, found: Sequence[shapes.Found]) ->
 def _emoji_scores(outcomes: Sequence[Outcome]) -> dict[str, Score]:
     stamp = "geneval-emoji@recognised"
     groups = {
-        tag: ([float(o.verdict.ok) for o in of], [o.item.cluster for o in of])
-        for tag, of in by_category(outcomes).items()
+        tag: ([float(o.verdict.ok) for o in group], [o.item.cluster for o in group])
+        for tag, group in by_category(outcomes).items()
     }
     return {f"{stamp}/overall": macro(groups)} | {f"{stamp}/{tag}": clustered(*g) for tag, g in groups.items()}
 
@@ -90,14 +90,14 @@ def _emoji_baselines(items: Sequence[Item], size: int) -> Baselines:
     """``recogniser``: the judge's own accuracy, on scenes drawn by rules for these prompts; ``chance``: on scenes of
     the prompts before."""
     rows: Baselines = {}
-    for tag, of in by_category(items).items():
+    for tag, group in by_category(items).items():
         rng = np.random.default_rng(0)
-        asked = list({i.prompt: emoji_scenes.EmojiPrompt.from_json(i.reference) for i in of}.values())
-        found = recogniser().find([emoji_scenes.render_scene(emoji_scenes.scene_for(rng, p), size) for p in asked])
-        right = np.mean([_matches(p, f).ok for p, f in zip(asked, found, strict=True)])
+        asked = list({i.prompt: emoji_scenes.EmojiPrompt.from_json(i.reference) for i in group}.values())
+        detections = recogniser().find([emoji_scenes.render_scene(emoji_scenes.scene_for(rng, p), size) for p in asked])
+        right = np.mean([_matches(p, f).ok for p, f in zip(asked, detections, strict=True)])
         rows[f"geneval-emoji@recognised/{tag}"] = {"recogniser": float(right)}
         if len(asked) > 1:
-            other = np.mean([_matches(p, f).ok for p, f in zip(asked, found[-1:] + found[:-1], strict=True)])
+            other = np.mean([_matches(p, f).ok for p, f in zip(asked, detections[-1:] + detections[:-1], strict=True)])
             rows[f"geneval-emoji@recognised/{tag}"]["chance"] = float(other)
     mean = {k: float(np.mean([row.get(k, 0) for row in rows.values()])) for k in ("recogniser", "chance")}
     return {"geneval-emoji@recognised/overall": mean} | rows
@@ -183,7 +183,7 @@ _SPACE = {"count": _count, "relation": _relation, "depth": _depth, "distance": _
 
 def _space_scores(outcomes: Sequence[Outcome]) -> dict[str, Score]:
     stamp, groups = "cvbench-mini@vanilla", by_category(outcomes)
-    scores = {f"{stamp}/{kind}": share(of) for kind, of in groups.items()}
+    scores = {f"{stamp}/{kind}": share(group) for kind, group in groups.items()}
     overall = cv_bench(
         scores[f"{stamp}/count"].value,
         scores[f"{stamp}/relation"].value,
@@ -197,9 +197,9 @@ def _space_scores(outcomes: Sequence[Outcome]) -> dict[str, Score]:
 def _space_baselines(items: Sequence[Item], size: int) -> Baselines:
     """``guessing``: one letter in so many; ``majority``: always the letter that is right most often here."""
     stamp, rows = "cvbench-mini@vanilla", {}
-    for kind, of in by_category(items).items():
-        blind = float(np.mean([1 / len(i.reference["options"]) for i in of]))
-        most = Counter(i.reference["letter"] for i in of).most_common(1)[0][1] / len(of)
+    for kind, group in by_category(items).items():
+        blind = float(np.mean([1 / len(i.reference["options"]) for i in group]))
+        most = Counter(i.reference["letter"] for i in group).most_common(1)[0][1] / len(group)
         rows[f"{stamp}/{kind}"] = {"guessing": blind, "majority": most}
     mean = {k: float(np.mean([row[k] for row in rows.values()])) for k in ("guessing", "majority")}
     return {f"{stamp}/overall": mean} | rows
@@ -244,10 +244,10 @@ def _word_items(seed: int, size: int) -> list[Item]:
     words = sorted({w for e in emoji.records() for w in e.labels["en"].lower().split() if w.isalpha() and w.isascii()})
     items = []
     for length in (3, 4, 5, 6):
-        of = [w for w in words if len(w) == length]
+        candidates = [w for w in words if len(w) == length]
         rng = np.random.default_rng((seed, length))
-        for i, k in enumerate(rng.permutation(len(of))[: WORDS // 4]):
-            word, key = of[int(k)], f"ocr-mini/{length} letters/{i}"
+        for i, k in enumerate(rng.permutation(len(candidates))[: WORDS // 4]):
+            word, key = candidates[int(k)], f"ocr-mini/{length} letters/{i}"
             text = "what does it say?"
             sample = Sample(key, (user(Image(written(word, size, rng)), text),))
             reference = {"answer": word}
@@ -269,15 +269,15 @@ def written(word: str, size: int, rng: np.random.Generator) -> PIL.Image.Image:
 
 
 def _judge_word(item: Item, text: str) -> Verdict:
-    true, said = item.reference["answer"], replies.plain(text)
+    true, answer = item.reference["answer"], replies.plain(text)
     return Verdict(
-        said == true, "" if said == true else f"it is {true}", {"anls": short_answers.anls(said, [true], 0.0)}
+        answer == true, "" if answer == true else f"it is {true}", {"anls": short_answers.anls(answer, [true], 0.0)}
     )
 
 
 def _word_scores(outcomes: Sequence[Outcome]) -> dict[str, Score]:
     rows = {"ocr-mini@exact/overall": share(outcomes)}
-    rows |= {f"ocr-mini@exact/{k}": share(of) for k, of in by_category(outcomes).items()}
+    rows |= {f"ocr-mini@exact/{k}": share(group) for k, group in by_category(outcomes).items()}
     near = {"": ([o.verdict.parts.get("anls", 0.0) for o in outcomes], [o.item.cluster for o in outcomes])}
     return rows | {"ocr-mini@edit-similarity/overall": macro(near, graded=True)}
 
@@ -315,10 +315,10 @@ def _judge_labels(item: Item, image: PIL.Image.Image) -> Verdict:
 def _label_scores(outcomes: Sequence[Outcome]) -> dict[str, Score]:
     groups = by_category(outcomes)
     rows = {"seg-mini@miou/overall": weighted(groups, dict.fromkeys(groups, 1 / len(groups)))}
-    rows |= {f"seg-mini@miou/{task}": grades(of) for task, of in groups.items()}
+    rows |= {f"seg-mini@miou/{task}": grades(group) for task, group in groups.items()}
     edges = {
-        task: ([o.verdict.parts.get("boundary_f", 0.0) for o in of], [o.item.cluster for o in of])
-        for task, of in groups.items()
+        task: ([o.verdict.parts.get("boundary_f", 0.0) for o in group], [o.item.cluster for o in group])
+        for task, group in groups.items()
     }
     return rows | {"seg-mini@boundary-f/overall": macro(edges, graded=True)}
 
@@ -328,8 +328,8 @@ def _label_baselines(items: Sequence[Item], size: int) -> Baselines:
     rows: Baselines = {}
     for name in ("black", "photo"):
         black = PIL.Image.new("RGB", (size, size))
-        made = [black if name == "black" else next(i.sample.images()).pixels for i in items]
-        outcomes = [Outcome(i, _judge_labels(i, m)) for i, m in zip(items, made, strict=True)]
+        pictures = [black if name == "black" else next(i.sample.images()).pixels for i in items]
+        outcomes = [Outcome(i, _judge_labels(i, m)) for i, m in zip(items, pictures, strict=True)]
         for key, score in _label_scores(outcomes).items():
             rows.setdefault(key, {})[name] = score.value
     return rows

@@ -64,15 +64,15 @@ def parts(text: str, images: Sequence[str]) -> list[Image | Text]:
     """The pictures and the text of a message: each picture at its marker ``<image N>``, the others before the text."""
     pieces = re.split(r"<image\s*(\d+)>", text)
     marked = {int(n) for n in pieces[1::2] if 0 < int(n) <= len(images)}
-    found: list[Image | Text] = [Image(image) for n, image in enumerate(images, 1) if n not in marked]
+    content: list[Image | Text] = [Image(image) for n, image in enumerate(images, 1) if n not in marked]
     for place, piece in enumerate(pieces):
         if place % 2 and int(piece) in marked:
-            found.append(Image(images[int(piece) - 1]))
+            content.append(Image(images[int(piece) - 1]))
         elif place % 2:
-            found.append(Text(f"<image {piece}>"))
+            content.append(Text(f"<image {piece}>"))
         elif piece.strip():
-            found.append(Text(piece.strip() if marked else piece))
-    return found
+            content.append(Text(piece.strip() if marked else piece))
+    return content
 
 
 def _rows(file: Path) -> list[dict]:
@@ -159,13 +159,13 @@ class _Reader:
     @cached_property
     def places(self) -> dict[str, Path]:
         """Picture files below the folder by name, by name without suffix, and by the number of COCO's names."""
-        found: dict[str, Path] = {}
+        files_by_name: dict[str, Path] = {}
         for path in sorted(self.file.parent.glob("**/*")):
             if path.suffix.lower() in PICTURES:
                 number = re.search(r"(\d{12})$", path.stem)
                 for name in (path.name, path.stem, *([str(int(number[1]))] if number else [])):
-                    found.setdefault(name, path)
-        return found
+                    files_by_name.setdefault(name, path)
+        return files_by_name
 
     def question(self, row: Mapping, where: str, number: int) -> Question:
         """The question of a row."""

@@ -65,12 +65,12 @@ def judged(rules: Mapping[str, Grade]) -> Judge:
 
 def groups_of(outcomes: Sequence[Outcome]) -> dict[str, Sequence[Outcome]]:
     """Outcomes by the part of a score's name: "overall", each category, and "l2/NAME" of each group above them."""
-    found: dict[str, Sequence[Outcome]] = {"overall": outcomes}
-    found |= {k: some for k, some in by_category(outcomes).items() if k != "all"}
+    groups: dict[str, Sequence[Outcome]] = {"overall": outcomes}
+    groups |= {k: some for k, some in by_category(outcomes).items() if k != "all"}
     for name in dict.fromkeys(o.item.reference.get("group", "") for o in outcomes):
         if name:
-            found[f"l2/{name}"] = [o for o in outcomes if o.item.reference.get("group") == name]
-    return found
+            groups[f"l2/{name}"] = [o for o in outcomes if o.item.reference.get("group") == name]
+    return groups
 
 
 def mean_grade(outcomes: Sequence[Outcome], rule: str) -> Score:
@@ -199,17 +199,17 @@ def _mmvp_scores(name: str, rules: Sequence[str], outcomes: Sequence[Outcome]) -
 
 def _paired(items: list[Item]) -> list[Item]:
     """MMVP's items with the number of their pair: questions 1 and 2, 3 and 4 …. Raises ``ValueError`` for others."""
-    found = []
+    paired = []
     for item in items:
         id = item.id.rpartition("/")[2]
         if not id.isdigit():
             raise ValueError(f"MMVP numbers its questions from 1; {id!r} is no number")
         pair = str((int(id) - 1) // 2)
         reference = {**item.reference, "pair": pair}
-        found.append(Item(item.id, item.benchmark, "all", item.prompt, item.sample, 0, pair, reference))
-    if len(found) % 2:
-        raise ValueError(f"MMVP asks pairs of questions; there are {len(found)}")
-    return found
+        paired.append(Item(item.id, item.benchmark, "all", item.prompt, item.sample, 0, pair, reference))
+    if len(paired) % 2:
+        raise ValueError(f"MMVP asks pairs of questions; there are {len(paired)}")
+    return paired
 
 
 def _cvbench_scores(name: str, rules: Sequence[str], outcomes: Sequence[Outcome]) -> dict[str, Score]:
@@ -263,11 +263,11 @@ def _true_or_false(row: Question) -> dict:
 def read_yes_no(readings: Mapping[str, Reading], item: Item, text: str) -> Verdict:
     """Right for a clear yes or no by the first reading. ``RULE`` and ``RULE yes`` of the parts are whether it is right
     and whether it says yes by each reading."""
-    found = {rule: reading(text) for rule, reading in readings.items()}
+    answers = {rule: reading(text) for rule, reading in readings.items()}
     true = item.reference["answer"] == "yes"
-    grades = {rule: float(answer is true) for rule, answer in found.items()}
-    grades |= {f"{rule} yes": float(answer is True) for rule, answer in found.items()}
-    first = next(iter(found.values()))
+    grades = {rule: float(answer is true) for rule, answer in answers.items()}
+    grades |= {f"{rule} yes": float(answer is True) for rule, answer in answers.items()}
+    first = next(iter(answers.values()))
     return Verdict(first is true, "" if first is true else "neither yes nor no" if first is None else "", grades)
 
 

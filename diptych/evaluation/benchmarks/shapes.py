@@ -80,8 +80,8 @@ def _judge_drawing(item: Item, image: PIL.Image.Image) -> Verdict:
 
 def _geneval_scores(name: str, outcomes: Sequence[Outcome]) -> dict[str, Score]:
     groups = {
-        category: ([float(o.verdict.ok) for o in of], [o.item.cluster for o in of])
-        for category, of in by_category(outcomes).items()
+        category: ([float(o.verdict.ok) for o in members], [o.item.cluster for o in members])
+        for category, members in by_category(outcomes).items()
     }
     stamp = f"{name}@strict"
     scores = {f"{stamp}/overall": macro({k: v for k, v in groups.items() if k in shapes.TAGS})}
@@ -95,9 +95,9 @@ def _geneval_baselines(name: str, items: Sequence[Item], size: int) -> Baselines
     """``chance``: a right picture of another prompt of the tag; ``truth``: the checker on pictures drawn by rules."""
     stamp = f"{name}@strict"
     rows: Baselines = {f"{stamp}/{tag}": {"chance": rate} for tag, rate in _chance(size).items()}
-    for category, of in by_category(items).items():
+    for category, group in by_category(items).items():
         rng = np.random.default_rng(0)
-        prompts = {item.prompt: shapes.Prompt.from_json(item.reference) for item in of}.values()
+        prompts = {item.prompt: shapes.Prompt.from_json(item.reference) for item in group}.values()
         right = [shapes_judge.check(shapes.render(shapes.scene_for(rng, p), size), p).ok for p in prompts]
         rows.setdefault(f"{stamp}/{category}", {})["truth"] = float(np.mean(right))
     mean = {k: float(np.mean([rows[f"{stamp}/{tag}"][k] for tag in shapes.TAGS])) for k in ("chance", "truth")}
@@ -152,15 +152,15 @@ def _judge_answer(item: Item, text: str) -> Verdict:
 
 def _vqa_scores(outcomes: Sequence[Outcome]) -> dict[str, Score]:
     scores = {"vqa-mini@exact/overall": share(outcomes)}
-    return scores | {f"vqa-mini@exact/{k}": share(of) for k, of in by_category(outcomes).items()}
+    return scores | {f"vqa-mini@exact/{k}": share(group) for k, group in by_category(outcomes).items()}
 
 
 def _vqa_baselines(items: Sequence[Item], size: int) -> Baselines:
     """``majority``: always the most frequent answer of the question's type, on these very questions."""
     best = _majority()
-    right = {k: [i.reference["answer"] == best[k] for i in of] for k, of in by_category(items).items()}
-    overall = {"majority": float(np.mean([r for of in right.values() for r in of]))}
-    rows = {f"vqa-mini@exact/{k}": {"majority": float(np.mean(of))} for k, of in right.items()}
+    right = {k: [i.reference["answer"] == best[k] for i in group] for k, group in by_category(items).items()}
+    overall = {"majority": float(np.mean([r for group in right.values() for r in group]))}
+    rows = {f"vqa-mini@exact/{k}": {"majority": float(np.mean(group))} for k, group in right.items()}
     return {"vqa-mini@exact/overall": overall} | rows
 
 
@@ -204,7 +204,7 @@ def _edit_scores(outcomes: Sequence[Outcome]) -> dict[str, Score]:
     scores = {f"{stamp}/overall": share(outcomes)}
     for part in ("instruction", "preserved"):
         scores[f"{stamp}/{part}"] = wilson(sum(o.verdict.parts.get(part, False) for o in outcomes), n)
-    return scores | {f"{stamp}/{k}": share(of) for k, of in by_category(outcomes).items()}
+    return scores | {f"{stamp}/{k}": share(group) for k, group in by_category(outcomes).items()}
 
 
 def _edit_baselines(items: Sequence[Item], size: int) -> Baselines:

@@ -129,11 +129,11 @@ def resolve(names: Sequence[str | Benchmark], tools: Tools) -> tuple[list[Benchm
     choices = (*GROUPS, *TABLE)
     if not names:
         raise ValueError(f"no benchmark named; choose from {', '.join(choices)}")
-    found: dict[str, Benchmark] = {}
+    benchmarks: dict[str, Benchmark] = {}
     asked: dict[str, str] = {}
     for one in names:
         if isinstance(one, Benchmark):
-            found[one.name] = one
+            benchmarks[one.name] = one
             continue
         name, sign, file = one.partition("=")
         if name not in choices:
@@ -147,16 +147,16 @@ def resolve(names: Sequence[str | Benchmark], tools: Tools) -> tuple[list[Benchm
             if file and not Path(file).exists():
                 raise ValueError(f"{name}={file}: there is no such file")
             benchmark = _made(member, entry, file, tools)
-            if found.get(benchmark.name, benchmark) is not benchmark and asked[benchmark.name] != one:
+            if benchmarks.get(benchmark.name, benchmark) is not benchmark and asked[benchmark.name] != one:
                 raise ValueError(f"{one} and {asked[benchmark.name]} would both be called {benchmark.name}")
-            found[benchmark.name] = benchmark
+            benchmarks[benchmark.name] = benchmark
             asked[benchmark.name] = member if entry.file == "none" else one
-    return list(found.values()), asked
+    return list(benchmarks.values()), asked
 
 
 def _made(name: str, entry: Entry, file: str, tools: Tools) -> Benchmark:
     module = import_module(f"diptych.evaluation.benchmarks.{entry.module}")
     if entry.file == "none":
-        found: Mapping[str, Benchmark] = module.BENCHMARKS
-        return found[name]
+        benchmarks: Mapping[str, Benchmark] = module.BENCHMARKS
+        return benchmarks[name]
     return module.benchmark(name, Path(file) if file else None, tools)

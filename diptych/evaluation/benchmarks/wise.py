@@ -85,9 +85,9 @@ def wise_category(row: Mapping, verified: bool) -> str:
         return "culture"
     else:
         names = {"time": "time", "spac": "space", "biol": "biology", "physic": "physics", "chemi": "chemistry"}
-        found = {name for part, name in names.items() if part in row["category"]}
-        if len(found) == 1:
-            return found.pop()
+        categories = {name for part, name in names.items() if part in row["category"]}
+        if len(categories) == 1:
+            return categories.pop()
     raise ValueError(f"WISE prompt {row['id']} ({row['category']!r}) is of no category of {', '.join(aggregate.WISE)}")
 
 
@@ -112,8 +112,8 @@ def judge_wise(judge: Judge, rubric: str, verified: bool, item: Item, image: PIL
 def wise_scores(stamp: str, weights: Mapping[str, float], outcomes: Sequence[Outcome]) -> dict[str, Score]:
     """Each category, and their weighted mean where all six are there."""
     groups = by_category(outcomes)
-    found = {f"{stamp}/{k}": grades(of) for k, of in groups.items()}
-    return ({f"{stamp}/overall": weighted(groups, weights)} if set(groups) == set(weights) else {}) | found
+    scores = {f"{stamp}/{k}": grades(group) for k, group in groups.items()}
+    return ({f"{stamp}/overall": weighted(groups, weights)} if set(groups) == set(weights) else {}) | scores
 
 
 def benchmark(name: str, file: Path | None, tools: Tools) -> Benchmark:

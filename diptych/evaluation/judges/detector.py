@@ -48,15 +48,15 @@ class Detector:
     @torch.inference_mode()
     def find(self, images: Sequence[PIL.Image.Image], least: float = 0.3, batch: int = 1) -> list[list[Detection]]:
         """What is in each picture with a score above ``least``, best first; ``batch`` pictures of one size at once."""
-        found: list[list[Detection]] = [[] for _ in images]
+        detections: list[list[Detection]] = [[] for _ in images]
         for group in _alike(images, batch):
             pixels, inner = _prepared([images[i] for i in group])
             mask = torch.zeros(pixels.shape[0], *pixels.shape[-2:], dtype=torch.long)
             mask[:, : inner[0], : inner[1]] = 1
             out = self.net(pixel_values=pixels.to(self.device), pixel_mask=mask.to(self.device))
             for i, classes, masks in zip(group, out.class_queries_logits, out.masks_queries_logits, strict=True):
-                found[i] = _detections(classes, masks, pixels.shape[-2:], inner, images[i].size, least)
-        return found
+                detections[i] = _detections(classes, masks, pixels.shape[-2:], inner, images[i].size, least)
+        return detections
 
 
 def _alike(images: Sequence[PIL.Image.Image], batch: int) -> Iterator[list[int]]:
@@ -101,14 +101,14 @@ def _detections(
     full = F.interpolate(full, (size[1], size[0]), mode="bilinear", align_corners=False)[:, 0]
     inside = full > 0
     mean = (full.sigmoid() * inside).flatten(1).sum(1) / (inside.flatten(1).sum(1) + 1e-6)
-    found = []
+    detections = []
     for score, label, k in zip((best * mean[where]).tolist(), (at % n).tolist(), where.tolist(), strict=True):
         mask = inside[k].cpu().numpy()
         if score > least and mask.any():
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
             box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
-            found.append(Detection(label, score, box, mask))
-    return sorted(found, key=lambda d: -d.score)
+            detections.append(Detection(label, score, box, mask))
+    return sorted(detections, key=lambda d: -d.score)
 
 
 class Colourist:

@@ -109,7 +109,7 @@ class Judge:
         messages.append({"role": "user", "content": [*content, {"type": "text", "text": text}]})
         more: dict[str, Any] = {"logprobs": True, "top_logprobs": logprobs} if logprobs else {}
         assert self.url is not None
-        said = call(
+        response = call(
             self.url,
             self.key,
             self.timeout,
@@ -118,7 +118,7 @@ class Judge:
             ),
             self.retries,
         )
-        choice = said.choices[0]
+        choice = response.choices[0]
         first: tuple[tuple[str, float], ...] = ()
         if logprobs:
             if not (choice.logprobs and choice.logprobs.content):
@@ -132,13 +132,13 @@ class Judge:
         """What ``parse`` reads in the reply; a reply that it cannot read is asked for again, at most three times, and
         then there is None: nothing is guessed."""
         for attempt in range(ATTEMPTS):
-            if (found := parse(self.ask(text, images, system, attempt=attempt).text)) is not None:
-                return found
+            if (parsed := parse(self.ask(text, images, system, attempt=attempt).text)) is not None:
+                return parsed
         return None
 
     def of(self, work: Callable[[Any, Any], Any]) -> Callable[[Sequence, Sequence], list]:
         """A benchmark's judge from ``work(item, made) -> Verdict``, several at once."""
-        return lambda items, made: self.every(lambda pair: work(*pair), list(zip(items, made, strict=True)))
+        return lambda items, outputs: self.every(lambda pair: work(*pair), list(zip(items, outputs, strict=True)))
 
     def every(self, work: Callable[[Any], T], things: Sequence[Any]) -> list[T]:
         """``work`` of each thing, several at once, in order."""

@@ -60,9 +60,9 @@ def mmbench(reply: str, options: Mapping[str, str], letters: str = "ABCDE") -> s
     if len(alone) == 1 and not ("A" in words and len(words) > 3):
         return alone[0]
     for before, after in _WRAPS:
-        found = [c for c in letters if before + c + after in words]
-        if len(found) == 1:
-            return found[0]
+        mentioned = [c for c in letters if before + c + after in words]
+        if len(mentioned) == 1:
+            return mentioned[0]
     held = [k for k, v in options.items() if v.lower() in reply.lower()]
     return held[0] if len(held) == 1 else None
 
@@ -75,12 +75,12 @@ def mmmu_choice(reply: str, options: Mapping[str, str]) -> str | None:
         reply = reply.strip(mark)
     text = f" {reply} "
     for form, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
-        if found := [k for k in options if form.format(k) in text]:
-            return max(found, key=lambda k: text.rfind(place.format(k)))
+        if mentioned := [k for k in options if form.format(k) in text]:
+            return max(mentioned, key=lambda k: text.rfind(place.format(k)))
     if len(text.split()) > 5:
         low = text.lower()
-        if found := [k for k, v in options.items() if v.lower() in low]:
-            return max(found, key=lambda k: low.rfind(options[k].lower()))
+        if mentioned := [k for k, v in options.items() if v.lower() in low]:
+            return max(mentioned, key=lambda k: low.rfind(options[k].lower()))
     return None
 
 
@@ -135,10 +135,10 @@ def mmmu_open(reply: str, answers: Sequence[str]) -> float:
             phrases.append(shortest)
     phrases = phrases or [reply.strip().strip(".").lower()]
     numbers = [n for phrase in phrases for pattern in _NUMBER for n in re.findall(pattern, phrase)]
-    said = [value for text in (*phrases, *numbers) for value in _mmmu_normal(text)]
+    candidates = [value for text in (*phrases, *numbers) for value in _mmmu_normal(text)]
     true = [value for answer in answers for value in _mmmu_normal(answer)]
     texts = [t for t in true if isinstance(t, str)]
-    return float(any(any(t in s for t in texts) if isinstance(s, str) else s in true for s in said))
+    return float(any(any(t in s for t in texts) if isinstance(s, str) else s in true for s in candidates))
 
 
 def _shortest(tails: Sequence[str]) -> str:
@@ -200,8 +200,8 @@ def vqav2(text: str) -> str:
 
 def vqa_accuracy(reply: str, answers: Sequence[str], normal: Callable[[str], str] = evalai) -> float:
     """VQA accuracy (arXiv 1505.00468): over left-out annotators, the mean of min(1, how many others agree / 3)."""
-    said, given = normal(reply), [normal(a) for a in answers]
-    matches = [g == said for g in given]
+    answer, given = normal(reply), [normal(a) for a in answers]
+    matches = [g == answer for g in given]
     return sum(min(1.0, (sum(matches) - m) / 3) for m in matches) / len(given)
 
 
@@ -210,11 +210,11 @@ def anls(reply: str, answers: Sequence[str]) -> float:
     the longer length of the *raw* texts; 1 minus that of the nearest answer, 0 below 0.5."""
     from diptych.evaluation.judges.short_answers import edit_distance
 
-    said = " ".join(reply.lower().split())
+    text = " ".join(reply.lower().split())
     near = []
     for answer in answers:
         length = max(len(answer.upper()), len(reply.upper()))
-        near.append(edit_distance(" ".join(answer.lower().split()), said) / length if length else 0.0)
+        near.append(edit_distance(" ".join(answer.lower().split()), text) / length if length else 0.0)
     value = 1 - min(near)
     return value if value >= 0.5 else 0.0
 

@@ -55,15 +55,15 @@ class Recogniser(nn.Module):
         peaks = (heat == F.max_pool2d(heat, 3, 1, 1)) & (heat >= SURE)
         # two kinds are not found at one place: the surer one is
         best = F.max_pool2d(heat.amax(1, keepdim=True), 3, 1, 1)
-        found: list[list[Found]] = []
+        detections: list[list[Found]] = []
         for i in range(len(images)):
             some = []
             for kind, y, x_ in (peaks[i] & (heat[i] >= best[i])).nonzero().tolist():
                 w, h = out[i, -2:, y, x_].clamp(0.05, 1).tolist()
                 place = ((x_ + 0.5) * STRIDE / SIDE, (y + 0.5) * STRIDE / SIDE)
                 some.append(Found(CLASSES[kind], "", *place, w, h, float(heat[i, kind, y, x_])))
-            found.append(sorted(some, key=lambda f: -f.match))
-        return found
+            detections.append(sorted(some, key=lambda f: -f.match))
+        return detections
 
 
 def _tensor(image: PIL.Image.Image) -> torch.Tensor:

@@ -52,20 +52,20 @@ def _nested(value: Any) -> Iterator[dict[str, Any]]:
 def marked(reply: str) -> str | None:
     r"""What a reply marks as its answer: the last of ``\boxed{...}``, ``<answer>...</answer>`` and a JSON object's
     "answer"; None where it marks nothing."""
-    found: list[tuple[int, str]] = []
+    answers: list[tuple[int, str]] = []
     for match in list(re.finditer(r"\\?\bboxed\s*\{|\\fbox\s*\{", reply))[-1:]:
         depth = end = 0
         for end in range(match.end() - 1, len(reply)):
             depth += {"{": 1, "}": -1}.get(reply[end], 0)
             if not depth:
                 break
-        found.append((match.start(), reply[match.end() : end if not depth else len(reply)]))
+        answers.append((match.start(), reply[match.end() : end if not depth else len(reply)]))
     for match in re.finditer(rf"<({_TAGS})>(.*?)(?:</\1>|$)", reply, re.DOTALL | re.IGNORECASE):
-        found.append((match.start(), match[2]))
+        answers.append((match.start(), match[2]))
     for match in re.finditer(r"<\|begin_of_box\|>(.*?)(?:<\|end_of_box\|>|$)", reply, re.DOTALL):
-        found.append((match.start(), match[1]))
-    if found:
-        return max(found)[1]
+        answers.append((match.start(), match[1]))
+    if answers:
+        return max(answers)[1]
     for row in reversed(list(objects(reply))):
         values = {str(k).lower(): v for k, v in row.items() if isinstance(v, (str, int, float))}
         if key := next((k for k in _KEYS if k in values), None):
@@ -244,12 +244,12 @@ class _Letters:
         later = rf"(?:\s*(?:[,/&、]|and\b|or\b|和|或|及)\s*(?:or\b\s*|and\b\s*)?(?:option\s+)?{one})"
         several = rf"{one}{later}{{1,9}}(?=\s*(?:[.,;/&\n)]|$|are\b|both\b|都))"
         self._several = re.compile(several)
-        own = "|".join(f"{k}(?=[\\s:]+{re.escape(plain(unmarked(v)))})" for k, v in options.items() if plain(v))
+        restated = "|".join(f"{k}(?=[\\s:]+{re.escape(plain(unmarked(v)))})" for k, v in options.items() if plain(v))
         ended = r"(?=\s*(?:[.,;:!?)\]}>\"'，。；：）、！]|\n|$)|\s*[-–—(\[](?:\s|\w)|[^\x00-\x7f])"
         follows = rf"(?:{ended}|(?=\s+(?:{_AFTER})\b)|(?=\s+[A-Z][a-z]+\b))"
         opened = r"\s*[(\[{<\"'「【]*\s*"
         small = rf"([{letters.lower()}])(?:{ended}(?!\s*[,]\s*\w+\s+\w)|(?=\s+(?:because|since|as)\b))"
-        target = rf"(?:([{letters}])(?![A-Za-z0-9'/]){follows}|(?i:({own or '(?!)'}))|{small})"
+        target = rf"(?:([{letters}])(?![A-Za-z0-9'/]){follows}|(?i:({restated or '(?!)'}))|{small})"
         bracketed = rf"[(\[【「]\s*([{anyone}])\s*[)\]】」]"
         lead = rf"(?i:\b{_LABEL}{_IS}\s*|\b{_CHOOSES}\s*|(?<!\w){_CHOOSES}\s*)(?i:{_NOUN})"
         self._says = re.compile(rf"(?:{lead}|{_CJK}\s*)(?:{bracketed}|{opened}{target})", re.MULTILINE)
@@ -289,7 +289,7 @@ class _Letters:
     def announced(self, text: str) -> tuple[bool, str | None]:
         """(whether the text announces an answer, the last one announced); None for several letters at once."""
         denied = self._denials(text)
-        found: list[tuple[int, str | None]] = []
+        answers: list[tuple[int, str | None]] = []
         for pattern in (self._says, self._is_right):
             for m in pattern.finditer(text):
                 group = next(i for i in range(1, len(m.groups()) + 1) if m[i])
@@ -297,10 +297,10 @@ class _Letters:
                 if any(a <= start < b for a, b in denied):
                     continue
                 open_at = start - 1 if start and text[start - 1] in "([" else start
-                found.append((start, None if self._several.match(text, open_at) else m[group].upper()))
-        if not found:
+                answers.append((start, None if self._several.match(text, open_at) else m[group].upper()))
+        if not answers:
             return False, None
-        return True, max(found, key=lambda pair: pair[0])[1]
+        return True, max(answers, key=lambda pair: pair[0])[1]
 
     def several(self, text: str) -> bool:
         """Whether the text begins with several letters that it does not reject: "A, B", "(A) or (C)"."""
@@ -337,23 +337,23 @@ class _Letters:
     def bracketed(self, text: str) -> str | None:
         """The only letter in brackets."""
         denied = self._denials(text)
-        found = {
+        letters = {
             m[1]
             for m in re.finditer(rf"[(\[]([{''.join(self.options)}])[)\]]", text)
             if not any(a <= m.start(1) < b for a, b in denied)
         }
-        return found.pop() if len(found) == 1 else None
+        return letters.pop() if len(letters) == 1 else None
 
     def named(self, text: str) -> str | None:
         """The only letter that is called an option: "option B", "choice C"."""
         denied = self._denials(text)
         letters = "".join(self.options)
-        found = {
+        options = {
             m[1]
             for m in re.finditer(rf"(?i:option|choice|letter|选项|選項)\s*([{letters}])(?![A-Za-z0-9'])", text)
             if not any(a <= m.start(1) < b for a, b in denied)
         }
-        return found.pop() if len(found) == 1 else None
+        return options.pop() if len(options) == 1 else None
 
     def by_text(self, text: str) -> str | None:
         """The only option whose text occurs, not negated and not inside a longer option's text that occurs."""
@@ -401,28 +401,28 @@ def yes_no(reply: str) -> bool | None:
 def marks(reply: str, low: float, high: float, count: int | None = None) -> list[float] | None:
     """The list of marks in a judge's reply: the value of "score" of the last JSON object in it (a list, or one
     number). None when there is none, a mark is outside [low, high], or there are not ``count`` of them."""
-    found: list[float] = []
+    values: list[float] = []
     for row in objects(reply):
         value = row.get("score")
         value = value if isinstance(value, list) else [value]
         if value and all(type(v) in (int, float) for v in value):
-            found = [float(v) for v in value]
-    if not found or (count and len(found) != count) or not all(low <= v <= high for v in found):
+            values = [float(v) for v in value]
+    if not values or (count and len(values) != count) or not all(low <= v <= high for v in values):
         return None
-    return found
+    return values
 
 
 def named_marks(reply: str, names: Sequence[str] | int, low: int, high: int) -> dict[str, float] | None:
     """The marks of lines "Name: digit" or of a JSON object {"Name": digit}, by name in lower case; ``names`` are those
     that must be there, or how many. None when they are not, or a mark is outside [low, high]."""
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for row in objects(reply):
         rated = {str(k).strip().lower(): float(v) for k, v in row.items() if type(v) in (int, float)}
-        found = rated or found
-    if not found:
+        values = rated or values
+    if not values:
         pattern = r"^[ \t\-*\d.)]*([A-Za-z][A-Za-z &/\-]*?)\**\s*[:：]\s*\**\s*(\d+)\s*(?:/\s*\d+)?\s*\**\s*\.?\s*$"
-        found = {name.strip().lower(): float(mark) for name, mark in re.findall(pattern, reply, re.MULTILINE)}
-    wanted = len(found) == names if isinstance(names, int) else all(n.lower() in found for n in names)
-    if not wanted or not all(low <= v <= high for v in found.values()):
+        values = {name.strip().lower(): float(mark) for name, mark in re.findall(pattern, reply, re.MULTILINE)}
+    wanted = len(values) == names if isinstance(names, int) else all(n.lower() in values for n in names)
+    if not wanted or not all(low <= v <= high for v in values.values()):
         return None
-    return found if isinstance(names, int) else {n.lower(): found[n.lower()] for n in names}
+    return values if isinstance(names, int) else {n.lower(): values[n.lower()] for n in names}

@@ -107,8 +107,8 @@ def recall(iou: np.ndarray) -> float:
     recall; drawings have no confidence, so there is no average precision. ``iou`` is (t, d); 1.0 for no truth."""
     if not len(iou):
         return 1.0
-    found = np.array([iou[pair] for pair in assign(iou)])
-    return float(np.mean([(found >= t).sum() / len(iou) for t in THRESHOLDS]))
+    overlaps = np.array([iou[pair] for pair in assign(iou)])
+    return float(np.mean([(overlaps >= t).sum() / len(iou) for t in THRESHOLDS]))
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -147,8 +147,8 @@ def score(sample: Sample, drawn: PIL.Image.Image) -> dict[str, float]:
     """
     task, (photo, target) = find(str(sample.info.get("type"))), (image.pixels for image in sample.images())
     if drawn.size != target.size:
-        how = PIL.Image.Resampling.NEAREST if task.nearest else PIL.Image.Resampling.BICUBIC
-        drawn = drawn.resize(target.size, how)
+        resampling = PIL.Image.Resampling.NEAREST if task.nearest else PIL.Image.Resampling.BICUBIC
+        drawn = drawn.resize(target.size, resampling)
     if task.palette is None:
         error = float(np.mean((rgb(drawn).astype(float) - rgb(target)) ** 2))
         return {"psnr": min(99.0, 10 * log10(255**2 / error)) if error else 99.0}

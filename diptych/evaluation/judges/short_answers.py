@@ -28,11 +28,11 @@ def vqa_accuracy(reply: str, answers: Sequence[str]) -> float:
 def anls(reply: str, answers: Sequence[str], threshold: float = 0.5) -> float:
     """1 - edit distance / length to the nearest answer, 0 below the threshold (ANLS, arXiv 1907.00490), of lower-case
     texts with one space between words."""
-    said = " ".join(reply.lower().split())
+    text = " ".join(reply.lower().split())
     best = 0.0
     for answer in answers:
         true = " ".join(answer.lower().split())
-        best = max(best, 1 - edit_distance(said, true) / max(len(said), len(true), 1))
+        best = max(best, 1 - edit_distance(text, true) / max(len(text), len(true), 1))
     return best if best >= threshold else 0.0
 
 
