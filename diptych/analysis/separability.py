@@ -46,6 +46,7 @@ class Labelled:
     classes: tuple[str, ...]
 
     def labels_tensor(self) -> Int[Tensor, " N"]:
+        """The class number of every picture, (N,) int64."""
         return torch.tensor(self.labels)
 
 

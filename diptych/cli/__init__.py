@@ -29,6 +29,7 @@ class Program(Group):
     """All verbs; turns what they raise into a message and an exit code."""
 
     def invoke(self, ctx: typer.Context) -> int:  # type: ignore[override]  # vendored click
+        """Runs the verb and returns its exit code; a bug propagates with its traceback."""
         try:
             code = super().invoke(ctx)
             sys.stdout.flush()

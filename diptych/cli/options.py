@@ -28,6 +28,7 @@ class Group(TyperGroup):
     default: str | None = None
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]  # vendored click
+        """The arguments with ``--help`` where there are none, and with ``default`` where they name no verb."""
         if not args:
             args = ["--help"]
         if self.default and args[0] not in self.commands and args[0] not in ("-h", "--help"):
@@ -184,6 +185,7 @@ class Loading:
     quantize: QuantizeOption = None
 
     def load(self) -> Engine:
+        """The engine of the model that the options name. Raises ``ValueError`` as ``diptych.load``."""
         from diptych.generation.engine import load
 
         return load(self.model, self.device, self.dtype, self.base, self.quantize)

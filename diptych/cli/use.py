@@ -181,6 +181,7 @@ class Chat:
         self.saved = 0
 
     def run(self) -> None:
+        """Reads lines from the terminal until ``/quit`` or the end of the input."""
         while True:
             try:
                 line = input("> ").strip()

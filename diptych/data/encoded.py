@@ -40,14 +40,25 @@ class Family(Protocol):
     """What is asked of a model here: a ``Trainable`` has it."""
 
     @property
-    def family(self) -> str: ...
+    def family(self) -> str:
+        """The name of the family."""
+
     @property
-    def encoders(self) -> Mapping[str, Any]: ...
+    def encoders(self) -> Mapping[str, Any]:
+        """The frozen encoders by name."""
+
     @property
-    def device(self) -> torch.device: ...
-    def lay_out(self, sample: Sample) -> Any: ...
-    def encode(self, encoder: str, images: Tensor) -> Tensor: ...
-    def digest(self, encoder: str) -> str: ...
+    def device(self) -> torch.device:
+        """The device that encoders run on."""
+
+    def lay_out(self, sample: Sample) -> Any:
+        """The sample as segments."""
+
+    def encode(self, encoder: str, images: Tensor) -> Tensor:
+        """The outputs of an encoder, (N, ...), for N inputs of one shape."""
+
+    def digest(self, encoder: str) -> str:
+        """A hash of the encoder's weights and settings; empty where the weights are unknown."""
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -146,6 +157,7 @@ class Watched(Image):
     shown: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def through(self, encoder: str, see: Callable[[], Tensor]) -> tuple[Tensor, bool]:
+        """Records the encoder's input and returns it, with False: no encoding is stored."""
         self.shown[encoder] = see()
         return self.shown[encoder], False
 

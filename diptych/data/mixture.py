@@ -35,7 +35,9 @@ class Source(Protocol):
     """A data set: ``source[index]`` is a pure function of the index and its pictures are decoded."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name in recipes and logs; sample ids begin with it."""
+
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Sample: ...
 
@@ -53,6 +55,7 @@ class First:
 
     @property
     def name(self) -> str:
+        """The name of the data set, followed by ``#n``."""
         return f"{self.source.name}#{self.n}"
 
     def __len__(self) -> int:

@@ -27,6 +27,7 @@ class UnlabelledPictures:
 
     @property
     def name(self) -> str:
+        """The name of the data set, followed by ``/pictures``."""
         return self.source.name + PICTURES
 
     def __len__(self) -> int:
@@ -48,6 +49,7 @@ class SelfConditioned:
 
     @property
     def name(self) -> str:
+        """The name of the data set."""
         return self.source.name
 
     def __len__(self) -> int:

@@ -181,6 +181,7 @@ class Speed:
     bytes_per_sample: float
 
     def to_json(self) -> dict[str, Any]:
+        """The fields by name."""
         return asdict(self)
 
 

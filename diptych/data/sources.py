@@ -427,14 +427,25 @@ class RowSource(Protocol):
     """What every source of this room offers."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name of the data set."""
+
     @property
-    def left_out(self) -> Mapping[str, int]: ...
+    def left_out(self) -> Mapping[str, int]:
+        """How many rows or files are not part of the data set, by reason."""
+
     def __len__(self) -> int: ...
-    def where(self, index: int) -> str: ...
-    def row(self, index: int) -> Sample: ...
-    def picture(self, index: int, reference: str) -> PIL.Image.Image: ...
-    def data(self, index: int, reference: str) -> bytes: ...
+    def where(self, index: int) -> str:
+        """The file and the line or row of a sample, for messages."""
+
+    def row(self, index: int) -> Sample:
+        """The sample with pictures as references, which ``picture`` resolves. Raises ``ValueError``."""
+
+    def picture(self, index: int, reference: str) -> PIL.Image.Image:
+        """The decoded picture of a reference. Raises ``ValueError`` where it is missing or damaged."""
+
+    def data(self, index: int, reference: str) -> bytes:
+        """The bytes of the file that a reference names. Raises ``ValueError`` where it is missing."""
 
 
 def open_row(source: RowSource, index: int) -> Sample:

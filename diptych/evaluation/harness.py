@@ -58,7 +58,8 @@ class Engine(Protocol):
 
     def answers(
         self, samples: Sequence[Sample], max_new_tokens: int, temperature: float, seed: int, batch_size: int
-    ) -> list: ...
+    ) -> list:
+        """One ``Answer`` per sample, whose last message is the user's, in order."""
 
     def draw(
         self,
@@ -67,7 +68,8 @@ class Engine(Protocol):
         size: tuple[int, int] | None,
         settings: Any,
         batch_size: int,
-    ) -> list: ...
+    ) -> list:
+        """One ``Picture`` per sample, each with its own seed; ``size`` is (width, height), None the default."""
 
 
 @dataclass(frozen=True)

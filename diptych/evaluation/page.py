@@ -33,6 +33,7 @@ class Text:
 
     @property
     def paragraphs(self) -> list[str]:
+        """The paragraphs that are not empty."""
         return [p for p in self.text.split("\n\n") if p.strip()]
 
 

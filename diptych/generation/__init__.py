@@ -1,1 +1,1 @@
-"""From messages to events: answers word by word, pictures step by step."""
+"""From messages to events: answers token by token, pictures step by step."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, overload
 from diptych.core.sample import Image, Message, Sample, sample_from_json, user
 from diptych.data.decoding import PictureSource, open_picture
 from diptych.generation.events import Answer, Event, Picture, Pictures
-from diptych.generation.prefix_cache import Memory
+from diptych.generation.prefix_cache import PrefixCache
 from diptych.generation.scheduler import ImageJob, ImageRequest, Job, Scheduler, Size, TextJob, TextRequest
 from diptych.generation.thinking import Think, split
 from diptych.machine import devices
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Messages = str | Sequence[Message | Mapping[str, Any]]
 Prompt = str | Sequence[str]
-Seed = int | None  # None: a random one, which the result tells
+Seed = int | None  # None: a random one, which the result holds
 SizeLike = int | str | Sequence[int]  # 64, "64x48" or (64, 48): width, then height
 
 
@@ -50,7 +50,7 @@ def load(
     model = store.load(name_or_path, devices.pick_device(str(device)), dtype, base, quantize)
     if not isinstance(model, UnifiedModel):
         raise ValueError(
-            f"{name_or_path} is of family {model.family!r}, which can be trained on but neither reads nor draws"
+            f"{name_or_path} is of family {model.family!r}, which can be trained but neither answers nor draws"
         )
     return Engine(model, str(name_or_path))
 
@@ -73,7 +73,7 @@ class Engine:
 
     def __init__(self, model: UnifiedModel, name: str = "") -> None:
         self.model, self.name = model.eval(), name or model.family
-        self.memory = Memory(model)
+        self.prefixes = PrefixCache(model)
 
     def __repr__(self) -> str:
         parameters = list(self.model.parameters())
@@ -111,8 +111,8 @@ class Engine:
         ``{"type": "image", "image": PICTURE}`` or OpenAI's ``{"type": "image_url", "image_url": {"url": DATA_URI}}``. A
         string is one message of the user."""
         sample = self._conversation(messages)
-        how: dict[str, Any] = {"top_p": top_p, "pictures": pictures, "think": think}
-        return self.answers([sample], max_new_tokens, temperature, _seed(seed), **how)[0]
+        options: dict[str, Any] = {"top_p": top_p, "pictures": pictures, "think": think}
+        return self.answers([sample], max_new_tokens, temperature, _seed(seed), **options)[0]
 
     def ask(
         self,
@@ -168,7 +168,7 @@ class Engine:
         """``n`` pictures of a prompt, or of each of a list of prompts, which are drawn in one batch.
 
         ``size`` is (width, height) in pixels, "64x48" or one number for a square; it must be one of ``sizes``. Picture
-        i of a prompt has the seed ``seed + i``; a seed of None is drawn at random. Guidance goes away from
+        i of a prompt has the seed ``seed + i``; a seed of None is random. Guidance moves away from
         ``negative_prompt``. With ``think`` the model first writes a plan (``Pictures.reasoning``) and draws from it; a
         ``Think`` says how. ``preset`` names settings of ``model.presets``, and ``settings`` are fields of
         ``model.settings`` that change them."""
@@ -191,8 +191,8 @@ class Engine:
         preset: str = "",
         **settings: Any,
     ) -> Pictures:
-        """``n`` edits of one picture or of several together. Without ``size`` it is the (last) source's, brought to one
-        that the model was trained on; the rest is as in ``generate``."""
+        """``n`` edits of one picture or of several together. ``size`` defaults to the trained size nearest to that of
+        the last edit source; the other arguments are those of ``generate``."""
         many = list(images) if isinstance(images, list | tuple) else [images]
         if not many:
             raise ValueError("edit needs at least one picture")
@@ -235,9 +235,9 @@ class Engine:
         ]
 
     def settings(self, changes: Mapping[str, Any], sample: Sample | None = None, preset: str = "") -> Settings:
-        """The model's own settings (those that suit the request ``sample``, where one is given), or those of
-        ``preset``, with ``changes``; a value of None changes nothing. Raises ``ValueError`` for unknown names, listing
-        the known, and for anything but a number where the setting is one."""
+        """The model's default settings for the request ``sample``, or those of ``preset``, with ``changes`` applied. A
+        value of None changes nothing. Raises ``ValueError`` for unknown names, listing the known ones, and for values
+        that are not numbers where the setting is a number."""
         defaults = self.model.defaults(sample, preset)
         known = asdict(defaults)
         if unknown := sorted(changes.keys() - known.keys()):
@@ -267,8 +267,8 @@ class Engine:
         seed: Seed = 0,
         think: bool = False,
     ) -> Iterator[Event]:
-        """The answer as it comes: ``TextDelta`` ... ``Stop``, an ``ImageDone`` for every picture that it holds, and
-        with ``think`` ``ReasoningDelta`` before them."""
+        """The events of an answer: ``TextDelta`` ... ``Stop``, an ``ImageDone`` for every picture in it, and with
+        ``think`` ``ReasoningDelta`` before them."""
         sample = self._conversation(messages)
         return self._events(TextRequest(sample, max_new_tokens, temperature, top_p, _seed(seed), think=think))
 
@@ -283,18 +283,18 @@ class Engine:
         preset: str = "",
         **settings: Any,
     ) -> Iterator[Event]:
-        """A picture as it sharpens: ``previews`` evenly spread ``ImagePreview``, then ``ImageDone`` and ``Stop``. With
-        ``think`` the plan comes first, as ``ReasoningDelta``; ``preset`` as in ``generate``."""
+        """The events of a picture: ``previews`` evenly spread ``ImagePreview``, then ``ImageDone`` and ``Stop``. With
+        ``think`` the plan comes first, as ``ReasoningDelta``; ``preset`` is that of ``generate``."""
         sample = self._conversation(messages)
         canvas, chosen = None if size is None else parse_size(size), self.settings(settings, sample, preset)
         budget = self.thinking(think, preset)
         return self._events(ImageRequest(sample, _seed(seed), canvas, chosen, negative_prompt, previews, budget))
 
     def _events(self, request: TextRequest | ImageRequest) -> Iterator[Event]:
-        loop = Scheduler(self.model, self.memory, 1)
-        loop.submit(request)
-        while not loop.idle:
-            yield from (event for _, event in loop.tick())
+        scheduler = Scheduler(self.model, self.prefixes, 1)
+        scheduler.submit(request)
+        while not scheduler.idle:
+            yield from (event for _, event in scheduler.tick())
 
     # ---- many requests ------------------------------------------------------------------------------------------
 
@@ -309,9 +309,9 @@ class Engine:
         pictures: int = 0,
         think: bool = False,
     ) -> list[Answer]:
-        """One answer per sample, whose messages end with a user's; ``batch_size`` of them are decoded together."""
-        how: dict[str, Any] = {"pictures": pictures, "think": think}
-        requests = [TextRequest(s, max_new_tokens, temperature, top_p, seed, **how) for s in samples]
+        """One answer per sample, whose last message is the user's; ``batch_size`` of them are decoded together."""
+        options: dict[str, Any] = {"pictures": pictures, "think": think}
+        requests = [TextRequest(s, max_new_tokens, temperature, top_p, seed, **options) for s in samples]
         jobs = [j for j in self._run(requests, batch_size) if isinstance(j, TextJob)]
         texts = [self.model.spoken(j.ids) for j in jobs]
         spoken = [split(text) if think else ("", text) for text in texts]
@@ -330,10 +330,11 @@ class Engine:
         negative_prompt: str = "",
         think: Think | None = None,
     ) -> list[Picture]:
-        """One picture per sample (its messages end with a user's), each from its own seed; ``size`` is (width, height).
+        """One picture per sample, whose last message is the user's, each with its own seed; ``size`` is (width,
+        height) in pixels.
 
-        Without ``settings`` each request has the model's for its kind. Drawing is batch-invariant: a picture does not
-        depend on those that are drawn with it."""
+        Without ``settings`` each request uses the model's defaults for its kind (a prompt or an edit). Drawing is
+        batch-invariant: a picture does not depend on the others in its batch."""
         requests = [
             ImageRequest(s, seed, size, settings or self.model.defaults(s), negative_prompt, think=think)
             for s, seed in zip(samples, seeds, strict=True)
@@ -345,11 +346,11 @@ class Engine:
             if isinstance(j, ImageJob) and j.image
         ]
 
-    def _run(self, requests: Sequence[TextRequest | ImageRequest], places: int) -> list[Job]:
-        loop = Scheduler(self.model, self.memory, places)
-        jobs = [loop.submit(request) for request in requests]
-        while not loop.idle:
-            loop.tick()
+    def _run(self, requests: Sequence[TextRequest | ImageRequest], slots: int) -> list[Job]:
+        scheduler = Scheduler(self.model, self.prefixes, slots)
+        jobs = [scheduler.submit(request) for request in requests]
+        while not scheduler.idle:
+            scheduler.tick()
         return jobs
 
     # ---- requests -----------------------------------------------------------------------------------------------
@@ -406,7 +407,7 @@ def _seed(seed: Seed) -> int:
 
 
 def _text(text: Any, name: str) -> str:
-    """The text. Raises ``ValueError`` where it is none, or one that cannot be encoded (half a surrogate pair)."""
+    """The text. Raises ``ValueError`` for another type, and for a text with half of a surrogate pair (not UTF-8)."""
     if not isinstance(text, str):
         raise ValueError(f"{name} must be a text, not {type(text).__name__}")
     try:

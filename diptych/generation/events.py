@@ -1,6 +1,6 @@
-"""What comes out of the engine while it works, and what it returns when it is done.
+"""The events of a running request, and the results of a finished one.
 
-Every result carries the parameters that were in effect, defaults included, and its seed."""
+Every result carries its seed and the parameters that were in effect, defaults included."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import PIL.Image
 
 
 @dataclass(frozen=True)
-class Word:
-    """A word said, how likely it was (log-probability), and the likeliest words in its place with theirs."""
+class TokenLogprob:
+    """The text of a token, its log-probability, and (text, log-probability) of the likeliest tokens at its position."""
 
     text: str
     logprob: float
-    likeliest: tuple[tuple[str, float], ...] = ()
+    top: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """More of the answer's text; ``words`` where their probabilities were asked for."""
+    """More of the answer's text; ``logprobs`` where the request asks for them."""
 
     text: str
-    words: tuple[Word, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class ReasoningDelta:
 
 @dataclass(frozen=True, eq=False)
 class ImagePreview:
-    """The picture as it looks after ``step`` of ``of`` steps."""
+    """A preview of the picture after ``step`` of ``steps`` steps."""
 
     image: PIL.Image.Image
     step: int
-    of: int
+    steps: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ class ImageDone:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens read and written, pictures drawn."""
+    """Prompt tokens, generated tokens, and pictures drawn."""
 
     read: int = 0
     written: int = 0
@@ -63,7 +63,8 @@ class Usage:
 
 @dataclass(frozen=True)
 class Stop:
-    """The end: ``stop`` (the model ended its answer), ``length`` (the limit was reached) or ``image`` (drawn)."""
+    """The last event of a request. ``reason`` is ``stop`` (the model ended its answer), ``length`` (``max_new_tokens``
+    was reached) or ``image`` (the picture is finished)."""
 
     reason: str
     usage: Usage
@@ -75,13 +76,13 @@ Event = TextDelta | ReasoningDelta | ImagePreview | ImageDone | Stop
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished answer in words."""
+    """A finished answer. ``ids`` are its tokens; ``images`` are the pictures that the model drew in it."""
 
     text: str
     ids: tuple[int, ...]
     finish_reason: str
     parameters: Mapping[str, Any]
-    images: tuple[PIL.Image.Image, ...] = ()  # drawn in its course, where the model began them
+    images: tuple[PIL.Image.Image, ...] = ()
     reasoning: str = ""  # what stood in <think> tags before it
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a file of prompts, in shards that need nothing of each other.
+"""Pictures of a file of prompts, in independent shards.
 
 Shard ``i`` of ``n`` draws prompts i, i + n, i + 2n ... A picture depends on its prompt, seed and settings alone, so the
 number of shards changes nothing. A picture that exists is not drawn again: a killed shard continues where it stopped.
@@ -31,16 +31,16 @@ class Prompt:
     prompt: str
     seed: int
 
-    def file(self, picture: int, of: int) -> str:
-        """The file name of picture number ``picture``."""
-        return f"{self.id}.png" if of == 1 else f"{self.id}-{picture}.png"
+    def file(self, picture: int, n: int) -> str:
+        """The file name of picture number ``picture`` of the prompt's ``n``."""
+        return f"{self.id}.png" if n == 1 else f"{self.id}-{picture}.png"
 
 
 def read_prompts(path: Path, seed: int = 0) -> list[Prompt]:
     """The prompts of a .txt file, one a line, or of a .jsonl file with ``prompt`` and, optional, ``id`` and ``seed``.
 
     The default id is the number of the prompt, from 00000; the default seed is ``seed``. Raises ``ValueError`` naming
-    the line that cannot be used, and for an id that stands twice."""
+    the line that cannot be used, and for an id that occurs twice."""
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{path}: prompts are a .txt file, one a line, or a .jsonl file")
     try:
@@ -59,7 +59,7 @@ def read_prompts(path: Path, seed: int = 0) -> list[Prompt]:
         if not re.fullmatch(r"\w[\w.-]*", prompt.id):
             raise ValueError(f"{where}: id {prompt.id!r} cannot name a file; use letters, digits, '_', '-' and '.'")
         if prompt.id in prompts:
-            raise ValueError(f"{where}: id {prompt.id!r} stands twice")
+            raise ValueError(f"{where}: id {prompt.id!r} occurs twice")
         prompts[prompt.id] = prompt
     if not prompts:
         raise ValueError(f"{path} holds no prompt")
@@ -126,22 +126,22 @@ def generate_file(
         done += len(batch)
         progress(done, len(wanted))
     name = "prompts.jsonl" if shard[1] == 1 else f"prompts-{shard[0]}-of-{shard[1]}.jsonl"
-    told = [{"file": f.name, "id": p.id, "prompt": p.prompt, "seed": p.seed + k} for p, k, f in wanted]
-    disk.write_text(out / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in told))
+    written = [{"file": f.name, "id": p.id, "prompt": p.prompt, "seed": p.seed + k} for p, k, f in wanted]
+    disk.write_text(out / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written))
     return out / name
 
 
 def _agree(out: Path, settings: dict[str, Any], prompts: Sequence[Prompt]) -> None:
-    """Writes the settings and the prompts of the folder's pictures, or compares with those that are there."""
+    """Writes the settings and the prompts of the folder's pictures, or compares them with the ones stored there."""
     disk.check_folder(out)
     file, settings = out / SETTINGS, json.loads(json.dumps(settings))
     asked = {p.id: [p.prompt, p.seed] for p in prompts}
     before: dict[str, list] = {}
     if file.is_file():
-        written = _settings_of(file)
-        if wrong := [f"{k} {written.get(k)!r}, not {v!r}" for k, v in settings.items() if written.get(k) != v]:
-            raise ValueError(f"{out} holds pictures of {'; '.join(wrong)}; choose another folder")
-        before = written["prompts"]
+        stored = _settings_of(file)
+        if changes := [f"{k} {stored.get(k)!r}, not {v!r}" for k, v in settings.items() if stored.get(k) != v]:
+            raise ValueError(f"{out} holds pictures with {'; '.join(changes)}; choose another folder")
+        before = stored["prompts"]
         for name in asked.keys() & before.keys():
             if asked[name] != before[name]:
                 (prompt, seed), (other, other_seed) = before[name], asked[name]
@@ -152,7 +152,7 @@ def _agree(out: Path, settings: dict[str, Any], prompts: Sequence[Prompt]) -> No
     taken = (out / p.file(k, settings["n"]) for p in prompts if p.id not in before for k in range(settings["n"]))
     lists = () if before else out.glob("prompts*.jsonl")
     if existing := next((path for path in (*taken, *lists) if path.exists()), None):
-        raise ValueError(f"{existing} is there and was not drawn by `diptych generate`; choose another folder")
+        raise ValueError(f"{existing} exists and was not drawn by `diptych generate`; choose another folder")
     if asked.keys() - before.keys():
         disk.write_text(file, json.dumps(settings | {"prompts": before | asked}, indent=1, ensure_ascii=False))
 

@@ -1,4 +1,4 @@
-"""What was read lately, so that a conversation that goes on is read on and not read again."""
+"""A cache of contexts, so that a later turn of a conversation is prefilled only from where the last one ended."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ import torch
 from diptych.core.layout import Kind, Layout, Segment
 from diptych.models.protocol import Context, UnifiedModel
 
-Unit = int | Segment  # a word of causal text, or a segment that can only be read whole
+Unit = int | Segment  # a token of causal text, or a segment that can only be prefilled whole
 
 
-class Memory:
-    """The contexts of the last ``most`` readings, each with the tokens that it has read.
+class PrefixCache:
+    """The last ``size`` contexts, each with the units that it holds.
 
-    A later turn of a conversation starts from the remembered context that shares the longest beginning with it; caches
-    grow at their end only, and whoever branches off copies. First turns are read afresh, so that the picture of a
-    prompt and a seed never depends, by a rounding, on what was asked before it.
+    A later turn of a conversation starts from the cached context that shares the longest prefix with it, and copies it
+    where the two diverge. First turns are always prefilled from the start, so that the picture of a prompt and a seed
+    never depends, not even by rounding, on earlier requests.
     """
 
-    def __init__(self, model: UnifiedModel, most: int = 4) -> None:
-        self.model, self.most = model, most
-        self.known: list[tuple[list[Unit], Context]] = []
+    def __init__(self, model: UnifiedModel, size: int = 4) -> None:
+        self.model, self.size = model, size
+        self.entries: list[tuple[list[Unit], Context]] = []
 
-    def read(self, sequences: Sequence[Layout], later: Sequence[bool]) -> list[Context]:
-        """The contexts after these sequences, all extended together; their logits predict the next word. ``later`` says
-        which of them are later turns of a conversation."""
+    def prefill(self, layouts: Sequence[Layout], later: Sequence[bool]) -> list[Context]:
+        """The contexts after these layouts, extended in one batch; their logits predict the next token. ``later`` marks
+        the layouts that are later turns of a conversation."""
         starts, rests = [], []
-        for laid, goes_on in zip(sequences, later, strict=True):
-            wanted, shared, start = units(laid.segments), 0, self.model.open()
-            if goes_on and self.known:
-                shared, nearest = max(((_shared(wanted, have), c) for have, c in self.known), key=lambda x: x[0])
-                shared = min(shared, len(wanted) - 1)  # the last unit is read again: it scores the next word
+        for layout, is_later in zip(layouts, later, strict=True):
+            wanted, shared, start = units(layout.segments), 0, self.model.open()
+            if is_later and self.entries:
+                shared, nearest = max(((_shared(wanted, have), c) for have, c in self.entries), key=lambda x: x[0])
+                shared = min(shared, len(wanted) - 1)  # the last unit is run again for the logits of the next token
                 start = self._rewound(nearest, wanted[:shared]) if shared else start
             starts.append(start)
-            rests.append(Layout(laid.id, segments(wanted[shared:])))
+            rests.append(Layout(layout.id, segments(wanted[shared:])))
         contexts = self.model.extend(starts, rests)
-        for laid, context in zip(sequences, contexts, strict=True):
-            self.keep(laid, [], context)
+        for layout, context in zip(layouts, contexts, strict=True):
+            self.keep(layout, [], context)
         return contexts
 
-    def keep(self, laid: Layout, said: Sequence[int], context: Context) -> None:
-        """Remembers the context that has read ``laid`` and then the words ``said``."""
-        if self.most:
-            self.known = [*self.known, ([*units(laid.segments), *said], context)][-self.most :]
+    def keep(self, layout: Layout, ids: Sequence[int], context: Context) -> None:
+        """Caches the context that holds ``layout`` and then the tokens ``ids``."""
+        if self.size:
+            self.entries = [*self.entries, ([*units(layout.segments), *ids], context)][-self.size :]
 
     def _rewound(self, context: Context, read: list[Unit]) -> Context:
         length = sum(1 if isinstance(u, int) else len(u) for u in read)
@@ -54,7 +54,7 @@ class Memory:
 
 
 def units(segments: Sequence[Segment]) -> list[Unit]:
-    """The words of causal texts one by one, every other segment whole."""
+    """The tokens of causal texts one by one, every other segment whole."""
     out: list[Unit] = []
     for s in segments:
         plain = (
@@ -78,7 +78,7 @@ def segments(units: Sequence[Unit]) -> tuple[Segment, ...]:
 
 
 def _shared(a: list[Unit], b: list[Unit]) -> int:
-    """How many units two readings begin with in common."""
+    """The length of the longest common prefix."""
     pairs = zip(a, b, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if not _same(x, y)), min(len(a), len(b)))
 

@@ -1,4 +1,4 @@
-"""Choosing the next word."""
+"""Sampling of the next token."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from diptych.core.tensors import Float, Tensor
 
 
 def check_sampling(temperature: float, top_p: float) -> None:
-    """Raises ``ValueError`` for what ``next_word`` cannot sample with."""
+    """Raises ``ValueError`` for parameters that ``next_token`` cannot sample with."""
     if not temperature >= 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature must be at least 0 and top_p in (0, 1], not {temperature} and {top_p}")
 
 
-def next_word(
+def next_token(
     logits: Float[Tensor, " V"], temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None
 ) -> int:
-    """The likeliest token at temperature 0, or at one so low that dividing by it overflows; else a draw from the
-    smallest set that holds ``top_p`` of the mass."""
+    """The id of the next token: the most likely one at temperature 0, or where division by the temperature overflows;
+    otherwise a sample from the smallest set of tokens whose probabilities sum to at least ``top_p``."""
     check_sampling(temperature, top_p)
     if temperature == 0:
         return int(logits.argmax())

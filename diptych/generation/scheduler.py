@@ -2,8 +2,8 @@
 
 ::
 
-    submit ──▶ waiting ──▶ read ──▶ running ── tick: one word of every answer, one step of every picture ──▶ events
-                                       └────────────── until it ends, or is cancelled ─────────────┘
+    submit ──▶ waiting ──▶ prefill ──▶ running ── tick: one token of every answer, one step of every picture ──▶ events
+                                          └────────────── until it ends, or is cancelled ──────────────┘
 
 Results are batch-invariant (on a CPU bitwise): images are encoded and decoded one by one; prefill of text, decode and
 denoising are batched, with the matrix products of ``parts.batch_invariant``.
@@ -22,9 +22,18 @@ import torch
 from diptych.core.layout import Kind, Layout, Segment
 from diptych.core.sample import Image, Message, Sample, Text, assistant, user
 from diptych.core.tensors import Tensor
-from diptych.generation.events import Event, ImageDone, ImagePreview, ReasoningDelta, Stop, TextDelta, Usage, Word
-from diptych.generation.prefix_cache import Memory
-from diptych.generation.sampling import check_sampling, next_word
+from diptych.generation.events import (
+    Event,
+    ImageDone,
+    ImagePreview,
+    ReasoningDelta,
+    Stop,
+    TextDelta,
+    TokenLogprob,
+    Usage,
+)
+from diptych.generation.prefix_cache import PrefixCache
+from diptych.generation.sampling import check_sampling, next_token
 from diptych.generation.thinking import CLOSE, OPEN, Think, instructed, split
 from diptych.models.protocol import Context, Drawing, Drop, Settings, UnifiedModel
 from diptych.parts.batch_invariant import alone, steady
@@ -35,11 +44,14 @@ Size = tuple[int, int]  # (width, height) in pixels
 
 @dataclass(frozen=True, eq=False)
 class TextRequest:
-    """A request for words. ``stop`` are texts that end the answer and are not part of it; ``logprobs`` is how many
-    likeliest words to report beside each word said (None: report nothing); ``pictures`` is how many pictures the answer
-    may draw where the model begins one (``picture_word``), with the settings that suit them and seeds from ``seed`` on:
-    after that many the begin-image token is emitted as
-    ordinary text. With ``think`` the model is asked to reason first (``UnifiedModel.think_before_answering``)."""
+    """A request for an answer in text.
+
+    ``stop`` are texts that end the answer and are not part of it. ``logprobs`` is the number of alternatives to report
+    for each token; None reports nothing. ``pictures`` is the maximum number of pictures that the answer may draw, where
+    the model begins one (``picture_word``); they use the model's default settings and the seeds ``seed``, ``seed`` + 1
+    and so on. After that many pictures the begin-image token is emitted as ordinary text. With ``think`` the model
+    reasons first (``UnifiedModel.think_before_answering``). Raises ``ValueError`` for sampling parameters that are out
+    of range."""
 
     sample: Sample
     max_new_tokens: int = 64
@@ -59,9 +71,12 @@ class TextRequest:
 
 @dataclass(frozen=True, eq=False)
 class ImageRequest:
-    """A request for a picture. ``settings`` are the family's; ``negative_prompt`` stands in for the dropped words in
-    the branch of guidance that has no text; ``previews`` are shown evenly spread on the way. With ``think`` the model
-    first writes a plan, which the picture is drawn from."""
+    """A request for a picture.
+
+    ``size`` is (width, height) in pixels; None takes the model's default, or the size of the edit source. ``settings``
+    are the family's. ``negative_prompt`` replaces the text in the guidance branch that drops the text. ``previews`` is
+    the number of previews, evenly spread over the steps. With ``think`` the model first writes a plan and draws the
+    picture from it."""
 
     sample: Sample
     seed: int
@@ -73,8 +88,9 @@ class ImageRequest:
 
 
 class TextJob:
-    """An answer on its way: ``ids`` said so far, and how it ended. While ``sketch`` is drawn the words wait. With
-    ``plans`` it is no answer but the plan of that picture, to which its events belong."""
+    """An answer that is being decoded: the token ``ids`` so far, and the ``reason`` it ended. Decoding pauses while
+    ``image_job``, a picture of the answer, is drawn. With ``plans`` the text is the plan of that picture, and its
+    events belong to the picture."""
 
     def __init__(self, model: UnifiedModel, request: TextRequest, plans: ImageJob | None = None) -> None:
         r, self.plans = request, plans
@@ -89,16 +105,16 @@ class TextJob:
         }
         self.generator = torch.Generator().manual_seed(r.seed)
         self.context: Context = model.open()
-        self.laid: Layout | None = None
+        self.layout: Layout | None = None
         self.ids: list[int] = []
-        self.words: list[Word] = []  # reported with the next text
-        self.text = self.told = self.thought = ""
-        self.unread: list[int] = []  # said, and not yet read
-        self.read = 0
+        self.logprobs: list[TokenLogprob] = []  # emitted with the next text
+        self.text = self.sent = self.thought = ""  # since the last picture: decoded; emitted as answer, as reasoning
+        self.pending: list[int] = []  # sampled, and not yet in the context
+        self.prompt_tokens = 0
         self.reason: str | None = None
-        self.sketch: ImageJob | None = None
+        self.image_job: ImageJob | None = None
         self.parts: tuple[Text | Image, ...] = ()  # of the answer, up to its last picture
-        self.since = 0  # words of ``ids`` before the end of the last picture; ``laid`` holds these
+        self.text_start = 0  # number of ``ids`` before the end of the last picture; ``layout`` holds these
 
     @property
     def images(self) -> tuple[PIL.Image.Image, ...]:
@@ -106,16 +122,16 @@ class TextJob:
         return tuple(p.pixels for p in self.parts if isinstance(p, Image))
 
     @property
-    def begun(self) -> bool:
-        """Whether its conversation has been read."""
-        return self.laid is not None
+    def prefilled(self) -> bool:
+        """Whether the context holds the conversation."""
+        return self.layout is not None
 
 
 class ImageJob:
-    """A picture on its way; of an answer that began it (``talk``), or asked for."""
+    """A picture that is being drawn: one that was requested, or one that ``answer`` began."""
 
-    def __init__(self, model: UnifiedModel, request: ImageRequest, talk: TextJob | None = None) -> None:
-        r, self.talk = request, talk
+    def __init__(self, model: UnifiedModel, request: ImageRequest, answer: TextJob | None = None) -> None:
+        r, self.answer = request, answer
         self.request = request
         self.opened = _opened(r.sample, assistant(Image(None, "target", r.size)))
         self.plan: str | None = None
@@ -134,12 +150,12 @@ class ImageJob:
         self.image: PIL.Image.Image | None = None
 
     @property
-    def begun(self) -> bool:
-        """Whether its conversation has been read."""
+    def prefilled(self) -> bool:
+        """Whether the contexts hold the conversation."""
         return self.drawing is not None
 
-    def reads_as(self, other: Job) -> bool:
-        """Whether another picture starts from the very same contexts: several pictures of a prompt read it once."""
+    def shares_contexts(self, other: Job) -> bool:
+        """Whether another picture starts from the same contexts: several pictures of a prompt share one prefill."""
         if not isinstance(other, ImageJob):
             return False
         a, b = self.request, other.request
@@ -150,41 +166,43 @@ class ImageJob:
 Job = TextJob | ImageJob
 
 
-class Unfit(ValueError):
-    """A request that its model cannot begin, found out only now."""
+class Unservable(ValueError):
+    """A request that fails at prefill; ``submit`` could not detect it."""
 
 
 class Scheduler:
-    """The running batch of one model. ``slots`` is how many requests run together; the others wait in order.
+    """The running batch of one model. At most ``slots`` requests run together; the others wait in order.
 
-    Not for several threads at once. ``at`` are the jobs that the model is working for: to whom an error belongs that
-    comes out of ``tick``; ``events`` are those of the last tick, also of one that an error has ended."""
+    The scheduler is not thread-safe. ``active`` are the jobs that the model is working for: where ``tick`` raises, the
+    error belongs to these jobs. ``events`` are those of the last tick, also where an error ended it."""
 
-    def __init__(self, model: UnifiedModel, memory: Memory | None = None, slots: int = 32) -> None:
+    def __init__(self, model: UnifiedModel, prefixes: PrefixCache | None = None, slots: int = 32) -> None:
         if slots < 1:
             raise ValueError(f"slots must be at least 1, not {slots}")
         steady(model)
-        self.model, self.memory, self.slots = model, memory or Memory(model, 0), slots
+        self.model, self.prefixes, self.slots = model, prefixes or PrefixCache(model, 0), slots
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
-        self.at: list[Job] = []
+        self.active: list[Job] = []
         self.events: list[tuple[Job, Event]] = []
 
     def submit(self, request: TextRequest | ImageRequest) -> Job:
-        """The request in line. Raises ``ValueError`` for one that cannot be served, before anything is computed."""
+        """Queues a request. Raises ``ValueError`` for one that cannot be served, before anything is computed."""
         job = self.prepare(request)
         self.waiting.append(job)
         return job
 
     def prepare(self, request: TextRequest | ImageRequest) -> Job:
-        """The request checked and not yet in line: whoever ticks in another thread appends it between two ticks."""
+        """Checks a request without queueing it. The thread that calls ``tick`` appends the job between two ticks."""
         return TextJob(self.model, request) if isinstance(request, TextRequest) else ImageJob(self.model, request)
 
     def cancel(self, job: Job) -> None:
-        """Frees the job's place at once; it says no more."""
+        """Frees the job's slot at once. The job emits no further events."""
         if job in self.waiting:
             self.waiting.remove(job)
-        self.running = [j for j in self.running if job not in (j, getattr(j, "talk", None), getattr(j, "plans", None))]
+        self.running = [
+            j for j in self.running if job not in (j, getattr(j, "answer", None), getattr(j, "plans", None))
+        ]
 
     @property
     def idle(self) -> bool:
@@ -192,33 +210,34 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def tick(self) -> list[tuple[Job, Event]]:
-        """One word of every answer and one step of every picture, after reading what has joined. Events in order; a
-        job's last one is its ``Stop``."""
+        """Prefills the jobs that joined, then decodes one token of every answer and takes one step of every picture.
+
+        Returns (job, event) in order. The last event of a job is its ``Stop``."""
         self.events = []
         try:
             while self.waiting and len(self.running) < self.slots:
                 self._admit(self.waiting.popleft())
-            self._join([job for job in self.running if not job.begun])
+            self._prefill([job for job in self.running if not job.prefilled])
         except ValueError as error:
-            raise Unfit(str(error)) from error
-        self._say([job for job in self.running if isinstance(job, TextJob) and not job.sketch])
+            raise Unservable(str(error)) from error
+        self._decode([job for job in self.running if isinstance(job, TextJob) and not job.image_job])
         groups: dict[tuple, list[ImageJob]] = {}
         for job in self.running:
-            if isinstance(job, ImageJob) and job.begun:
+            if isinstance(job, ImageJob) and job.prefilled:
                 groups.setdefault((job.canvas, len(job.branches)), []).append(job)
         for group in groups.values():
             self._step(group)
-        self.at = []
+        self.active = []
         return self.events
 
-    def _tell(self, job: Job, *events: Event) -> None:
+    def _emit(self, job: Job, *events: Event) -> None:
         self.events += [(job, event) for event in events]
         if isinstance(events[-1], Stop):
             self.running.remove(job)
 
     def _admit(self, job: Job) -> None:
-        """Begins to run a job. In the place of a picture that needs a plan, the plan runs until it is written."""
-        self.at = [job]
+        """Adds a job to the running batch. A picture with a plan is added as its plan, until the plan is written."""
+        self.active = [job]
         if isinstance(job, ImageJob):
             r, opened = job.request, job.opened
             job.opened = self.model.prepare(opened, r.settings, r.seed)
@@ -226,170 +245,174 @@ class Scheduler:
             if r.think:
                 job.opened = instructed(job.opened, self.model.think_before_drawing)
                 asked = replace(job.opened, messages=job.opened.messages[:-1])
-                how = (r.think.max_new_tokens, r.think.temperature, r.think.top_p, r.seed)
-                self.running.append(TextJob(self.model, TextRequest(asked, *how, pictures=0), job))
+                sampling = (r.think.max_new_tokens, r.think.temperature, r.think.top_p, r.seed)
+                self.running.append(TextJob(self.model, TextRequest(asked, *sampling, pictures=0), job))
                 return
         self.running.append(job)
 
-    def _draw_planned(self, talk: TextJob, job: ImageJob) -> None:
-        """The plan is written: its picture takes its place."""
-        job.plan, job.planned = talk.text, len(talk.ids)
-        job.opened = self.model.planned(job.opened, talk.text)
+    def _draw_planned(self, plan: TextJob, job: ImageJob) -> None:
+        """Replaces a finished plan by its picture in the running batch."""
+        job.plan, job.planned = plan.text, len(plan.ids)
+        job.opened = self.model.planned(job.opened, plan.text)
         job.branches = self.model.branches(job.opened, job.request.settings)
-        self.running[self.running.index(talk)] = job
+        self.running[self.running.index(plan)] = job
 
-    # ---- joining ------------------------------------------------------------------------------------------------
+    # ---- prefill ------------------------------------------------------------------------------------------------
 
-    def _join(self, jobs: Sequence[Job]) -> None:
-        """Begins what has joined. Words alone are read together, what shows pictures one by one."""
+    def _prefill(self, jobs: Sequence[Job]) -> None:
+        """Prefills jobs. Layouts of text alone are prefilled in one batch, layouts with pictures one by one."""
         wanted: dict[Job, list[Layout]] = {}
         for job in jobs:
-            self.at = [getattr(job, "plans", None) or job]
-            if self._first(job) is job:
-                wanted[job] = self._sequences(job)
-        pairs = [(job, laid) for job, many in wanted.items() for laid in many if len(laid)]
-        words = [pair for pair in pairs if not _shows(pair[1])]
-        read: dict[int, Context] = {}  # by id(laid)
-        for group in ([words] if words else []) + [[pair] for pair in pairs if _shows(pair[1])]:
-            self.at = [getattr(job, "plans", None) or job for job, _ in group]
-            later = [len(job.request.sample.messages) > 1 for job in self.at]
-            contexts = self.memory.read([laid for _, laid in group], later)
-            read |= {id(laid): context for (_, laid), context in zip(group, contexts, strict=True)}
+            self.active = [getattr(job, "plans", None) or job]
+            if self._shared(job) is job:
+                wanted[job] = self._layouts(job)
+        pairs = [(job, layout) for job, many in wanted.items() for layout in many if len(layout)]
+        text_only = [pair for pair in pairs if not _has_pictures(pair[1])]
+        prefilled: dict[int, Context] = {}  # by id(layout)
+        for group in ([text_only] if text_only else []) + [[pair] for pair in pairs if _has_pictures(pair[1])]:
+            self.active = [getattr(job, "plans", None) or job for job, _ in group]
+            later = [len(job.request.sample.messages) > 1 for job in self.active]
+            contexts = self.prefixes.prefill([layout for _, layout in group], later)
+            prefilled |= {id(layout): context for (_, layout), context in zip(group, contexts, strict=True)}
         for job in jobs:
-            self.at = [job]
+            self.active = [job]
             if isinstance(job, TextJob):
-                [job.laid] = wanted[job]
-                job.context = read[id(job.laid)]
-                job.read = job.context.length
+                [job.layout] = wanted[job]
+                job.context = prefilled[id(job.layout)]
+                job.prompt_tokens = job.context.length
                 continue
-            first, r = self._first(job), job.request
+            first, r = self._shared(job), job.request
             assert isinstance(first, ImageJob)
-            own = tuple(read.get(id(laid)) or self.model.open() for laid in wanted.get(job, ()))
-            branches = first.drawing.contexts if first.drawing else own
+            fresh = tuple(prefilled.get(id(layout)) or self.model.open() for layout in wanted.get(job, ()))
+            branches = first.drawing.contexts if first.drawing else fresh
             [job.drawing] = self.model.start([branches], [job.opened], [r.settings], [r.seed])
 
-    def _first(self, job: Job) -> Job:
-        """The first running picture of the same request, whose contexts this one shares; else the job itself."""
-        return next((j for j in self.running if isinstance(job, ImageJob) and job.reads_as(j)), job)
+    def _shared(self, job: Job) -> Job:
+        """The first running picture of the same request, whose contexts this job shares; else the job itself."""
+        return next((j for j in self.running if isinstance(job, ImageJob) and job.shares_contexts(j)), job)
 
-    def _sequences(self, job: Job) -> list[Layout]:
-        """What the job reads: its conversation, or what each branch of guidance sees of it."""
+    def _layouts(self, job: Job) -> list[Layout]:
+        """The layouts to prefill: the conversation, or one layout for each branch of guidance."""
         if isinstance(job, TextJob):
             return [self.model.lay_out(job.opened)]
         return [self._branch(job, drop) for drop in job.branches]
 
     def _branch(self, job: ImageJob, drop: Drop) -> Layout:
-        """What a branch of guidance reads."""
+        """The layout of a branch of guidance."""
         return self.model.lay_out_away(job.opened, drop, job.request.negative_prompt)
 
-    # ---- words --------------------------------------------------------------------------------------------------
+    # ---- text ---------------------------------------------------------------------------------------------------
 
-    def _say(self, talks: Sequence[TextJob]) -> None:
-        """One word of each, after the model has read together what they said last."""
-        going = [talk for talk in talks if talk.unread]
-        if going:
-            self.at = [talk.plans or talk for talk in going]
-            replies = [self.model.reply(talk.unread) for talk in going]
+    def _decode(self, jobs: Sequence[TextJob]) -> None:
+        """Samples one token of each job, after one batched forward over the tokens sampled before."""
+        extended = [job for job in jobs if job.pending]
+        if extended:
+            self.active = [job.plans or job for job in extended]
+            replies = [self.model.reply(job.pending) for job in extended]
             with alone():
-                contexts = self.model.extend([talk.context for talk in going], replies)
-            for talk, context in zip(going, contexts, strict=True):
-                talk.context, talk.unread = context, []
-        for talk in talks:
-            self._word(talk)
+                contexts = self.model.extend([job.context for job in extended], replies)
+            for job, context in zip(extended, contexts, strict=True):
+                job.context, job.pending = context, []
+        for job in jobs:
+            self._sample(job)
 
-    def _word(self, talk: TextJob) -> None:
-        self.at, r = [talk.plans or talk], talk.request
-        word = next_word(talk.context.logits, r.temperature, r.top_p, talk.generator)
-        room = len(talk.images) < r.pictures and len(talk.ids) + 1 < r.max_new_tokens
-        if word == self.model.picture_word and room and not (talk.ids and self.model.opens_with_picture):
-            self._pause(talk, word)
+    def _sample(self, job: TextJob) -> None:
+        self.active, r = [job.plans or job], job.request
+        token = next_token(job.context.logits, r.temperature, r.top_p, job.generator)
+        room = len(job.images) < r.pictures and len(job.ids) + 1 < r.max_new_tokens
+        if token == self.model.picture_word and room and not (job.ids and self.model.opens_with_picture):
+            self._begin_picture(job, token)
             return
-        reason = "stop" if word in self.model.stop_ids else None
+        reason = "stop" if token in self.model.stop_ids else None
         if not reason:
             if r.logprobs is not None:
-                talk.words.append(self._reported(talk.context, word, r.logprobs))
-            talk.ids.append(word)
-            talk.unread = [word]
-            talk.text = self.model.spoken(talk.ids[talk.since :])
-            ends = [at for s in r.stop if (at := talk.text.find(s)) >= 0]
+                job.logprobs.append(self._logprobs(job.context, token, r.logprobs))
+            job.ids.append(token)
+            job.pending = [token]
+            job.text = self.model.spoken(job.ids[job.text_start :])
+            ends = [at for s in r.stop if (at := job.text.find(s)) >= 0]
             if ends:
-                talk.text, reason = talk.text[: min(ends)], "stop"
-            elif len(talk.ids) == r.max_new_tokens:
+                job.text, reason = job.text[: min(ends)], "stop"
+            elif len(job.ids) == r.max_new_tokens:
                 reason = "length"
         tags = (OPEN, CLOSE) if r.think else ()
-        self._tell_text(talk, talk.text if reason else _settled(talk.text, (*r.stop, *tags)))
-        if reason and talk.plans:
-            self._draw_planned(talk, talk.plans)
+        self._emit_text(job, job.text if reason else _stable(job.text, (*r.stop, *tags)))
+        if reason and job.plans:
+            self._draw_planned(job, job.plans)
         elif reason:
-            assert talk.laid
-            talk.reason, read = reason, talk.ids[talk.since : len(talk.ids) - len(talk.unread)]
-            self.memory.keep(talk.laid, read, talk.context)
-            self._tell(talk, Stop(reason, Usage(talk.read, len(talk.ids), len(talk.images)), talk.parameters))
+            assert job.layout
+            job.reason, ids = reason, job.ids[job.text_start : len(job.ids) - len(job.pending)]
+            self.prefixes.keep(job.layout, ids, job.context)
+            self._emit(job, Stop(reason, Usage(job.prompt_tokens, len(job.ids), len(job.images)), job.parameters))
 
-    def _tell_text(self, talk: TextJob, ready: str) -> None:
+    def _emit_text(self, job: TextJob, ready: str) -> None:
         """Emit the part of the text that the client has not received: thoughts apart, and a plan as thoughts."""
-        thought, ready = (ready, "") if talk.plans else split(ready) if talk.request.think else ("", ready)
-        if len(thought) > len(talk.thought):
-            self._tell(talk.plans or talk, ReasoningDelta(thought[len(talk.thought) :]))
-            talk.thought = thought
-        if len(ready) > len(talk.told):
-            self._tell(talk, TextDelta(ready[len(talk.told) :], tuple(talk.words)))
-            talk.told, talk.words = ready, []
+        thought, ready = (ready, "") if job.plans else split(ready) if job.request.think else ("", ready)
+        if len(thought) > len(job.thought):
+            self._emit(job.plans or job, ReasoningDelta(thought[len(job.thought) :]))
+            job.thought = thought
+        if len(ready) > len(job.sent):
+            self._emit(job, TextDelta(ready[len(job.sent) :], tuple(job.logprobs)))
+            job.sent, job.logprobs = ready, []
 
-    def _pause(self, talk: TextJob, word: int) -> None:
+    def _begin_picture(self, job: TextJob, token: int) -> None:
         """Suspend an answer that begins a picture; the drawing starts from the answer's context."""
-        self._tell_text(talk, talk.text)
-        seed, later = talk.request.seed + len(talk.images), len(talk.request.sample.messages) > 1
-        talk.ids.append(word)
-        talk.parts += (Text(talk.text, loss=True),) if talk.text or self.model.opens_with_picture else ()
-        [talk.context] = self.model.extend([talk.context], [self.model.reply([word])])
-        turn = assistant(*talk.parts, Image(None, "target"))
-        opened = replace(talk.opened, messages=(*talk.opened.messages[:-1], turn))
-        sketch = ImageJob(self.model, ImageRequest(opened, seed, None, self.model.defaults(opened)), talk)
-        others = [self.model.lay_out(opened, drop) for drop in sketch.branches if drop]
-        read = [self.memory.read([laid], [later])[0] if len(laid) else self.model.open() for laid in others]
-        [sketch.drawing] = self.model.start([(talk.context, *read)], [opened], [sketch.request.settings], [seed])
-        talk.sketch = sketch
-        self.running.append(sketch)
+        self._emit_text(job, job.text)
+        seed, later = job.request.seed + len(job.images), len(job.request.sample.messages) > 1
+        job.ids.append(token)
+        job.parts += (Text(job.text, loss=True),) if job.text or self.model.opens_with_picture else ()
+        [job.context] = self.model.extend([job.context], [self.model.reply([token])])
+        turn = assistant(*job.parts, Image(None, "target"))
+        opened = replace(job.opened, messages=(*job.opened.messages[:-1], turn))
+        image_job = ImageJob(self.model, ImageRequest(opened, seed, None, self.model.defaults(opened)), job)
+        others = [self.model.lay_out(opened, drop) for drop in image_job.branches if drop]
+        contexts = [
+            self.prefixes.prefill([layout], [later])[0] if len(layout) else self.model.open() for layout in others
+        ]
+        [image_job.drawing] = self.model.start(
+            [(job.context, *contexts)], [opened], [image_job.request.settings], [seed]
+        )
+        job.image_job = image_job
+        self.running.append(image_job)
 
-    def _resume(self, talk: TextJob, image: PIL.Image.Image) -> None:
-        """The picture is part of the answer, which reads it and goes on."""
-        assert talk.laid
+    def _end_picture(self, job: TextJob, image: PIL.Image.Image) -> None:
+        """Adds the finished picture to the answer and prefills it; decoding continues."""
+        assert job.layout
         seen = Image(image, "target")
-        said, new = Segment(Kind.TEXT, tuple(talk.ids[talk.since :])), self.model.drawn(seen)
-        talk.laid = Layout(talk.laid.id, (*talk.laid.segments, said, *new))
-        rest = Layout(talk.laid.id, talk.laid.segments[-len(new) :])
-        [talk.context] = self.model.extend([talk.context], [rest])
-        talk.parts, talk.since, talk.sketch = (*talk.parts, seen), len(talk.ids), None
-        talk.text = talk.told = ""
+        text, picture = Segment(Kind.TEXT, tuple(job.ids[job.text_start :])), self.model.drawn(seen)
+        job.layout = Layout(job.layout.id, (*job.layout.segments, text, *picture))
+        rest = Layout(job.layout.id, job.layout.segments[-len(picture) :])
+        [job.context] = self.model.extend([job.context], [rest])
+        job.parts, job.text_start, job.image_job = (*job.parts, seen), len(job.ids), None
+        job.text = job.sent = ""
 
-    def _reported(self, context: Context, word: int, most: int) -> Word:
+    def _logprobs(self, context: Context, token: int, most: int) -> TokenLogprob:
         scores = context.logits.float().log_softmax(-1)
         values, ids = scores.topk(min(most, len(scores)))
         piece = self.model.tokenizer.piece
-        likeliest = tuple((piece(int(i)), float(v)) for i, v in zip(ids, values, strict=True))
-        return Word(piece(word), float(scores[word]), likeliest)
+        top = tuple((piece(int(i)), float(v)) for i, v in zip(ids, values, strict=True))
+        return TokenLogprob(piece(token), float(scores[token]), top)
 
     # ---- pictures -----------------------------------------------------------------------------------------------
 
     def _step(self, group: Sequence[ImageJob]) -> None:
         """One step of pictures of one size; the finished ones are decoded one by one."""
-        self.at = [job.talk or job for job in group]
+        self.active = [job.answer or job for job in group]
         moved = self.model.step([job.drawing for job in group if job.drawing])
         for job, drawing in zip(group, moved, strict=True):
-            asked, previews = job.talk or job, job.request.previews
-            self.at = [asked]
+            asked, previews = job.answer or job, job.request.previews
+            self.active = [asked]
             if drawing.done:
                 job.image = to_pil(self.model.finish([drawing])[0])
-                self._tell(asked, ImageDone(job.image, job.request.seed))
-                if job.talk:
+                self._emit(asked, ImageDone(job.image, job.request.seed))
+                if job.answer:
                     self.running.remove(job)
-                    self._resume(job.talk, job.image)
+                    self._end_picture(job.answer, job.image)
                 else:
-                    self._tell(job, Stop("image", Usage(drawing.contexts[0].length, job.planned, 1), job.parameters))
+                    self._emit(job, Stop("image", Usage(drawing.contexts[0].length, job.planned, 1), job.parameters))
             elif drawing.step in {round(drawing.steps * i / (previews + 1)) for i in range(1, previews + 1)}:
                 image = to_pil(self.model.preview([drawing])[0])
-                self._tell(asked, ImagePreview(image, drawing.step, drawing.steps))
+                self._emit(asked, ImagePreview(image, drawing.step, drawing.steps))
             job.drawing = drawing
 
 
@@ -418,14 +441,14 @@ def _opened(sample: Sample, turn: Message) -> Sample:
     return replace(sample, messages=(*sample.messages, turn))
 
 
-def _shows(laid: Layout) -> bool:
-    """Whether a sequence holds pictures."""
-    return any(s.image is not None for s in laid.segments)
+def _has_pictures(layout: Layout) -> bool:
+    """Whether a layout holds pictures."""
+    return any(s.image is not None for s in layout.segments)
 
 
-def _settled(text: str, stops: Sequence[str]) -> str:
-    """As much of an unfinished text as no later word can change: half a character waits for its other half, and what
-    may be the beginning of a stop text for the rest of it."""
+def _stable(text: str, stops: Sequence[str]) -> str:
+    """The prefix of an unfinished text that no later token can change: without an incomplete character and without what
+    may be the beginning of a stop text."""
     if text.endswith("\ufffd"):
         return ""
     held = max((n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from diptych.core.sample import Image, ImageRole, Message, Sample, Text, assistant
-from diptych.generation.events import Event, ImageDone, ImagePreview, Stop, TextDelta, Usage, Word
+from diptych.generation.events import Event, ImageDone, ImagePreview, Stop, TextDelta, TokenLogprob, Usage
 from diptych.generation.scheduler import ImageRequest, TextRequest
 from diptych.parts.images import data_uri
 from diptych.serving.schemas import ChatMessage, ChatRequest, TextPart
@@ -135,7 +135,7 @@ class Chat:
             choice = self.choices[number]
             if isinstance(event, TextDelta):
                 texts[choice] += event.text
-                self.logprobs[choice] += map(_logprob, event.words)
+                self.logprobs[choice] += map(_logprob, event.logprobs)
             if isinstance(event, ImageDone):
                 images[choice] = event.image
             if isinstance(event, Stop):
@@ -201,11 +201,11 @@ class Chat:
             yield chunk(i, {"role": "assistant", "content": ""})
         async for i, event in self._follow(call):
             if isinstance(event, TextDelta):
-                logprobs = {"content": [_logprob(w) for w in event.words]} if self.body.logprobs else None
+                logprobs = {"content": [_logprob(w) for w in event.logprobs]} if self.body.logprobs else None
                 yield chunk(i, {"content": event.text}, logprobs)
             elif isinstance(event, ImagePreview):
                 url = await asyncio.to_thread(data_uri, event.image)
-                yield chunk(i, {"preview": {"url": url, "step": event.step, "of": event.of}})
+                yield chunk(i, {"preview": {"url": url, "step": event.step, "of": event.steps}})
             elif isinstance(event, Stop):
                 if event.reason == "image":
                     yield chunk(i, {"content": [self.parts[i][-1]]})
@@ -216,8 +216,8 @@ class Chat:
         yield "data: [DONE]\n\n"
 
 
-def _logprob(word: Word) -> dict[str, Any]:
+def _logprob(word: TokenLogprob) -> dict[str, Any]:
     def one(text: str, value: float) -> dict[str, Any]:
         return {"token": text, "logprob": value, "bytes": list(text.encode())}
 
-    return one(word.text, word.logprob) | {"top_logprobs": [one(*likely) for likely in word.likeliest]}
+    return one(word.text, word.logprob) | {"top_logprobs": [one(*likely) for likely in word.top]}

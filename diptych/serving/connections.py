@@ -79,12 +79,14 @@ class Connection(H11Protocol):
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
+        """Registers the connection and starts the time limit of its first header."""
         super().connection_made(transport)
         self.address = self.client[0] if self.client else ""
         self.crowd.enter(self)
         self._time_header()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Removes the connection and cancels its timers."""
         super().connection_lost(exc)
         self.crowd.leave(self)
         self._unset_keepalive_if_required()
@@ -93,11 +95,13 @@ class Connection(H11Protocol):
                 timer.cancel()
 
     def data_received(self, data: bytes) -> None:
+        """Passes bytes on; the first byte of a further request starts its header's time limit."""
         if self.header_timer is None and (self.cycle is None or self.cycle.response_complete):
             self._time_header()  # the first byte of a further request
         super().data_received(data)
 
     def handle_events(self) -> None:
+        """Handles what was parsed; a complete header ends its time limit."""
         super().handle_events()
         if self.header_timer and self.cycle and not self.cycle.response_complete:
             self.header_timer.cancel()  # the header has arrived
@@ -116,10 +120,12 @@ class Connection(H11Protocol):
     # ---- clients that do not read --------------------------------------------------------------------------------
 
     def pause_writing(self) -> None:
+        """Starts the time limit for a client that does not read its response."""
         super().pause_writing()
         self.write_timer = self.loop.call_later(self.limits.write_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
+        """Ends that time limit."""
         super().resume_writing()
         if self.write_timer:
             self.write_timer.cancel()

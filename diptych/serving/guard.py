@@ -100,6 +100,7 @@ class Guard:
         self.requests = self.body_bytes = 0  # in the application's hands, and of all bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Checks an HTTP request, passes it to the application, and logs and counts it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

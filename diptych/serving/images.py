@@ -151,7 +151,7 @@ class PictureRequest:
                 name = f"{self.event}.partial_image"
                 about = self._about(event.image.size, 0)
                 del about["usage"]
-                row |= about | {"partial_image_index": previews[i], "step": event.step, "of": event.of}
+                row |= about | {"partial_image_index": previews[i], "step": event.step, "of": event.steps}
                 previews[i] += 1
             else:
                 name, parameters = f"{self.event}.completed", dict(event.parameters)

@@ -213,6 +213,7 @@ class ChatRequest(ToDraw):
 
     @property
     def stops(self) -> tuple[str, ...]:
+        """The stop texts, none by default."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 

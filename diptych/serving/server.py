@@ -81,12 +81,14 @@ class Server(uvicorn.Server):
         super().run(sockets or self.sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts to listen and announces the address, with the port that was chosen."""
         await super().startup(sockets)
         if self.started:
             host, port = self.sockets[0].getsockname()[:2]
             self.announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finishes the running requests, then closes the sockets."""
         await self.service.drain()  # requests that come meanwhile are told that the server is shutting down
         await super().shutdown(sockets)
 

@@ -29,6 +29,8 @@ class EventStream(Response):
         self.call, self.pieces = call, pieces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the events. Ends the call also where the client disconnects."""
+
         async def write(text: str) -> None:
             await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 

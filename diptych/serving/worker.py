@@ -16,7 +16,7 @@ from starlette.types import Receive
 
 from diptych.generation.engine import Engine
 from diptych.generation.events import Event, ImageDone, ImagePreview, Stop, TextDelta
-from diptych.generation.scheduler import ImageJob, ImageRequest, Job, Scheduler, TextJob, TextRequest, Unfit, exact
+from diptych.generation.scheduler import ImageJob, ImageRequest, Job, Scheduler, TextJob, TextRequest, Unservable, exact
 from diptych.serving.errors import Closing, Failed, Full, Gone, Late, Refused, Wrong
 from diptych.serving.metrics import Metrics
 from diptych.serving.options import Options
@@ -103,11 +103,11 @@ class Worker:
                 self._pass_on(job, event)
             if error := tick.exception():
                 refusal: Refused = Failed("the model failed on this request; the log says why")
-                if isinstance(error, Unfit):
+                if isinstance(error, Unservable):
                     refusal = Wrong(str(error))
                 else:
                     self.metrics.error(error)
-                failed = [*scheduler.at]
+                failed = [*scheduler.active]
                 for job in failed:
                     scheduler.cancel(job)
                 self._fail([id(job) for job in failed], refusal)

@@ -226,6 +226,7 @@ class Reader(dcp.FileSystemReader):
     unpickles every value that ``.metadata`` calls bytes. Here ``.metadata`` may name tensors in the folder alone."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The metadata of the checkpoint. Raises ``ValueError`` where it is damaged or names other types."""
         file = Path(self.path) / ".metadata"
         try:
             with file.open("rb") as stream:

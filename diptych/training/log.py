@@ -230,6 +230,7 @@ class Tally:
         self.data = sorted(data, key=len, reverse=True)  # a name may begin with another
 
     def add(self, losses: Losses, batch: Batch) -> None:
+        """Adds the loss terms of one batch, in all and by data set."""
         owners = [next((d for d in self.data if sample.startswith(f"{d}/")), None) for sample in batch.samples]
         for n, term in losses.items():
             self.sums[f"loss/{n}"] += float(term.sum.detach())

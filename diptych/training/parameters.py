@@ -97,6 +97,7 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Moves the averages towards the present weights; called after every optimizer step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         shadow, live = ([local(t) for t in ts] for ts in (self.shadow.values(), (self.live[n] for n in self.shadow)))

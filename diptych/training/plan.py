@@ -108,6 +108,7 @@ class Hollow(TorchDispatchMode):
         self.most = max(self.most, self.live - self.aside)
 
     def set_aside(self, size: int) -> None:
+        """Leaves ``size`` bytes out of ``most`` from now on."""
         self.aside += size
 
 
@@ -156,6 +157,7 @@ class Need:
     cost: float
 
     def to_json(self) -> dict[str, Any]:
+        """The fields by name."""
         return asdict(self)
 
 

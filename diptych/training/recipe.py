@@ -233,6 +233,7 @@ class Recipe:
         return replace(self, model=store.read_config(model), init={"model": str(model)})
 
     def to_json(self) -> str:
+        """The recipe as JSON text, which ``from_json`` reads."""
         return json.dumps(asdict(self), indent=1)
 
     @staticmethod

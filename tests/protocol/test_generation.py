@@ -15,7 +15,7 @@ from diptych.core.noise import Noise
 from diptych.core.sample import Image, Sample, assistant, user
 from diptych.generation.engine import Engine
 from diptych.generation.events import ImageDone, ImagePreview, ReasoningDelta, Stop, TextDelta
-from diptych.generation.prefix_cache import Memory
+from diptych.generation.prefix_cache import PrefixCache
 from diptych.generation.thinking import Think
 from diptych.models import store
 from tests.support import tiny
@@ -65,9 +65,9 @@ def test_sampled_latents_are_those_of_the_whole_when_reading_goes_on():
     for piece in cut(laid):
         [context] = model.extend([context], [piece])
     assert torch.allclose(context.logits, whole.logits, rtol=0, atol=LOGITS)
-    memory = Memory(model)
-    memory.read([model.lay_out(replace(sample, messages=sample.messages[:2]))], [False])
-    [later] = memory.read([laid], [True])
+    memory = PrefixCache(model)
+    memory.prefill([model.lay_out(replace(sample, messages=sample.messages[:2]))], [False])
+    [later] = memory.prefill([laid], [True])
     assert torch.allclose(later.logits, whole.logits, rtol=0, atol=LOGITS)
     [other] = read(model, replace(laid, segments=tuple(replace(s, ordinal=0) for s in laid.segments)))
     assert not torch.allclose(other.logits, whole.logits, rtol=0, atol=LOGITS)
@@ -319,7 +319,7 @@ def test_pictures_of_one_request_have_seeds_one_after_another(engine):
 def test_a_streamed_picture_is_the_drawn_one(engine):
     sample = (user("a blue star"),)
     *previews, done, stop = engine.stream_picture(sample, seed=3, previews=2)
-    assert previews and all(isinstance(p, ImagePreview) and 0 < p.step < p.of for p in previews)
+    assert previews and all(isinstance(p, ImagePreview) and 0 < p.step < p.steps for p in previews)
     assert isinstance(done, ImageDone) and isinstance(stop, Stop) and stop.usage.pictures == 1
     drawn = engine.generate("a blue star", seed=3)
     assert done.image.tobytes() == drawn.images[0].tobytes()
@@ -416,7 +416,7 @@ def test_a_conversation_is_read_once(model, monkeypatch):
         turns.append(tuple(reads))
     assert turns[0][0] == turns[0][1]
     assert all(first < whole for first, whole in turns[1:]), turns
-    assert 0 < len(talk.memory.known) <= talk.memory.most
+    assert 0 < len(talk.prefixes.entries) <= talk.prefixes.size
 
 
 def test_first_turns_do_not_depend_on_what_was_asked_before(model):
@@ -448,7 +448,7 @@ def test_thoughts_before_an_answer_are_told_apart(engine, monkeypatch):
     tokenizer = engine.model.tokenizer
     words = [*tokenizer.encode("<think> it is red </think> two"), next(iter(engine.model.stop_ids))]
     given = iter(words * 2)
-    monkeypatch.setattr("diptych.generation.scheduler.next_word", lambda *_: next(given))
+    monkeypatch.setattr("diptych.generation.scheduler.next_token", lambda *_: next(given))
     answer = engine.chat("how many?", think=True, pictures=0, max_new_tokens=40)
     assert (answer.reasoning, answer.text, answer.finish_reason) == ("it is red ", "two", "stop")
     *deltas, _ = engine.stream("how many?", think=True, max_new_tokens=40)

@@ -12,7 +12,7 @@ from diptych.core.sample import Image, Sample, Text, assistant, user
 from diptych.generation import scheduler
 from diptych.generation.engine import Engine
 from diptych.generation.events import ImageDone, ImagePreview, Stop, TextDelta
-from diptych.generation.prefix_cache import Memory, _same, units
+from diptych.generation.prefix_cache import PrefixCache, _same, units
 from diptych.generation.scheduler import ImageRequest, Scheduler, TextRequest
 from diptych.parts.batch_invariant import Linear, linear
 from tests.support import tiny
@@ -144,7 +144,7 @@ def test_previews_are_as_many_as_asked_for_and_spread(model):
         seen: list[ImagePreview] = []
         while not loop.idle:
             seen += [e for _, e in loop.tick() if isinstance(e, ImagePreview)]
-        of = seen[0].of if seen else 1
+        of = seen[0].steps if seen else 1
         assert of == own.get("num_inference_steps", of)
         assert len(seen) == min(previews, of - 1) and len({e.step for e in seen}) == len(seen)
 
@@ -171,12 +171,12 @@ def test_logprobs_are_those_of_the_model(model):
     job = loop.submit(TextRequest(prompt("hello"), 4, logprobs=3))
     words = []
     while not loop.idle:
-        words += [w for _, e in loop.tick() if isinstance(e, TextDelta) for w in e.words]
+        words += [w for _, e in loop.tick() if isinstance(e, TextDelta) for w in e.logprobs]
     [context] = model.extend([model.open()], [model.lay_out(job.opened)])
     scores = context.logits.log_softmax(-1)
     assert words[0].logprob == pytest.approx(float(scores.max()), abs=1e-5)
-    assert [p for _, p in words[0].likeliest] == pytest.approx(scores.topk(3).values.tolist(), abs=1e-5)
-    assert words[0].likeliest[0] == (words[0].text, words[0].logprob)
+    assert [p for _, p in words[0].top] == pytest.approx(scores.topk(3).values.tolist(), abs=1e-5)
+    assert words[0].top[0] == (words[0].text, words[0].logprob)
 
 
 def test_a_negative_prompt_guides_and_needs_guidance(model):
@@ -197,7 +197,7 @@ def script(monkeypatch):
 
     def says(*words):
         said = iter(words)
-        monkeypatch.setattr("diptych.generation.scheduler.next_word", lambda *_: next(said))
+        monkeypatch.setattr("diptych.generation.scheduler.next_token", lambda *_: next(said))
 
     return says
 
@@ -213,7 +213,7 @@ def spoken(model) -> tuple[list[int], list[int], list[int]]:
 def test_a_spoken_beginning_starts_a_picture_and_the_answer_goes_on(model, script):
     before, word, after = spoken(model)
     script(*before, *word, *after)
-    loop, sample = Scheduler(model, Memory(model)), prompt("hello")
+    loop, sample = Scheduler(model, PrefixCache(model)), prompt("hello")
     talk = loop.submit(TextRequest(sample, 20, seed=3))
     events = []
     while not loop.idle:
@@ -233,9 +233,9 @@ def test_a_spoken_beginning_starts_a_picture_and_the_answer_goes_on(model, scrip
     assert np.abs(np.asarray(asked, int) - np.asarray(events[at].image, int)).max() <= 2
     spoken_turn = assistant(Text(text[0], loss=True), Image(events[at].image, "target"), Text(text[1], loss=True))
     laid = model.lay_out(Sample("p", (*sample.messages, spoken_turn, user("and then?"), assistant())))
-    known, _ = loop.memory.known[-1]
+    known, _ = loop.prefixes.entries[-1]
     assert all(map(_same, known, units(laid.segments)))  # the next turn reads on from where this answer ended
-    [fresh], [later] = (m.read([laid], [True]) for m in (Memory(model), loop.memory))
+    [fresh], [later] = (m.prefill([laid], [True]) for m in (PrefixCache(model), loop.prefixes))
     assert torch.allclose(later.logits, fresh.logits, rtol=0, atol=10 * LOGITS)  # pixels were looked at
 
 
@@ -254,7 +254,7 @@ def test_an_answer_that_draws_is_cancelled_with_its_picture(model, script):
     script(*before, *word)
     loop = Scheduler(model)
     talk = loop.submit(TextRequest(prompt("hello"), 20))
-    while not talk.sketch:
+    while not talk.image_job:
         loop.tick()
     assert len(loop.running) == 2
     loop.cancel(talk)
@@ -274,7 +274,7 @@ def test_what_cannot_be_served_is_refused_before_it_waits(model):
     assert loop.idle
 
 
-@pytest.mark.parametrize("broken", ["step", "finish", "extend", "next_word"])
+@pytest.mark.parametrize("broken", ["step", "finish", "extend", "next_token"])
 def test_an_error_names_whose_work_it_was_and_costs_nobody_else_a_bit(model, monkeypatch, broken):
     """Whatever fails, whenever: what the others are told is what they are told without it."""
     few = replace(model.settings, **tiny.having(model, num_inference_steps=2))
@@ -282,7 +282,7 @@ def test_an_error_names_whose_work_it_was_and_costs_nobody_else_a_bit(model, mon
     mine += [ImageRequest(prompt("a star"), 0, None, few), ImageRequest(prompt("a hat"), 1, (16, 16), few)]
     whole = Scheduler(model)
     expected = run(whole, [whole.submit(r) for r in mine])
-    home = scheduler if broken == "next_word" else type(model)
+    home = scheduler if broken == "next_token" else type(model)
     works, calls = getattr(home, broken), 0
 
     def fails(*given, **how):
@@ -301,8 +301,8 @@ def test_an_error_names_whose_work_it_was_and_costs_nobody_else_a_bit(model, mon
         try:
             loop.tick()
         except RuntimeError:
-            blamed += loop.at
-            for job in loop.at:
+            blamed += loop.active
+            for job in loop.active:
                 loop.cancel(job)
         for job, event in loop.events:
             told[id(job)].append(_bits(event))

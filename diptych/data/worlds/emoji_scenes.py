@@ -185,6 +185,7 @@ class EmojiPrompt:
 
     @staticmethod
     def from_json(row: Mapping[str, Any]) -> EmojiPrompt:
+        """The prompt of a JSON object, the fields by name."""
         return EmojiPrompt(row["tag"], row["text"], tuple(row["ids"]), row["relation"])
 
 

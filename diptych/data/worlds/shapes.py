@@ -69,6 +69,7 @@ class Thing:
 
     @property
     def kind(self) -> Kind:
+        """(colour, shape)."""
         return self.colour, self.shape
 
 
@@ -79,10 +80,12 @@ class Scene:
     things: tuple[Thing, ...]
 
     def to_json(self) -> dict:
+        """The scene as a JSON object, which ``from_json`` reads."""
         return {"things": [dict(vars(t)) for t in self.things]}
 
     @staticmethod
     def from_json(row: Mapping[str, Any]) -> Scene:
+        """The scene of a JSON object."""
         return Scene(tuple(Thing(**t) for t in row["things"]))
 
 
@@ -207,6 +210,7 @@ class Need:
     count: int = 1
 
     def text(self) -> str:
+        """The noun phrase in a prompt: "a red circle", "three squares"."""
         noun = self.shape or "object"
         number, noun = ("a", noun) if self.count == 1 else (NUMBERS[self.count], plural(noun))
         return " ".join(w for w in (number, self.colour, noun) if w)
@@ -222,10 +226,12 @@ class Prompt:
     relation: str | None = None
 
     def to_json(self) -> dict:
+        """The prompt as a JSON object, which ``from_json`` reads."""
         return vars(self) | {"needs": [dict(vars(n)) for n in self.needs]}
 
     @staticmethod
     def from_json(row: Mapping[str, Any]) -> Prompt:
+        """The prompt of a JSON object."""
         return Prompt(row["tag"], row["text"], tuple(Need(**n) for n in row["needs"]), row["relation"])
 
 
@@ -434,6 +440,7 @@ class Found:
 
     @property
     def kind(self) -> Kind:
+        """(colour, shape)."""
         return self.colour, self.shape
 
 

@@ -136,11 +136,13 @@ class Edit:
     side: str | None = None
 
     def to_json(self) -> dict:
+        """The edit as a JSON object, which ``from_json`` reads."""
         scenes = {"before": self.before.to_json(), "after": self.after.to_json()}
         return {"type": self.type, "text": self.text, "side": self.side} | scenes
 
     @staticmethod
     def from_json(row: Mapping[str, Any]) -> Edit:
+        """The edit of a JSON object."""
         before, after = Scene.from_json(row["before"]), Scene.from_json(row["after"])
         return Edit(row["type"], row["text"], before, after, row["side"])
 

@@ -278,10 +278,12 @@ class StampScene:
     things: tuple[PlacedStamp, ...]
 
     def to_json(self) -> dict:
+        """The scene as a JSON object, which ``from_json`` reads."""
         return asdict(self) | {"crop": list(self.crop), "things": [asdict(t) for t in self.things]}
 
     @staticmethod
     def from_json(row: Mapping[str, Any]) -> StampScene:
+        """The scene of a JSON object."""
         return StampScene(row["background"], tuple(row["crop"]), tuple(PlacedStamp(**t) for t in row["things"]))
 
 

@@ -138,6 +138,7 @@ class Pooled(nn.Module):
         self.net = net
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, d) features of (N, 3, H, W) pictures in [0, 255]."""
         return self.net.extract_features((x.float() - 127) / 128).mean((2, 3))  # type: ignore[operator]
 
 

@@ -41,6 +41,7 @@ class Recogniser(nn.Module):
         self.head = nn.Conv2d(width, len(CLASSES) + 2, 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, classes + 2, h, w) of (N, 3, H, W) pictures: class logits, then width and height."""
         x = self.stem(images)
         for block in self.blocks:
             x = F.relu(x + block(x))
