@@ -427,5 +427,5 @@ def test_the_autoencoder_trains(tmp_run):
     )
     rows = train(recipe, tmp_run)
     assert rows[-1]["loss/mse"] < rows[0]["loss/mse"]
-    with pytest.raises(ValueError, match="neither reads nor draws"):
+    with pytest.raises(ValueError, match="neither answers nor draws"):
         diptych.load(tmp_run)
