@@ -10,7 +10,9 @@ from diptych.training.recipe import Recipe
 
 RECIPES = {
     "bagel/tiny": "diptych.recipes.tiny:bagel",
+    "bagel/tiny-world": "diptych.recipes.tiny:bagel_world",
     "autoencoder/tiny": "diptych.recipes.tiny:autoencoder",
+    "autoencoder/tiny-world": "diptych.recipes.tiny:autoencoder_world",
     "sgt/tiny": "diptych.recipes.sgt:tiny",
     "iomm/tiny": "diptych.recipes.iomm:tiny",
     "iomm/reader": "diptych.recipes.iomm:reader",

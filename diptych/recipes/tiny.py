@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from diptych.models.configs import config_to_json
 from diptych.models.table import config
+from diptych.parts.images import SizeRule
 from diptych.training.recipe import Limits, Optimizer, Recipe, Schedule, Stage
 
 MIX = {  # what the tiny families learn from
@@ -42,6 +45,31 @@ def autoencoder() -> Recipe:
     )
 
 
+CANVASES = {  # pictures on every ground and canvas size: what the autoencoder of larger canvases learns from
+    "canvas/draw": 0.45,
+    "things/scenes": 0.3,
+    "things/draw": 0.1,
+    "emoji/draw": 0.15,
+}
+
+
+def autoencoder_world() -> Recipe:
+    """The tiny image autoencoder on grounds of every colour and canvases of 64 to 128 pixels, from the shipped one.
+
+    diptych train autoencoder/tiny-world
+    """
+    base = autoencoder()
+    (stage,) = base.stages
+    stage = replace(
+        stage,
+        steps=160,
+        train={"encoder": 1e-3, "decoder": 1e-3},
+        data=dict(CANVASES),
+        schedule=Schedule(warmup=8, decay=0.6),
+    )
+    return replace(base, name="autoencoder/tiny-world", stages=(stage,), init={"model": "autoencoder/tiny"})
+
+
 def bagel() -> Recipe:
     """BAGEL at a size that two CPU cores train: 5.9 M parameters, 64 x 64 pixels, 16 tokens a picture.
 
@@ -70,3 +98,46 @@ def bagel() -> Recipe:
         ),
         checkpoint_every=500,
     )
+
+
+WORLD = {  # every canvas, scenes of emoji, and talk, beside the white shapes that the model starts from
+    "shapes/draw": 0.16,
+    "canvas/draw": 0.10,
+    "emoji/scenes": 0.22,
+    "things/scenes": 0.12,
+    "things/draw": 0.10,
+    "emoji64/draw": 0.04,
+    "canvas/edit": 0.05,
+    "shapes/edit": 0.02,
+    "canvas/ask": 0.03,
+    "canvas/ask-where": 0.04,
+    "canvas/caption": 0.02,
+    "things/ask": 0.03,
+    "talk/turns": 0.04,
+    "talk/options": 0.02,
+    "talk/words": 0.01,
+    "talk/help": 0.02,
+}
+CANVAS = SizeRule(longest=128, shortest=64, stride=16)  # what the world's pictures are read and drawn at
+
+
+def bagel_world() -> Recipe:
+    """The shipped ``bagel/tiny`` on the whole embedded world: canvases of 64 to 128 pixels on every ground, scenes of
+    emoji, conversations of several turns.
+
+    diptych train bagel/tiny-world
+    """
+    base = bagel()
+    (stage,) = base.stages
+    rate = 1.5e-3
+    stage = replace(
+        stage,
+        steps=800,
+        train=dict.fromkeys(stage.train, rate),
+        data=dict(WORLD),
+        schedule=Schedule(warmup=20, decay=0.5),
+        ema=0.99,
+    )
+    model = config_to_json("bagel", replace(config("bagel/tiny"), see=CANVAS, draw=CANVAS))
+    init = {"model": "bagel/tiny", "autoencoder": "autoencoder/tiny"}
+    return replace(base, name="bagel/tiny-world", model=model, stages=(stage,), init=init, checkpoint_every=100)

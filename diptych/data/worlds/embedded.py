@@ -10,8 +10,9 @@ from pathlib import Path
 from diptych.core.sample import Sample
 from diptych.data.mixture import Source, uniform
 from diptych.data.self_condition import bare
-from diptych.data.worlds import emoji_sources, glyphs, shapes_sources, stamps
+from diptych.data.worlds import canvas_sources, emoji_sources, glyphs, shapes_sources, stamps, talk_sources
 
+WORLDS = (shapes_sources, emoji_sources, glyphs, canvas_sources, talk_sources)
 POOL = {"shapes/draw": 0.6, "emoji64/draw": 0.2, "emoji/scenes": 0.2}  # the sources of ``images`` and their shares
 
 
@@ -33,7 +34,7 @@ class Pool:
 
 def names() -> tuple[str, ...]:
     """The names that ``source`` knows; those of stamps need ``diptych data prepare stamps`` once."""
-    return (*shapes_sources.SOURCES, *emoji_sources.SOURCES, *glyphs.SOURCES, "images", *stamps.SOURCES)
+    return (*(name for world in WORLDS for name in world.SOURCES), "images", *stamps.SOURCES)
 
 
 def source(name: str, split: str = "train", size: int = 64, seed: int = 0, root: str | Path | None = None) -> Source:
@@ -46,7 +47,7 @@ def source(name: str, split: str = "train", size: int = 64, seed: int = 0, root:
         return Pool(tuple(source(n, split, size, seed) for n in POOL))
     if name in stamps.SOURCES:
         return stamps.source(name, split, size, seed, root)
-    for world in (shapes_sources, emoji_sources, glyphs):
+    for world in WORLDS:
         if name in world.SOURCES:
             return world.source(name, split, size, seed)
     raise ValueError(f"unknown source {name!r}; embedded: {', '.join(names())}")

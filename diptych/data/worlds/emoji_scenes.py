@@ -15,7 +15,7 @@ from diptych.data.canvas import Made, canvas, pick, picture
 from diptych.data.tasks import ladder
 from diptych.data.worlds.emoji import NOUNS, coverage, draw, find
 
-NUMBERS = ("zero", "one", "two", "three", "four")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 RELATIONS = ("left of", "right of", "above", "below")
 
 
@@ -64,19 +64,21 @@ def _relation(a: int, b: int) -> str | None:
     return RELATIONS[2 + (a > b)] if a % 2 == b % 2 else None
 
 
-def _article(noun: str) -> str:
+def article(noun: str) -> str:
+    """A noun with its indefinite article: "an owl"."""
     return ("an " if noun[0] in "aeiou" and noun != "unicorn" else "a ") + noun
 
 
-def _plural(noun: str) -> str:
+def plural(noun: str) -> str:
+    """The plural of a noun."""
     if noun.endswith(("s", "x", "ch", "sh")):
         return noun + "es"
     return noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
 
 
-def _phrase(ids: list[str]) -> str:
+def listing(ids: list[str]) -> str:
     """ "a dog, two cars and an owl", in the order of the ids."""
-    texts = [_article(NOUNS[id]) if n == 1 else f"{NUMBERS[n]} {_plural(NOUNS[id])}" for id, n in Counter(ids).items()]
+    texts = [article(NOUNS[id]) if n == 1 else f"{NUMBERS[n]} {plural(NOUNS[id])}" for id, n in Counter(ids).items()]
     return texts[0] if len(texts) == 1 else ", ".join(texts[:-1]) + " and " + texts[-1]
 
 
@@ -101,14 +103,14 @@ def make_scene(rng: np.random.Generator, split: str, size: int) -> Made:
         ids = _ids(rng, 2)
         while not (relation := _relation(*cells[:2])):
             cells = [int(c) for c in rng.permutation(4)]
-        text = f"{_article(NOUNS[ids[0]])} {relation} {_article(NOUNS[ids[1]])}"
+        text = f"{article(NOUNS[ids[0]])} {relation} {article(NOUNS[ids[1]])}"
     else:
         if type_ == "counting":
             ids = _ids(rng, 1) * int(rng.integers(2, 5))
         else:
             ids = _ids(rng, 1 if type_ == "single" else int(rng.integers(2, 5)))
             ids = [ids[0] if i == 1 and len(ids) > 2 and rng.random() < 0.4 else id for i, id in enumerate(ids)]
-        text = _phrase(ids)
+        text = listing(ids)
     things = _place(rng, ids, cells[: len(ids)])
     messages = user(text), assistant(Image(render_scene(things, size), "target"))
     return messages, {"type": type_, "text": text} | _info(things)
@@ -127,7 +129,7 @@ def _ask_count(rng: np.random.Generator) -> tuple[str, str, tuple[PlacedEmoji, .
     this, *others = _ids(rng, 4)
     ids = [this] * n + others[: int(rng.integers(n == 0, min(5 - n, 4)))]
     things = _place(rng, ids, [int(c) for c in rng.permutation(4)[: len(ids)]])
-    return f"how many {_plural(NOUNS[this])} are there?", NUMBERS[n], things
+    return f"how many {plural(NOUNS[this])} are there?", NUMBERS[n], things
 
 
 def _ask_exists(rng: np.random.Generator) -> tuple[str, str, tuple[PlacedEmoji, ...]]:
@@ -135,7 +137,7 @@ def _ask_exists(rng: np.random.Generator) -> tuple[str, str, tuple[PlacedEmoji, 
     n = int(rng.integers(1, 5))
     ids = _ids(rng, n + 1)
     things = _place(rng, ids[:n], [int(c) for c in rng.permutation(4)[:n]])
-    return f"is there {_article(NOUNS[ids[0 if yes else n]])}?", "yes" if yes else "no", things
+    return f"is there {article(NOUNS[ids[0 if yes else n]])}?", "yes" if yes else "no", things
 
 
 def _ask_position(rng: np.random.Generator) -> tuple[str, str, tuple[PlacedEmoji, ...]]:
@@ -201,7 +203,7 @@ def prompts(tag: str, n: int, seed: int = 0) -> list[EmojiPrompt]:
         relation = pick(rng, RELATIONS) if tag == "position" else None
         many = int(rng.integers(2, 5)) if tag == "counting" else 1
         ids = (first, second) if tag in ("two_object", "position") else (first,) * many
-        text = f"{_phrase([first])} {relation} {_phrase([second])}" if relation else _phrase(list(ids))
+        text = f"{listing([first])} {relation} {listing([second])}" if relation else listing(list(ids))
         key = (ids, relation) if tag != "single_object" or len(drawn) < len(NOUNS) else (len(drawn),)
         drawn.setdefault(key, EmojiPrompt(tag, text, ids, relation))
     return list(drawn.values())

@@ -23,6 +23,7 @@ import PIL.Image
 import skia
 
 from diptych.data.canvas import canvas, pick, picture
+from diptych.data.worlds.grounds import Ground
 
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 
@@ -90,23 +91,37 @@ class Scene:
 
 
 def render(scene: Scene, size: int) -> PIL.Image.Image:
-    """The antialiased RGB picture of a scene, ``size`` pixels square."""
+    """The antialiased RGB picture of a scene on white paper, ``size`` pixels square."""
     pixels, paper = canvas(size)
-    for thing in scene.things:
-        _draw(paper, thing, size, COLOURS[thing.colour])
+    paint(paper, scene, (size, size))
     return picture(pixels)
 
 
-def coverage(scene: Scene, size: int) -> np.ndarray:
-    """How much of each pixel each object covers: (objects, size, size) float32 in [0, 1]; above 0 is all it touches."""
-    cover = np.zeros((len(scene.things), size, size), np.float32)
+def render_on(rng: np.random.Generator, ground: Ground, scene: Scene, size: tuple[int, int]) -> PIL.Image.Image:
+    """The antialiased RGB picture of a scene on a ground, (width, height) pixels large."""
+    pixels, paper = ground.canvas(rng, size)
+    paint(paper, scene, size)
+    return picture(pixels)
+
+
+def paint(paper: skia.Canvas, scene: Scene, size: tuple[int, int]) -> None:
+    """Draws a scene on a canvas of (width, height) pixels: places spread over it, extents are of the shorter side."""
+    for thing in scene.things:
+        _draw(paper, thing, size, COLOURS[thing.colour])
+
+
+def coverage(scene: Scene, size: int | tuple[int, int]) -> np.ndarray:
+    """How much of each pixel each object covers: (objects, h, w) float32 in [0, 1]; above 0 is all it touches.
+    ``size`` is (width, height), or the side of a square."""
+    width, height = (size, size) if isinstance(size, int) else size
+    cover = np.zeros((len(scene.things), height, width), np.float32)
     for i, thing in enumerate(scene.things):
-        cover[i] = _cover(thing, size)
+        cover[i] = _cover(thing, (width, height))
     return cover
 
 
-def masks(scene: Scene, size: int) -> np.ndarray:
-    """Instance masks: (objects, size, size) bool, true where an object covers at least half of the pixel."""
+def masks(scene: Scene, size: int | tuple[int, int]) -> np.ndarray:
+    """Instance masks: (objects, h, w) bool, true where an object covers at least half of the pixel."""
     return coverage(scene, size) >= 0.5
 
 
@@ -146,10 +161,10 @@ def _outline(shape: str) -> tuple[skia.Path, float, float, tuple[float, float]]:
     return path, float(y.max() - y.min()), abs(float(area)), (float(centroid[0]), float(centroid[1]))
 
 
-def _draw(paper: skia.Canvas, thing: Thing, size: int, colour: tuple[int, int, int]) -> None:
+def _draw(paper: skia.Canvas, thing: Thing, size: tuple[int, int], colour: tuple[int, int, int]) -> None:
     paper.save()
-    paper.translate(thing.x * size, thing.y * size)
-    paper.scale(thing.extent * size, thing.extent * size)
+    paper.translate(thing.x * size[0], thing.y * size[1])
+    paper.scale(thing.extent * min(size), thing.extent * min(size))
     paper.drawPath(_outline(thing.shape)[0], _paint(colour))
     paper.restore()
 
@@ -159,8 +174,8 @@ def _paint(colour: tuple[int, int, int]) -> skia.Paint:
     return skia.Paint(AntiAlias=True, Color=skia.Color(*colour))
 
 
-def _cover(thing: Thing, size: int) -> np.ndarray:
-    pixels, paper = canvas(size, (0, 0, 0, 255))
+def _cover(thing: Thing, size: tuple[int, int]) -> np.ndarray:
+    pixels, paper = canvas(size[0], (0, 0, 0, 255), height=size[1])
     _draw(paper, thing, size, (255, 255, 255))
     return pixels[..., 0].astype(np.float32) / 255
 

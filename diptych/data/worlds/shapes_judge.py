@@ -12,6 +12,7 @@ import PIL.Image
 import skia
 
 from diptych.data.canvas import canvas, components, rgb
+from diptych.data.worlds.grounds import WHITE, Ground
 from diptych.data.worlds.shapes import (
     COLOURS,
     NUMBERS,
@@ -32,6 +33,7 @@ from diptych.data.worlds.shapes import (
     random_prompt,
     relations,
     render,
+    render_on,
     scene_for,
 )
 
@@ -69,30 +71,34 @@ SPECK = 0.004  # of the canvas: smaller spots are ignored (the smallest object c
 _PALETTE = np.array(list(COLOURS.values()), np.float32)
 
 
-def detect(image: PIL.Image.Image) -> list[Found]:
+def detect(image: PIL.Image.Image, ground: Ground = WHITE) -> list[Found]:
     """The objects in a picture of the shapes world, largest first; a spot below ``SPECK`` of the area is ignored.
 
-    A pixel is unmixed into paper and the ink that explains it best; pixels that are mostly ink form connected objects;
-    an object has the ink of its inner pixels, and the shape whose drawing of the same area and centroid overlaps most.
+    A pixel is unmixed into its colour on the ground and the ink that explains it best; pixels that are mostly ink form
+    connected objects; an object has the ink of its inner pixels, and the shape whose drawing of the same area and
+    centroid overlaps most.
     """
     pixels = rgb(image).astype(np.float32)
     height, width = pixels.shape[:2]
-    ink = _ink(pixels)
+    paper = ground.paper((width, height)).astype(np.float32)
+    ink = _ink(pixels, paper, [not ground.hides(colour) for colour in COLOURS.values()])
     solid = ink > 0.5
     parts = [p for p in components(solid) if len(p) >= max(3, SPECK * height * width)]
-    return [_identify(pixels, solid, part) for part in sorted(parts, key=len, reverse=True)]
+    return [_identify(pixels, paper, solid, part) for part in sorted(parts, key=len, reverse=True)]
 
 
-def _ink(pixels: np.ndarray) -> np.ndarray:
-    """How much ink a pixel holds, (h, w): the share of the ink, in [0, 1.2], that explains the pixel best."""
-    towards = 255 - _PALETTE  # from paper to ink
-    dark = 255 - pixels
-    share = np.clip(dark @ towards.T / (towards**2).sum(1), 0, 1.2)
-    error = (dark**2).sum(-1, keepdims=True) - 2 * share * (dark @ towards.T) + share**2 * (towards**2).sum(1)
+def _ink(pixels: np.ndarray, paper: np.ndarray, visible: list[bool]) -> np.ndarray:
+    """How much ink a pixel holds, (h, w): the share in [0, 1.2] of the ``visible`` ink that explains the pixel best,
+    mixed with its ``paper``."""
+    towards = _PALETTE[visible] - paper[:, :, None]
+    off, far = (pixels - paper)[:, :, None], (towards**2).sum(-1)
+    along = (off * towards).sum(-1)
+    share = np.clip(along / far, 0, 1.2)
+    error = (off**2).sum(-1) - 2 * share * along + share**2 * far
     return np.take_along_axis(share, error.argmin(-1)[..., None], -1)[..., 0]
 
 
-def _identify(pixels: np.ndarray, solid: np.ndarray, part: np.ndarray) -> Found:
+def _identify(pixels: np.ndarray, paper: np.ndarray, solid: np.ndarray, part: np.ndarray) -> Found:
     height, width = solid.shape
     (top, left), (bottom, right) = part.min(0), part.max(0) + 1
     y0, x0, y1, x1 = max(top - 2, 0), max(left - 2, 0), min(bottom + 2, height), min(right + 2, width)
@@ -115,8 +121,9 @@ def _identify(pixels: np.ndarray, solid: np.ndarray, part: np.ndarray) -> Found:
     pure = votes[best] >= 0.7 * len(core) and np.linalg.norm(typical - _PALETTE[best]) < 60
     colour = list(COLOURS)[best] if pure else "unknown"
 
-    towards = 255 - typical  # the ink as it is, so that a pale object is measured right
-    alpha = np.clip((255 - crop) @ towards / max(towards @ towards, 1), 0, 1)
+    ground = paper[y0:y1, x0:x1]
+    towards = typical - ground  # the ink as it is, so that a pale object is measured right
+    alpha = np.clip(((crop - ground) * towards).sum(-1) / np.maximum((towards**2).sum(-1), 1), 0, 1)
     alpha = np.where(near & (part_mask | ~solid[y0:y1, x0:x1]), alpha, 0)
     area = alpha.sum()
     cy, cx = (np.arange(y1 - y0) + 0.5) @ alpha.sum(1) / area, (np.arange(x1 - x0) + 0.5) @ alpha.sum(0) / area
@@ -147,7 +154,7 @@ def _ideals(area: float, cx: float, cy: float, side: int) -> np.ndarray:
         paper.save()
         paper.clipRect(skia.Rect.MakeXYWH(0, i * side, side, side))
         thing = Thing(shape, "", (cx - ox * extent) / side, (cy - oy * extent) / side + i, extent / side)
-        _draw(paper, thing, side, (255, 255, 255))
+        _draw(paper, thing, (side, side), (255, 255, 255))
         paper.restore()
     return pixels[..., 0].reshape(len(SHAPES), side, side).astype(np.float32) / 255
 
@@ -164,9 +171,9 @@ def _soften(covers: np.ndarray) -> np.ndarray:
     return (wide[..., :-4] + wide[..., 4:] + 4 * (wide[..., 1:-3] + wide[..., 3:-1]) + 6 * wide[..., 2:-2]) / 256
 
 
-def check(image: PIL.Image.Image, prompt: Prompt) -> PromptVerdict:
-    """Whether a picture shows exactly what a prompt asks for and nothing else."""
-    objects = tuple(detect(image))
+def check(image: PIL.Image.Image, prompt: Prompt, ground: Ground = WHITE) -> PromptVerdict:
+    """Whether a picture shows exactly what a prompt asks for and nothing else, on its ground."""
+    objects = tuple(detect(image, ground))
     wanted = [need for need in prompt.needs for _ in range(need.count)]
     if len(objects) != len(wanted):
         return PromptVerdict(False, f"{len(objects)} objects instead of {len(wanted)}", objects)
@@ -215,16 +222,18 @@ class EditVerdict:
     found: tuple[Found, ...]
 
 
-def check_edit(image: PIL.Image.Image, before: Scene, after: Scene, side: str | None = None) -> EditVerdict:
-    """Whether a picture is ``before`` changed into ``after``.
+def check_edit(
+    image: PIL.Image.Image, before: Scene, after: Scene, side: str | None = None, ground: Ground = WHITE
+) -> EditVerdict:
+    """Whether a picture is ``before`` changed into ``after``, on the same ground.
 
     An untouched object must be found with its colour and shape within a twelfth of the canvas of its place, and so must
     a recoloured or replaced one. A purely added object may lie anywhere, or anywhere on its ``side``; a removed one
-    must be gone; nothing else may appear. Raises ``ValueError`` for a picture that is not square.
+    must be gone; nothing else may appear.
     """
     if side is not None and side not in SIDES:
         raise ValueError(f"side is {side!r}; choose from {', '.join(SIDES)}")
-    objects = detect(image)
+    objects = detect(image, ground)
     left = list(objects)
     untouched = [t for t in after.things if t in before.things]
     new = [t for t in after.things if t not in before.things]
@@ -244,7 +253,7 @@ def check_edit(image: PIL.Image.Image, before: Scene, after: Scene, side: str | 
     done, kept = not missing and not still, not lost and not extra
     reasons = [f"no {' '.join(t.kind)}" for t in missing] + [f"still a {' '.join(f.kind)}" for f in still]
     reasons += [f"lost the {' '.join(t.kind)}" for t in lost] + [f"an extra {' '.join(f.kind)}" for f in extra]
-    difference = _difference(image, gone, new, after)
+    difference = _difference(image, gone, new, after, ground)
     return EditVerdict(done and kept, done, kept, difference, "; ".join(reasons), tuple(objects))
 
 
@@ -257,10 +266,7 @@ def on_side(a: Found | Thing, side: str | None) -> bool:
     return {None: True, "left": a.x < 0.4, "right": a.x > 0.6, "top": a.y < 0.4, "bottom": a.y > 0.6}[side]
 
 
-def _difference(image: PIL.Image.Image, gone: list[Thing], new: list[Thing], after: Scene) -> float:
-    pixels = rgb(image).astype(np.float32)
-    size = max(image.size)
-    if image.size != (size, size):
-        raise ValueError(f"the picture is {image.size}; pictures of the shapes world are square")
-    changed = coverage(Scene((*gone, *new)), size).max(0, initial=0) > 0
-    return float(np.abs(pixels - rgb(render(after, size)).astype(np.float32))[~changed].mean())
+def _difference(image: PIL.Image.Image, gone: list[Thing], new: list[Thing], after: Scene, ground: Ground) -> float:
+    changed = coverage(Scene((*gone, *new)), image.size).max(0, initial=0) > 0
+    truth = render_on(np.random.default_rng(0), ground, after, image.size)
+    return float(np.abs(rgb(image).astype(np.float32) - rgb(truth).astype(np.float32))[~changed].mean())

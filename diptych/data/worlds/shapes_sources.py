@@ -59,11 +59,16 @@ _TAG_WEIGHTS = {
 }
 
 
-def make_draw(rng: np.random.Generator, split: str, size: int, tag: str = "") -> Made:
-    """A caption (of one tag, or any), and the picture that satisfies it strictly; info: prompt, scene."""
+def random_draw(rng: np.random.Generator, tag: str = "") -> tuple[str, Prompt, Scene]:
+    """The words of a training prompt (of one tag, or any), the prompt, and a scene that satisfies it strictly."""
     prompt = random_prompt(rng, tag or pick(rng, tuple(_TAG_WEIGHTS), tuple(_TAG_WEIGHTS.values())))
     scene = scene_for(rng, prompt)
-    text = pick(rng, WORDINGS).format(prompt.text) if rng.random() < 0.15 else prompt.text
+    return pick(rng, WORDINGS).format(prompt.text) if rng.random() < 0.15 else prompt.text, prompt, scene
+
+
+def make_draw(rng: np.random.Generator, split: str, size: int, tag: str = "") -> Made:
+    """A caption (of one tag, or any), and the picture that satisfies it strictly; info: prompt, scene."""
+    text, prompt, scene = random_draw(rng, tag)
     messages = user(text), assistant(Image(render(scene, size), "target"))
     return messages, {"type": prompt.tag, "prompt": prompt.to_json(), "scene": scene.to_json()}
 

@@ -17,12 +17,12 @@ from functools import partial
 
 import numpy as np
 import PIL.Image
-import PIL.ImageDraw
-import PIL.ImageFont
 
 from diptych.core.sample import Image, Sample, user
 from diptych.data.canvas import pick
 from diptych.data.worlds import embedded, emoji, emoji_scenes, shapes
+from diptych.data.worlds.choices import SPACE, lettered, with_options
+from diptych.data.worlds.talk_sources import printable, written
 from diptych.evaluation.benchmarks.aggregate import cv_bench
 from diptych.evaluation.benchmarks.questions import judge_choice, judge_yes_no, yes_no_scores
 from diptych.evaluation.benchmarks.shapes import PICTURES, PROMPTS, SIDE, seed_of, unsquare
@@ -105,7 +105,6 @@ def _emoji_baselines(items: Sequence[Item], size: int) -> Baselines:
 
 # --- multiple choice about space --------------------------------------------------------------------------------------
 
-SPACE = ("count", "relation", "depth", "distance")
 EACH = 50  # questions of each kind
 
 
@@ -114,71 +113,15 @@ def _space_items(seed: int, size: int) -> list[Item]:
     items = []
     for kind in SPACE:
         for i in range(EACH):
-            rng = np.random.default_rng((seed, SPACE.index(kind), i))
-            scene, question, options, right = _SPACE[kind](rng)
-            order = rng.permutation(len(options))
-            letters = {"ABCD"[n]: options[int(k)] for n, k in enumerate(order)}
-            answer = next(k for k, v in letters.items() if v == right)
-            text = f"{question} " + " ".join(f"({k}) {v}" for k, v in letters.items())
+            rng = np.random.default_rng((seed, list(SPACE).index(kind), i))
+            scene, question, options, right = SPACE[kind](rng)
+            letters, answer = lettered(rng, options, right)
+            text = with_options(question, letters)
             key = f"cvbench-mini/{kind}/{i}"
             sample = Sample(key, (user(Image(shapes.render(scene, size)), text),))
             reference = {"answer": f"({answer}) {right}", "letter": answer, "options": letters}
             items.append(Item(key, "cvbench-mini", kind, text, sample, seed_of(seed, key), key, reference))
     return items
-
-
-Asked = tuple[shapes.Scene, str, list[str], str]  # a picture, a question, options and the right one
-
-
-def _scene(rng: np.random.Generator, n: int) -> tuple[shapes.Scene, list[str]]:
-    """A scene of things that have one name each."""
-    while True:
-        scene = shapes.random_scene(rng)
-        names = [" ".join(t.kind) for t in scene.things]
-        if len(names) >= n and len(set(names)) == len(names):
-            return scene, names
-
-
-def _count(rng: np.random.Generator) -> Asked:
-    scene = shapes.random_scene(rng)
-    right = len(scene.things)
-    others = [n for n in range(1, 6) if n != right]
-    some = [str(others[int(i)]) for i in rng.permutation(len(others))[:3]]
-    return scene, "how many objects are there?", [str(right), *some], str(right)
-
-
-def _relation(rng: np.random.Generator) -> Asked:
-    while True:
-        scene, names = _scene(rng, 2)
-        true = shapes.relations(*scene.things[:2])
-        if len(true) == 1:
-            right = true.pop()
-            question = f"where is the {names[0]} relative to the {names[1]}?"
-            opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[right]
-            return scene, question, [right, opposite], right
-
-
-def _depth(rng: np.random.Generator) -> Asked:
-    """Things are of one size, so the wider is the nearer (``tasks.farness``)."""
-    while True:
-        scene, names = _scene(rng, 2)
-        a, b = scene.things[:2]
-        if abs(a.extent - b.extent) > 0.12 * max(a.extent, b.extent):
-            right = names[0] if a.extent > b.extent else names[1]
-            return scene, "which looks larger, so is closer to the camera?", names[:2], right
-
-
-def _distance(rng: np.random.Generator) -> Asked:
-    while True:
-        scene, names = _scene(rng, 3)
-        a, b, c = scene.things[:3]
-        to_a, to_b = (np.hypot(t.x - c.x, t.y - c.y) for t in (a, b))
-        if max(to_a, to_b) > 1.3 * min(to_a, to_b):
-            right = names[0] if to_a < to_b else names[1]
-            return scene, f"which is closer to the {names[2]}?", names[:2], right
-
-
-_SPACE = {"count": _count, "relation": _relation, "depth": _depth, "distance": _distance}
 
 
 def _space_scores(outcomes: Sequence[Outcome]) -> dict[str, Score]:
@@ -241,10 +184,9 @@ WORDS = 100
 
 
 def _word_items(seed: int, size: int) -> list[Item]:
-    words = sorted({w for e in emoji.records() for w in e.labels["en"].lower().split() if w.isalpha() and w.isascii()})
     items = []
     for length in (3, 4, 5, 6):
-        candidates = [w for w in words if len(w) == length]
+        candidates = [w for w in printable("test") if len(w) == length]
         rng = np.random.default_rng((seed, length))
         for i, k in enumerate(rng.permutation(len(candidates))[: WORDS // 4]):
             word, key = candidates[int(k)], f"ocr-mini/{length} letters/{i}"
@@ -253,19 +195,6 @@ def _word_items(seed: int, size: int) -> list[Item]:
             reference = {"answer": word}
             items.append(Item(key, "ocr-mini", f"{length} letters", text, sample, seed_of(seed, key), word, reference))
     return items
-
-
-def written(word: str, size: int, rng: np.random.Generator) -> PIL.Image.Image:
-    """A word on paper, as large as fits, now and then in colour."""
-    point = size // 2
-    while (font := PIL.ImageFont.load_default(point)).getlength(word) > 0.9 * size:
-        point -= 1
-    image = PIL.Image.new("RGB", (size, size), "white")
-    left, top, right, bottom = font.getbbox(word)
-    x, y = (rng.uniform(0, max(1.0, size - n)) for n in (right - left, bottom - top))
-    ink = pick(rng, list(shapes.COLOURS.values()))
-    PIL.ImageDraw.Draw(image).text((x - left, y - top), word, ink, font)  # type: ignore[arg-type]
-    return image
 
 
 def _judge_word(item: Item, text: str) -> Verdict:
