@@ -13,16 +13,19 @@ import typer
 
 from diptych.cli.options import (
     BaseOption,
+    ConfigOption,
     DeviceOption,
     DtypeOption,
     Group,
     JsonOption,
+    PresetOption,
     QuantizeOption,
     Sampling,
     SeedOption,
     Verbs,
     complete_benchmarks,
     complete_models,
+    config_changes,
     pairs,
     show_table,
 )
@@ -159,6 +162,8 @@ def run(
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
+    preset: PresetOption = "",
+    config: ConfigOption = None,
     seed: SeedOption = 0,
     limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="items per category")] = None,
     out: Annotated[
@@ -184,7 +189,7 @@ def run(
     system: Annotated[str, typer.Option("--system", metavar="TEXT", help="a system message before each question")] = "",
     thinking: Annotated[
         bool | None,
-        typer.Option("--thinking/--no-thinking", help="reason in <think> tags before the answer"),
+        typer.Option("--thinking/--no-thinking", help="reason in <think> tags before each answer and picture"),
     ] = None,
     answer_temperature: Annotated[
         float, typer.Option("--answer-temperature", metavar="T", help="0 takes the likeliest token")
@@ -211,7 +216,7 @@ def run(
         elif model.startswith("folder:"):
             engine = remote.Pictures(model.removeprefix("folder:"))
         else:
-            engine = load(model, device, dtype, base, quantize)
+            engine = load(model, device, dtype, base, quantize, preset, config_changes(config))
         changed = sampling.given(engine)
         tools = scoring.tools(device, tasks)
         ours = [name for name in benchmarks or [] if not name.startswith("lmms-eval:")]

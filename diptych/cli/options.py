@@ -142,6 +142,13 @@ DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="of the weigh
 QuantizeOption = Annotated[
     Literal["int8"] | None, typer.Option("--quantize", help="round the weights of the blocks to eight bits")
 ]
+PresetOption = Annotated[
+    str, typer.Option("--preset", metavar="NAME", help="the settings of a published entry point, such as demo or gedit")
+]
+ConfigOption = Annotated[
+    list[str] | None,
+    typer.Option("--config", metavar="PATH=VALUE", help="change a leaf of the model's config; may be repeated"),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="seed of every random draw")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 CatalogOption = Annotated[
@@ -174,6 +181,22 @@ LayoutOption = Annotated[
 ]
 
 
+def config_changes(items: Iterable[str] | None, option: str = "--config", form: str = "PATH=VALUE") -> dict[str, Any]:
+    """What ``--config`` (or another option of its kind) changes, with values read as JSON where they can be."""
+    from diptych.core.leaves import parse_leaf
+
+    return {path: parse_leaf(text, path) for path, text in pairs(items, option, form).items()}
+
+
+def interval(text: str) -> tuple[float, float]:
+    """(low, high) of "LOW,HIGH"."""
+    low, _, high = text.partition(",")
+    try:
+        return float(low), float(high)
+    except ValueError:
+        raise ValueError(f"--interval takes LOW,HIGH, such as 0.4,1, not {text!r}") from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Loading:
     """Which model to load, and how."""
@@ -183,12 +206,15 @@ class Loading:
     device: DeviceOption = "auto"
     dtype: DtypeOption = None
     quantize: QuantizeOption = None
+    preset: PresetOption = ""
+    config: ConfigOption = None
 
     def load(self) -> Engine:
         """The engine of the model that the options name. Raises ``ValueError`` as ``diptych.load``."""
         from diptych.generation.engine import load
 
-        return load(self.model, self.device, self.dtype, self.base, self.quantize)
+        how = (self.device, self.dtype, self.base, self.quantize, self.preset, config_changes(self.config))
+        return load(self.model, *how)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,18 +245,45 @@ class Sampling:
         float | None, typer.Option("--top-p", metavar="P", help="sample among the likeliest codes of total mass P")
     ] = None
 
+    guidance_interval: Annotated[
+        str | None, typer.Option("--interval", metavar="LOW,HIGH", help="times in (LOW, HIGH] at which guidance acts")
+    ] = None
+    timestep_shift: Annotated[
+        float | None, typer.Option("--shift", metavar="S", help="above 1: more of the steps near noise")
+    ] = None
+    renorm: Annotated[
+        Literal["none", "global", "channel", "text_channel"] | None,
+        typer.Option("--renorm", help="how the guided velocity is scaled back"),
+    ] = None
+    renorm_min: Annotated[
+        float | None, typer.Option("--renorm-min", metavar="X", help="the least factor of --renorm")
+    ] = None
+    seeding: Annotated[
+        Literal["address", "published"] | None,
+        typer.Option("--seeding", help="published: draw the picture that the published code draws for a seed (BAGEL)"),
+    ] = None
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--setting", metavar="NAME=VALUE", help="any other setting of the sampler; may be repeated"),
+    ] = None
+
     def given(self, engine: Any) -> dict[str, Any]:
         """The settings that were given; the model's own stand for the others. Raises ``ValueError`` for one that the
         model's sampler does not have."""
         flags = {f.name: flag for f in dataclasses.fields(self) if (flag := FLAGS.get(f.name))}
         given = {name: value for name in flags if (value := getattr(self, name)) is not None}
+        if self.guidance_interval is not None:
+            given["guidance_interval"] = interval(self.guidance_interval)
         known = vars(engine.settings({}))
         if unknown := [flags[name] for name in given if name not in known]:
             has = [flag for name, flag in flags.items() if name in known]
             raise ValueError(
                 f"{engine.name} does not draw by {', '.join(unknown)}; it takes {', '.join(has) or 'none'}"
             )
-        return given
+        more = config_changes(self.setting, "--setting", "NAME=VALUE")
+        if twice := sorted(given.keys() & more.keys()):
+            raise ValueError(f"{flags[twice[0]]} and --setting {twice[0]} are the same; give one")
+        return given | more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +292,10 @@ class EditSampling(Sampling):
 
     image_guidance_scale: Annotated[
         float | None, typer.Option("--image-guidance", metavar="SCALE", help="guidance on the source picture")
+    ] = None
+    source_share: Annotated[
+        float | None,
+        typer.Option("--source-share", metavar="X", help="start from a mix with this share of the source (Cheers)"),
     ] = None
 
 
@@ -249,7 +306,35 @@ FLAGS = {
     "temperature": "--temperature",
     "top_k": "--top-k",
     "top_p": "--top-p",
+    "guidance_interval": "--interval",
+    "timestep_shift": "--shift",
+    "renorm": "--renorm",
+    "renorm_min": "--renorm-min",
+    "seeding": "--seeding",
+    "source_share": "--source-share",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Planning:
+    """What a picture is kept away from, and whether it is planned first."""
+
+    negative_prompt: Annotated[
+        str, typer.Option("--negative", metavar="TEXT", help="guidance goes away from this text")
+    ] = ""
+    think: Annotated[bool, typer.Option("--think", help="write a plan first and draw from it")] = False
+    think_tokens: Annotated[
+        int | None, typer.Option("--think-tokens", metavar="N", help="longest plan (default: 999, or the preset's)")
+    ] = None
+
+    def given(self, engine: Any) -> dict[str, Any]:
+        """Arguments of ``Engine.generate`` and ``Engine.edit``."""
+        if self.think_tokens is not None and not self.think:
+            raise ValueError("--think-tokens needs --think")
+        think = engine.thinking(self.think)
+        if think and self.think_tokens is not None:
+            think = dataclasses.replace(think, max_new_tokens=self.think_tokens)
+        return {"negative_prompt": self.negative_prompt, "think": think or False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +343,15 @@ class Answering:
 
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="longest answer")] = 64
     temperature: Annotated[float, typer.Option("--temperature", metavar="T", help="0 takes the likeliest token")] = 0.0
+    top_p: Annotated[
+        float, typer.Option("--top-p", metavar="P", help="sample among the likeliest tokens of total mass P")
+    ] = 1.0
+    think: Annotated[bool, typer.Option("--think", help="reason in <think> tags before the answer")] = False
     seed: SeedOption = 0
+
+    def given(self) -> dict[str, Any]:
+        """Arguments of ``Engine.ask`` and ``Engine.stream``."""
+        return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ import typer
 from diptych.cli.options import (
     Answering,
     BaseOption,
+    ConfigOption,
     DeviceOption,
     Drawing,
     DrawingEdit,
@@ -21,10 +22,13 @@ from diptych.cli.options import (
     JsonOption,
     Loading,
     ModelArgument,
+    Planning,
+    PresetOption,
     QuantizeOption,
     Sampling,
     Verbs,
     complete_models,
+    config_changes,
     pixels,
 )
 from diptych.machine.extras import install
@@ -38,6 +42,7 @@ def add(app: Verbs) -> None:
         "generate",
         "diptych generate bagel/tiny 'two blue stars' -n 4 --seed 7",
         "diptych generate bagel/tiny 'a cat' --size 64x64 --out cat.png",
+        "diptych generate bagel/7b-mot 'a cat' --preset demo --think --seeding published",
         "diptych generate bagel/tiny --prompts prompts.txt --out pictures --shard 0/4",
     )(generate)
     app.verb("edit", "diptych edit bagel/tiny scene.png 'make the star blue'")(edit)
@@ -61,6 +66,7 @@ def generate(
     loading: Loading,
     drawing: Drawing,
     sampling: Sampling,
+    planning: Planning,
     prompt: Annotated[str | None, typer.Argument(help="what to draw")] = None,
     prompts: Annotated[
         Path | None,
@@ -74,11 +80,14 @@ def generate(
     if (prompt is None) == (prompts is None):
         raise ValueError("generate needs a prompt or --prompts FILE, not both")
     if prompts is not None:
+        if planning != Planning():
+            raise ValueError("--negative and --think are for one prompt, not for --prompts FILE")
         generate_prompts(loading, prompts, shard, drawing, sampling)
         return
     size = drawing.check()
     engine = loading.load()
-    save_pictures(drawing, engine.generate(str(prompt), drawing.n, size, drawing.seed, **sampling.given(engine)))
+    how = planning.given(engine) | sampling.given(engine)
+    save_pictures(drawing, engine.generate(str(prompt), drawing.n, size, drawing.seed, **how))
 
 
 def generate_prompts(loading: Loading, prompts: Path, shard: str, drawing: Drawing, sampling: Sampling) -> None:
@@ -115,13 +124,15 @@ def edit(
     instruction: Annotated[str, typer.Argument(help="what to change")],
     drawing: DrawingEdit,
     sampling: EditSampling,
+    planning: Planning,
 ) -> None:
     """Change a picture by instruction."""
     size = drawing.check()
     if any(file.exists() and image.exists() and file.samefile(image) for file in drawing.files(drawing.n)):
         raise ValueError(f"--out would overwrite {image}, the picture to edit; name another file")
     engine = loading.load()
-    save_pictures(drawing, engine.edit(image, instruction, drawing.n, size, drawing.seed, **sampling.given(engine)))
+    how = planning.given(engine) | sampling.given(engine)
+    save_pictures(drawing, engine.edit(image, instruction, drawing.n, size, drawing.seed, **how))
 
 
 def save_pictures(drawing: Drawing, pictures: Any) -> None:
@@ -132,9 +143,8 @@ def save_pictures(drawing: Drawing, pictures: Any) -> None:
     for file, image in zip(files, pictures.images, strict=True):
         save_picture(image, file)
     if drawing.as_json:
-        print(
-            json.dumps({"files": list(map(str, files)), "seed": pictures.seed, "parameters": dict(pictures.parameters)})
-        )
+        row = {"files": list(map(str, files)), "seed": pictures.seed, "parameters": dict(pictures.parameters)}
+        print(json.dumps(row | ({"reasoning": pictures.reasoning} if pictures.reasoning else {})))
     else:
         print("\n".join(map(str, files)))
 
@@ -147,13 +157,14 @@ def ask(
     as_json: JsonOption = False,
 ) -> None:
     """Ask a question about a picture."""
-    answer = loading.load().ask(image, question, answering.max_new_tokens, answering.temperature, answering.seed)
+    answer = loading.load().ask(image, question, **answering.given())
     show_answer(answer, as_json)
 
 
 def show_answer(answer: Any, as_json: bool) -> None:
     """Prints an answer, as JSON with why it ended and the settings that counted."""
     row = {"text": answer.text, "finish_reason": answer.finish_reason, "parameters": dict(answer.parameters)}
+    row |= {"reasoning": answer.reasoning} if answer.reasoning else {}
     print(json.dumps(row) if as_json else answer.text)
 
 
@@ -203,7 +214,7 @@ class Chat:
             self.show(rest)
         elif command == "/draw":
             seed = self.answering.seed + self.saved
-            print(self.save(self.engine.generate(rest, seed=seed).images[0]))
+            print(self.save(self.engine.generate(rest, seed=seed, think=self.answering.think).images[0]))
         elif command.startswith("/"):
             print(f"unknown command {command}; there are /image, /draw, /new, /quit")
         elif line:
@@ -220,15 +231,19 @@ class Chat:
     def say(self, line: str) -> None:
         """Sends a message, prints the answer as it comes and remembers both."""
         from diptych.core.sample import Image, Message, Text
-        from diptych.generation.events import ImageDone, TextDelta
+        from diptych.generation.events import ImageDone, ReasoningDelta, TextDelta
 
         asked = [*self.messages, Message("user", (*self.shown, Text(line)))]
         answer: list[Any] = []
         text = ""
-        sampled = self.answering
-        for event in self.engine.stream(asked, sampled.max_new_tokens, sampled.temperature, seed=sampled.seed):
+        thought = False
+        for event in self.engine.stream(asked, **self.answering.given()):
+            if isinstance(event, ReasoningDelta):
+                print(("" if thought else "(thinking) ") + event.text, end="", flush=True)
+                thought = True
             if isinstance(event, TextDelta):
-                text += event.text
+                print("\n" if thought else "", end="")
+                text, thought = text + event.text, False
                 print(event.text, end="", flush=True)
             if isinstance(event, ImageDone):
                 answer, text = [*answer, Text(text), Image(event.image, "target")], ""
@@ -260,6 +275,8 @@ def serve(
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
+    preset: PresetOption = "",
+    config: ConfigOption = None,
     host: Annotated[str, typer.Option("--host", help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="0 takes a free one")] = 8000,
     api_key_file: Annotated[
@@ -324,7 +341,7 @@ def serve(
     names: list[str] = []
 
     def load_all() -> list[Any]:
-        engines = [load(name, device, dtype, base, quantize) for name in models]
+        engines = [load(name, device, dtype, base, quantize, preset, config_changes(config)) for name in models]
         for engine in engines:
             engine.name = public_name(engine.name)
         names.extend(engine.name for engine in engines)

@@ -22,16 +22,12 @@ from torch import nn
 from diptych.evaluation import files
 from diptych.evaluation.scores import Benchmark, Item
 from diptych.machine import disk
+from diptych.models.protocol import THINK_BEFORE_ANSWERING as THINK
 
 PER_BENCHMARK = ("asked", "prompts", "pictures_per_prompt", "items", "size", "max_new_tokens")
 OWN_FILES = ("items.jsonl", "scores.jsonl", "summary.json", "pictures", "lmms-eval")  # written beside the card
 THINKING_TOKENS = 2048  # room for the reasoning before an answer
 # The instruction of BAGEL's released inference code (arXiv 2505.14683); other models follow it as well.
-THINK = (
-    "You should first think about the reasoning process in the mind and then provide the user with the answer.\n"
-    "The reasoning process is enclosed within <think> </think> tags, i.e. "
-    "<think> reasoning process here </think> answer here"
-)
 
 
 @dataclass(frozen=True)

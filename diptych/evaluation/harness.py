@@ -43,6 +43,7 @@ from diptych.evaluation.judges.judge import Judge, Unreachable
 from diptych.evaluation.judges.replies import spoken
 from diptych.evaluation.remote import Endpoint, Pictures
 from diptych.evaluation.scores import UNJUDGED, Baselines, Benchmark, Item, Outcome, Score, Verdict
+from diptych.generation import engine as generation
 from diptych.machine import disk, processes
 
 LAYOUT = "layout.json"  # of a folder with official layouts: the list of those that were written
@@ -417,7 +418,11 @@ class _Maker:
             ]
         side = work.sides[benchmark.name]
         seeds = [item.seed for item in items]
-        pictures = self.engine.draw(samples, seeds, (side, side) if side else None, self.settings, self.batch_size)
+        how: dict[str, Any] = {}
+        if self.answering.thinking and isinstance(self.engine, generation.Engine):
+            how["think"] = self.engine.thinking(True)
+        size = (side, side) if side else None
+        pictures = self.engine.draw(samples, seeds, size, self.settings, self.batch_size, **how)
         rows = []
         for item, picture in zip(items, pictures, strict=True):
             file = f"pictures/{item.id}.png"

@@ -40,19 +40,30 @@ def load(
     dtype: str | torch.dtype | None = None,
     base: str | Path | None = None,
     quantize: str | None = None,
+    preset: str = "",
+    config: Mapping[str, Any] | None = None,
 ) -> Engine:
     """A model ready to use: a folder of ours, a run, a published folder, a name that ``diptych models`` lists or an
     ``org/name`` of the hub.
 
     ``device`` is "auto" (a GPU when there is one), "cpu", "cuda", "mps" or a ``torch.device``; ``dtype``, ``base`` and
-    ``quantize`` are those of ``diptych.models.store.load``.
+    ``quantize`` are those of ``diptych.models.store.load``. ``preset`` names a published entry point, whose settings
+    become the model's own (``model.presets``); ``config`` changes leaves of the model's config, such as
+    ``{"reading": "scripts"}``.
     """
-    model = store.load(name_or_path, devices.pick_device(str(device)), dtype, base, quantize)
+    changes = dict(config or {})
+    if preset:
+        family: Any = store.family_of(name_or_path, base)
+        changes = {**family.preset(preset).config, **changes}
+    model = store.load(name_or_path, devices.pick_device(str(device)), dtype, base, quantize, changes=changes)
     if not isinstance(model, UnifiedModel):
         raise ValueError(
             f"{name_or_path} is of family {model.family!r}, which can be trained but neither answers nor draws"
         )
-    return Engine(model, str(name_or_path))
+    if preset:
+        draw, edit = (replace(model.settings, **getattr(model.preset(preset), kind)) for kind in ("draw", "edit"))
+        model.settings, model.edits = draw, edit
+    return Engine(model, str(name_or_path), preset)
 
 
 @dataclass(frozen=True)
@@ -71,8 +82,8 @@ class Engine:
     Wherever a picture is taken it may be a path, the bytes of a file, a file object, a data URI, a ``PIL.Image``, a
     numpy array or a tensor (``diptych.data.decoding.open_picture``)."""
 
-    def __init__(self, model: UnifiedModel, name: str = "") -> None:
-        self.model, self.name = model.eval(), name or model.family
+    def __init__(self, model: UnifiedModel, name: str = "", preset: str = "") -> None:
+        self.model, self.name, self.preset = model.eval(), name or model.family, preset
         self.prefixes = PrefixCache(model)
 
     def __repr__(self) -> str:
@@ -252,8 +263,8 @@ class Engine:
 
     def thinking(self, think: bool | Think, preset: str = "") -> Think | None:
         """How a plan is generated: as ``think`` says, where it is True as ``preset`` does."""
-        if think is True and preset:
-            return Think(*self.model.preset(preset).plan)
+        if think is True and (named := preset or self.preset):
+            return Think(*self.model.preset(named).plan)
         return Think.of(think)
 
     # ---- events -------------------------------------------------------------------------------------------------

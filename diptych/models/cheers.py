@@ -48,6 +48,7 @@ from diptych.models.protocol import (
     Drawing,
     Drop,
     Encoder,
+    Preset,
     UnifiedModel,
     advance,
     check_step,
@@ -311,10 +312,21 @@ class Gate(nn.Module):
         return self.layer_norm(s + self.gate(s) * (s if self.detail == "none" else e))
 
 
+PRESETS = {
+    "published": Preset(
+        "the published code as it samples, oddities included",
+        {},
+        {},
+        config={"published_quirks": ["repeated_positions", "endpoint_step", "dummy_picture", "bf16_latents"]},
+    )
+}
+
+
 class Cheers(UnifiedModel[Settings]):
     """Cheers of any size."""
 
     family = "cheers"
+    presets = PRESETS
     frozen = frozenset({"autoencoder"})
     generation = ("decoder", "head")
     conditions = ("text", "image")

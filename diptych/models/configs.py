@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from diptych.core.leaves import set_leaf
 from diptych.models.table import config_class
 
 
@@ -29,6 +30,17 @@ def config_from_json(row: Mapping[str, Any]) -> tuple[str, Any]:
 def config_to_json(name: str, config: Any) -> dict:
     """The ``config.json`` of a model: its family and every field, as JSON has them (lists, not tuples)."""
     return {"family": name, **json.loads(json.dumps(asdict(config)))}
+
+
+def changed(name: str, config: Any, changes: Mapping[str, Any]) -> Any:
+    """The Config with leaves changed by dotted path, such as ``{"reading": "scripts"}``. Raises ``ValueError`` for
+    a path that does not exist and for a value that does not fit."""
+    if not changes:
+        return config
+    row = config_to_json(name, config)
+    for path, value in changes.items():
+        set_leaf(row, path, value, "config")
+    return config_from_json(row)[1]
 
 
 def _dataclasses(cls: type) -> set[type]:

@@ -230,6 +230,7 @@ class Preset:
     draw: Mapping[str, Any]
     edit: Mapping[str, Any]
     plan: tuple[int, float] = (999, 0.0)  # of thinking before a picture: most tokens, and temperature
+    config: Mapping[str, Any] = field(default_factory=dict)  # leaves of the model's config, changed when it is loaded
 
 
 class UnifiedModel(Trainable, Generic[S]):
@@ -249,14 +250,17 @@ class UnifiedModel(Trainable, Generic[S]):
         edits = sample is not None and bool(sources(sample))
         if preset:
             named = self.preset(preset)
+            if named.config:
+                raise ValueError(f"preset {preset!r} changes the model's config: give it when the model is loaded")
             return replace(self.settings, **(named.edit if edits else named.draw))
         return self.settings if self.edits is None or not edits else self.edits
 
-    def preset(self, name: str) -> Preset:
+    @classmethod
+    def preset(cls, name: str) -> Preset:
         """One of ``presets``. Raises ``ValueError`` for a name that the family does not have."""
-        if name not in self.presets:
-            raise ValueError(f"unknown preset {name!r}; {self.family} has {', '.join(self.presets) or 'none'}")
-        return self.presets[name]
+        if name not in cls.presets:
+            raise ValueError(f"unknown preset {name!r}; {cls.family} has {', '.join(cls.presets) or 'none'}")
+        return cls.presets[name]
 
     @abstractmethod
     def predict(self, batch: Batch, noise: Noise) -> Predictions:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from diptych.core.errors import nearest
 from diptych.machine.disk import recover
-from diptych.models.configs import config_from_json, config_to_json
+from diptych.models.configs import changed, config_from_json, config_to_json
 from diptych.models.protocol import Trainable
 from diptych.models.table import FAMILIES, SHIPPED, SIZES, family, published_format
 from diptych.models.table import config as named_config
@@ -199,6 +199,11 @@ def read_config(name_or_path: str | Path) -> dict[str, Any]:
     return config_to_json(stored.family, stored.config)
 
 
+def family_of(name_or_path: str | Path, base: str | Path | None = None) -> type[Trainable]:
+    """The class of the family of a model on disk."""
+    return family(open_model(name_or_path, base).family)
+
+
 def open_model(name_or_path: str | Path, base: str | Path | None = None) -> StoredModel:
     """The model of a folder or name, without its weights. Raises ``ValueError`` where there is none."""
     import torch
@@ -238,6 +243,7 @@ def load(
     prepare: Callable[[Trainable], None] | None = None,
     share: Callable[[Any, Any], Any] | None = None,
     config: Any = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> Trainable:
     """The model of a folder (diptych's, a run's or a published one), a shipped name or a model of the hub, for use.
 
@@ -249,6 +255,7 @@ def load(
     ``prepare``   is called with the empty model, on the meta device
     ``share``     maps a full tensor and the model's empty one, which ``prepare`` sharded, to what this process keeps
     ``config``    settings in place of the folder's, for tensors of the same shapes
+    ``changes``   leaves of the settings that are changed, by dotted path
 
     Tensors go one by one onto the device. Strict: missing, unknown and misshapen tensors are an error that lists them.
     """
@@ -266,6 +273,7 @@ def load(
                 f"{name_or_path} is of family {stored.family!r}, which has other settings than those given"
             )
         stored = replace(stored, config=config)
+    stored = replace(stored, config=changed(stored.family, stored.config, changes or {}))
     parameter_dtype = requested_dtype or stored.dtype
     return folders.load_model(stored, torch.device(device), parameter_dtype, quantize is not None, prepare, share)
 

@@ -14,7 +14,16 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from diptych.core.sample import Image, ImageRole, Message, Sample, Text, assistant
-from diptych.generation.events import Event, ImageDone, ImagePreview, Stop, TextDelta, TokenLogprob, Usage
+from diptych.generation.events import (
+    Event,
+    ImageDone,
+    ImagePreview,
+    ReasoningDelta,
+    Stop,
+    TextDelta,
+    TokenLogprob,
+    Usage,
+)
 from diptych.generation.scheduler import ImageRequest, TextRequest
 from diptych.parts.images import data_uri
 from diptych.serving.schemas import ChatMessage, ChatRequest, TextPart
@@ -94,6 +103,8 @@ class Chat:
         self.samples = [sample] * body.n  # the conversation of each choice, with what it has answered so far
         self.parts: list[list[dict[str, Any]]] = [[] for _ in range(body.n)]  # of the answers
         self.reasons = ["stop"] * body.n
+        self.reasoning = [""] * body.n
+        self.think = service.thinking(worker.engine, body, body.thinks)
         self.logprobs = [list[dict[str, Any]]() for _ in range(body.n)]
         self.choices: list[int] = []  # the choice of each request submitted
         self.usage = Usage()
@@ -118,14 +129,16 @@ class Chat:
         top = (body.top_logprobs or 0) if body.logprobs else None
         sample, seed = self.samples[choice], self.seed + choice
         opened = replace(sample, messages=(*sample.messages, assistant()))
-        return TextRequest(opened, self.max_tokens, body.temperature, body.top_p, seed, body.stops, top, pictures=0)
+        return TextRequest(opened, self.max_tokens, body.temperature, body.top_p, seed, body.stops, top, 0, body.thinks)
 
     def _drawing(self, choice: int) -> ImageRequest:
         body, sample = self.body, self.samples[choice]
         assert self.settings is not None
         picture = assistant(Image(None, "target", canvas_size(body.size)))
         opened = replace(sample, messages=(*sample.messages, picture))
-        return ImageRequest(opened, self.seed + choice, None, self.settings, self.negative_prompt, body.partial_images)
+        return ImageRequest(
+            opened, self.seed + choice, None, self.settings, self.negative_prompt, body.partial_images, self.think
+        )
 
     async def _follow(self, call: Call) -> AsyncIterator[tuple[int, Event]]:
         """Events with their choice. The parts they complete are added to ``parts`` first, and the next ones queued."""
@@ -133,6 +146,8 @@ class Chat:
         images: list[PIL.Image.Image | None] = [None] * self.body.n
         async for number, event in call.follow():
             choice = self.choices[number]
+            if isinstance(event, ReasoningDelta):
+                self.reasoning[choice] += event.text
             if isinstance(event, TextDelta):
                 texts[choice] += event.text
                 self.logprobs[choice] += map(_logprob, event.logprobs)
@@ -185,6 +200,7 @@ class Chat:
         for i, parts in enumerate(self.parts):
             only_text = self.body.modalities == ["text"]
             message = {"role": "assistant", "content": parts[0]["text"] if only_text else parts, "refusal": None}
+            message |= {"reasoning_content": self.reasoning[i]} if self.body.thinks else {}
             logprobs = {"content": self.logprobs[i], "refusal": None} if self.body.logprobs else None
             choices.append({"index": i, "message": message, "logprobs": logprobs, "finish_reason": self.reasons[i]})
         head = self._head("chat.completion")
@@ -203,6 +219,8 @@ class Chat:
             if isinstance(event, TextDelta):
                 logprobs = {"content": [_logprob(w) for w in event.logprobs]} if self.body.logprobs else None
                 yield chunk(i, {"content": event.text}, logprobs)
+            elif isinstance(event, ReasoningDelta):
+                yield chunk(i, {"reasoning_content": event.text})
             elif isinstance(event, ImagePreview):
                 url = await asyncio.to_thread(data_uri, event.image)
                 yield chunk(i, {"preview": {"url": url, "step": event.step, "of": event.steps}})

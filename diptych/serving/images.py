@@ -15,7 +15,7 @@ from starlette.datastructures import FormData, UploadFile
 
 from diptych.core.sample import Image, Sample, user
 from diptych.data.decoding import open_mask
-from diptych.generation.events import ImageDone, ImagePreview, Stop
+from diptych.generation.events import ImageDone, ImagePreview, ReasoningDelta, Stop
 from diptych.generation.scheduler import ImageRequest
 from diptych.serving.forms import FILE_SCHEMA, check_form, form_body
 from diptych.serving.pictures import base64_text, decode, encode
@@ -86,9 +86,12 @@ class PictureRequest:
         negative = service.text(body.negative_prompt or "", "negative_prompt")
         self.sample = sample = Sample("request", (user(*(Image(s, "condition") for s in sources), prompt),))
         settings, size = service.settings(self.worker.engine, body, sample), canvas_size(body.size)
+        think = service.thinking(self.worker.engine, body, body.think)
         self.requests = [
-            ImageRequest(sample, self.seed + i, size, settings, negative, body.partial_images) for i in range(body.n)
+            ImageRequest(sample, self.seed + i, size, settings, negative, body.partial_images, think)
+            for i in range(body.n)
         ]
+        self.plans = [""] * body.n
         self.first_source = sources[0] if sources else None
         self.prompt_tokens = 0
 
@@ -106,6 +109,8 @@ class PictureRequest:
         """Previews and ends of pictures, with the picture's number and its file."""
         files: dict[int, bytes] = {}
         async for i, event in call.follow():
+            if isinstance(event, ReasoningDelta):
+                self.plans[i] += event.text
             if isinstance(event, ImageDone):
                 files[i] = await asyncio.to_thread(self._file, event.image)
             elif isinstance(event, ImagePreview):
@@ -113,6 +118,10 @@ class PictureRequest:
             elif isinstance(event, Stop):
                 self.prompt_tokens += event.usage.read
                 yield i, event, files.pop(i)
+
+    def _planned(self, i: int) -> dict[str, str]:
+        """The plan of a picture, where it has one."""
+        return {"reasoning_content": self.plans[i]} if self.plans[i] else {}
 
     def _about(self, size: Sequence[int], tokens: int) -> dict[str, Any]:
         """The fields that OpenAI's clients expect of each answer."""
@@ -133,7 +142,7 @@ class PictureRequest:
         async for i, event, file in self._follow(call):
             assert isinstance(event, Stop)
             parameters = dict(event.parameters) | {"seed": self.seed, "n": self.body.n}
-            data[i] = {"seed": self.seed + i, "revised_prompt": None}
+            data[i] = {"seed": self.seed + i, "revised_prompt": None, **self._planned(i)}
             if self.body.response_format == "url":
                 key = self.service.store.put(file, f"image/{self.body.output_format}")
                 data[i]["url"] = f"{base_url}v1/files/{key}/content"
@@ -156,7 +165,7 @@ class PictureRequest:
             else:
                 name, parameters = f"{self.event}.completed", dict(event.parameters)
                 row |= self._about(parameters["size"], event.usage.read)
-                row |= {"seed": parameters["seed"], "parameters": parameters}
+                row |= {"seed": parameters["seed"], "parameters": parameters, **self._planned(i)}
             yield server_sent({"type": name} | row, name)
 
 

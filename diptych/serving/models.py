@@ -43,6 +43,7 @@ def describe(service: Service, worker: Worker) -> dict[str, Any]:
         "owned_by": "diptych",
         "family": model.family,
         "capabilities": capabilities(model),
+        "presets": [name for name, preset in model.presets.items() if not preset.config],
         "sizes": worker.engine.sizes.to_json(),
         "parameters": {"size": f"{width}x{height}", **asdict(model.settings)},
         "limits": asdict(service.limits) | bounds,

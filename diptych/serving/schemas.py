@@ -54,6 +54,8 @@ class ToDraw(Strict):
     steps: int | None = Field(None, ge=1, description="another name of num_inference_steps")
     guidance_scale: Finite | None = Field(None, ge=0, le=100)
     negative_prompt: str | None = None
+    think: bool = Field(False, description="reason first: reasoning_content holds it")
+    preset: str | None = Field(None, max_length=64, description="the settings of a published entry point")
     settings: dict[str, Any] = {}
     partial_images: int = Field(0, ge=0, le=16, description="previews on the way; needs stream")
     stream: bool = False
@@ -136,6 +138,12 @@ class TextFormat(Strict):
     type: Literal["text"]
 
 
+class TemplateSettings(Strict):
+    """What vLLM's clients send to switch thinking on."""
+
+    enable_thinking: bool = False
+
+
 class ChatRequest(ToDraw):
     """``modalities`` lists the parts of the answer in order: text, a picture, text about it ..."""
 
@@ -186,6 +194,7 @@ class ChatRequest(ToDraw):
     service_tier: str | None = None
     parallel_tool_calls: bool | None = None
     prompt_cache_key: str | None = None
+    chat_template_kwargs: TemplateSettings | None = Field(None, description="enable_thinking: another name of think")
     IGNORED = frozenset(
         {"store", "metadata", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"}
     )
@@ -205,11 +214,16 @@ class ChatRequest(ToDraw):
             if of_text:
                 raise ValueError(f"{', '.join(sorted(of_text))} needs text among modalities")
         if "image" not in self.modalities:
-            shared = {"stream", "seed", "user", "safety_identifier"}
+            shared = {"stream", "seed", "user", "safety_identifier", "think"}
             of_pictures = (ToDraw.model_fields.keys() - shared) & self.model_fields_set
             if of_pictures:
                 raise ValueError(f"{', '.join(sorted(of_pictures))} needs image among modalities")
         return self
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the answer is to be reasoned about first."""
+        return self.think or bool(self.chat_template_kwargs and self.chat_template_kwargs.enable_thinking)
 
     @property
     def stops(self) -> tuple[str, ...]:

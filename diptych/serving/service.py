@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from diptych.core.sample import Image, Sample, assistant, check_text, user
 from diptych.generation.engine import Engine
 from diptych.generation.scheduler import Size
+from diptych.generation.thinking import Think
 from diptych.models.protocol import Settings
 from diptych.models.sizes import parse_size
 from diptych.serving.errors import NotFound, Refused, plain_message
@@ -104,7 +105,7 @@ class Service:
         changes = given | body.settings
         engine.settings({k: None for k in changes})  # raises for unknown names
         try:
-            defaults = engine.model.defaults(sample)
+            defaults = engine.model.defaults(sample, body.preset or "")
             chosen = TypeAdapter(type(defaults)).validate_json(json.dumps(asdict(defaults) | changes), strict=True)
         except ValidationError as error:
             first = error.errors()[0]
@@ -120,6 +121,11 @@ class Service:
         if steps > max(self.limits.steps, model.steps(model.canvas(open_drawing()), model.settings)):
             raise ValueError(f"num_inference_steps may be at most {self.limits.steps}, not {steps}")
         return chosen
+
+    def thinking(self, engine: Engine, body: ToDraw, think: bool) -> Think | None:
+        """How a plan is written, within the limits of an answer; None without ``think``."""
+        budget = engine.thinking(think, body.preset or "")
+        return budget and replace(budget, max_new_tokens=min(budget.max_new_tokens, self.limits.new_tokens))
 
     def warnings(self, worker: Worker, body: ToDraw, sample: Sample) -> dict[str, str]:
         """The ``warning`` header of an answer: parameters without effect, and pictures of shapes that the model was not

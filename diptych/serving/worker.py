@@ -15,7 +15,7 @@ from math import ceil
 from starlette.types import Receive
 
 from diptych.generation.engine import Engine
-from diptych.generation.events import Event, ImageDone, ImagePreview, Stop, TextDelta
+from diptych.generation.events import Event, ImageDone, ImagePreview, ReasoningDelta, Stop, TextDelta
 from diptych.generation.scheduler import ImageJob, ImageRequest, Job, Scheduler, TextJob, TextRequest, Unservable, exact
 from diptych.serving.errors import Closing, Failed, Full, Gone, Late, Refused, Wrong
 from diptych.serving.metrics import Metrics
@@ -120,7 +120,7 @@ class Worker:
                 del self.calls[id(job)]
                 self.seconds += 0.2 * (time.monotonic() - since - self.seconds)
                 self.metrics.done(self.engine.name, event, "text" if isinstance(job, TextJob) else "image")
-            elif not call.answered and isinstance(event, (TextDelta, ImagePreview, ImageDone)):
+            elif not call.answered and isinstance(event, (TextDelta, ReasoningDelta, ImagePreview, ImageDone)):
                 call.answered = True
                 self.metrics.first(self.engine.name, event, time.monotonic() - call.since)
             call.events.put_nowait((number, event))

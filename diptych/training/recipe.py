@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from diptych.core.leaves import parse_leaf, set_leaf, shortened
 from diptych.data.mixture import BUFFER, Order
 from diptych.models import configs, store
 
@@ -253,7 +253,9 @@ class Recipe:
         try:
             return TypeAdapter(Recipe).validate_python(row)
         except ValidationError as error:
-            lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {_short(e['input'])})" for e in error.errors()]
+            lines = [
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {shortened(e['input'])})" for e in error.errors()
+            ]
             raise ValueError(f"{where}: " + "; ".join(lines)) from error
 
     @staticmethod
@@ -280,13 +282,7 @@ class Recipe:
         Values are read as JSON where they can be. Raises ``ValueError`` for a path that does not exist."""
         row = json.loads(self.to_json())
         for path, text in changes.items():
-            try:
-                value = json.loads(text)
-            except json.JSONDecodeError:
-                value = text
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}: not valid JSON: {error}") from error
-            _set(row, path, value)
+            set_leaf(row, path, parse_leaf(text, path), free=FREE)
         return Recipe.from_dict(row, "overridden recipe")
 
     def resumed_with(self, changes: Mapping[str, str], stage: int = 0, done: int = 0) -> Recipe:
@@ -331,37 +327,10 @@ class Recipe:
         return replace(self, stages=tuple(out))
 
 
-def _set(node: Any, path: str, value: Any, where: str = "recipe") -> None:
-    """Sets a leaf that exists; inside a free-form mapping the rest of the path is one key, old or new, dots and all."""
-    key, deeper, rest = path.partition(".")
-    place: int | str = key
-    if isinstance(node, list):
-        if not key.isdigit() or int(key) >= len(node):
-            raise ValueError(f"{where} is a list of {len(node)}; {key!r} is not one of its indices")
-        place = int(key)
-    elif not isinstance(node, dict):
-        raise ValueError(f"{where} is {_short(node)}; it has no field {key!r}")
-    elif key not in node:
-        near = difflib.get_close_matches(key, node, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(node)}"
-        raise ValueError(f"{where} has no field {key!r}{hint}")
-    if not deeper:
-        node[place] = value
-    elif key in FREE:
-        node[place][rest] = value
-    else:
-        _set(node[place], rest, value, key if where == "recipe" else f"{where}.{key}")
-
-
 def _matches(path: str, pattern: str) -> bool:
     """Whether a dotted path is one that a pattern of ``CHANGEABLE`` stands for."""
     regex = re.escape(pattern).replace(r"\*\*", ".*").replace(r"\*", "[^.]*")
     return re.fullmatch(regex, path) is not None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def leaves(value: Any, path: str = "") -> dict[str, Any]:

@@ -135,6 +135,12 @@ function defaults() {
     if (/_steps|_scale/.test(input.name) && input.form.id !== "versus") input.disabled = value === undefined; // not every model has them
     if (input.name === "num_inference_steps") input.max = own.limits.steps;
   }
+  for (const select of document.querySelectorAll("select[name=preset]")) {
+    select.replaceChildren(make("option", { value: "", textContent: "the model's own" }), ...own.presets.map(value => make("option", { value, textContent: value })));
+    select.disabled = !own.presets.length;
+  }
+  for (const name of SETTINGS) for (const input of document.querySelectorAll(`[name=${name}]`)) input.disabled = own.parameters[name] === undefined;
+  for (const input of document.querySelectorAll("[name=guidance_from]")) input.disabled = own.parameters.guidance_interval === undefined;
   $("#sizes").replaceChildren(...sizes(own).map(value => make("option", { value })));
   aboutLine.textContent = describe(own);
   for (const [name, tab] of [["generate", "create"], ["edit", "edit"]]) $(`#tab-${tab}`).disabled = !own.capabilities[name];
@@ -172,11 +178,16 @@ $("#key").addEventListener("submit", e => {
   begin().catch(error => notice(error.message));
 });
 
+const SETTINGS = ["timestep_shift", "renorm", "renorm_min", "source_share"]; // sent by name, under settings
 function fields(form) { // what has been filled in, numbers as numbers
   const out = {};
   for (const input of form.querySelectorAll("[name]")) {
     if (input.value === "" || input.disabled || ["left", "right"].includes(input.name)) continue;
-    out[input.name] = input.type === "number" ? Number(input.value) : input.value;
+    if (input.type === "checkbox") { if (input.checked) out[input.name] = true; continue; }
+    const value = input.type === "number" ? Number(input.value) : input.value;
+    if (input.name === "guidance_from") (out.settings ??= {}).guidance_interval = [value, 1];
+    else if (SETTINGS.includes(input.name)) (out.settings ??= {})[input.name] = value;
+    else out[input.name] = value;
   }
   return out;
 }
@@ -240,9 +251,15 @@ busy(say, async signal => {
   let words = null, image = null;
   const json = { model: chosen(), messages: [...messages, { role: "user", content: parts }], modalities, stream: true };
   if (modalities.includes("image")) json.partial_images = 6;
+  if (say.think.checked) json.think = true;
+  let thought = null;
   try {
     for await (const row of stream("/v1/chat/completions", { json, signal })) {
       const delta = row.choices[0]?.delta ?? {};
+      if (delta.reasoning_content) {
+        if (!thought) { thought = make("em", { className: "hint" }); turn.append(make("details", { open: true }, make("summary", { textContent: "Thoughts" }), thought)); }
+        thought.append(delta.reasoning_content);
+      }
       if (typeof delta.content === "string" && delta.content) {
         if (!words) { words = document.createTextNode(""); turn.append(words); content.push({ type: "text", text: "" }); }
         words.data += delta.content;
@@ -308,7 +325,7 @@ busy($("#draw"), async signal => {
   await sharpen("/v1/images/generations", { json, signal }, cards, asked.prompt, (row, one) => {
     const more = make("button", { type: "button", textContent: "More like this", title: "Keep the seed and change the words" });
     more.addEventListener("click", () => {
-      for (const [name, value] of Object.entries({ ...asked, seed: row.seed, n: 1 })) form.elements[name].value = value;
+      for (const [name, value] of Object.entries({ ...asked, seed: row.seed, n: 1 })) if (form.elements[name]?.type !== "checkbox" && name !== "settings") form.elements[name].value = value;
       form.prompt.focus(); form.prompt.select();
     });
     const change = make("button", { type: "button", textContent: "Edit" });
@@ -331,7 +348,7 @@ busy($("#change"), async signal => {
   if (!source) throw new Error("Choose a picture to edit first.");
   const asked = fields($("#change")), before = source, body = new FormData();
   body.append("image", blob(before), "source.png");
-  for (const [name, value] of Object.entries({ ...asked, model: chosen(), stream: "true", partial_images: 6 })) body.append(name, value);
+  for (const [name, value] of Object.entries({ ...asked, model: chosen(), stream: "true", partial_images: 6 })) body.append(name, typeof value === "object" ? JSON.stringify(value) : value);
   const one = card("…"), place = $("#edited");
   place.replaceChildren(one.figure);
   one.figure.classList.add("slider");
