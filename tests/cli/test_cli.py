@@ -235,6 +235,26 @@ def test_generate(call, tiny_model, tmp_path):
     assert max(abs(x - y) for x, y in zip(a.tobytes(), b.tobytes())) <= 1  # picture i has seed SEED + i
 
 
+def test_every_setting_of_the_sampler_has_an_option(call, tiny_model, scene):
+    how = "--interval 0.2,1 --shift 2 --renorm channel --renorm-min 0.3 --negative blue --steps 2".split()
+    more = "--setting contexts=scripts --config reading=scripts --seeding published --json".split()
+    parameters = json.loads(call("generate", tiny_model, "a star", *how, *more)[1])["parameters"]
+    wanted = {"guidance_interval": [0.2, 1.0], "timestep_shift": 2.0, "renorm": "channel", "renorm_min": 0.3}
+    wanted |= {"contexts": "scripts", "seeding": "published", "negative_prompt": "blue"}
+    assert {name: parameters[name] for name in wanted} == wanted
+    told = json.loads(
+        call("edit", tiny_model, scene, "red", "--preset", "gedit", "--think", "--think-tokens", "3", "--json")[1]
+    )
+    assert told["parameters"]["renorm"] == "text_channel" and told["parameters"]["num_inference_steps"] == 49
+    assert told["parameters"]["think"] == {"max_new_tokens": 3, "temperature": 0.3, "top_p": 1.0}
+    assert len(told["reasoning"]) == 1
+    refused(call("generate", tiny_model, "a", "--interval", "0.4"), "--interval takes LOW,HIGH")
+    refused(call("generate", tiny_model, "a", "--preset", "demos"), "unknown preset 'demos'; bagel has demo, notebook")
+    refused(call("generate", tiny_model, "a", "--config", "reeding=x"), "config has no field 'reeding'; did you mean")
+    refused(call("generate", tiny_model, "a", "--think-tokens", "3"), "needs --think")
+    refused(call("edit", tiny_model, scene, "a", "--source-share", "0.1"), "does not draw by --source-share")
+
+
 def test_edit_and_ask(call, tiny_model, scene):
     code, out, _ = call("edit", tiny_model, scene, "make it red", "--steps", "1", "--image-guidance", "2", "--json")
     assert code == 0 and opened(json.loads(out)["files"][0]).size == (32, 32)

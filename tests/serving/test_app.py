@@ -141,6 +141,26 @@ def test_every_parameter_of_a_chat(client):
     assert short.choices[0].finish_reason == "length" and short.usage.completion_tokens == 2
 
 
+def test_thoughts_and_plans_are_reasoning_content(client, engine, monkeypatch):
+    """As vLLM names it: in an answer, in a stream, and of a picture."""
+    tokenizer, end = engine.model.tokenizer, next(iter(engine.model.stop_ids))
+    words = [*tokenizer.encode("<think> it is red </think> two"), end]
+    given = iter(words * 3)
+    monkeypatch.setattr("diptych.generation.scheduler.next_word", lambda *_: next(given))
+    asked = hello(max_tokens=40, extra_body={"think": True})
+    message = client.chat.completions.create(**asked).choices[0].message
+    assert (message.reasoning_content, message.content) == ("it is red ", "two")
+    asked["extra_body"] = {"chat_template_kwargs": {"enable_thinking": True}}
+    deltas = [c.choices[0].delta for c in client.chat.completions.create(**asked, stream=True) if c.choices]
+    assert "".join(getattr(d, "reasoning_content", None) or "" for d in deltas) == "it is red "
+    assert "".join(d.content or "" for d in deltas) == "two"
+    drawn = client.images.generate(
+        model="tiny", prompt="a star", extra_body={"think": True, "preset": "demo", "steps": 2, "seed": 3}
+    )
+    assert drawn.data[0].reasoning_content == "<think> it is red </think> two"
+    assert drawn.parameters["image_guidance_scale"] == 1.5 and drawn.parameters["think"]["max_new_tokens"] == 1023
+
+
 def test_an_answer_comes_back_as_the_client_holds_it(client):
     first = client.chat.completions.create(**hello())
     messages = [{"role": "developer", "content": "be kind"}, *hello()["messages"], first.choices[0].message]
