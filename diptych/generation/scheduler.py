@@ -275,7 +275,7 @@ class Scheduler:
             contexts = self.prefixes.prefill([layout for _, layout in group], later)
             prefilled |= {id(layout): context for (_, layout), context in zip(group, contexts, strict=True)}
         for job in jobs:
-            self.active = [job]
+            self.active = [getattr(job, "plans", None) or job]
             if isinstance(job, TextJob):
                 [job.layout] = wanted[job]
                 job.context = prefilled[id(job.layout)]

@@ -146,7 +146,7 @@ def test_thoughts_and_plans_are_reasoning_content(client, engine, monkeypatch):
     tokenizer, end = engine.model.tokenizer, next(iter(engine.model.stop_ids))
     words = [*tokenizer.encode("<think> it is red </think> two"), end]
     given = iter(words * 3)
-    monkeypatch.setattr("diptych.generation.scheduler.next_word", lambda *_: next(given))
+    monkeypatch.setattr("diptych.generation.scheduler.next_token", lambda *_: next(given))
     asked = hello(max_tokens=40, extra_body={"think": True})
     message = client.chat.completions.create(**asked).choices[0].message
     assert (message.reasoning_content, message.content) == ("it is red ", "two")
