@@ -23,8 +23,10 @@ from diptych.cli.options import (
     LayoutOption,
     RecipeArgument,
     SetOption,
+    ShardOption,
     SideOption,
     Verbs,
+    address_of,
     at_least_one,
     changes,
     complete_models,
@@ -84,6 +86,7 @@ def add(app: Verbs) -> None:
         "diptych data precompute bagel/tiny --limit 2000 --out encoded",
         "diptych data precompute mine.yaml --catalog data.yaml --data photos --dtype bf16",
         "torchrun --nproc-per-node 8 -m diptych data precompute mine.yaml --out encoded",
+        "diptych data precompute mine.yaml --out encoded --shard 0/16",
     )(precompute)
 
 
@@ -157,12 +160,18 @@ def convert(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite files of the same names, keep all others")] = False,
+    shard: ShardOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Write another project's training data as rows of ours."""
-    from diptych.data.convert import convert
+    """Write another project's training data as rows of ours.
 
-    result = convert(format, source, out, images, force)
+    Share I of N converts every N-th file to OUT-I-of-N.jsonl; a catalog reads all shares with path: 'OUT-*.jsonl'."""
+    from diptych.data.convert import convert
+    from diptych.machine.processes import share
+
+    rank, world = share(shard)
+    out = out if world == 1 else out.with_name(f"{out.stem}-{rank}-of-{world}{out.suffix}")
+    result = convert(format, source, out, images, force, rank, world)
     if as_json:
         print(json.dumps(vars(result)))
     else:
@@ -211,23 +220,30 @@ def shard(
     catalog: CatalogOption = None,
     limit: LimitOption = None,
     size: SideOption = 64,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder to write, one folder a data set")] = Path(
-        "shards"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="DIR", parser=address_of, help="folder to write, one folder a data set"),
+    ] = Path("shards"),
     rows: Annotated[int, typer.Option("--rows", metavar="N", help="rows of a shard")] = 1000,
     seed: Annotated[int, typer.Option("--seed", help="of the order; -1 keeps the order")] = 0,
+    share_of: ShardOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write data sets as shuffled webdataset shards."""
     from diptych.data.catalog import sources
     from diptych.data.mixture import First
     from diptych.data.shards import shard
+    from diptych.machine.processes import share
 
     at_least_one(limit=limit, size=size, rows=rows)
+    rank, world = share(share_of)
     results = {}
-    for name, source in sources(names, catalog=catalog, size=size).items():
-        source = First(source, min(limit, len(source))) if limit else source
-        results[name] = shard(source, out / name, rows=rows, seed=None if seed < 0 else seed)
+    with progress_bars(shown=not as_json) as progress:
+        for name, source in sources(names, catalog=catalog, size=size).items():
+            source = First(source, min(limit, len(source))) if limit else source
+            count = counted(progress, name, -(-len(source) // world))
+            order = None if seed < 0 else seed
+            results[name] = shard(source, out / name, rows=rows, seed=order, rank=rank, world=world, progress=count)
     if as_json:
         print(json.dumps(results))
         return
@@ -246,18 +262,35 @@ def stats(
     limit: Annotated[int, typer.Option("--limit", metavar="N", help="rows per data set")] = 1000,
     size: SideOption = 64,
     layout: LayoutOption = "bagel/tiny",
+    shard: ShardOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", parser=address_of, help="keep the counts of this share there"),
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="add up the counts of all shares in --out")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Count lengths, kinds of tokens and shapes of pictures.
 
     The model decides how a sample is laid out as tokens."""
     from diptych.data.catalog import sources
-    from diptych.data.shards import stats
-    from diptych.data.sources import describe_left_out
+    from diptych.data.shards import merge_stats, stats, write_stats
+    from diptych.data.sources import describe_left_out, find_files
+    from diptych.machine.processes import share
     from diptych.models.store import skeleton
 
     at_least_one(limit=limit, size=size)
-    counts = stats(sources(names, catalog, size), skeleton(layout).lay_out, limit)
+    if merge and not out:
+        raise ValueError("--merge adds up the counts in --out DIR; name it")
+    rank, world = share(shard)
+    if merge:
+        counts = {n: c for n, c in merge_stats(find_files(out / "stats-*.json", (".json",))).items() if n in names}
+        if lacking := sorted(set(names) - counts.keys()):
+            raise ValueError(f"{out} holds no counts of {', '.join(lacking)}")
+    else:
+        counts = stats(sources(names, catalog, size), skeleton(layout).lay_out, limit, rank, world)
+        if out:
+            write_stats(counts, out / f"stats-{rank}-of-{world}.json")
     table = {name: lengths.to_json() for name, lengths in counts.items()}
     if as_json:
         print(json.dumps(table))
@@ -326,23 +359,26 @@ def precompute(
         list[str] | None,
         typer.Option("--encoders", metavar="NAME,NAME", help="which of the family's encoders (default: all)"),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder to write")] = Path("encoded"),
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", parser=address_of, help="folder or address to write")
+    ] = Path("encoded"),
     dtype: Annotated[Dtype | None, typer.Option("--dtype", help="of the stored tensors (default: as computed)")] = None,
     batch: Annotated[int, typer.Option("--batch", metavar="N", help="pictures of one shape encoded together")] = 16,
-    shard: Annotated[int, typer.Option("--shard", metavar="N", help="rows of a shard")] = 1000,
+    rows: Annotated[int, typer.Option("--rows", metavar="N", help="rows of a file")] = 1000,
     workers: Annotated[int, typer.Option("--workers", metavar="N", help="processes that read and resize")] = 0,
     catalog: CatalogOption = None,
     override: SetOption = None,
     device: DeviceOption = "auto",
+    share_of: ShardOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Encode a recipe's pictures once, with its frozen encoders."""
-    from diptych.machine.processes import device_of_process, launched
+    from diptych.machine.processes import device_of_process, launched, share
     from diptych.recipes.run import precompute
 
-    at_least_one(limit=limit, batch=batch, shard=shard)
-    rank, world = launched()
-    with progress_bars(shown=not as_json and rank == 0) as progress:
+    at_least_one(limit=limit, batch=batch, rows=rows)
+    rank, world = share(share_of)
+    with progress_bars(shown=not as_json and launched()[0] == 0) as progress:
         results = precompute(
             recipe,
             out,
@@ -356,7 +392,7 @@ def precompute(
             encoders=listed(encoders) or None,
             dtype=dtype,
             batch=batch,
-            shard=shard,
+            shard=rows,
             workers=workers,
             rank=rank,
             world=world,
@@ -371,6 +407,18 @@ def precompute(
     )
     for result in results.values():
         show_skipped(result["skipped"])
+
+
+def counted(progress: Callable[[str, int, int], None], name: str, total: int) -> Callable[[int], None]:
+    """A function of the rows done since its last call that moves a bar."""
+    done = 0
+
+    def count(rows: int) -> None:
+        nonlocal done
+        done += rows
+        progress(name, done, total)
+
+    return count
 
 
 @contextmanager

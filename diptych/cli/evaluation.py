@@ -22,6 +22,7 @@ from diptych.cli.options import (
     QuantizeOption,
     Sampling,
     SeedOption,
+    ShardOption,
     Verbs,
     complete_benchmarks,
     complete_models,
@@ -64,9 +65,11 @@ def add(app: Verbs) -> None:
         "diptych evaluate runs/mine wise=data --judge NAME --judge-url http://localhost:8001/v1 --cache judged",
         "diptych evaluate runs/mine lmms-eval:pope,mmbench_en_dev --limit 8",
         "torchrun --nproc-per-node 2 -m diptych evaluate runs/mine mini --out runs/check",
+        "diptych evaluate runs/mine mini --out runs/check --shard 0/3",
     )(run)
     verbs.verb("list", "diptych evaluate list")(list_benchmarks)
     verbs.verb("score", "diptych evaluate score runs/check", "diptych evaluate score runs/check vqa-mini")(score)
+    verbs.verb("merge", "diptych evaluate merge runs/check")(merge)
     verbs.verb("compare", "diptych evaluate compare runs/check runs/other --json")(compare)
     verbs.verb("read", "diptych evaluate read geneval=results.jsonl")(read)
     verbs.verb("distance", "diptych evaluate distance drawn/ photos/ --features efflite0")(distance)
@@ -201,6 +204,7 @@ def run(
     tasks: Annotated[
         str | None, typer.Option("--tasks", metavar="DIR", help="lmms-eval: a folder of your own task files")
     ] = None,
+    shard: ShardOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score a model on benchmarks."""
@@ -208,8 +212,10 @@ def run(
     from diptych.evaluation.benchmarks.table import resolve
     from diptych.evaluation.card import Answering
     from diptych.generation.engine import load
-    from diptych.machine.processes import processes
+    from diptych.machine.processes import parse_shard, processes
 
+    if shard and layout:
+        raise ValueError("--layout goes with `diptych evaluate score`, after the shards are merged")
     with processes() as (rank, _):
         if model.startswith(("http://", "https://")):
             engine: Any = remote.Endpoint(model, remote_model, api_key())
@@ -235,8 +241,14 @@ def run(
             batch_size=batch_size,
             tools=tools,
             score=not no_score,
+            shard=parse_shard(shard) if shard else None,
         )
         if rank > 0:
+            return
+        if shard:
+            items, verb = len(result.outcomes), f"diptych evaluate merge {out}"
+            row = {"items": items, "failures": result.failures, "merge": verb}
+            print(json.dumps(row) if as_json else f"share {shard}: {items} items; when all are done: {verb}")
             return
         if layout:
             for folder in harness.write_layout(layout, result, resolve(ours, tools)[0]):
@@ -284,6 +296,13 @@ def score(
             asked = list(dict.fromkeys(result.card["asked"].values()))
             write_layout(layout, result, resolve(benchmarks or asked, tools)[0])
         show_result(str(run), result, as_json)
+
+
+def merge(run: RunArgument, scoring: Scoring, device: DeviceOption = "auto", as_json: JsonOption = False) -> None:
+    """Put the shards of an evaluation together and compute its scores.
+
+    Options of judges are those that the shards had."""
+    score(run, scoring, device=device, as_json=as_json)
 
 
 def compare(

@@ -129,6 +129,17 @@ complete_recipes = names_in("diptych.recipes", "RECIPES")
 complete_benchmarks = names_in("diptych.evaluation.benchmarks.table", "TABLE")
 complete_studies = names_in("diptych.studies.table", "STUDIES")
 
+
+def address_of(text: str | Path) -> Path:
+    """The path of a value that may be an address. Fails with the reason for one that is none."""
+    from diptych.machine.addresses import address
+
+    try:
+        return address(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 MODEL_HELP = "a name that `diptych models` lists, a model, run or published folder, or org/name"
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -148,6 +159,10 @@ PresetOption = Annotated[
 ConfigOption = Annotated[
     list[str] | None,
     typer.Option("--config", metavar="PATH=VALUE", help="change a leaf of the model's config; may be repeated"),
+]
+ShardOption = Annotated[
+    str | None,
+    typer.Option("--shard", metavar="I/N", help="do only share I (from 0) of N (default: torchrun's, else all)"),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="seed of every random draw")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
@@ -362,7 +377,13 @@ class Drawing:
     size: Annotated[str | None, typer.Option("--size", metavar="WIDTHxHEIGHT", help="in pixels")] = None
     seed: SeedOption = 0
     out: Annotated[
-        Path, typer.Option("--out", metavar="FILE", help="picture file; several pictures get -0, -1 ... appended")
+        Path,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            parser=address_of,
+            help="picture file; several pictures get -0, -1 ... appended",
+        ),
     ] = Path("picture.png")
     as_json: JsonOption = False
 

@@ -26,7 +26,9 @@ from diptych.cli.options import (
     PresetOption,
     QuantizeOption,
     Sampling,
+    ShardOption,
     Verbs,
+    address_of,
     complete_models,
     config_changes,
     pixels,
@@ -70,11 +72,14 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="what to draw")] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option("--prompts", metavar="FILE", help="draw each prompt of a .txt or .jsonl into --out DIR"),
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            parser=address_of,
+            help="draw each prompt of a .txt or .jsonl into --out DIR",
+        ),
     ] = None,
-    shard: Annotated[
-        str, typer.Option("--shard", metavar="I/N", help="with --prompts: draw only share I (from 0) of N")
-    ] = "0/1",
+    shard: ShardOption = None,
 ) -> None:
     """Draw pictures of a prompt, or of a file of prompts."""
     if (prompt is None) == (prompts is None):
@@ -90,14 +95,15 @@ def generate(
     save_pictures(drawing, engine.generate(str(prompt), drawing.n, size, drawing.seed, **how))
 
 
-def generate_prompts(loading: Loading, prompts: Path, shard: str, drawing: Drawing, sampling: Sampling) -> None:
+def generate_prompts(loading: Loading, prompts: Path, shard: str | None, drawing: Drawing, sampling: Sampling) -> None:
     """Draws this shard of a file of prompts and prints the file that lists its pictures."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from diptych.generation.offline import generate_file, parse_shard, read_prompts
+    from diptych.generation.offline import generate_file, read_prompts
+    from diptych.machine.processes import share
 
-    size, share = pixels(drawing.size) if drawing.size else None, parse_shard(shard)
+    size, part = pixels(drawing.size) if drawing.size else None, share(shard)
     if drawing.out.suffix:
         raise ValueError(f"with --prompts, --out is a folder, not {str(drawing.out)!r}")
     read_prompts(prompts)  # a file that cannot be read is refused before a model is loaded
@@ -111,7 +117,7 @@ def generate_prompts(loading: Loading, prompts: Path, shard: str, drawing: Drawi
             drawing.n,
             size,
             drawing.seed,
-            share,
+            part,
             settings=sampling.given(engine),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
@@ -355,7 +361,7 @@ def serve(
 
 def export(
     model: ModelArgument,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="the folder to write")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", parser=address_of, help="the folder or address to write")],
     base: BaseOption = None,
     format: Annotated[
         Literal["diptych", "published", "hf"],

@@ -34,7 +34,7 @@ from diptych.data.reading import read
 from diptych.data.self_condition import PICTURES, UnlabelledPictures
 from diptych.data.tasks import annotations as annotated
 from diptych.data.tasks import ladder
-from diptych.machine.addresses import address, join
+from diptych.machine.addresses import address, is_remote, join
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
 Path_ = Annotated[str, Field(min_length=1)]
@@ -285,17 +285,18 @@ def sources(
     from diptych.data.worlds import embedded
 
     entries, folders = read_catalog(catalog) if catalog is not None else {}, folders or {}
+    made = None if encoded is None else address(encoded)
     opened: dict[str, Source] = {}
     for wanted in names:
         name, cut, n = wanted.rpartition("#") if wanted not in entries else (wanted, "", "")
         name = name or wanted
-        kept = next((k for k in (wanted, name) if encoded is not None and precomputed.there(Path(encoded) / k)), None)
+        kept = next((k for k in (wanted, name) if made is not None and precomputed.there(made / k)), None)
         whole = name.removesuffix(PICTURES) if name not in entries else name
         if kept is not None:
-            opened[wanted] = precomputed.encoded(kept, Path(encoded or "") / kept, origin(name, entries, size, folders))
+            opened[wanted] = precomputed.encoded(kept, (made or Path()) / kept, origin(name, entries, size, folders))
             cut = cut if kept == name else ""
         elif whole in folders:
-            opened[wanted] = _warned(readers.images(whole, Path(folders[whole])))
+            opened[wanted] = _warned(readers.images(whole, address(folders[whole])))
         elif whole in entries:
             opened[wanted] = _warned(entries[whole].open())
         elif whole in embedded.names():
@@ -335,10 +336,14 @@ def origin(name: str, entries: Mapping[str, Entry], size: int, folders: Mapping[
     """The settings that determine a data set's pictures, JSON-able: compared when encoded data are read."""
     whole = name.partition("#")[0].removesuffix(PICTURES)
     if whole in (folders or {}):
-        return {"folder": str(Path((folders or {})[whole]).absolute())}
+        return {"folder": _absolute(address((folders or {})[whole]))}
     if whole in entries:
-        return entries[whole].settings.model_dump(exclude={"index"}) | {"folder": str(entries[whole].folder.absolute())}
+        return entries[whole].settings.model_dump(exclude={"index"}) | {"folder": _absolute(entries[whole].folder)}
     return {"embedded": name.partition("#")[0], "size": size}
+
+
+def _absolute(folder: Path) -> str:
+    return str(folder if is_remote(folder) else folder.absolute())
 
 
 def _settings(node: yaml.Node, where: str) -> Settings:

@@ -267,9 +267,18 @@ class Converted:
     skipped: list[str] = field(default_factory=list)
 
 
-def convert(format: str, source: Path, out: Path, images: Path | None = None, force: bool = False) -> Converted:
+def convert(
+    format: str,
+    source: Path,
+    out: Path,
+    images: Path | None = None,
+    force: bool = False,
+    rank: int = 0,
+    world: int = 1,
+) -> Converted:
     """Converts the rows of a file, a folder or a pattern to the jsonl file ``out``. Rows that cannot be used are
-    skipped and listed with file, line and reason. A repeated id gets a number (LLaVA repeats ids).
+    skipped and listed with file, line and reason. A repeated id gets a number (LLaVA repeats ids). Process ``rank`` of
+    ``world`` converts every ``world``-th file.
 
     Pictures held as bytes are written to the folder ``OUT-images`` (``out`` without .jsonl); paths become relative to
     ``images``, the image folder of the future catalog. An existing file is overwritten only with ``force``.
@@ -281,7 +290,7 @@ def convert(format: str, source: Path, out: Path, images: Path | None = None, fo
         raise ValueError(f"{out} is there; --force overwrites it")
     done, folder, seen = Converted(), out.with_name(f"{out.stem}-images"), Counter[str]()
     with atomic(out) as part, part.open("w", encoding="utf-8") as file:
-        for path in find_files(source, suffixes):
+        for path in find_files(source, suffixes)[rank::world]:
             for row in read(path):
                 if isinstance(row, str):
                     done.skipped.append(row)

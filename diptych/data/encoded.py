@@ -26,12 +26,17 @@ from torch.utils.data import Dataset
 
 from diptych.core.sample import Image, Sample, sample_to_json
 from diptych.core.tensors import Tensor
+from diptych.data.index import load as load_index
+from diptych.data.index import write as index_files
 from diptych.data.mixture import Source
-from diptych.data.sources import Tar, webdataset
+from diptych.data.reading import read
+from diptych.data.sources import Tar, find_files, scan_tar, webdataset
 from diptych.data.workers import read_ahead
+from diptych.machine.addresses import size_of
 from diptych.machine.disk import atomic, check_folder, write_text
 
 INDEX = "encoded.json"
+PLACES = "rows.index"
 WINDOW = 64  # samples in memory at a time
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -113,12 +118,21 @@ def encoded(name: str, folder: Path, origin: Mapping[str, Any]) -> Encoded:
     index = _read(folder / INDEX)
     if index["origin"] != dict(origin):
         raise ValueError(f"{folder} was encoded from {index['origin']}, not from {dict(origin)}; encode it again")
-    files = [folder / shard_name(k) for k in range(-(-index["rows"] // index["shard"]))]
-    if lacking := [file.name for file in files if not file.is_file()]:
+    shards = [shard_name(k) for k in range(-(-index["rows"] // index["shard"]))]
+    files = find_files(folder / "*.tar", (".tar",))
+    if lacking := sorted(set(shards) - {file.name for file in files}):
         raise ValueError(
-            f"{folder} lacks {len(lacking)} of {len(files)} shards ({lacking[0]} ...); encode it to its end"
+            f"{folder} lacks {len(lacking)} of {len(shards)} shards ({lacking[0]} ...); encode it to its end"
         )
-    return Encoded(name, webdataset(name, folder / "*.tar"), index["digests"])
+    places = load_index(folder / PLACES, files, {}) if (folder / PLACES).is_file() else None
+    return Encoded(name, webdataset(name, folder / "*.tar", index=places), index["digests"])
+
+
+def write_index(folder: Path, processes: int = 1, progress: Callable[[int], None] = lambda files: None) -> int:
+    """Writes where every row of an encoded data set is, which ``encoded`` then need not scan; returns the number of
+    rows."""
+    files = find_files(folder / "*.tar", (".tar",))
+    return index_files(folder / PLACES, files, scan_tar, {}, processes=processes, progress=progress)
 
 
 def refuse_stale(sources: Mapping[str, Any], digest: Callable[[str], str]) -> None:
@@ -244,7 +258,7 @@ def precompute(
                     _add(tar, f"{number:09d}", sample, encodings[number], model.lay_out)
                 done["rows"] += len(good)
                 progress(len(window))
-        done["bytes"] += (folder / shard_name(k)).stat().st_size
+        done["bytes"] += size_of(folder / shard_name(k))
     return done
 
 
@@ -252,12 +266,13 @@ def _claim(folder: Path, index: Mapping[str, Any]) -> None:
     """Writes the index of the folder. Raises ``ValueError`` where the folder has another one, and where it holds shards
     but no index: ``precompute`` did not write them, and would take them for its own."""
     check_folder(folder)
+    shards = sorted(file.name for file in folder.glob("*.tar")) if folder.is_dir() else []
     if there(folder):
         other = _read(folder / INDEX)
         if changed := ", ".join(f"{k} was {other.get(k)} and is {v}" for k, v in index.items() if other.get(k) != v):
             raise ValueError(f"{folder} holds something else ({changed}); name another folder")
         return
-    if folder.is_dir() and (shards := sorted(file.name for file in folder.glob("*.tar"))):
+    if shards:
         raise ValueError(
             f"{folder} holds {shards[0]}, which `diptych data precompute` did not write; name another folder"
         )
@@ -337,7 +352,7 @@ def written(path: Path) -> Iterator[tarfile.TarFile]:
 def _read(path: Path) -> dict[str, Any]:
     """The index of an encoded data set. Raises ``ValueError`` for a file that is none."""
     try:
-        index = json.loads(path.read_text("utf-8"))
+        index = json.loads(read(path).decode("utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(index, dict) or not {"origin", "rows", "shard", "digests"} <= index.keys():

@@ -27,7 +27,7 @@ from diptych.core.layout import Layout
 from diptych.core.sample import Sample
 from diptych.core.tensors import NONE
 from diptych.data.mixture import BUFFER, Draw, Mixture, Order, Source, uniform
-from diptych.data.reading import COUNTS, Counts
+from diptych.data.reading import COUNTS, Counts, whole_files
 from diptych.data.workers import read_ahead
 
 LayOut = Callable[..., Layout]  # lay_out(sample, drop=frozenset of conditions): a family's, or any function
@@ -188,7 +188,8 @@ class Stream:
         name = f"{draw.source}/{draw.index}"
         with _naming(f"while reading row {draw.index} of data set {draw.source!r}"):
             try:
-                sample = self.sources[draw.source][draw.index]
+                with whole_files(self.plan.order == "shards"):
+                    sample = self.sources[draw.source][draw.index]
             except ConnectionError:  # the storage is gone; the row is not at fault
                 raise
             except (ValueError, OSError) as error:  # what sources raise for rows and pictures that cannot be read

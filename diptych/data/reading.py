@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
@@ -32,6 +35,20 @@ class Counts:
 
 
 COUNTS = Counts()  # of this process since it started
+
+
+_WHOLE: ContextVar[bool] = ContextVar("whole", default=False)
+
+
+@contextmanager
+def whole_files(wanted: bool = True) -> Iterator[None]:
+    """Inside, a read of a part of a remote file first copies the whole file to the cache: right where neighbouring rows
+    are read next."""
+    before = _WHOLE.set(wanted)
+    try:
+        yield
+    finally:
+        _WHOLE.reset(before)
 
 
 class _Handle:
@@ -69,7 +86,11 @@ def read(path: Path, start: int = 0, size: int | None = None) -> bytes:
 
     A remote file is read from its local copy where this process has one. Raises ``OSError``."""
     if addresses.is_remote(path):
-        if copy := addresses.known_copy(path):
+        part = (bool(start) or size is not None) and path.suffix not in addresses.COMPRESSED
+        copy = None
+        if part:  # of a compressed file the copy has other bytes
+            copy = addresses.local_copy(path) if _WHOLE.get() else addresses.known_copy(path)
+        if copy:
             path = copy
         else:
             system, key = addresses.file_system(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,8 @@ from diptych.data.catalog import files_left_out
 from diptych.data.encoded import add_member, shard_name, written
 from diptych.data.loader import Loader
 from diptych.data.mixture import Source, permuted
+from diptych.data.reading import read
+from diptych.machine.addresses import is_remote
 from diptych.machine.disk import write_text
 from diptych.parts.images import png_bytes
 
@@ -29,21 +31,26 @@ def shard(
     *,
     rows: int = 1000,
     seed: int | None = 0,
+    rank: int = 0,
+    world: int = 1,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, Any]:
-    """Writes a data set as webdataset shards of ``rows`` rows, shuffled by ``seed`` (None: in order). Returns counts of
-    rows, pictures and shards, and the reasons of skipped rows. Shards that an earlier call with the same settings
-    wrote are kept (``.shards.json`` names them); no other file is touched. Raises ``ValueError`` where the folder holds
-    shards of other settings, or files of those names that this function did not write.
+    """Writes a data set as webdataset shards of ``rows`` rows, shuffled by ``seed`` (None: in order); process ``rank``
+    of ``world`` writes every ``world``-th. Returns counts of rows, pictures and shards, and why rows were skipped.
+    Shards that an earlier call with the same settings wrote are kept (``.shards.json`` names them); no other file is
+    touched. Raises ``ValueError`` where the folder holds shards of other settings, or files of those names that this
+    function did not write.
 
     Pictures keep their bytes (a picture that cannot be decoded skips its row); generated pictures become PNG. A catalog
     reads the folder with
     ``{format: webdataset, path: FOLDER/*.tar}``; ``webdataset`` and other readers of its layout read it too."""
     total = len(source)
-    report: dict[str, Any] = {"rows": 0, "pictures": 0, "shards": -(-total // rows), "skipped": {}}
-    folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, {"data_set": source.name, "length": total, "rows": rows, "seed": seed}, report["shards"])
-    for k in range(report["shards"]):
+    shards = range(rank, -(-total // rows), world)
+    report: dict[str, Any] = {"rows": 0, "pictures": 0, "shards": len(shards), "skipped": {}}
+    if not is_remote(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, {"data_set": source.name, "length": total, "rows": rows, "seed": seed}, -(-total // rows))
+    for k in shards:
         places = range(k * rows, min((k + 1) * rows, total))
         progress(len(places))
         if (folder / shard_name(k)).is_file():
@@ -69,7 +76,7 @@ def _claim(folder: Path, settings: dict[str, Any], shards: int) -> None:
     """Writes what the folder's shards are made from. Raises ``ValueError`` where they are made from something else."""
     index = folder / ".shards.json"
     try:
-        there = json.loads(index.read_text("utf-8"))
+        there = json.loads(read(index))
     except FileNotFoundError:
         there = None
     except (OSError, ValueError) as error:
@@ -119,6 +126,16 @@ class Lengths:
     left_out: Mapping[str, int] = field(default_factory=dict)  # files that are not read, by suffix
     shapes: Counter = field(default_factory=Counter)  # pictures by size and kind
 
+    def add(self, other: Lengths) -> None:
+        """Adds the counts of other rows of the same data set."""
+        self.rows, self.supervised = self.rows + other.rows, self.supervised + other.supervised
+        self.no_target += other.no_target
+        self.skipped |= other.skipped
+        self.tokens += other.tokens
+        self.kinds.update(other.kinds)
+        self.shapes.update(other.shapes)
+        self.left_out = self.left_out or other.left_out
+
     def to_json(self) -> dict[str, Any]:
         """Counts, and quantiles of the lengths."""
         q = {f"p{p}": float(np.percentile(self.tokens, p)) for p in (5, 50, 95)} if self.tokens else {}
@@ -137,12 +154,19 @@ class Lengths:
         }
 
 
-def stats(sources: Mapping[str, Source], lay_out: Callable[[Sample], Layout], limit: int = 1000) -> dict[str, Lengths]:
-    """Lengths, kinds of tokens and shapes of pictures of the first ``limit`` rows of every data set."""
+def stats(
+    sources: Mapping[str, Source],
+    lay_out: Callable[[Sample], Layout],
+    limit: int = 1000,
+    rank: int = 0,
+    world: int = 1,
+) -> dict[str, Lengths]:
+    """Lengths, kinds of tokens and shapes of pictures of the first ``limit`` rows of every data set; process ``rank``
+    of ``world`` counts every ``world``-th row."""
     out = {}
     for name, source in sources.items():
         lengths = out[name] = Lengths(left_out=files_left_out(source))
-        for index in range(min(limit, len(source))):
+        for index in range(rank, min(limit, len(source)), world):
             try:
                 sample = source[index]
                 layout = lay_out(sample)
@@ -159,6 +183,25 @@ def stats(sources: Mapping[str, Source], lay_out: Callable[[Sample], Layout], li
                     shape = s.image.shape
                     lengths.shapes[f"{shape[-1]}x{shape[-2]} {'encoded' if s.encoded else s.kind}"] += 1
     return out
+
+
+def write_stats(counts: Mapping[str, Lengths], file: Path) -> None:
+    """Writes the counts of one share for ``merge_stats``."""
+    write_text(file, json.dumps({name: asdict(lengths) for name, lengths in counts.items()}))
+
+
+def merge_stats(files: Sequence[Path]) -> dict[str, Lengths]:
+    """The counts of all shares together. Raises ``ValueError`` for a file that ``write_stats`` did not write."""
+    merged: dict[str, Lengths] = {}
+    for file in files:
+        try:
+            rows = json.loads(read(file))
+            parts = {name: Lengths(**row) for name, row in rows.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} was not written by `diptych data stats --out`: {error}") from error
+        for name, part in parts.items():
+            merged.setdefault(name, Lengths()).add(part)
+    return merged
 
 
 # ---- speed ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ A line is written when its item is finished. A last line that a crash cut off is
 item that the model refuses counts as wrong, with the reason; no blank picture or empty answer replaces it.
 
 Under torchrun every process takes every n-th batch of the generation and of the scoring. The files and the scores equal
-those of one process.
+those of one process. With ``shard`` (i, n) a process takes every n-th batch and waits for nobody: it writes
+items.I.jsonl and scores.I.jsonl, and ``rescore`` merges the files of all shards.
 """
 
 from __future__ import annotations
@@ -112,10 +113,16 @@ class _Work:
     rank: int
     world: int
     bar: Progress
+    shard: bool = False  # a share of its own, without the other processes
 
     def file(self, stem: str) -> Path:
         """The jsonl file that this process appends to."""
         return self.folder / (f"{stem}.jsonl" if self.world == 1 else f"{stem}.{self.rank}.jsonl")
+
+    def rows(self, stem: str) -> list[dict]:
+        """The rows that are there: the merged ones and, of a shard, its own."""
+        files_here = [self.folder / f"{stem}.jsonl"] + ([self.file(stem)] if self.shard and self.world > 1 else [])
+        return [row for file in files_here for row in files.read(file, "id")]
 
     def chunks(self, benchmark: Benchmark, n: int) -> Iterator[list[Item]]:
         """This process's batches. Their boundaries are fixed, so a resumed run makes the batches of an unbroken one."""
@@ -123,7 +130,9 @@ class _Work:
         return (items[i : i + n] for i in range(self.rank * n, len(items), n * self.world))
 
     def join(self, stem: str) -> None:
-        """Waits for every process, then merges their files into one."""
+        """Waits for every process, then merges their files into one. A shard neither waits nor merges."""
+        if self.shard:
+            return
         processes.gather(None)
         if self.rank == 0:
             files.merge(self.folder / f"{stem}.jsonl", [i.id for b in self.benchmarks for i in self.items[b.name]])
@@ -144,6 +153,7 @@ def evaluate(
     tools: Tools | None = None,
     score: bool = True,
     progress: bool = True,
+    shard: tuple[int, int] | None = None,
 ) -> Result:
     """The scores of a model on benchmarks, with 95 % intervals, baselines and the settings that produced them.
 
@@ -159,6 +169,8 @@ def evaluate(
     ``tools``       the judge, detector, CLIP and feature network that score
     ``score``       False stops when every answer and picture is made
     ``progress``    shows a progress bar on a terminal's stderr
+    ``shard``       (i, n): makes and judges share i of n alone, into ``folder``, and returns outcomes without scores;
+                    all shards need the same ``batch_size``, and ``rescore`` merges them
 
     Raises ``ValueError`` for an unknown benchmark, and for a folder that was made with other settings.
     """
@@ -170,6 +182,8 @@ def evaluate(
     for name, value in (("limit", limit), ("batch_size", batch_size), ("size", size)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1, or None for the default")
+    if shard and (folder is None or tasks):
+        raise ValueError("a shard of an evaluation needs a folder, and lmms-eval's tasks are not evaluated in shards")
     if tasks:  # before anything is made
         from diptych.evaluation import lmms
 
@@ -183,12 +197,12 @@ def evaluate(
     recorded = settings or engine.model.settings  # without ``settings`` the model chooses by request
     card = cards.sampling_card(engine, asked, chosen, items, sides, seed, limit, answering, recorded)
     with _folder_or_temporary(folder) as where:
-        with _opened(where, chosen, items, sides, card, progress) as work:
+        with _opened(where, chosen, items, sides, card, progress, shard) as work:
             maker = _Maker(work, engine, settings, answering, batch_size)
             for benchmark in chosen:
                 maker.make(benchmark)
             work.join("items")
-            result = _scored(work) if score else _unscored(work)
+            result = _unscored(work) if not score else _judged(work, batch_size) if shard else _scored(work)
             if tasks:
                 lmms.run_lmms(engine, tasks, work.folder, manager, limit, batch_size, answering)
                 result = result if work.rank else _joined(work, result, tasks)
@@ -314,17 +328,18 @@ def _opened(
     sides: Mapping[str, int | None],
     card: dict,
     progress: bool,
+    shard: tuple[int, int] | None = None,
 ) -> Iterator[_Work]:
     """Opens the folder of an evaluation: checks the card against the one that is there, and merges the files that the
     processes of a stopped run left."""
     folder.mkdir(parents=True, exist_ok=True)
-    rank, world = processes.place()
+    rank, world = shard or processes.place()
     card = cards.agree(folder, card)
     processes.gather(None)
-    if rank == 0:
+    if rank == 0 or shard:
         cards.write(folder, card)
-    with _bar(progress and rank == 0) as bar:
-        work = _Work(folder, benchmarks, items, sides, card, rank, world, bar)
+    with _bar(progress and (rank == 0 or bool(shard))) as bar:
+        work = _Work(folder, benchmarks, items, sides, card, rank, world, bar, shard is not None)
         for stem in ("items", "scores"):
             work.join(stem)
         yield work
@@ -347,7 +362,7 @@ class _Maker:
         """Makes what is missing of a benchmark. An item that the model refuses gets the reason. Where the model refuses
         every item of the first batch, or a server is gone, the ``ValueError`` is raised: no item is at fault."""
         work, engine = self.work, self.engine
-        outputs = _finished(work.folder, {i.id for i in work.items[benchmark.name]})
+        outputs = _finished(work, {i.id for i in work.items[benchmark.name]})
         ready_made = isinstance(engine, Pictures) and benchmark.task == "draw"  # ``expect`` has seen some of them
         worked = ready_made or any("error" not in row for row in outputs.values())
         todo = [[i for i in chunk if i.id not in outputs] for chunk in work.chunks(benchmark, self.batch_size)]
@@ -436,10 +451,10 @@ def _row(item: Item, batch: int, parameters: Mapping[str, Any], **output: str) -
     return row | {"seed": item.seed, "cluster": item.cluster, **output, "batch": batch, "parameters": dict(parameters)}
 
 
-def _finished(folder: Path, ids: set[str]) -> dict[str, dict]:
+def _finished(work: _Work, ids: set[str]) -> dict[str, dict]:
     """The rows of the finished items by id; an item whose picture file is gone is not finished."""
-    rows = {row["id"]: row for row in files.read(folder / "items.jsonl", "id") if row["id"] in ids}
-    return {k: row for k, row in rows.items() if "file" not in row or (folder / row["file"]).is_file()}
+    rows = {row["id"]: row for row in work.rows("items") if row["id"] in ids}
+    return {k: row for k, row in rows.items() if "file" not in row or (work.folder / row["file"]).is_file()}
 
 
 # --- step two: verdicts -----------------------------------------------------------------------------------------------
@@ -451,7 +466,7 @@ def _scored(work: _Work) -> Result:
     outputs: dict[str, dict] = {}
     for benchmark in work.benchmarks:
         items = work.items[benchmark.name]
-        done = _finished(work.folder, {i.id for i in items})
+        done = _finished(work, {i.id for i in items})
         if missing := [i.id for i in items if i.id not in done]:
             raise ValueError(f"{len(missing)} items of {benchmark.name} are not finished, first {missing[0]}")
         outputs |= done
@@ -479,10 +494,27 @@ def _scored(work: _Work) -> Result:
     return result
 
 
+def _judged(work: _Work, batch_size: int) -> Result:
+    """Judges the items of this shard; their outcomes, without scores."""
+    known = {row["id"]: row for row in work.rows("scores")}
+    outputs: dict[str, dict] = {}
+    items = list[Item]()
+    for benchmark in work.benchmarks:
+        outputs |= _finished(work, {i.id for i in work.items[benchmark.name]})
+        task = work.bar.add_task(f"scoring {benchmark.name}", total=len(work.items[benchmark.name]) // work.world)
+        for chunk in work.chunks(benchmark, batch_size):
+            _judge(work, benchmark, chunk, outputs, known)
+            work.bar.advance(task, len(chunk))
+            items += chunk
+    known = {row["id"]: row for row in work.rows("scores")}
+    outcomes = [_outcome(work.folder, item, outputs[item.id], known[item.id]) for item in items]
+    return Result({}, {}, work.card, sum(o.verdict.failed for o in outcomes), tuple(outcomes))
+
+
 def _unscored(work: _Work) -> Result:
-    """The outcomes of every item, without verdicts and scores."""
-    outputs = {row["id"]: row for row in files.read(work.folder / "items.jsonl")}
-    every = [item for items in work.items.values() for item in items]
+    """The outcomes of the items that are finished, without verdicts and scores."""
+    outputs = {row["id"]: row for row in work.rows("items")}
+    every = [item for items in work.items.values() for item in items if not work.shard or item.id in outputs]
     outcomes = tuple(
         replace(_outcome(work.folder, i, outputs[i.id], asdict(UNJUDGED)), verdict=UNJUDGED) for i in every
     )

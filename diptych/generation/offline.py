@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.core.sample import Sample, user
+from diptych.data.reading import read
 from diptych.machine import disk
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def read_prompts(path: Path, seed: int = 0) -> list[Prompt]:
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{path}: prompts are a .txt file, one a line, or a .jsonl file")
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = read(path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from None
     prompts: dict[str, Prompt] = {}
@@ -79,14 +80,6 @@ def _row(line: str, where: str) -> dict[str, Any]:
     if not isinstance(row.get("seed", 0), int) or isinstance(row.get("seed"), bool) or row.get("seed", 0) < 0:
         raise ValueError(f"{where}: seed must be a whole number of at least 0, not {row['seed']!r}")
     return row
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """(i, n) of "i/n", with 0 <= i < n."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or int(match[1]) >= int(match[2]):
-        raise ValueError(f"shard {text!r} is not i/n with i from 0 to n - 1, such as 0/4")
-    return int(match[1]), int(match[2])
 
 
 def generate_file(
@@ -160,7 +153,7 @@ def _agree(out: Path, settings: dict[str, Any], prompts: Sequence[Prompt]) -> No
 def _settings_of(file: Path) -> dict[str, Any]:
     """The content of ``generate.json``. Raises ``ValueError`` for a file that ``_agree`` did not write."""
     try:
-        settings = json.loads(file.read_text("utf-8"))
+        settings = json.loads(read(file).decode("utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("prompts"), dict):

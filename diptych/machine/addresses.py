@@ -20,7 +20,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from diptych.machine import disk
 from diptych.machine.extras import install
 
 T = TypeVar("T")
@@ -54,7 +53,7 @@ def address(text: str | os.PathLike[str]) -> Path:
     if kind not in PACKAGES:
         known = ", ".join(f"{name}://" for name in PACKAGES)
         raise ValueError(f"{text!r}: unknown scheme {kind}://; choose from {known}, or give a local path")
-    if not re.match(r"[A-Za-z]+://[^/]", text):
+    if not re.match(r"[^:/]+://[^/]", text):
         raise ValueError(f"{text!r} names no host or bucket; an address looks like {kind}://NAME/PATH")
     _need(kind)
     from upath import UPath
@@ -115,6 +114,19 @@ def size_of(path: Path) -> int:
     return int(_info(path)["size"] or 0)
 
 
+def upload(local: Path, path: Path) -> None:
+    """Copies a local file, or a folder with all its files, to an address."""
+    system, key = file_system(path)
+    if local.is_dir():
+        for file in sorted(local.rglob("*")):
+            if file.is_file():
+                upload(file, path / file.relative_to(local).as_posix())
+        return
+    if scheme(path) in ("http", "https"):
+        raise ValueError(f"{path} cannot be written: http addresses are read only")
+    retried(lambda: system.put_file(str(local), key), path)
+
+
 def _info(path: Path) -> Mapping[str, Any]:
     system, key = file_system(path)
     return retried(lambda: system.info(key), path)
@@ -142,10 +154,14 @@ def local_copy(path: Path) -> Path:
     if not is_remote(path) and path.suffix not in COMPRESSED:
         return path
     if copy := known_copy(path):
-        with suppress(OSError):
-            os.utime(copy)
+        with suppress(OSError):  # another process may have removed it
+            stat = copy.stat()
+            if time.time() - stat.st_atime > 60:
+                os.utime(copy, ns=(time.time_ns(), stat.st_mtime_ns))
         return copy
     from filelock import FileLock
+
+    from diptych.machine import disk  # which uploads through this module
 
     if is_remote(path):
         info = _info(path)
@@ -207,7 +223,7 @@ def _evict(kept: Path) -> None:
     for file in kept.parent.iterdir():
         if not file.suffix:
             with suppress(FileNotFoundError):
-                copies.append((file.stat().st_mtime, file.stat().st_size, file))
+                copies.append((file.stat().st_atime, file.stat().st_size, file))
     total = sum(size for _, size, _ in copies)
     for _, size, file in sorted(copies):
         if total <= limit:

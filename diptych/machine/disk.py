@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 from threading import get_ident
+
+from diptych.machine import addresses
 
 
 def write_text(path: Path, text: str) -> None:
@@ -28,7 +31,10 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ``ValueError`` for a folder that cannot be written into: a file is in its way, or it is read-only."""
+    """Raises ``ValueError`` for a folder that cannot be written into: a file is in its way, or it is read-only. Of a
+    remote address nothing is checked."""
+    if addresses.is_remote(folder):
+        return
     above = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
     if not above.is_dir():
         raise ValueError(f"{above} is a file; a folder is needed there")
@@ -39,7 +45,13 @@ def check_folder(folder: Path) -> None:
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``, unique to this thread; it is renamed to ``path`` on success and removed
-    on an error. Missing folders above ``path`` are made."""
+    on an error. Missing folders above ``path`` are made. For a remote address the temporary file is local, and it is
+    uploaded."""
+    if addresses.is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield (local := Path(folder) / path.name)
+            addresses.upload(local, path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}-{get_ident()}.part")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -39,6 +40,25 @@ def processes(device: str | None = None, minutes: float = 30.0) -> Iterator[tupl
 def launched() -> tuple[int, int]:
     """(rank, world) as torchrun sets them in the environment; (0, 1) without it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """(i, n) of "i/n", with 0 <= i < n."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise ValueError(f"shard {text!r} is not i/n with i from 0 to n - 1, such as 0/4")
+    return int(match[1]), int(match[2])
+
+
+def share(text: str | None) -> tuple[int, int]:
+    """(i, n) of a share of offline work: as given ("i/n"), else as torchrun sets them. Raises ``ValueError`` where both
+    do and differ."""
+    if text is None:
+        return launched()
+    given = parse_shard(text)
+    if launched()[1] > 1 and launched() != given:
+        raise ValueError(f"--shard {text} contradicts torchrun, which runs share {launched()[0]}/{launched()[1]}")
+    return given
 
 
 def device_of_process(device: str) -> str:

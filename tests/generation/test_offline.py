@@ -8,7 +8,8 @@ import pytest
 
 from diptych import cli
 from diptych.generation.engine import Engine
-from diptych.generation.offline import generate_file, parse_shard, read_prompts
+from diptych.generation.offline import generate_file, read_prompts
+from diptych.machine.processes import parse_shard
 from tests.support import tiny
 
 
