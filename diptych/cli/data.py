@@ -280,10 +280,10 @@ def stats(
     from diptych.models.store import skeleton
 
     at_least_one(limit=limit, size=size)
-    if merge and not out:
-        raise ValueError("--merge adds up the counts in --out DIR; name it")
     rank, world = share(shard)
     if merge:
+        if not out:
+            raise ValueError("--merge adds up the counts in --out DIR; name it")
         counts = {n: c for n, c in merge_stats(find_files(out / "stats-*.json", (".json",))).items() if n in names}
         if lacking := sorted(set(names) - counts.keys()):
             raise ValueError(f"{out} holds no counts of {', '.join(lacking)}")

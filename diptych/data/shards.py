@@ -187,7 +187,8 @@ def stats(
 
 def write_stats(counts: Mapping[str, Lengths], file: Path) -> None:
     """Writes the counts of one share for ``merge_stats``."""
-    write_text(file, json.dumps({name: asdict(lengths) for name, lengths in counts.items()}))
+    rows = {name: {**vars(c), "kinds": {str(k): n for k, n in c.kinds.items()}} for name, c in counts.items()}
+    write_text(file, json.dumps(rows))
 
 
 def merge_stats(files: Sequence[Path]) -> dict[str, Lengths]:
@@ -197,6 +198,8 @@ def merge_stats(files: Sequence[Path]) -> dict[str, Lengths]:
         try:
             rows = json.loads(read(file))
             parts = {name: Lengths(**row) for name, row in rows.items()}
+            for part in parts.values():
+                part.kinds, part.shapes = Counter(part.kinds), Counter(part.shapes)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} was not written by `diptych data stats --out`: {error}") from error
         for name, part in parts.items():

@@ -11,6 +11,7 @@ import pytest
 from diptych import cli
 from diptych.core.layout import Kind, Layout, Segment
 from diptych.core.sample import Image, Text, sample_from_json
+from diptych.data import sources as readers
 from diptych.data.catalog import load_catalog, sources
 from diptych.data.convert import FORMATS, convert
 from diptych.data.shards import shard, speed, stats
@@ -345,6 +346,31 @@ def test_stats_count_what_the_model_will_see():
     assert (
         set(ask["kinds"]) == {"text", "vision"} and ask["supervised"] > 0 and ask["p5"] <= ask["p50"] <= ask["longest"]
     )
+
+
+def test_shares_add_up(tmp_path, capsys):
+    """Shares of shards, of counts and of converted files are together what one process makes."""
+    whole = shard(sources(["shapes/draw#10"], size=16)["shapes/draw#10"], tmp_path / "whole", rows=3)
+    words = ["data", "shard", "shapes/draw", "--limit", "10", "--size", "16", "--rows", "3", "--out", str(tmp_path)]
+    assert all(cli.main([*words, "--shard", f"{k}/2"]) == 0 for k in range(2)) and whole["shards"] == 4
+    for k in range(4):
+        file = f"{k:06d}.tar"
+        assert len((tmp_path / "shapes/draw" / file).read_bytes()) == len((tmp_path / "whole" / file).read_bytes())
+    words = ["data", "stats", "shapes/draw", "--limit", "10", "--size", "16", "--out", str(tmp_path / "counts")]
+    capsys.readouterr()
+    assert cli.main([*words[:-2], "--json"]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert all(cli.main([*words, "--shard", f"{k}/3"]) == 0 for k in range(3))
+    capsys.readouterr()
+    assert cli.main([*words, "--merge", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == expected
+    for k in range(3):
+        row = {"id": "x", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": f"{k}"}]}
+        (tmp_path / f"{k}.jsonl").write_text(json.dumps(row) + "\n")
+    words = ["data", "convert", "llava", str(tmp_path / "*.jsonl")]
+    for k in range(2):
+        assert cli.main([*words, str(tmp_path / "out" / "mine.jsonl"), "--shard", f"{k}/2"]) == 0
+    assert len(readers.jsonl("mine", tmp_path / "out" / "mine-*.jsonl")) == 3
 
 
 class Lengths:
