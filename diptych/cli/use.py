@@ -61,6 +61,7 @@ def add(app: Verbs) -> None:
         "diptych export runs/mine model --dtype bf16",
         "diptych export runs/mine model --format published",
         "diptych export bagel/tiny parts --format hf",
+        "diptych export omnigen2/3b-4b tuned --adapter pytorch_lora_weights.safetensors",
     )(export)
 
 
@@ -370,6 +371,9 @@ def export(
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="of the weights (default: bf16; other formats: as stored)")
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="add the low-rank adapters of a safetensors file first")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite files of the same names, keep all others")] = False,
 ) -> None:
     """Write a model as a release, or as its family publishes it.
@@ -377,7 +381,7 @@ def export(
     A release is model.safetensors, config.json and tokenizer.json."""
     from diptych.models.store import export
 
-    written = export(model, folder, format, dtype, base, force)
+    written = export(model, folder, format, dtype, base, force, adapter)
     if format == "hf":
         print("\n".join(str(file) for file in sorted(written.iterdir())))
     else:

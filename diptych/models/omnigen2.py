@@ -318,7 +318,9 @@ class OmniGen2(UnifiedModel[Settings]):
     parts: ClassVar = {
         "mllm.language": ("mllm.model.language_model.*", "mllm.lm_head.*"),
         "mllm.vision": ("mllm.model.visual.*", "mllm.model.vision_tower.*", "mllm.model.multi_modal_projector.*"),
-        "dit": ("dit.*",),
+        "dit.attention": ("dit.*.[qkv]_proj.*", "dit.*.out_proj.*"),
+        "dit.other": ("dit.*norm*", "dit.*modulation.*", "dit.*.gate_proj.*", "dit.*.up_proj.*", "dit.*.down_proj.*")
+        + ("dit.time.*", "dit.condition_in.*", "dit.enter*", "dit.reference_index", "dit.leave.*"),
         "autoencoder": ("autoencoder.*",),
     }
     opens_with_picture = True

@@ -92,7 +92,8 @@ def _ours(name: str, path: Path, known: set[str], folders: set[str]) -> bool:
 def _known() -> set[str]:
     """The relative paths of all files that this library writes into a model folder, in any format."""
     parts = {f"{part}/{file}" for part in ("language", "vision") for file in ("config.json", "model.safetensors")}
-    names = {"config.json", "model.safetensors", "adapter.safetensors", "README.md", *TOKENIZER, *parts}
+    names = {"config.json", "model.safetensors", "README.md", *TOKENIZER, *parts}
+    names |= {"adapter.safetensors", "pytorch_lora_weights.safetensors"}
     names |= {f"language/{file}" for file in TOKENIZER}
     for fmt in (published_format(family) for family in PUBLISHED):
         assert fmt

@@ -116,6 +116,7 @@ def export(
     dtype: str | None = None,
     base: str | Path | None = None,
     force: bool = False,
+    adapter: str | Path | None = None,
 ) -> Path:
     """Loads a model as ``load`` does and writes it into ``folder``, which is returned.
 
@@ -123,9 +124,10 @@ def export(
                 it) or "hf" (the language and vision parts, for transformers)
     ``dtype``   of the parameters: "fp32", "bf16" or "fp16". By default bf16 for "diptych", else as stored
     ``force``   as in ``save``
+    ``adapter`` a file of low-rank adapters that are added to the weights (``models.adapters.apply``)
 
     Raises ``ValueError`` for a folder that ``save`` refuses, before anything is loaded."""
-    from diptych.models import release
+    from diptych.models import adapters, release
     from diptych.models.published.folder import pick_dtype
     from diptych.models.published.transformers import write_transformers
 
@@ -134,6 +136,8 @@ def export(
     kind = pick_dtype(dtype or ("bf16" if format == "diptych" else None))
     release.check_target(folder, force)
     model = load(name_or_path, base=base)
+    if adapter is not None:
+        adapters.apply(model, adapter)
     if format == "hf":
         return release.write_model(folder, lambda tmp: write_transformers(model, tmp, kind), force)
     cast = {k: v.to(kind) for k, v in model.named_parameters()} if kind else {}  # buffers (statistics) keep their dtype

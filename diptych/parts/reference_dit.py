@@ -23,6 +23,7 @@ from torch import nn
 from diptych.core.checks import at_least
 from diptych.core.tensors import Float, Int, Tensor
 from diptych.parts.attention import inverse_permutation, permute, sdpa
+from diptych.parts.decoder import RMSNorm
 from diptych.parts.dit import Rotation, grid_coordinates
 from diptych.parts.positions import TimestepEmbedding
 
@@ -133,11 +134,11 @@ class ReferenceBlock(nn.Module):
         d, self.head = c.hidden_size, c.hidden_size // c.heads
         self.modulation = nn.Linear(c.time_width, 4 * d) if modulated else None
         names = ("before", "after", "mlp_before", "mlp_after")
-        self.norms = nn.ModuleDict({n: nn.RMSNorm(d, eps=c.norm_eps) for n in names})
+        self.norms = nn.ModuleDict({n: RMSNorm(d, eps=c.norm_eps) for n in names})
         self.q_proj = nn.Linear(d, d, bias=False)
         self.k_proj, self.v_proj = (nn.Linear(d, c.kv_heads * self.head, bias=False) for _ in range(2))
         self.out_proj = nn.Linear(d, d, bias=False)
-        self.q_norm, self.k_norm = nn.RMSNorm(self.head, eps=1e-5), nn.RMSNorm(self.head, eps=1e-5)
+        self.q_norm, self.k_norm = RMSNorm(self.head, eps=1e-5), RMSNorm(self.head, eps=1e-5)
         self.gate_proj, self.up_proj = nn.Linear(d, c.inner, bias=False), nn.Linear(d, c.inner, bias=False)
         self.down_proj = nn.Linear(c.inner, d, bias=False)
 
@@ -183,7 +184,7 @@ class ReferenceDit(nn.Module):
         c, self.config = config, config
         d = c.hidden_size
         self.time = TimestepEmbedding(c.time_width)
-        self.condition_norm, self.condition_in = nn.RMSNorm(c.text_width, eps=c.norm_eps), nn.Linear(c.text_width, d)
+        self.condition_norm, self.condition_in = RMSNorm(c.text_width, eps=c.norm_eps), nn.Linear(c.text_width, d)
         self.enter, self.enter_reference = nn.Linear(features, d), nn.Linear(features, d)
         self.reference_index = nn.Parameter(torch.empty(c.references, d))
 
@@ -282,7 +283,7 @@ class ReferenceDit(nn.Module):
         """Xavier-uniform weights and zero biases; normal 0.02 for time, index vectors and (cut at two deviations) the
         condition's linear; what modulates and the way out begin at zero, so a fresh network returns zeros."""
         for module in self.modules():
-            if isinstance(module, nn.RMSNorm):
+            if isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, generator=generator)

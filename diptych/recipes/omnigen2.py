@@ -85,11 +85,14 @@ def tune() -> Recipe:
 
 
 def tune_lora() -> Recipe:
-    """The published ``ft_lora.yml``: adapters of rank 8 on the diffusion transformer.
+    """The published ``ft_lora.yml``: adapters of rank 8 on the attention of every block of the diffusion transformer.
+    The run leaves them in ``release/pytorch_lora_weights.safetensors`` too, which the published pipeline loads.
 
     diptych train omnigen2/tune-lora --catalog my_data.yaml
     """
-    return replace(tune(), name="omnigen2/tune-lora", lora={"dit": 8})
+    whole = tune()
+    stage = replace(whole.stages[0], train={"dit.attention": 8e-7})
+    return replace(whole, name="omnigen2/tune-lora", stages=(stage,), lora={"dit.attention": 8})
 
 
 def sgt() -> Recipe:

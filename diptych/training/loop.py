@@ -26,7 +26,7 @@ from diptych.machine import disk
 from diptych.machine.devices import fastest_precision
 from diptych.machine.doctor import environment
 from diptych.machine.processes import any_of, gather, place, processes, together, total
-from diptych.models import store
+from diptych.models import adapters, store
 from diptych.models.protocol import Trainable
 from diptych.models.release import MARK
 from diptych.parts.quantize import widened
@@ -284,7 +284,10 @@ class _Job:
             store.save(state.model, self.folder / "release", lora.merged(widened(weights)), force=True)
             if self.recipe.lora:
                 file = self.folder / "release" / "adapter.safetensors"
-                save_file(lora.adapters(weights), file, MARK | {"base": self.recipe.init.get("model", "")})
+                pairs, mark = lora.adapters(weights), MARK | {"base": self.recipe.init.get("model", "")}
+                save_file(pairs, file, mark)
+                if published := adapters.to_published(state.model, pairs):
+                    save_file(published, file.with_name(adapters.PUBLISHED_FILE), mark)
 
     @property
     def reserve(self) -> Path:

@@ -8,16 +8,16 @@ weight itself stays. Releases are merged.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from diptych.machine.extras import install
+from diptych.models.adapters import DOWN, UP
 from diptych.models.protocol import Trainable
 from diptych.training.parameters import by_part, named, select
 
-BASE, DOWN, UP = ".base_layer.", ".lora_A.default.", ".lora_B.default."
+BASE = ".base_layer."
 
 
 def inject(model: Trainable, ranks: Mapping[str, int], seed: int) -> None:
@@ -71,20 +71,5 @@ def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapters alone, as ``apply`` reads them."""
+    """The adapters alone, as ``diptych.models.adapters.apply`` reads them."""
     return {name: tensor for name, tensor in state.items() if DOWN in name or UP in name}
-
-
-@torch.no_grad()
-def apply(model: nn.Module, file: str | Path, sign: int = 1) -> None:
-    """Adds the adapters of a run (``release/adapter.safetensors``) to a model's weights; with ``sign`` -1 takes them
-    away again. Raises ``ValueError`` for a file that does not fit the model."""
-    from safetensors.torch import load_file
-
-    state, weights = load_file(file), dict(model.named_parameters())
-    for name in (n for n in state if DOWN in n):
-        weight = name.replace(DOWN, ".")
-        down, up = state[name].float(), state[name.replace(DOWN, UP)].float()
-        if weight not in weights or weights[weight].shape != (up.shape[0], down.shape[1]):
-            raise ValueError(f"{file}: the model has no weight {weight!r} of {up.shape[0]} x {down.shape[1]}")
-        weights[weight].add_((sign * up @ down).to(weights[weight].device, weights[weight].dtype))

@@ -28,9 +28,9 @@ from diptych.core.layout import Kind, Layout
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Sample, Text, assistant, user
 from diptych.core.tensors import NONE, Tensor, to_float
-from diptych.models import store
+from diptych.models import adapters, store
 from diptych.models.omnigen2 import OmniGen2, Settings, lanczos
-from diptych.models.published.key_map import export, load
+from diptych.models.published.key_map import export
 from diptych.models.published.omnigen2 import DIT, READER
 from diptych.parts.attention import documents
 from diptych.parts.dit import Rotation
@@ -275,15 +275,8 @@ def forward(folder: Folder) -> None:
 def lora(folder: Folder) -> None:
     """The published adapter file, added to the weights that it names."""
     made = model(folder)
-    state = load_file(folder.path / "lora" / "pytorch_lora_weights.safetensors")
-    names = {n.removeprefix("transformer.").rsplit(".lora_", 1)[0] for n in state}
-    theirs = export(DIT, made.dit.state_dict())
-    changed = dict(theirs)
-    for name in names:
-        a, b = (state[f"transformer.{name}.lora_{x}.weight"] for x in "AB")
-        changed[f"{name}.weight"] = theirs[f"{name}.weight"] + b @ a
     own = {k: v.clone() for k, v in made.dit.state_dict().items()}
-    made.dit.load_state_dict(load(DIT, changed, own))
+    adapters.apply(made, folder.path / "lora" / adapters.PUBLISHED_FILE)
     [row] = recorded(folder, made, folder.meta["lora"]["case"].removeprefix("forward "))
     [v] = made.dit([row])
     made.dit.load_state_dict(own)

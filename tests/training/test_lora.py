@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from diptych.models import configs, store
+from diptych import recipes
+from diptych.models import adapters, configs, store
 from diptych.training import build, checkpoint, lora
 from diptych.training.parameters import ever_trained
 from diptych.training.recipe import Engine
@@ -34,16 +35,16 @@ def test_a_release_is_the_base_with_its_adapters_merged(tmp_path):
     after = released.state_dict()
     assert after.keys() == base.keys()
     moved = {n for n, v in after.items() if not torch.equal(v, base[n])}
-    adapted = {n.replace(lora.DOWN, ".") for n in adapter if lora.DOWN in n}
+    adapted = {n.replace(adapters.DOWN, ".") for n in adapter if adapters.DOWN in n}
     assert adapted == {n for n in moved if n.startswith("decoder.")} and all(
         ".layers." in n and n.endswith("weight") for n in adapted
     )
     assert not any(re.search(r"(self_attn|o_proj|mlp)\.1\.", n) for n in adapted)  # the other route is another part
     plain = build.build(tiny.recipe())
-    lora.apply(plain, run / "release" / "adapter.safetensors")
+    adapters.apply(plain, run / "release" / "adapter.safetensors")
     for name in adapted:
         assert torch.allclose(plain.get_parameter(name), after[name], atol=1e-6)
-    lora.apply(plain, run / "release" / "adapter.safetensors", sign=-1)
+    adapters.apply(plain, run / "release" / "adapter.safetensors", sign=-1)
     assert all(torch.allclose(v, base[n], atol=1e-6) for n, v in plain.state_dict().items())
     shutil.rmtree(checkpoint.available(run / "checkpoints")[-1])
     before = (run / "release" / "model.safetensors").read_bytes()
@@ -60,6 +61,47 @@ def test_adapters_change_nothing_at_first():
     a, b = (m.losses(pack(sequences, 2), Noise()) for m in (plain, adapted))
     assert all(torch.equal(a[n].sum, b[n].sum) for n in a)
     assert lora.merged(adapted.state_dict()).keys() == plain.state_dict().keys()
+
+
+def test_adapters_of_omnigen2_are_read_and_written_as_its_trainer_writes_them(tmp_path):
+    family = configs.config_to_json("omnigen2", tiny.FAMILIES["omnigen2"]())
+    changes = dict(model=family, lora={"dit.attention": 2}, train={"dit.attention": 1e-2})
+    held = tiny.shake(build.build(tiny.recipe(**changes)))
+    pairs = lora.adapters(held.state_dict())
+    published = adapters.to_published(held, pairs)
+    assert len(published) == len(pairs) == 2 * 4 * sum(1 for _ in held.dit.blocks())
+    assert {n.split(".")[-3] for n in published} <= {"to_q", "to_k", "to_v", "0"}
+    assert "transformer.layers.1.attn.to_out.0.lora_B.weight" in published
+    save_file(published, tmp_path / "transformer.safetensors")
+    renamed = {n.replace("transformer.", "diffusion_model.", 1): t for n, t in published.items()}
+    save_file(renamed, tmp_path / "diffusion_model.safetensors")
+    save_file(pairs, tmp_path / "run.safetensors")
+    merged = lora.merged(held.state_dict())
+    base = {n.replace(lora.BASE, "."): t for n, t in held.state_dict().items() if n not in pairs}
+    for name in ("transformer", "diffusion_model", "run"):
+        plain = store.create("omnigen2", held.config)
+        plain.load_state_dict(base)
+        adapters.apply(plain, tmp_path / f"{name}.safetensors")
+        assert all(torch.allclose(t, merged[n], atol=1e-6) for n, t in plain.state_dict().items()), name
+    first = next(iter(published))
+    for bad, said in (
+        ({first.replace("layers", "stacks").replace("refiner", "stack"): published[first]}, "unknown transformer"),
+        ({first: published[first]}, "has no partner"),
+        ({n: t[:, :1] if "lora_A" in n else t for n, t in published.items()}, "the model has no weight"),
+    ):
+        save_file({n: t.contiguous() for n, t in bad.items()}, tmp_path / "bad.safetensors")
+        with pytest.raises(ValueError, match=said):
+            adapters.apply(plain, tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match="bagel has no other format"):
+        adapters.apply(tiny.model("bagel"), tmp_path / "transformer.safetensors")
+
+
+def test_the_published_fine_tuning_trains_so_many_numbers():
+    recipe = recipes.find("omnigen2/tune-lora")
+    model = store.create(recipe.model["family"], configs.config_from_json(recipe.model)[1], device="meta")
+    lora.inject(model, recipe.lora, 0)
+    trained = ever_trained(model, recipe.stages)
+    assert sum(p.numel() for p in trained) == 5_107_200  # ft_lora.yml: rank 8 on four projections of 38 blocks
 
 
 def test_what_cannot_be_adapted(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 import numpy as np
@@ -133,15 +133,27 @@ def make_compose(rng: np.random.Generator, split: str, size: int, limit: int | N
     pair = [pick(rng, concepts(split, limit)) for _ in range(2)]
     references = [Image(render(emoji, size), "condition") for emoji in pair]
     words = pick(rng, ("left", "right", "above", "below"))
-    first, second = (0, 1) if words in ("left", "above") else (1, 0)
-    shift = (size / 2, 0) if words in ("left", "right") else (0, size / 2)
-    margin = (0, size / 4) if shift[0] else (size / 4, 0)
-    pixels, paper = canvas(size)
-    for place, emoji in ((0, pair[first]), (1, pair[second])):
-        draw(paper, emoji.svg, margin[0] + place * shift[0], margin[1] + place * shift[1], size / 2)
-    where = f"to the {words} of" if shift[0] else words
-    messages = user(*references, f"the first {where} the second"), assistant(Image(picture(pixels), "target"))
+    where = f"to the {words} of" if words in ("left", "right") else words
+    messages = (
+        user(*references, f"the first {where} the second"),
+        assistant(Image(composed(pair, words, size), "target")),
+    )
     return messages, {"type": "compose", "emoji": [e.id for e in pair], "relation": words}
+
+
+def composed(pair: Sequence[Emoji], relation: str, size: int) -> PIL.Image.Image:
+    """One picture of two emoji, the first to the left (right, above, below) of the second."""
+    pixels, paper = canvas(size)
+    for emoji, (x, y) in zip(pair, composed_places(relation), strict=True):
+        draw(paper, emoji.svg, x * size, y * size, size / 2)
+    return picture(pixels)
+
+
+def composed_places(relation: str) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(left, top) of the first and of the second picture of a composition, in fractions of the canvas; each is half as
+    wide as the canvas."""
+    before, after = ((0.0, 0.25), (0.5, 0.25)) if relation in ("left", "right") else ((0.25, 0.0), (0.25, 0.5))
+    return (before, after) if relation in ("left", "above") else (after, before)
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------

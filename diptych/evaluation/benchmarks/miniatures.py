@@ -7,13 +7,16 @@ pope-mini       "is there a red circle?": the absent things are random, the most
                 colour and shape with things that are there (arXiv 2305.10355)
 ocr-mini        read a small printed word
 seg-mini        four of SGT's label pictures: how well regions and their boundaries agree
+compose-mini    two references in one picture: at each of the two places stands the emoji that was asked for, among the
+                64 iconic ones ("seen", which models that ship were trained with) or those of the test split ("new")
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 
 import numpy as np
 import PIL.Image
@@ -22,10 +25,11 @@ from diptych.core.sample import Image, Sample, user
 from diptych.data.canvas import pick
 from diptych.data.worlds import embedded, emoji, emoji_scenes, shapes
 from diptych.data.worlds.choices import SPACE, lettered, with_options
+from diptych.data.worlds.emoji_sources import composed, composed_places
 from diptych.data.worlds.talk_sources import printable, written
 from diptych.evaluation.benchmarks.aggregate import cv_bench
 from diptych.evaluation.benchmarks.questions import judge_choice, judge_yes_no, yes_no_scores
-from diptych.evaluation.benchmarks.shapes import PICTURES, PROMPTS, SIDE, seed_of, unsquare
+from diptych.evaluation.benchmarks.shapes import PICTURES, PROMPTS, SIDE, asked, seed_of, unsquare
 from diptych.evaluation.judges import replies, segmentation, short_answers
 from diptych.evaluation.judges.recogniser import recogniser
 from diptych.evaluation.scores import (
@@ -264,6 +268,63 @@ def _label_baselines(items: Sequence[Item], size: int) -> Baselines:
     return rows
 
 
+# --- two references ---------------------------------------------------------------------------------------------------
+
+COMPOSED = {"seen": "emoji64/compose", "new": "emoji/compose"}
+PAIRS = 40  # of each
+
+
+def _compose_items(seed: int, size: int) -> list[Item]:
+    items = []
+    for category, source in COMPOSED.items():
+        for item in asked("compose-mini", source, PAIRS, seed, size):
+            key = item.id.replace("/compose/", f"/{category}/")
+            sample = replace(item.sample, id=key)
+            items.append(replace(item, id=key, category=category, sample=sample, seed=seed_of(seed, key)))
+    return items
+
+
+@cache
+def _emoji_pictures(category: str, side: int) -> tuple[tuple[str, ...], np.ndarray]:
+    """Ids and pictures (n, side, side, 3) of the emoji that a composition of this category may show."""
+    candidates = emoji.concepts("test", 64 if category == "seen" else None)
+    return tuple(e.id for e in candidates), np.stack([np.asarray(emoji.render(e, side), float) for e in candidates])
+
+
+def _judge_composition(item: Item, image: PIL.Image.Image) -> Verdict:
+    """Each place shows the emoji of its reference: no other candidate is nearer in RGB."""
+    if wrong := unsquare(image):
+        return wrong
+    side = image.width // 2
+    ids, pictures = _emoji_pictures(item.category, side)
+    pixels, seen = np.asarray(image.convert("RGB"), float), []
+    for left, top in composed_places(item.reference["relation"]):
+        x, y = round(left * image.width), round(top * image.height)
+        distances = np.square(pictures - pixels[y : y + side, x : x + side]).mean((1, 2, 3))
+        seen.append(ids[int(distances.argmin())])
+    ok = [a == b for a, b in zip(seen, item.reference["emoji"], strict=True)]
+    parts = {"first": ok[0], "second": ok[1]}
+    return Verdict(all(ok), "" if all(ok) else f"nearest to {' and '.join(seen)}", parts)
+
+
+def _compose_scores(outcomes: Sequence[Outcome]) -> dict[str, Score]:
+    stamp = "compose-mini@nearest"
+    scores = {f"{stamp}/{k}": share(of) for k, of in by_category(outcomes).items()}
+    return {f"{stamp}/overall": share(outcomes)} | scores
+
+
+def _compose_baselines(items: Sequence[Item], size: int) -> Baselines:
+    """``truth``: the judge on true compositions; ``copy``: on the first reference."""
+    rows: Baselines = {}
+    truth = [composed([emoji.find(id) for id in i.reference["emoji"]], i.reference["relation"], size) for i in items]
+    copies = [next(i.sample.images()).pixels for i in items]
+    for name, images in (("truth", truth), ("copy", copies)):
+        outcomes = [Outcome(i, _judge_composition(i, image)) for i, image in zip(items, images, strict=True)]
+        for key, score in _compose_scores(outcomes).items():
+            rows.setdefault(key, {})[name] = score.value
+    return rows
+
+
 # --- the table --------------------------------------------------------------------------------------------------------
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -314,5 +375,14 @@ BENCHMARKS: dict[str, Benchmark] = {
         _label_baselines,
         side=SIDE,
         macro=True,
+    ),
+    "compose-mini": Benchmark(
+        "compose-mini",
+        "draw",
+        _compose_items,
+        each(_judge_composition),
+        _compose_scores,
+        _compose_baselines,
+        side=SIDE,
     ),
 }

@@ -72,6 +72,7 @@ TABLE: dict[str, Entry] = {
     "pope-mini": _mini("miniatures", "yes or no: is it there? random, popular and adversarial"),
     "ocr-mini": _mini("miniatures", "reading small words"),
     "edit-mini": _mini("shapes", "edits: the instruction done, the rest kept"),
+    "compose-mini": _mini("miniatures", "two references in one picture, each at its place"),
     "seg-mini": _mini("miniatures", "label pictures: mean overlap of regions and boundaries"),
     "geneval-dev": _mini("shapes", "as geneval-mini, other prompts: to choose settings with"),
     "glyphs-read": _mini("glyphs", "reading a small number, as a whole and by digit, and naming a shape"),

@@ -77,6 +77,8 @@ class PublishedFormat:
                      dtype, and written in the dtype of the other tensors where that is narrower
     ``tokenizer``    the subfolder of the tokenizer's files; "" for the folder itself
     ``other_stems``  stem -> other stems of the same weights, which folders that need a ``base`` use
+    ``adapters``     the first component of the names in the published trainer's files of adapters, and the stem of the
+                     weights that they change
     """
 
     weights: Mapping[str, Callable[[Any], Rules]]
@@ -90,6 +92,7 @@ class PublishedFormat:
     float32: tuple[str, ...] = ()
     tokenizer: str = ""
     other_stems: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    adapters: tuple[str, str] | None = None
 
     def find(self, search_path: SearchPath, stem: str) -> Path | None:
         """The weights of a stem, from the first folder that has them under any of their stems."""

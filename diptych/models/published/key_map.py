@@ -169,6 +169,18 @@ def mapped_names(rules: Rules, state: Iterable[str]) -> list[str]:
     return [n for n in state if _match(rules, n, lambda r: r.native)]
 
 
+def native_name(rules: Rules, published: str) -> str | None:
+    """The native name of a published tensor that one native tensor equals; None for any other."""
+    match = _match(rules, published, lambda r: (r.published,))
+    return _fill(match[0].native[0], match[1]) if match and len(match[0].native) == 1 else None
+
+
+def published_name(rules: Rules, native: str) -> str | None:
+    """The published name of a native tensor that one published tensor equals; None for any other."""
+    match = _match(rules, native, lambda r: r.native)
+    return _fill(match[0].published, match[1]) if match and len(match[0].native) == 1 else None
+
+
 def export(rules: Rules, state: State) -> dict[str, Tensor]:
     """The published state dict of a native one; the inverse of ``load``. Optional tensors are written, aliases only
     where their rule is ``repeated``.

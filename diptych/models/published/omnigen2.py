@@ -257,6 +257,7 @@ PUBLISHED = PublishedFormat(
         "labels",
     ),
     tokenizer="processor",
+    adapters=("transformer", "transformer/diffusion_pytorch_model"),
     other_stems={
         "transformer/diffusion_pytorch_model": ("transformer/transformer/diffusion_pytorch_model",),
         "mllm/model": ("transformer/text_encoder/model",),
