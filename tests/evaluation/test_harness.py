@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diptych.data.contact_sheet import enlarge, grid
-from diptych.data.worlds import embedded, emoji_scenes, shapes, shapes_sources
+from diptych.data.worlds import embedded, emoji, emoji_scenes, emoji_sources, shapes, shapes_sources
 from diptych.evaluation.benchmarks import shapes as mini
 from diptych.evaluation.benchmarks.shapes import BENCHMARKS
 from diptych.evaluation.benchmarks.table import Tools, resolve
@@ -38,7 +38,7 @@ class Drawn:
 
 @cache
 def _items():
-    every = resolve(("mini", "geneval-dev"), Tools())[0]
+    every = resolve(("mini", "compose-mini", "geneval-dev"), Tools())[0]
     return {item.id: item for benchmark in every for item in benchmark.items(0, 64)}
 
 
@@ -85,6 +85,9 @@ class Fake:
         if "ids" in reference:
             prompt = emoji_scenes.EmojiPrompt.from_json(reference)
             return emoji_scenes.render_scene(emoji_scenes.scene_for(rng, prompt), self.size)
+        if reference.get("type") == "compose":
+            pair = [emoji.find(id) for id in reference["emoji"]]
+            return emoji_sources.composed(pair, reference["relation"], self.size)
         if "after" in reference:
             return shapes.render(shapes_sources.Edit.from_json(reference).after, self.size)
         return shapes.render(shapes.scene_for(rng, shapes.Prompt.from_json(reference)), self.size)
@@ -96,8 +99,9 @@ def quick(monkeypatch):
 
 
 def test_the_truth_scores_one_and_noise_scores_nothing(tmp_path):
-    truth = evaluate(Fake(), ("mini",), limit=3, folder=tmp_path / "a", progress=False)
-    noise = evaluate(Fake(truth=False), ("mini",), limit=3, progress=False)
+    names = ("mini", "compose-mini")
+    truth = evaluate(Fake(), names, limit=3, folder=tmp_path / "a", progress=False)
+    noise = evaluate(Fake(truth=False), names, limit=3, progress=False)
     assert isinstance(Fake(), Engine) and truth.scores.keys() == noise.scores.keys()
     for name, score in truth.scores.items():
         if name.endswith("/yes-ratio"):
@@ -114,6 +118,7 @@ def test_the_truth_scores_one_and_noise_scores_nothing(tmp_path):
         "vqa-mini@exact/colour",
         "caption-mini@strict/overall",
         "edit-mini@strict/preserved",
+        "compose-mini@nearest/new",
     ):
         assert name in truth.scores
     assert truth.scores["geneval-mini@strict/counting"].n == 3
