@@ -100,44 +100,41 @@ def bagel() -> Recipe:
     )
 
 
-WORLD = {  # every canvas, scenes of emoji, and talk, beside the white shapes that the model starts from
-    "shapes/draw": 0.16,
-    "canvas/draw": 0.10,
-    "emoji/scenes": 0.22,
-    "things/scenes": 0.12,
-    "things/draw": 0.10,
-    "emoji64/draw": 0.04,
-    "canvas/edit": 0.05,
-    "shapes/edit": 0.02,
-    "canvas/ask": 0.03,
-    "canvas/ask-where": 0.04,
+WORLD = {  # drawing on white paper, and reading on every canvas, scenes of emoji, and talk
+    "shapes/draw": 0.24,
+    "emoji/scenes": 0.36,
+    "emoji64/draw": 0.05,
+    "shapes/edit": 0.04,
+    "emoji64/edit": 0.01,
+    "canvas/ask": 0.05,
+    "canvas/ask-where": 0.05,
     "canvas/caption": 0.02,
-    "things/ask": 0.03,
-    "talk/turns": 0.04,
-    "talk/options": 0.02,
+    "things/ask": 0.05,
+    "talk/turns": 0.05,
+    "talk/options": 0.04,
     "talk/words": 0.01,
-    "talk/help": 0.02,
+    "talk/help": 0.03,
 }
-CANVAS = SizeRule(longest=128, shortest=64, stride=16)  # what the world's pictures are read and drawn at
 
 
 def bagel_world() -> Recipe:
-    """The shipped ``bagel/tiny`` on the whole embedded world: canvases of 64 to 128 pixels on every ground, scenes of
-    emoji, conversations of several turns.
+    """The shipped ``bagel/tiny`` on scenes of emoji, on pictures to read of 64 to 128 pixels on every ground, and on
+    conversations of several turns; it draws on canvases of 64 pixels.
 
     diptych train bagel/tiny-world
     """
     base = bagel()
     (stage,) = base.stages
-    rate = 1.5e-3
     stage = replace(
         stage,
         steps=800,
-        train=dict.fromkeys(stage.train, rate),
+        train=dict.fromkeys(stage.train, 1.5e-3),
         data=dict(WORLD),
         schedule=Schedule(warmup=20, decay=0.5),
         ema=0.99,
     )
-    model = config_to_json("bagel", replace(config("bagel/tiny"), see=CANVAS, draw=CANVAS))
-    init = {"model": "bagel/tiny", "autoencoder": "autoencoder/tiny"}
-    return replace(base, name="bagel/tiny-world", model=model, stages=(stage,), init=init, checkpoint_every=100)
+    see = SizeRule(longest=128, shortest=64, stride=16)
+    model = config_to_json("bagel", replace(config("bagel/tiny"), see=see))
+    return replace(
+        base, name="bagel/tiny-world", model=model, stages=(stage,), init={"model": "bagel/tiny"}, checkpoint_every=50
+    )

@@ -67,7 +67,8 @@ FORMS = ("draw, ask", "draw, ask, ask", "draw, edit", "draw, edit, ask", "show, 
 def make_turns(rng: np.random.Generator, split: str, size: int, forms: tuple[str, ...] = FORMS) -> Made:
     """A conversation of two or three turns about a picture that is shown or drawn (``FORMS``); info: the form, the
     answer to the last question, the type of every turn, the scene after it, ground."""
-    form, side = pick(rng, forms), random_size(rng)
+    form = pick(rng, forms)
+    side = (64, 64) if form.startswith("draw") else random_size(rng)  # a chat names no size to draw
     edit = random_edit(rng) if "edit" in form else None
     if edit:
         scene, text = edit.before, shapes.describe(edit.before)
