@@ -75,6 +75,11 @@ TABLE: dict[str, Entry] = {
     "compose-mini": _mini("miniatures", "two references in one picture, each at its place"),
     "seg-mini": _mini("miniatures", "label pictures: mean overlap of regions and boundaries"),
     "geneval-dev": _mini("shapes", "as geneval-mini, other prompts: to choose settings with"),
+    "canvas-draw": _mini("canvases", "drawing shapes on a named ground: plain, gradient, checkers, noise"),
+    "canvas-read": _mini("canvases", "questions about pictures of 32 to 512 pixels and on every kind of ground"),
+    "canvas-edit": _mini("canvases", "edits of pictures of 64 to 128 pixels on every kind of ground"),
+    "emoji-scenes": _mini("canvases", "questions about scenes of one to six emoji"),
+    "talk-mini": _mini("canvases", "the last question of a conversation, and the same question alone"),
     "glyphs-read": _mini("glyphs", "reading a small number, as a whole and by digit, and naming a shape"),
     "glyphs-say": _mini("glyphs", "naming a large digit and its ground"),
     "glyphs-draw": _mini("glyphs", "drawing a digit on a ground, read back by the nearest true picture"),
@@ -119,6 +124,7 @@ GROUPS = {
         "edit-mini",
         "seg-mini",
     ),
+    "world": ("canvas-draw", "canvas-read", "canvas-edit", "emoji-scenes", "talk-mini"),
 }
 LMMS = "lmms-eval:"
 
