@@ -45,11 +45,11 @@ def dense(c: Columns) -> Bool[Tensor, "T T"]:
     return rule(c, places[:, None], places[None, :])
 
 
-def block(c: Columns) -> Callable:
-    """The rule as FlexAttention's ``mask_mod``; ``create_block_mask`` turns it into a block-sparse mask."""
+def block(c: Columns, order: Int[Tensor, " T"]) -> Callable:
+    """The rule as FlexAttention's ``mask_mod``, for a stream whose i-th token is the row's ``order[i]``-th."""
 
     def mask_mod(b, h, q, k):  # noqa: ANN001, ANN202  FlexAttention's signature
-        return rule(c, q, k)
+        return rule(c, order[q], order[k])
 
     return mask_mod
 

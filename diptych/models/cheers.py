@@ -63,7 +63,7 @@ from diptych.models.protocol import (
 from diptych.models.sizes import Sizes
 from diptych.parts.attention import Cached, Fixed, documents, sdpa
 from diptych.parts.autoencoder import AutoencoderConfig, LatentDecoder, build_latent_autoencoder, tiny_autoencoder
-from diptych.parts.decoder import MLP, Attention, Decoder, DecoderConfig, RMSNorm, Rope
+from diptych.parts.decoder import MLP, Attention, Decoder, DecoderConfig, Rope
 from diptych.parts.flow import (
     FlowSettings,
     Prediction,
@@ -75,6 +75,7 @@ from diptych.parts.flow import (
     velocity,
 )
 from diptych.parts.images import SizeRule, crop, letterbox, to_tensor
+from diptych.parts.norms import RMSNorm
 from diptych.parts.positions import TimestepEmbedding
 from diptych.parts.tokenizer import Tokenizer
 from diptych.parts.vision import VisionConfig, VisionEncoder, blanked

@@ -8,6 +8,7 @@ from torch import nn
 
 from diptych.core.tensors import Bool, Float, Tensor
 from diptych.parts.attention import padded_sdpa
+from diptych.parts.norms import RMSNorm
 
 
 class Projector(nn.Module):
@@ -126,7 +127,7 @@ class Connector(nn.Module):
     def __init__(self, width_in: int, width_out: int, heads: int, layers: int = 0) -> None:
         super().__init__()
         self.layers = nn.ModuleList(QueryBlock(width_in, heads) for _ in range(layers))
-        self.norm = nn.RMSNorm(width_in, eps=1e-5)
+        self.norm = RMSNorm(width_in, eps=1e-5)
         self.linear = nn.Linear(width_in, width_out)
 
     def forward(self, states: Float[Tensor, "N L D"], valid: Bool[Tensor, "N L"]) -> Float[Tensor, "N L d"]:

@@ -20,7 +20,7 @@ from collections.abc import Sequence as Seq
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ import torch.nn.functional as F
 from diptych.core import mask as masks
 from diptych.core.batch import Batch
 from diptych.core.tensors import Bool, Float, Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @runtime_checkable
@@ -67,6 +70,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bo
     wanted = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
     short = q.device.type == "cpu" and k.shape[1] < SHORT and torch.is_grad_enabled() and wanted != torch.float32
     gqa = q.shape[-2] != k.shape[-2]
+    if gqa and mask is not None and q.is_cuda:  # no fused kernel takes a mask and groups: they have as many keys then
+        k, v = (x.repeat_interleave(q.shape[-2] // k.shape[-2], -2) for x in (k, v))
+        gqa = False
     q, k, v = (x.transpose(1, 2).float() if short else x.transpose(1, 2) for x in (q, k, v))
     with torch.autocast("cpu", enabled=False) if short else nullcontext():
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
@@ -190,15 +196,49 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function)
 
 
+BLOCK, SLAB = 128, 1024  # tokens on a side of FlexAttention's blocks; queries whose mask exists at one time
+
+
+def block_mask(batch: Batch, order: Tensor | None = None) -> BlockMask:
+    """FlexAttention's mask of a row of T tokens, for a stream whose i-th token is the row's ``order[i]``-th.
+
+    ``create_block_mask`` gives the same, but lays out the dense mask several times: about 10 T^2 bytes, 10.7 GB for
+    32,768 tokens. Here the dense mask of ``SLAB`` queries exists at a time: memory is linear in T."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    T, device = len(batch), batch.ids.device
+    places = torch.arange(T, device=device) if order is None else order
+    n = -(-T // BLOCK)
+    some = torch.zeros(n, n, dtype=torch.bool, device=device)
+    every = torch.zeros_like(some)
+    for at in range(0, T, SLAB):
+        allowed = masks.rule(batch, places[at : at + SLAB, None], places[None, :])
+        padded = F.pad(allowed, (0, n * BLOCK - T, 0, -len(allowed) % BLOCK))
+        blocks = padded.unflatten(1, (n, BLOCK)).unflatten(0, (-1, BLOCK))
+        rows = slice(at // BLOCK, at // BLOCK + len(blocks))
+        some[rows], every[rows] = blocks.any(3).any(1), blocks.all(3).all(1)
+
+    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """(how many blocks of keys every block of queries has; their numbers, the rest after them)."""
+        numbers = chosen.to(torch.int32).argsort(dim=1, descending=True, stable=True)
+        return chosen.sum(1, dtype=torch.int32)[None, None], numbers.to(torch.int32)[None, None]
+
+    return BlockMask.from_kv_blocks(
+        *listed(some & ~every),
+        *listed(every),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=masks.block(batch, places),
+        seq_lengths=(T, T),
+    )
+
+
 class Block:
     """FlexAttention under the same mask (its backward needs a GPU)."""
 
     def __init__(self, batch: Batch, order: Tensor | None = None) -> None:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        from torch.nn.attention.flex_attention import flex_attention
 
-        rule = masks.block(batch)
-        mod = rule if order is None else (lambda b, h, q, k: rule(b, h, order[q], order[k]))
-        self.mask = create_block_mask(mod, None, None, len(batch), len(batch), device=str(batch.ids.device))
+        self.mask = block_mask(batch, order)
         flex: Any = flex_attention
         self.attention = _compiled(flex) if batch.ids.is_cuda else flex
 

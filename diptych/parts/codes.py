@@ -20,7 +20,8 @@ from torch import nn
 
 from diptych.core.tensors import Float, Int, Tensor
 from diptych.parts.attention import sdpa
-from diptych.parts.decoder import DecoderConfig, Layer, RMSNorm
+from diptych.parts.decoder import DecoderConfig, Layer
+from diptych.parts.norms import RMSNorm
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import nn
 from diptych.core.checks import at_least
 from diptych.core.tensors import Bool, Float, Int, Tensor
 from diptych.parts.attention import padded_sdpa
+from diptych.parts.norms import RMSNorm
 from diptych.parts.positions import TimestepEmbedding
 
 
@@ -112,9 +113,9 @@ class Stream(nn.Module):
         self.head = head
         self.modulation = nn.Linear(d, (2 if seen_only else 6) * d)
         self.qkv = nn.Linear(d, (2 if seen_only else 3) * d)
-        self.k_norm = nn.RMSNorm(head, eps=1e-6)
+        self.k_norm = RMSNorm(head, eps=1e-6)
         if not seen_only:
-            self.q_norm = nn.RMSNorm(head, eps=1e-6)
+            self.q_norm = RMSNorm(head, eps=1e-6)
             self.out_proj = nn.Linear(d, d)
             self.fc1, self.fc2 = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
 
@@ -200,9 +201,9 @@ class SingleBlock(Block):
         hidden = int(d / 3 * 8)
         self.head = head
         self.modulation = nn.Linear(min(d, NARROW), 4 * d) if modulated else None
-        self.norms = nn.ModuleDict({n: nn.RMSNorm(d, eps=1e-5) for n in ("before", "after", "mlp_before", "mlp_after")})
+        self.norms = nn.ModuleDict({n: RMSNorm(d, eps=1e-5) for n in ("before", "after", "mlp_before", "mlp_after")})
         self.qkv, self.out_proj = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
-        self.q_norm, self.k_norm = nn.RMSNorm(head, eps=1e-5), nn.RMSNorm(head, eps=1e-5)
+        self.q_norm, self.k_norm = RMSNorm(head, eps=1e-5), RMSNorm(head, eps=1e-5)
         self.gate_proj, self.up_proj = nn.Linear(d, hidden, bias=False), nn.Linear(d, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, d, bias=False)
 

@@ -25,6 +25,7 @@ from diptych.core.tensors import Float, Int, Tensor
 from diptych.parts.attention import inverse_permutation, permute, sdpa
 from diptych.parts.decoder import RMSNorm
 from diptych.parts.dit import Rotation, grid_coordinates
+from diptych.parts.norms import RMSNorm
 from diptych.parts.positions import TimestepEmbedding
 
 TIME_WIDTH = 1024  # the widest that features of time are, whatever the width of the blocks

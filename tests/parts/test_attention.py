@@ -11,12 +11,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from diptych.core import mask as masks
 from diptych.core.batch import pack
 from diptych.core.layout import Kind, Layout, Segment
 from diptych.core.tensors import NONE
-from diptych.parts.attention import Block, Cache, Cached, Dense, Fixed, Packed, inverse_permutation, permute
+from diptych.parts.attention import (
+    Block,
+    Cache,
+    Cached,
+    Dense,
+    Fixed,
+    Packed,
+    block_mask,
+    inverse_permutation,
+    permute,
+    sdpa,
+)
 from tests.support.tolerances import ATTENTION, ATTENTION_GRADIENT
 
 segments = st.builds(
@@ -135,11 +150,52 @@ def test_block_equals_dense(routed, plain_rule):
 
 
 @settings(max_examples=10, deadline=None)
-@given(rows, pads)
-def test_the_mask_of_blocks_is_the_dense_mask(sequences, pad_to):
-    batch = pack(sequences, 2, pad_to)
-    place, mod = torch.arange(len(batch)), masks.block(batch)
-    assert torch.equal(mod(None, None, place[:, None], place[None]), masks.dense(batch))
+@given(rows, st.sampled_from([None, 300, 512]), st.booleans())
+def test_the_mask_of_blocks_is_that_of_torch(sequences, pad_to, routed):
+    """Block for block what ``create_block_mask`` finds in the dense mask, at a fraction of its memory."""
+    batch = pack([Layout("long", (_text(130), _picture(140), _text(10))), *sequences], 2, pad_to and pad_to + 200)
+    order = torch.cat(batch.routes) if routed else torch.arange(len(batch))
+    made = block_mask(batch, order if routed else None)
+    dense = masks.dense(batch)[order][:, order]
+    expected = create_block_mask(lambda b, h, q, k: dense[q, k], None, None, len(batch), len(batch), device="cpu")
+    place = torch.arange(len(batch))
+    assert torch.equal(made.mask_mod(None, None, place[:, None], place[None]), dense)
+    assert torch.equal(made.to_dense(), expected.to_dense()) and made.sparsity() == expected.sparsity()
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks"):
+        assert torch.equal(getattr(made, name), getattr(expected, name)), name
+
+
+def test_the_mask_of_blocks_takes_memory_linear_in_the_row():
+    """The largest tensor is the mask of one slab of queries, never the row's T x T."""
+    batch = pack([Layout("a", (_text(9000),))], 1)
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            largest = max([largest, *(x.nbytes for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+            return out
+
+    with Sizes():
+        block_mask(batch)
+    assert largest <= 1024 * (9000 + 128) * 8 < 9000**2
+
+
+def test_masked_attention_on_a_gpu_has_a_fused_kernel(monkeypatch):
+    """With a mask and fewer heads of keys than of queries, CUDA's fused kernels refuse; keys are repeated then."""
+    calls, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(q, k, v, **how):
+        calls.append((q.shape[1], k.shape[1], how["enable_gqa"]))
+        return real(q, k, v, **how)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    for device in ("cuda", "cpu"):
+        with FakeTensorMode():
+            q, k, v = (torch.empty(2, 5, heads, 8, device=device) for heads in (6, 2, 2))
+            sdpa(q, k, v, mask=torch.ones(2, 1, 5, 5, dtype=torch.bool, device=device))
+    assert calls == [(6, 6, False), (6, 2, True)]
 
 
 def _text(n):

@@ -9,7 +9,8 @@ from diptych.core.layout import Kind, Layout, Segment
 from diptych.models.published.key_map import export, load
 from diptych.models.published.parts import TEXT, decoder_config, decoder_rules
 from diptych.parts.attention import Cache, Cached, Dense, Packed
-from diptych.parts.decoder import Decoder, RMSNorm
+from diptych.parts.decoder import Decoder
+from diptych.parts.norms import RMSNorm
 
 SIZES = {
     "vocab_size": 96,
