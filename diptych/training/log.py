@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from diptych.core.batch import Batch
-from diptych.core.losses import Losses
+from diptych.core.losses import Losses, Term
 from diptych.data.loader import Row
 from diptych.machine import disk
 from diptych.machine.devices import matmul_rate
@@ -228,16 +228,27 @@ class Tally:
         self.sums = {"untargeted": 0.0} | {f"loss/{n}": 0.0 for n in counts} | {f"samples/{name}": 0.0 for name in data}
         self.by_data = {f"{name}/{n}/{what}": 0.0 for name in data for n in counts for what in ("sum", "count")}
         self.data = sorted(data, key=len, reverse=True)  # a name may begin with another
+        self.terms: list[tuple[str, Term, tuple[str | None, ...]]] = []  # not read from the device yet
 
     def add(self, losses: Losses, batch: Batch) -> None:
-        """Adds the loss terms of one batch, in all and by data set."""
-        owners = [next((d for d in self.data if sample.startswith(f"{d}/")), None) for sample in batch.samples]
-        for n, term in losses.items():
-            self.sums[f"loss/{n}"] += float(term.sum.detach())
-            for owner, (value, count) in zip(owners, [] if term.documents is None else term.documents.tolist()):
+        """Adds the loss terms of one batch, in all and by data set. Waits for no result."""
+        owners = tuple(next((d for d in self.data if sample.startswith(f"{d}/")), None) for sample in batch.samples)
+        self.terms += [(n, Term(term.sum.detach(), *term[1:]), owners) for n, term in losses.items()]
+
+    def _read(self) -> None:
+        """Reads all terms from the device at once."""
+        if not self.terms:
+            return
+        tensors = [x.flatten() for _, term, _ in self.terms for x in (term.sum, term.documents) if x is not None]
+        values = iter(torch.cat([x.double() for x in tensors]).tolist())
+        for n, term, owners in self.terms:
+            self.sums[f"loss/{n}"] += next(values)
+            for _, owner in zip(range(0 if term.documents is None else len(term.documents)), owners, strict=False):
+                value, count = next(values), next(values)
                 if owner:
                     self.by_data[f"{owner}/{n}/sum"] += value
                     self.by_data[f"{owner}/{n}/count"] += count
+        self.terms = []
 
     def hold(self, row: Row) -> None:
         """Adds what the loader says about a row."""
@@ -247,6 +258,7 @@ class Tally:
 
     def logged(self, weights: Mapping[str, float]) -> dict[str, float]:
         """Everything over all processes, losses divided by their counts."""
+        self._read()
         sums = total(self.sums | self.by_data)
         terms = {n: sums[f"loss/{n}"] / max(count, 1.0) for n, count in self.counts.items()}
         pairs = {(d, n): (sums[f"{d}/{n}/sum"], sums[f"{d}/{n}/count"]) for d in self.data for n in terms}
@@ -285,7 +297,10 @@ class Targets:
             warnings.warning("%s. %s", counts, HINT)
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
-    """The norm of all gradients together."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+def gradient_norms(parts: Mapping[str, Mapping[str, nn.Parameter]]) -> dict[str, float]:
+    """The norm of all gradients of each part; read from the device at once."""
+    norms = []
+    for parameters in parts.values():
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    return dict(zip(parts, torch.stack(norms).tolist() if norms else (), strict=True))

@@ -33,7 +33,7 @@ from diptych.parts.quantize import widened
 from diptych.training import checkpoint, lora, optim, plan
 from diptych.training.build import build, copy
 from diptych.training.clock import Clock
-from diptych.training.log import Log, Tally, Targets, Work, gradient_norm, memory, profiler
+from diptych.training.log import Log, Tally, Targets, Work, gradient_norms, memory, profiler
 from diptych.training.parallel import add_gradients, local, settle, sharded, whole
 from diptych.training.parameters import Average, freeze, release_state, select
 from diptych.training.recipe import Recipe, Stage
@@ -335,18 +335,21 @@ class _Job:
         optim.set_rates(state.optimizers, rate := optim.factor(stage.schedule, position, stage.steps))
         tally = Tally(counts, stage.data)
         tokens = sum(sum(b.lengths) for b in batches)
+        total_losses = []
         for batch in batches:
             with self.autocast():
                 losses = model(batch, noise)
                 loss = combine(losses, stage.loss, counts)
-            value = float(loss.detach())
-            self.stop_unless_finite("loss", value, [batch])
             if loss.requires_grad:  # a row may reach nothing that is trained
                 loss.backward()
+            total_losses.append(loss.detach())
             tally.add(losses, batch)
+        # the device is waited for here, once all rows are on their way, and once more for the gradient's norm
+        for value, batch in zip(torch.stack(total_losses).tolist(), batches, strict=True):
+            self.stop_unless_finite("loss", value, [batch])
         trained = [p for part in parts.values() for p in part.values()]
         add_gradients(trained)
-        norms = {part: gradient_norm(p.values()) for part, p in parts.items()}
+        norms = gradient_norms(parts)
         norm = math.hypot(*norms.values())
         self.stop_unless_finite("gradient's norm", norm, batches)
         if (shrink := stage.optimizer.clip / (norm + 1e-6)) < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +96,22 @@ def test_bf16_trains_too(tmp_run):
     plain = train(tiny.recipe(steps=1, train={"head": 1e-3}), tmp_run)
     half = train(tiny.recipe(steps=1, train={"head": 1e-3}, precision="bf16"), tmp_run.with_name("half"))
     assert half[0]["loss"] == pytest.approx(plain[0]["loss"], rel=0.02) and half[0]["loss"] != plain[0]["loss"]
+
+
+def test_a_step_waits_for_the_device_three_times_however_many_rows_it_has(tmp_run, monkeypatch):
+    """Losses, norms and what is logged are read once each: on a GPU the rows of a step follow without a gap."""
+    reads = []
+    for name in ("tolist", "item", "__float__", "__bool__", "__int__"):
+        real = getattr(torch.Tensor, name)
+
+        def counted(self, real=real):
+            if sys._getframe(1).f_globals["__name__"] in ("diptych.training.loop", "diptych.training.log"):
+                reads.append(real)
+            return real(self)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    train(tiny.recipe(steps=2, limits=tiny.Limits(tokens=256, accumulate=3)), tmp_run)
+    assert len(reads) == 3 * 2
 
 
 def test_precision_auto_is_what_the_machine_does_faster_and_stays_so(tmp_run, monkeypatch):
