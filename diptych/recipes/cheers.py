@@ -35,6 +35,7 @@ def tiny(tokens: int = 2048, **changes: Any) -> Recipe:
     model = replace(config("cheers/tiny"), **changes)
     return Recipe(
         name="cheers/tiny",
+        precision="auto",
         model=config_to_json("cheers", model),
         init={module: source for module, source in TINY.items() if model.pixels or "pixel" not in module},
         stages=(

@@ -36,6 +36,7 @@ def reader(steps: int = 4000) -> Recipe:
     """
     return Recipe(
         name="iomm/reader",
+        precision="auto",
         model=config_to_json("iomm", config("iomm/tiny")),
         init={"autoencoder": "autoencoder/tiny"},
         stages=(
@@ -78,6 +79,7 @@ def tiny(
     """
     return Recipe(
         name="iomm/tiny",
+        precision="auto",
         model={**config_to_json("iomm", config("iomm/tiny")), **(changes or {})},
         init={"mllm": "iomm/tiny", "autoencoder": "autoencoder/tiny"},
         stages=(
@@ -223,6 +225,7 @@ def tuning(kind: Kind = "mix", share: float = 0.5, masked: float = 0.85, steps: 
     """
     return Recipe(
         name="iomm/tuning",
+        precision="auto",
         model=config_to_json("bagel", config("bagel/tiny")),
         init={"model": "bagel/tiny"},
         stages=(

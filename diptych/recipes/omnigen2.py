@@ -35,6 +35,7 @@ def tiny(steps: int = 4000) -> Recipe:
     """
     return Recipe(
         name="omnigen2/tiny",
+        precision="auto",
         model=config_to_json("omnigen2", config("omnigen2/tiny")),
         init={"mllm": "iomm/tiny", "autoencoder": "autoencoder/tiny"},
         stages=(

@@ -35,6 +35,7 @@ def tiny(proxy: str | None = "segment", ratio: float = 2.0, amount: int | None =
     proxies = {f"shapes/sgt/{proxy}{some}": 0.7 * share, f"emoji/sgt/{proxy}{some}": 0.3 * share} if proxy else {}
     return Recipe(
         name="sgt/tiny",
+        precision="auto",
         model=config_to_json("bagel", config("bagel/tiny")),
         init={"model": "bagel/tiny"},
         stages=(

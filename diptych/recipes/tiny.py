@@ -80,6 +80,7 @@ def bagel() -> Recipe:
     """
     return Recipe(
         name="bagel/tiny",
+        precision="auto",
         model=config_to_json("bagel", config("bagel/tiny")),
         init={"autoencoder": "autoencoder/tiny"},
         stages=(

@@ -140,7 +140,7 @@ def test_a_part_with_a_dot_in_its_name_can_be_set():
         ("stages.0.limits.tokens", "0", "tokens, pictures, accumulate and rows must be at least 1"),
         ("stages.0.schedule.decay", "2", "a schedule needs warmup >= 0 and decay, floor in [0, 1]"),
         ("stages.0.optimizer.name", "sgd", "name: Input should be 'adamw', 'muon' or 'adamw8bit' (got 'sgd')"),
-        ("precision", "fp8", "precision: Input should be 'fp32' or 'bf16' (got 'fp8')"),
+        ("precision", "fp8", "precision: Input should be 'fp32', 'bf16' or 'auto' (got 'fp8')"),
         ("stages", "[]", "recipe 'test' has no stages"),
         ("stages.1.name", "a", "has two stages of one name"),
         ("model.family", "eagle", "unknown family 'eagle'; choose from bagel"),
