@@ -23,7 +23,6 @@ from torch import nn
 from diptych.core.checks import at_least
 from diptych.core.tensors import Float, Int, Tensor
 from diptych.parts.attention import inverse_permutation, permute, sdpa
-from diptych.parts.decoder import RMSNorm
 from diptych.parts.dit import Rotation, grid_coordinates
 from diptych.parts.norms import RMSNorm
 from diptych.parts.positions import TimestepEmbedding
