@@ -171,9 +171,28 @@ def _soften(covers: np.ndarray) -> np.ndarray:
     return (wide[..., :-4] + wide[..., 4:] + 4 * (wide[..., 1:-3] + wide[..., 3:-1]) + 6 * wide[..., 2:-2]) / 256
 
 
+GROUND = 10.0  # of 255: how far a ground may be off on average
+
+
+def ground_difference(image: PIL.Image.Image, ground: Ground) -> float:
+    """The mean absolute difference, of 255, between a picture and the ground, where no object is. Both are averaged
+    over 4 x 4 pixels, so that noise does not count."""
+    pixels, paper = rgb(image).astype(np.float32), ground.paper(image.size).astype(np.float32)
+    bare = _ink(pixels, paper, [not ground.hides(colour) for colour in COLOURS.values()]) <= 0.5
+    height, width = (side // 4 * 4 for side in bare.shape)
+
+    def blocks(values: np.ndarray) -> np.ndarray:
+        return values[:height, :width].reshape(height // 4, 4, width // 4, 4, -1).mean((1, 3))
+
+    whole = blocks(bare[..., None].astype(np.float32))[..., 0] == 1
+    return float(np.abs(blocks(pixels - paper))[whole].mean()) if whole.any() else 255.0
+
+
 def check(image: PIL.Image.Image, prompt: Prompt, ground: Ground = WHITE) -> PromptVerdict:
     """Whether a picture shows exactly what a prompt asks for and nothing else, on its ground."""
     objects = tuple(detect(image, ground))
+    if ground != WHITE and ground_difference(image, ground) > GROUND:
+        return PromptVerdict(False, f"it is not on {ground.text}", objects)
     wanted = [need for need in prompt.needs for _ in range(need.count)]
     if len(objects) != len(wanted):
         return PromptVerdict(False, f"{len(objects)} objects instead of {len(wanted)}", objects)

@@ -45,8 +45,8 @@ QUESTIONS, DRAWINGS, EDITS, SCENES, TURNS = 60, 24, 20, 2400, 300
 
 
 def _kind_of(rng: np.random.Generator, kind: str, colours: Sequence[tuple[int, int, int]]) -> Ground:
-    """A ground of a kind on which things of these colours can be seen; never white."""
-    every = [g for g in grounds.every(kind) if g != grounds.WHITE and not any(map(g.hides, colours))]
+    """A ground of a kind on which things of these colours can be seen; never white, not even with noise."""
+    every = [g for g in grounds.every(kind) if g.colours != ("white",) and not any(map(g.hides, colours))]
     return pick(rng, every)
 
 
