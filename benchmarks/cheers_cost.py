@@ -34,7 +34,7 @@ def drawing(model: Cheers, pixels: int, words: int, branches: int) -> Drawing:
     c = model.config.decoder
     cache = Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, torch.float32, model.device).reserve(0, words)
     sides = [(NOTHING, 1.0), (TEXT, model.settings.guidance_scale)][:branches]
-    contexts = tuple(Context(cache, words, words, slot=()) for _ in sides)
+    contexts = tuple(Context(cache, words, words, private=()) for _ in sides)
     side = pixels // model.config.autoencoder.downsample
     noise = torch.zeros(model.config.autoencoder.features, side, side, device=model.device)
     settings = replace(model.settings, guidance_interval=(0.0, 1.0))

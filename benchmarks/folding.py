@@ -62,16 +62,16 @@ def main() -> None:
         seconds, engine = best(step, 3), Engine(model)
         drawing = best(lambda engine=engine: engine.generate("a red circle", size=(256, 256), guidance_scale=2.5), 1, 0)
         width = model.config.decoder.num_key_value_heads * model.config.decoder.width
-        cache = 4096 // model.config.slots * model.config.decoder.num_hidden_layers * 2 * width * 4
+        cache = 4096 // model.config.codes_per_token * model.config.decoder.num_hidden_layers * 2 * width * 4
         rows.append(
             {
                 "fold": f"{fold[0]}x{fold[1]}",
-                "tokens a picture": 256 // model.config.slots,
+                "tokens a picture": 256 // model.config.codes_per_token,
                 "tokens of the row": len(batch),
                 "seconds a step": seconds,
                 "pictures a second": len(samples) / seconds,
                 "MiB kept for backward": kept(model, batch),
-                "64x64 codes: tokens": 4096 // model.config.slots,
+                "64x64 codes: tokens": 4096 // model.config.codes_per_token,
                 "MiB of cache": cache / 2**20,
                 "seconds to draw": drawing,
             }

@@ -207,7 +207,7 @@ def drawn_segment(model: UnifiedModel, canvas: tuple[int, int]) -> Segment:
     Raises ``ValueError`` for a family that lays out no such segment."""
     blank = Image(PIL.Image.new("RGB", (canvas[1], canvas[0])), "target")
     laid = model.lay_out(Sample("blank", (user("1"), assistant(blank))))
-    noised = [s for s in laid.segments if s.drawn]
+    noised = [s for s in laid.segments if s.generated]
     if len(noised) != 1 or not noised[0].open:
         raise ValueError(f"family {model.family!r} draws outside its sequence, so it does not attend to its prompt")
     return noised[0]

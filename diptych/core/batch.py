@@ -24,7 +24,7 @@ class Pictures:
 
     kind: Kind
     grid: tuple[int, int]
-    drawn: bool
+    generated: bool
     encoded: bool
     masked: float
     reference: bool
@@ -115,7 +115,7 @@ def pack(sequences: Iterable[Layout], routes: int = 1, pad_to: int | None = None
             raise ValueError(f"sample {sequences[d].id!r}: a {s.kind} segment takes route {s.route} of {routes}")
         if len(tokens):
             shape = None if s.image is None else (tuple(s.image.shape), s.image.dtype)
-            key = (s.kind, s.grid or (1, len(tokens)), s.drawn, s.encoded, s.masked, s.reference, shape)
+            key = (s.kind, s.grid or (1, len(tokens)), s.generated, s.encoded, s.masked, s.reference, shape)
             groups.setdefault(key, []).append((s.image, tokens, sequences[d].id, s.ordinal))
     return Batch(
         ids,
@@ -130,7 +130,7 @@ def pack(sequences: Iterable[Layout], routes: int = 1, pad_to: int | None = None
             Pictures(
                 kind,
                 grid,
-                drawn,
+                generated,
                 encoded,
                 masked,
                 reference,
@@ -139,7 +139,7 @@ def pack(sequences: Iterable[Layout], routes: int = 1, pad_to: int | None = None
                 tuple(m[2] for m in members),
                 tuple(m[3] for m in members),
             )
-            for (kind, grid, drawn, encoded, masked, reference, shape), members in groups.items()
+            for (kind, grid, generated, encoded, masked, reference, shape), members in groups.items()
         ),
         tuple(s.id for s in sequences),
         tuple(len(s) for s in sequences),

@@ -36,7 +36,7 @@ class Segment:
     ``advance``   by how much the position counter moves past this segment; ``None`` means by its length
     ``gap``       by how much the position counter moves before this segment
     ``route``     which expert serves the picture's tokens; positions that carry an id take route 0
-    ``drawn``     the picture is what is to be generated: it carries the picture loss
+    ``generated`` the picture is what is to be generated: it carries the picture loss
     ``encoded``   ``image`` is not what an encoder is to be shown but what it made of that (``Image.through``)
     ``masked``    the share of the picture's tokens that the network blanks, at random (IOMM's self-conditioning)
     ``reference`` a later picture is drawn from the picture's latents, so not from what the reader makes of it
@@ -55,7 +55,7 @@ class Segment:
     advance: int | None = None
     gap: int = 0
     route: int = 0
-    drawn: bool = False
+    generated: bool = False
     encoded: bool = False
     masked: float = 0.0
     reference: bool = False
@@ -118,7 +118,7 @@ class Layout:
     @property
     def has_target(self) -> bool:
         """Whether anything in it is to be predicted or drawn; what has nothing carries no loss."""
-        return any(s.supervised or s.drawn for s in self.segments)
+        return any(s.supervised or s.generated for s in self.segments)
 
     def positions(self, start: int = 0) -> list[int]:
         """The position id of every token, counting from ``start``."""
@@ -140,7 +140,7 @@ class Layout:
             if decode and s.kind == Kind.TEXT:
                 what = repr(decode([i for i in s.ids if i != NONE]))
             loss = f"loss on {s.supervised}" if s.supervised else ""
-            if s.drawn:
+            if s.generated:
                 loss = f"loss on {s.open}"
             if s.masked:
                 what += f"  masked {s.masked:g}"

@@ -178,7 +178,7 @@ def stats(
             lengths.tokens.append(len(layout))
             for s in layout.segments:
                 lengths.kinds[s.kind] += len(s)
-                lengths.supervised += s.supervised + (s.open if s.drawn else 0)
+                lengths.supervised += s.supervised + (s.open if s.generated else 0)
                 if s.image is not None:
                     shape = s.image.shape
                     lengths.shapes[f"{shape[-1]}x{shape[-2]} {'encoded' if s.encoded else s.kind}"] += 1

@@ -379,7 +379,7 @@ class Scheduler:
         """Adds the finished picture to the answer and prefills it; decoding continues."""
         assert job.layout
         seen = Image(image, "target")
-        text, picture = Segment(Kind.TEXT, tuple(job.ids[job.text_start :])), self.model.drawn(seen)
+        text, picture = Segment(Kind.TEXT, tuple(job.ids[job.text_start :])), self.model.lay_out_picture(seen)
         job.layout = Layout(job.layout.id, (*job.layout.segments, text, *picture))
         rest = Layout(job.layout.id, job.layout.segments[-len(picture) :])
         [job.context] = self.model.extend([job.context], [rest])

@@ -81,10 +81,12 @@ class AutoencoderTraining(Trainable):
                     nn.init.zeros_(module.bias)
 
     def blocks(self) -> Iterator[nn.Module]:
+        """The levels of the encoder and of the decoder."""
         yield from self.autoencoder.encoder.down
         yield from self.autoencoder.decoder.up
 
     def trunk(self) -> Iterator[nn.Module]:
+        """None: the levels run once for every picture shape."""
         return iter(())  # every shape of pictures is another call
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Layout:
@@ -96,16 +98,18 @@ class AutoencoderTraining(Trainable):
             grid = (h // stride, w // stride)
             ids = (NONE,) * (grid[0] * grid[1])
             picture = to_tensor(image.pixels, (w, h))
-            segments.append(Segment(Kind.CLEAN, ids, image=picture, grid=grid, full=True, drawn=True))
+            segments.append(Segment(Kind.CLEAN, ids, image=picture, grid=grid, full=True, generated=True))
         if not segments:
             raise ValueError(f"sample {sample.id!r} has no picture to train an autoencoder on")
         return Layout(sample.id, tuple(segments))
 
     def counts(self, batch: Batch) -> dict[str, float]:
+        """``mse`` and ``l1``: values of all pixels."""
         pixels = float(sum(g.pixels.numel() for g in batch.of(Kind.CLEAN)))
         return {"mse": pixels, "l1": pixels}
 
     def losses(self, batch: Batch, noise: Noise) -> Losses:
+        """Squared and absolute error of the reconstruction, summed over pixels and channels."""
         counts = self.counts(batch)
         terms: dict[str, list[Tensor]] = {"mse": [], "l1": []}
         for g in batch.of(Kind.CLEAN):

@@ -161,7 +161,7 @@ class Config:
     reading: Reading = "training"  # the size rule of pictures to read in requests
     markers_in_text: bool = False  # published: markers that a text spells are markers, and answers spell them
     settings: Settings = field(default_factory=Settings)
-    edits: Settings | None = None  # of requests that show sources; None: as ``settings``
+    edits: Settings | None = None  # of requests with edit sources; None: ``settings``
 
     def __post_init__(self) -> None:
         if self.decoder.routes != 2:
@@ -327,9 +327,9 @@ class Bagel(UnifiedModel[Settings]):
             raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the decoder {c.decoder.vocab_size}")
 
     def initialise(self, seed: int) -> None:
-        """For training from scratch: weights of variance 1 / inputs, what writes to a residual stream divided by
-        sqrt(2 layers), image experts as copies of the text experts and the velocity head at zero (as the published
-        trainer has them). The autoencoder is left alone."""
+        """Fresh weights of variance 1 / inputs; layers that write to a residual stream are divided by sqrt(2 layers).
+        As in the published trainer, image experts are copies of the text experts and the velocity head is zero. The
+        autoencoder does not change."""
         generator = torch.Generator().manual_seed(seed)
         depth = {"decoder": self.config.decoder.num_hidden_layers, "vision": self.config.vision.num_hidden_layers}
         draw_weights(self, generator, depth)
@@ -339,10 +339,12 @@ class Bagel(UnifiedModel[Settings]):
         nn.init.zeros_(self.latent_out.bias)
 
     def blocks(self) -> Iterator[nn.Module]:
+        """Decoder layers, then the vision encoder's."""
         yield from self.decoder.layers
         yield from self.vision.layers
 
     def trunk(self) -> Iterator[nn.Module]:
+        """The decoder layers."""
         yield from self.decoder.layers
 
     # ---- layout -------------------------------------------------------------------------------------------------
@@ -377,7 +379,7 @@ class Bagel(UnifiedModel[Settings]):
                 else:
                     final = at == len(sample.messages) and i == len(message.parts)
                     if part.role == "target":
-                        blocks.append(self._drawn(part))
+                        blocks.append(self._target(part))
                     if not (part.role == "target" and final):
                         number = next(pictures)
                         for read in self._read(part, sample):
@@ -418,9 +420,9 @@ class Bagel(UnifiedModel[Settings]):
             return [vision]
         return [self._block(Kind.CLEAN, image, (c.draw,), c.stride, DRAW), vision]
 
-    def _drawn(self, image: Image) -> Segment:
+    def _target(self, image: Image) -> Segment:
         rule, stride = self.config.draw, self.config.stride
-        return self._block(Kind.NOISED, image, (rule,), stride, DRAW, hidden=True, advance=0, drawn=True)
+        return self._block(Kind.NOISED, image, (rule,), stride, DRAW, hidden=True, advance=0, generated=True)
 
     def _block(
         self, kind: Kind, image: Image, rules: Sequence[SizeRule], stride: int, route: int, **more: Any
@@ -460,11 +462,12 @@ class Bagel(UnifiedModel[Settings]):
     def _run(
         self, batch: Batch, pictures: list[tuple[Tensor, Tensor]], positions: Tensor, order: Tensor, attend: Attend
     ) -> Float[Tensor, "T d"]:
-        """Final states in stream order, from the pictures' (places, embeddings) and the batch's words."""
+        """Final states in stream order, from the pictures' (places, embeddings) and the batch's text."""
         stream = self.decoder.embed(batch, pictures, order)
         return self.decoder(stream, positions[order], attend, [len(r) for r in batch.routes])
 
     def counts(self, batch: Batch) -> dict[str, float]:
+        """``text``: supervised tokens; ``image``: tokens of noised pictures."""
         return {
             "text": float((batch.targets != NONE).sum()),
             "image": float(sum(g.tokens.numel() for g in batch.of(Kind.NOISED))),
@@ -493,11 +496,12 @@ class Bagel(UnifiedModel[Settings]):
     # ---- reading ------------------------------------------------------------------------------------------------
 
     def open(self) -> Context:
+        """A context with an empty KV cache."""
         return Context(self.decoder.cache())
 
     @torch.inference_mode()
     def extend(self, contexts: Sequence[Context], sequences: Sequence[Layout]) -> list[Context]:
-        """Reads clean pictures at t = 0; a noised picture cannot be read."""
+        """Prefills text and clean pictures (t = 0). Raises ``ValueError`` for a noised picture."""
         batch = pack(sequences, self.routes).to(self.device)
         if batch.of(Kind.NOISED):
             raise ValueError("a noised picture is drawn, not read; use start and step")
@@ -524,11 +528,13 @@ class Bagel(UnifiedModel[Settings]):
 
     @property
     def stop_ids(self) -> frozenset[int]:
+        """<|im_end|>."""
         return frozenset({self.markers["eos"]})
 
     # ---- drawing ------------------------------------------------------------------------------------------------
 
     def canvas(self, sample: Sample) -> tuple[int, int]:
+        """The (height, width) of the picture to generate: see ``fitted``."""
         return fitted(sample, self.config.trained, self.config.draw)
 
     def branches(self, sample: Sample, settings: Settings) -> Branches:
@@ -587,6 +593,7 @@ class Bagel(UnifiedModel[Settings]):
         settings: Sequence[Settings],
         seeds: Sequence[int],
     ) -> list[Drawing[Settings]]:
+        """Standard normal noise for each request, (n, f)."""
         drawings = []
         for read, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
             canvas, branches = self.canvas(sample), self.branches(sample, s)
@@ -603,17 +610,18 @@ class Bagel(UnifiedModel[Settings]):
 
     @torch.inference_mode()
     def step(self, drawings: Sequence[Drawing[Settings]]) -> list[Drawing[Settings]]:
-        """One Euler step each. Branches of guidance are one batch; outside the interval they are not computed."""
+        """One Euler step for each drawing. The branches are one batch; outside the guidance interval only the full one
+        is computed."""
         check_step(drawings)
         table = self._fixed(drawings)
         moved = euler(drawings, lambda x_t, t, branches: self._velocity(x_t, t, drawings, table, branches))
         return [advance(d, state, v, table) for d, (state, v) in zip(drawings, moved, strict=True)]
 
     def _fixed(self, drawings: Sequence[Drawing[Settings]]) -> Fixed[Context]:
-        """The contexts' keys and values side by side, branch-major; kept while the same drawings go on together."""
+        """Keys and values of all contexts in one buffer, branch-major; kept while the same drawings are batched."""
         contexts = [d.contexts[b] for b in range(len(drawings[0].contexts)) for d in drawings]
-        if drawings[0].slot and drawings[0].slot.holds(contexts):
-            return drawings[0].slot
+        if drawings[0].private and drawings[0].private.holds(contexts):
+            return drawings[0].private
         return Fixed(contexts, len(drawings[0].state) + 2)
 
     def _velocity(
@@ -641,11 +649,13 @@ class Bagel(UnifiedModel[Settings]):
         return torch.stack([velocity(p, x_t, t, self.config.prediction) for p in prediction])
 
     def encoded(self, drawing: Drawing[Settings]) -> dict[str, Tensor]:
+        """The latents of a finished drawing, (c, h, w)."""
         grid = self._grid(drawing.canvas)
         return {"autoencoder": tokens_to_latents(drawing.state[None].clone(), grid, self.config.latent_patch)[0]}
 
     @torch.inference_mode()
     def finish(self, drawings: Sequence[Drawing[Settings]]) -> Float[Tensor, "B 3 H W"]:
+        """Decoded pictures, clamped to [-1, 1]."""
         states = torch.stack([d.state for d in drawings])
         latents = tokens_to_latents(states, self._grid(drawings[0].canvas), self.config.latent_patch)
         pixels = self.autoencoder.decode(latents).float().clamp(-1, 1)

@@ -99,7 +99,7 @@ Quirk = Literal[
 ]
 
 
-"""What the published code does and one would not do again:
+"""Defects of the published code that ``published_quirks`` can switch on:
 
 ``repeated_positions``    the fine stage counts its N tokens 0 .. N/2 - 1 twice; the published weights learned with it
 ``structural_labels``     newlines and markers are predicted in every turn, also where words are blanked for guidance
@@ -118,7 +118,7 @@ follows another row's decisions, and several pictures in a message are all read.
 
 @dataclass(frozen=True)
 class Settings(FlowSettings):
-    """How a picture is drawn. ``source_share``: an edit starts from a mix of this share of its (last) source's latents
+    """Sampler settings. ``source_share``: an edit starts from a mix of this share of its (last) source's latents
     with noise, and takes as much fewer steps. With 0 it starts from noise and reads the source in its context only."""
 
     source_share: float = 0.0
@@ -176,8 +176,8 @@ class Config:
             raise ValueError(
                 f"vision.patch_size must be {patch}, one patch for each latent, not {self.vision.patch_size}"
             )
-        if wrong := [s for s in (*self.size, self.sizes and self.sizes.stride) if s and s % self.stride]:
-            raise ValueError(f"size and sizes.stride must be multiples of {self.stride}, not {wrong[0]}")
+        if invalid := [s for s in (*self.size, self.sizes and self.sizes.stride) if s and s % self.stride]:
+            raise ValueError(f"size and sizes.stride must be multiples of {self.stride}, not {invalid[0]}")
 
     @property
     def stride(self) -> int:
@@ -254,6 +254,7 @@ class HeadLayer(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x: Float[Tensor, "N n d"], time: Float[Tensor, "N d"], rope: Rope) -> Float[Tensor, "N n d"]:
+        """(N, n, d) to the same shape; ``rope`` rotates queries and keys."""
         b1, s1, g1, b2, s2, g2 = self.modulation(F.silu(time))[:, None].chunk(6, -1)
         h = self.input_layernorm(x) * (1 + s1) + b1
         q, k, v = (y.unflatten(0, x.shape[:2]) for y in self.attn(h.flatten(0, 1)).split(self.heads, 1))
@@ -271,6 +272,7 @@ class Final(nn.Module):
         self.linear = nn.Linear(width, out)
 
     def forward(self, x: Float[Tensor, "N n d"], time: Float[Tensor, "N d"]) -> Float[Tensor, "N n o"]:
+        """The predictions of every token; ``time`` are features of the timestep."""
         shift, scale = self.modulation(F.silu(time))[:, None].chunk(2, -1)
         return self.linear(self.norm(x) * (1 + scale) + shift)
 
@@ -308,6 +310,7 @@ class Gate(nn.Module):
         self.layer_norm = nn.LayerNorm(width)
 
     def forward(self, s: Float[Tensor, "N m v"], e: Float[Tensor, "N m v"]) -> Float[Tensor, "N m v"]:
+        """The input of the fine stage: semantic tokens ``s`` with the detail ``e``."""
         if self.detail == "added":
             return self.layer_norm(s + e)
         return self.layer_norm(s + self.gate(s) * (s if self.detail == "none" else e))
@@ -363,7 +366,7 @@ class Cheers(UnifiedModel[Settings]):
         self.markers = {name: self.tokenizer.id(token) for name, token in words.items()}
         if len(self.tokenizer) > c.decoder.vocab_size:
             raise ValueError(
-                f"the tokenizer has {len(self.tokenizer)} words with Cheers's own, the decoder {c.decoder.vocab_size}"
+                f"the tokenizer has {len(self.tokenizer)} tokens with Cheers's, the decoder {c.decoder.vocab_size}"
             )
 
     def initialise(self, seed: int) -> None:
@@ -389,19 +392,21 @@ class Cheers(UnifiedModel[Settings]):
         return [self.coarse, self.fine] if self.config.head_layers[1] else [self.coarse]
 
     def blocks(self) -> Iterator[nn.Module]:
+        """Decoder layers, the vision encoder's, then those of the head."""
         yield from self.decoder.layers
         yield from self.vision.layers
         for stage in self._stages():
             yield from stage.layers
 
     def trunk(self) -> Iterator[nn.Module]:
+        """The decoder layers."""
         yield from self.decoder.layers
 
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Layout:
-        """ChatML with each picture between its markers. ``text`` does not remove the words of a request: it blanks all
-        tokens up to the picture that is drawn, except the picture markers; blank tokens have no targets."""
+        """ChatML with each picture between its markers. Dropping ``text`` does not remove the text of a request: it
+        replaces all tokens before the generated picture, except picture markers, by <no_mean>, without targets."""
         sample, page = dropped(sample, drop - {"text"}), _ChatML(self, drop)
         if "dummy_picture" in self.config.published_quirks and not any(True for _ in sample.images()):
             page.show(self._dummy(sample))
@@ -433,7 +438,7 @@ class Cheers(UnifiedModel[Settings]):
                 learned = part.role == "target" and not sample.is_open
                 page.write(self.markers["start"], learned=learned)
                 if learned:
-                    page.show(self._drawn(part, visible))
+                    page.show(self._target(part, visible))
                     if (index, i) == sample.drawing:
                         page.drop -= {"text"}  # what follows the picture keeps its text
                     if last and not following and not visible:
@@ -448,7 +453,7 @@ class Cheers(UnifiedModel[Settings]):
             page.text("\n" if roles else "")
 
     def words(self, run: Sequence[tuple[int, bool]], drop: Drop) -> list[Segment]:
-        """A run of words as segments, those that predict apart from those that do not."""
+        """The segments of a run of text tokens, cut where supervision begins or ends."""
         structural = "structural_labels" in self.config.published_quirks
         labels = [i if learned and ("text" not in drop or structural) else NONE for i, learned in run]
         if structural:
@@ -460,8 +465,8 @@ class Cheers(UnifiedModel[Settings]):
         spans = zip([0, *ends], [*ends, len(ids)], strict=True)
         return [Segment(Kind.TEXT, ids[a:b], targets[a:b] if _speaks(targets, a) else ()) for a, b in spans if a < b]
 
-    def _drawn(self, image: Image, visible: bool) -> Segment:
-        block = replace(self._picture(Kind.NOISED, image), drawn=True)
+    def _target(self, image: Image, visible: bool) -> Segment:
+        block = replace(self._picture(Kind.NOISED, image), generated=True)
         return block if visible else replace(block, hidden=True, advance=0)
 
     def _picture(self, kind: Kind, image: Image) -> Segment:
@@ -477,12 +482,12 @@ class Cheers(UnifiedModel[Settings]):
         held, encoded = image.through("autoencoder", pixels)
         return self._block(kind, size, held, encoded=encoded, masked=image.masked)
 
-    def _block(self, kind: Kind, size: tuple[int, int], image: Tensor, **how: Any) -> Segment:
+    def _block(self, kind: Kind, size: tuple[int, int], image: Tensor, **columns: Any) -> Segment:
         grid = (size[1] // self.config.stride, size[0] // self.config.stride)
-        return Segment(kind, (NONE,) * (grid[0] * grid[1]), image=image, grid=grid, **{"full": True, **how})
+        return Segment(kind, (NONE,) * (grid[0] * grid[1]), image=image, grid=grid, **{"full": True, **columns})
 
     def _dummy(self, sample: Sample) -> Segment:
-        """The published picture of nothing before a text without pictures: causal, and not told as a picture."""
+        """The dummy picture of the published code before a text without pictures: causal, and without markers."""
         width, height = self.config.size
         if sample.is_open:
             pixels = Noise().uniform(sample.id, "dummy", (3, height, width)) * 2 - 1
@@ -514,7 +519,7 @@ class Cheers(UnifiedModel[Settings]):
     def _predict(
         self, hidden: Float[Tensor, "N n d"], detail: Float[Tensor, "N m v"], t: Float[Tensor, " N"], z: Tensor
     ) -> Float[Tensor, "N c h w"]:
-        """What the head says of the picture ``z`` at our times ``t``: its velocity, or its data."""
+        """The head's prediction for the picture ``z`` at times ``t`` (1 at noise): its velocity, or its data."""
         grid = (z.shape[-2] // self.config.merge, z.shape[-1] // self.config.merge)
         places = torch.arange(detail.shape[1], device=hidden.device)
         out = channel_to_space(self.coarse(hidden, 1 - t, places[: hidden.shape[1]]), grid, self.config.merge)
@@ -525,9 +530,10 @@ class Cheers(UnifiedModel[Settings]):
         return -out if self.config.prediction == "velocity" else out
 
     def _supervised(self, group: Pictures) -> bool:
-        return group.drawn or "loss_on_all_pictures" in self.config.published_quirks
+        return group.generated or "loss_on_all_pictures" in self.config.published_quirks
 
     def counts(self, batch: Batch) -> dict[str, float]:
+        """``text``: supervised tokens; ``image``: latents of the pictures that carry the flow loss."""
         latents = sum(g.tokens.numel() for g in batch.pictures if self._supervised(g)) * self.config.merge**2
         return {"text": float((batch.targets != NONE).sum()), "image": float(latents)}
 
@@ -539,7 +545,7 @@ class Cheers(UnifiedModel[Settings]):
             t, eps = data.new_zeros(len(data)), data  # a picture that is read has no noise: its velocity is 0
             if g.kind == Kind.NOISED:
                 eps = draw_noise(noise, g, "noise", tuple(data.shape[1:])).to(data.device)
-                t = self.config.times(noise, g.owners, g.ordinals).to(data.device) if g.drawn else t + 1
+                t = self.config.times(noise, g.owners, g.ordinals).to(data.device) if g.generated else t + 1
             tokens, detail = self._see(mix(data, eps, t))
             pictures.append((g.tokens, blanked(tokens, g, noise)))
             if self._supervised(g):
@@ -555,12 +561,13 @@ class Cheers(UnifiedModel[Settings]):
     # ---- reading ------------------------------------------------------------------------------------------------
 
     def open(self) -> Context:
-        return Context(self.decoder.cache(), slot=())
+        """A context with an empty KV cache and no edit sources."""
+        return Context(self.decoder.cache(), private=())
 
     @torch.inference_mode()
     def extend(self, contexts: Sequence[Context], sequences: Sequence[Layout]) -> list[Context]:
-        """Reads clean pictures; a noised picture cannot be read. The slot of a context holds the latents of pictures to
-        edit and where each ends."""
+        """Prefills text and clean pictures. ``Context.private`` holds (end, latents) of every edit source. Raises
+        ``ValueError`` for a noised picture."""
         batch = pack(sequences, self.routes).to(self.device)
         if batch.of(Kind.NOISED):
             raise ValueError("a noised picture is drawn, not read; use start and step")
@@ -582,13 +589,15 @@ class Cheers(UnifiedModel[Settings]):
         states = self.decoder(stream, batch.positions + starts[batch.document], attend)
         logits = self.decoder.logits(states[ends.to(self.device) - 1]).float()
         read = read_on(contexts, sequences, caches, logits)
-        return [replace(c, slot=(*c.slot, *sorted(new, key=lambda s: s[0]))) for c, new in zip(read, sources)]
+        return [replace(c, private=(*c.private, *sorted(new, key=lambda s: s[0]))) for c, new in zip(read, sources)]
 
     def rewind(self, context: Context, length: int, position: int) -> Context:
-        slot = tuple(source for source in context.slot if source[0] <= length)
-        return replace(super().rewind(context, length, position), slot=slot)
+        """See ``UnifiedModel``; edit sources after ``length`` are removed."""
+        private = tuple(source for source in context.private if source[0] <= length)
+        return replace(super().rewind(context, length, position), private=private)
 
     def reply(self, ids: Sequence[int], drop: Drop = NOTHING) -> Layout:
+        """See ``UnifiedModel``; without text, all tokens but picture markers become <no_mean>."""
         kept = {self.markers["start"], self.markers["end"]}
         blank = self.markers["blank"]
         ids = [i if i in kept else blank for i in ids] if "text" in drop else ids
@@ -596,18 +605,22 @@ class Cheers(UnifiedModel[Settings]):
 
     @property
     def stop_ids(self) -> frozenset[int]:
+        """<|im_end|>."""
         return frozenset({self.markers["stop"]})
 
     @property
     def picture_word(self) -> int:
+        """<im_start>."""
         return self.markers["start"]
 
-    def drawn(self, image: Image) -> tuple[Segment, ...]:
+    def lay_out_picture(self, image: Image) -> tuple[Segment, ...]:
+        """The clean picture and <im_end>."""
         return self._picture(Kind.VISION, image), Segment(Kind.TEXT, (self.markers["end"],))
 
     # ---- drawing ------------------------------------------------------------------------------------------------
 
     def canvas(self, sample: Sample) -> tuple[int, int]:
+        """The (height, width) of the picture to generate: see ``fitted``."""
         return fitted(sample, self.config.trained, self.config.sizes)
 
     def start(
@@ -617,13 +630,14 @@ class Cheers(UnifiedModel[Settings]):
         settings: Sequence[Settings],
         seeds: Sequence[int],
     ) -> list[Drawing[Settings]]:
+        """Noise for each request, mixed with the last edit source where ``source_share`` asks for it."""
         drawings = []
         for read, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
             canvas = self.canvas(sample)
             rows, columns = (side // self.config.autoencoder.downsample for side in canvas)
             noise = Noise(seed).normal("drawing", "noise", (self.config.autoencoder.features, rows, columns))
             edited = any(picture.role == "condition" for picture in sources(sample))
-            source = read[0].slot[-1][1] if edited else None  # the request was read last
+            source = read[0].private[-1][1] if edited else None  # the request was read last
             drawings.append(self.begin(noise.to(self.device), read, self.branches(sample, s), canvas, s, source))
         return drawings
 
@@ -666,7 +680,7 @@ class Cheers(UnifiedModel[Settings]):
         interval they are not computed."""
         check_step(drawings)
         contexts = [d.contexts[b] for b in range(len(drawings[0].contexts)) for d in drawings]
-        canvas, table = drawings[0].canvas, drawings[0].slot
+        canvas, table = drawings[0].canvas, drawings[0].private
         if table is None or not table.holds(contexts):
             table = Fixed(contexts, canvas[0] * canvas[1] // self.config.stride**2)
 
@@ -701,23 +715,25 @@ class Cheers(UnifiedModel[Settings]):
         return torch.stack([velocity(p, z, t, self.config.prediction) for p in each])
 
     def encoded(self, drawing: Drawing[Settings]) -> dict[str, Tensor]:
+        """The latents of a finished drawing, (c, h, w)."""
         return {"autoencoder": self._grid(drawing.state[None].clone(), drawing.canvas)[0]}
 
     @torch.inference_mode()
     def finish(self, drawings: Sequence[Drawing[Settings]]) -> Float[Tensor, "B 3 H W"]:
+        """Decoded pictures, clamped to [-1, 1]."""
         latents = self._grid(torch.stack([d.state for d in drawings]), drawings[0].canvas)
         pictures = self.autoencoder.decode(latents).float()
         return (pictures * 2 - 1 if self.config.unit_pixels else pictures).clamp(-1, 1)
 
 
 class _ChatML:
-    """A conversation while it is laid out: the segments so far, and the run of tokens since the last picture."""
+    """Builds the layout of a conversation: the segments so far, and the run of tokens since the last picture."""
 
     def __init__(self, model: Cheers, drop: Drop) -> None:
         self.model, self.drop = model, drop
         self.segments: list[Segment] = []
         self.run: list[tuple[int, bool]] = []  # token ids, each with whether it is to be predicted
-        self.pending = ""  # text without loss: encoded in one piece, for a tokenizer merges across its parts
+        self.pending = ""  # text without loss: encoded in one piece, since a tokenizer merges across its parts
 
     def text(self, text: str) -> None:
         """Text without loss."""
@@ -742,5 +758,5 @@ class _ChatML:
 
 
 def _speaks(targets: Sequence[int], i: int) -> bool:
-    """Whether a word predicts the next one, or is the last one that was predicted."""
+    """Whether token ``i`` predicts the next one, or is the last one that is predicted."""
     return targets[i] != NONE or (i > 0 and targets[i - 1] != NONE)

@@ -244,12 +244,14 @@ class Iomm(UnifiedModel[FlowSettings]):
             part.initialise(generator)
 
     def blocks(self) -> Iterator[torch.nn.Module]:
+        """Blocks of the reader, the diffusion transformer, the adapter and the connector."""
         yield from self.mllm.blocks()
         yield from blocks(self.dit)
         for part in (self.adapter, self.connector):
             yield from (module for module in part.modules() if isinstance(module, QueryBlock))
 
     def trunk(self) -> Iterator[torch.nn.Module]:
+        """The reader's decoder layers and the blocks of the diffusion transformer."""
         yield from self.mllm.language.layers  # once for the prefix, once for the queries
         yield from blocks(self.dit)
 
@@ -407,6 +409,7 @@ class Iomm(UnifiedModel[FlowSettings]):
         return self.connector(whole, seen), seen
 
     def counts(self, batch: Batch) -> dict[str, float]:
+        """``text``: supervised tokens; ``image``: tokens of noised pictures."""
         return {
             "text": float((batch.targets != NONE).sum()),
             "image": float(sum(g.tokens.numel() for g in batch.of(Kind.NOISED))),
@@ -449,6 +452,7 @@ class Iomm(UnifiedModel[FlowSettings]):
     # ---- reading ------------------------------------------------------------------------------------------------
 
     def open(self) -> Context:
+        """A context with an empty KV cache."""
         return Context(self.mllm.cache())
 
     @torch.inference_mode()
@@ -472,7 +476,7 @@ class Iomm(UnifiedModel[FlowSettings]):
                 c.length + n,
                 c.position + sum(g.moves for g in laid.segments),
                 scores,
-                _Read(c.slot, c.length, x, h),
+                _Read(c.private, c.length, x, h),
             )
             for cache, c, n, laid, scores, x, h in zip(
                 caches,
@@ -488,15 +492,18 @@ class Iomm(UnifiedModel[FlowSettings]):
 
     @property
     def stop_ids(self) -> frozenset[int]:
+        """The template's stop token."""
         return frozenset({self.stop})
 
     # ---- drawing ------------------------------------------------------------------------------------------------
 
     def canvas(self, sample: Sample) -> tuple[int, int]:
+        """The (height, width) of the picture to generate: see ``fitted``."""
         c = self.config
         return fitted(sample, c.trained, None if c.crop else c.draw)
 
     def branches(self, sample: Sample, settings: FlowSettings) -> Branches:
+        """See ``every_scale``."""
         return every_scale(sample, settings)
 
     @torch.inference_mode()
@@ -515,13 +522,13 @@ class Iomm(UnifiedModel[FlowSettings]):
             canvas, branches, own = self.canvas(sample), self.branches(sample, s), [conditions[id(c)] for c in read]
             noise = Noise(seed).normal("drawing", "noise", (prod(self._grid(canvas)), self.features)).to(self.device)
             steps = self.steps(canvas, s)
-            drawings.append(Drawing(noise, read, branches, canvas, s, steps, s.times(steps), slot=tuple(own)))
+            drawings.append(Drawing(noise, read, branches, canvas, s, steps, s.times(steps), private=tuple(own)))
         return drawings
 
     def _conditions(self, contexts: list[Context]) -> list[Float[Tensor, "M d"]]:
         """The condition of every context."""
         lengths = torch.tensor([c.length for c in contexts], device=self.device)
-        read = [c.slot.upto(c.length) for c in contexts]
+        read = [c.private.upto(c.length) for c in contexts]
         c, states = (pad_sequence(list(x), batch_first=True) for x in zip(*read, strict=True))
         valid = torch.arange(c.shape[1], device=self.device) < lengths[:, None]
         position = self.mllm.positions(torch.tensor([x.position for x in contexts], device=self.device), [])
@@ -539,7 +546,7 @@ class Iomm(UnifiedModel[FlowSettings]):
         """One Euler step each. Branches of guidance are one batch; outside the interval they are not computed."""
         check_step(drawings)
         moved = euler(drawings, lambda x_t, t, branches: self._velocity(x_t, t, drawings, branches))
-        return [advance(d, state, v, d.slot) for d, (state, v) in zip(drawings, moved, strict=True)]
+        return [advance(d, state, v, d.private) for d, (state, v) in zip(drawings, moved, strict=True)]
 
     def _velocity(
         self,
@@ -548,7 +555,7 @@ class Iomm(UnifiedModel[FlowSettings]):
         drawings: Sequence[Drawing[FlowSettings]],
         branches: int,
     ) -> Float[Tensor, "R B n f"]:
-        each = [d.slot[b] for b in range(branches) for d in drawings]
+        each = [d.private[b] for b in range(branches) for d in drawings]
         lengths = torch.tensor([len(c) for c in each], device=self.device)
         longest = int(lengths.max())
         valid = torch.arange(longest, device=self.device) < lengths[:, None]
@@ -562,11 +569,13 @@ class Iomm(UnifiedModel[FlowSettings]):
         return canvas[0] // self.config.stride, canvas[1] // self.config.stride
 
     def encoded(self, drawing: Drawing[FlowSettings]) -> dict[str, Tensor]:
+        """The latents of a finished drawing, (c, h, w)."""
         grid = self._grid(drawing.canvas)
         return {"autoencoder": tokens_to_latents(drawing.state[None].clone(), grid, self.config.latent_patch)[0]}
 
     @torch.inference_mode()
     def finish(self, drawings: Sequence[Drawing[FlowSettings]]) -> Float[Tensor, "B 3 H W"]:
+        """Decoded pictures, clamped to [-1, 1]."""
         states = torch.stack([d.state for d in drawings])
         latents = tokens_to_latents(states, self._grid(drawings[0].canvas), self.config.latent_patch)
         return self.autoencoder.decode(latents).float().clamp(-1, 1)
@@ -677,4 +686,4 @@ class _Page(Runs):
         held, encoded = image.through("autoencoder", pixels)
         columns: dict[str, Any] = {"image": held, "encoded": encoded, "grid": grid, "full": True, "shared": True}
         ids = (NONE,) * (grid[0] * grid[1])
-        self.add(Segment(Kind.NOISED, ids, hidden=True, advance=0, drawn=True, **columns))
+        self.add(Segment(Kind.NOISED, ids, hidden=True, advance=0, generated=True, **columns))

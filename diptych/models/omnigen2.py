@@ -344,10 +344,12 @@ class OmniGen2(UnifiedModel[Settings]):
         self.dit.initialise(generator)
 
     def blocks(self) -> Iterator[torch.nn.Module]:
+        """Blocks of the reader, then those of the diffusion transformer."""
         yield from self.mllm.blocks()
         yield from self.dit.blocks()
 
     def trunk(self) -> Iterator[torch.nn.Module]:
+        """The reader's decoder layers and the blocks of the diffusion transformer, without those of the references."""
         yield from self.mllm.language.layers
         yield from self.dit.trunk()
 
@@ -361,6 +363,7 @@ class OmniGen2(UnifiedModel[Settings]):
         return self._checked(dropped(sample, drop), "text" in drop)
 
     def lay_out_away(self, sample: Sample, drop: Drop, words: str = "") -> Layout:
+        """See ``UnifiedModel``; a negative prompt keeps the layout of a branch without text."""
         if not words or "text" not in drop:
             return self.lay_out(sample, drop)
         return self._checked(dropped(worded(sample, words), drop - {"text"}), True)
@@ -453,7 +456,8 @@ class OmniGen2(UnifiedModel[Settings]):
             )
         return found
 
-    def drawn(self, image: Image) -> tuple[Segment, ...]:
+    def lay_out_picture(self, image: Image) -> tuple[Segment, ...]:
+        """The picture as the reader sees it, between its markers."""
         page = _Page(self)
         page.see(image)
         return page.done("drawn").segments
@@ -484,6 +488,7 @@ class OmniGen2(UnifiedModel[Settings]):
         return _Stream(stream, x.index_select(0, stream), positions, condition[stream], batch.take(stream))
 
     def counts(self, batch: Batch) -> dict[str, float]:
+        """``text``: supervised tokens; ``image``: tokens of noised pictures."""
         return {
             "text": float((batch.targets != NONE).sum()),
             "image": float(sum(g.tokens.numel() for g in batch.of(Kind.NOISED))),
@@ -561,6 +566,7 @@ class OmniGen2(UnifiedModel[Settings]):
     # ---- reading ------------------------------------------------------------------------------------------------
 
     def open(self) -> Context:
+        """A context with an empty KV cache."""
         return Context(self.mllm.cache())
 
     @torch.inference_mode()
@@ -572,7 +578,7 @@ class OmniGen2(UnifiedModel[Settings]):
             raise ValueError("a noised picture is drawn, not read; use start and step")
         s = self._read(batch, Noise())
         read = s.columns.lengths
-        before = [c.slot.upto(c.length) if c.slot else None for c in contexts]
+        before = [c.private.upto(c.length) if c.private else None for c in contexts]
         earlier = [len(b.states) if b else 0 for b in before]
         caches = [c.cache.reserve(n, m) if m else c.cache for c, n, m in zip(contexts, earlier, read, strict=True)]
         states, logits = s.x, [c.logits for c in contexts]
@@ -593,22 +599,25 @@ class OmniGen2(UnifiedModel[Settings]):
                 c.length + len(laid),
                 c.position + sum(x.moves for x in laid.segments),
                 scores,
-                _Read(c.slot, c.length, *piece),
+                _Read(c.private, c.length, *piece),
             )
             for cache, c, laid, scores, piece in zip(caches, contexts, sequences, logits, pieces, strict=True)
         ]
 
     @property
     def stop_ids(self) -> frozenset[int]:
+        """The template's stop token."""
         return frozenset({self.stop})
 
     @property
     def picture_word(self) -> int:
+        """<|img|>."""
         return self.picture
 
     # ---- drawing ------------------------------------------------------------------------------------------------
 
     def canvas(self, sample: Sample) -> tuple[int, int]:
+        """The (height, width) of the picture to generate: see ``fitted``."""
         return fitted(sample, self.config.trained, self.config.source)
 
     def branches(self, sample: Sample, settings: Settings) -> Branches:
@@ -639,21 +648,21 @@ class OmniGen2(UnifiedModel[Settings]):
             canvas, branches, noise = self.canvas(sample), self.branches(sample, s), Noise(seed)
             eps = noise.normal("drawing", "noise", (prod(self._grid(canvas)), self.features)).to(self.device)
             references = self._encoded(sample, s, noise)
-            slot = _Slot(
+            private = _Fixed(
                 tuple(self._states(c) for c in branch_contexts),
                 tuple(() if "image" in drop else references for drop in branches),
             )
             steps = self.steps(canvas, s)
             places = prod(canvas) // self.config.autoencoder.downsample**2
             times = s.times(steps, places)
-            drawings.append(Drawing(eps, branch_contexts, branches, canvas, s, steps, times, slot=slot))
+            drawings.append(Drawing(eps, branch_contexts, branches, canvas, s, steps, times, private=private))
         return drawings
 
     def _states(self, context: Context) -> Float[Tensor, "L D"]:
         """What a picture is drawn from that a context ends with."""
-        if context.slot is None:
+        if context.private is None:
             raise ValueError("a picture is drawn from a context that has read its request; this one is empty")
-        read = context.slot.upto(context.length)
+        read = context.private.upto(context.length)
         return read.states[self._condition(read.condition, read.ids, torch.ones_like(read.condition))]
 
     def _encoded(self, sample: Sample, settings: Settings, noise: Noise) -> tuple[Reference, ...]:
@@ -681,7 +690,7 @@ class OmniGen2(UnifiedModel[Settings]):
         for d, branches in zip(drawings, active, strict=True):
             assert d.times is not None
             t = 1 - d.times[d.step].to(d.state.device)
-            pairs = zip(d.slot.conditions[:branches], d.slot.references[:branches], strict=True)
+            pairs = zip(d.private.conditions[:branches], d.private.references[:branches], strict=True)
             rows += [Drawn(d.state, grid, t, condition, references) for condition, references in pairs]
         outs = zip(self.dit(rows), rows, strict=True)
         kind = self.config.prediction
@@ -691,10 +700,10 @@ class OmniGen2(UnifiedModel[Settings]):
             assert d.times is not None
             v = d.settings.combine([next(velocities) for _ in range(branches)], d.branches)
             if d.settings.solver == "euler":
-                out.append(advance(d, euler_step(d.state, v, d.times, d.step), v, d.slot))
+                out.append(advance(d, euler_step(d.state, v, d.times, d.step), v, d.private))
             else:
-                state, data = dpm_step(d.state, v, d.times, d.step, d.slot.data)
-                out.append(advance(d, state, v, replace(d.slot, data=data)))
+                state, data = dpm_step(d.state, v, d.times, d.step, d.private.data)
+                out.append(advance(d, state, v, replace(d.private, data=data)))
         return out
 
     def _grid(self, canvas: tuple[int, int]) -> tuple[int, int]:
@@ -702,11 +711,13 @@ class OmniGen2(UnifiedModel[Settings]):
         return canvas[0] // self.config.stride, canvas[1] // self.config.stride
 
     def encoded(self, drawing: Drawing[Settings]) -> dict[str, Tensor]:
+        """The latents of a finished drawing, (c, h, w)."""
         grid = self._grid(drawing.canvas)
         return {"autoencoder": tokens_to_latents(drawing.state[None].clone(), grid, self.config.latent_patch)[0]}
 
     @torch.inference_mode()
     def finish(self, drawings: Sequence[Drawing[Settings]]) -> Float[Tensor, "B 3 H W"]:
+        """Decoded pictures, clamped to [-1, 1]."""
         states = torch.stack([d.state for d in drawings])
         latents = tokens_to_latents(states, self._grid(drawings[0].canvas), self.config.latent_patch)
         return self.autoencoder.decode(latents).float().clamp(-1, 1)
@@ -782,7 +793,7 @@ class _Read:
 
 
 @dataclass(frozen=True, eq=False)
-class _Slot:
+class _Fixed:
     """What a drawing keeps through its steps, a value for each branch; ``data`` is the solver's last prediction."""
 
     conditions: tuple[Tensor, ...]
@@ -875,7 +886,7 @@ class _Page(Runs):
         grid = (size[1] // stride, size[0] // stride)
         held, encoded = image.through(encoder, lambda: lanczos(image.pixels, size, image.nearest))
         ids = (NONE,) * prod(grid)
-        columns: Mapping[str, Any] = {"image": held, "grid": grid, "encoded": encoded, "drawn": kind == Kind.NOISED}
+        columns: Mapping[str, Any] = {"image": held, "grid": grid, "encoded": encoded, "generated": kind == Kind.NOISED}
         return Segment(kind, ids, full=True, shared=True, hidden=True, advance=0, **columns)
 
 

@@ -1,7 +1,7 @@
 """The interface of a model family. The rest of the library uses these members and no others.
 
-``Trainable`` is enough for the training loop; ``UnifiedModel`` adds reading and drawing. Families are final: they
-inherit from one of these and from nothing else of ours.
+``Trainable`` is enough for the training loop; ``UnifiedModel`` adds prefill and picture generation. Families are
+final: they inherit from one of these and from no other class of diptych.
 """
 
 from __future__ import annotations
@@ -42,29 +42,29 @@ THINK_BEFORE_ANSWERING = (
     "answer here"
 )
 NOTHING, TEXT, IMAGE = Drop(), Drop({"text"}), Drop({"image"})
-Branches = Mapping[Drop, float]  # what a context of guidance leaves out -> how far guidance goes away from it
+Branches = Mapping[Drop, float]  # what a branch of guidance leaves out -> its guidance scale
 
 
 @runtime_checkable
 class Settings(Protocol):
-    """What others may read of a family's settings, a frozen dataclass that says how a picture is drawn."""
+    """The sampler settings that every family has; a family's own are a frozen dataclass with these members."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def guidance_scale(self) -> float:
-        """How far guidance goes away from the branch without text; 1 is no guidance."""
+        """The guidance scale of the branch without text; 1 is no guidance."""
 
     @property
     def image_guidance_scale(self) -> float:
-        """The same for the branch without pictures."""
+        """The guidance scale of the branch without pictures."""
 
     @property
     def num_inference_steps(self) -> int | None:
-        """Denoising steps; None in families that draw a picture token by token."""
+        """Denoising steps; None in families that generate a picture token by token."""
 
     def within(self, steps: int) -> Settings:
-        """The same settings with at most so many denoising steps."""
+        """The same settings with at most ``steps`` denoising steps."""
 
 
 S = TypeVar("S", bound=Settings)  # a family's own settings
@@ -72,20 +72,20 @@ S = TypeVar("S", bound=Settings)  # a family's own settings
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """The tokens that a model has prefilled. Reading returns a new context; the old one stays usable."""
+    """The tokens that a model has prefilled. ``extend`` returns a new context; the old one stays valid."""
 
-    cache: Any  # the family's: a parts.attention.Cache for most
+    cache: Any  # of the family: a parts.attention.Cache for most
     length: int = 0  # tokens read
     position: int = 0  # next position id
     logits: Tensor = field(
         default_factory=lambda: torch.empty(0)
     )  # (V,) scores of the next token; empty before the first
-    slot: Any = None  # family-private
+    private: Any = None  # family-private
 
 
 @dataclass(frozen=True, eq=False)
 class Drawing(Generic[S]):
-    """A picture in the making: ``state`` is noise on its way to latents, or a grid of codes being filled."""
+    """A picture that is being generated: ``state`` is x_t of a flow, or a grid of codes that are partly chosen."""
 
     state: Tensor
     contexts: tuple[Context, ...]  # one for each of ``branches``
@@ -93,39 +93,39 @@ class Drawing(Generic[S]):
     canvas: tuple[int, int]  # (height, width) in pixels
     settings: S
     steps: int
-    times: Tensor | None = None  # of a flow: the steps + 1 times between which it moves
+    times: Tensor | None = None  # of a flow: the steps + 1 times of the sampler
     step: int = 0
-    velocity: Tensor | None = None  # of a flow: where its last step pointed
-    seed: int = 0  # of draws that a step makes; a flow draws nothing after its first noise
-    slot: Any = None  # family-private
+    velocity: Tensor | None = None  # of a flow: the velocity of its last step
+    seed: int = 0  # of the random draws of a step; a flow has none after its first noise
+    private: Any = None  # family-private
 
     def __post_init__(self) -> None:
         if len(self.contexts) != len(self.branches):
-            told = ", ".join("+".join(sorted(drop)) or "nothing" for drop in self.branches)
-            raise ValueError(f"guidance needs contexts without {told}; there are {len(self.contexts)}")
+            names = ", ".join("+".join(sorted(drop)) or "nothing" for drop in self.branches)
+            raise ValueError(f"guidance needs contexts without {names}; there are {len(self.contexts)}")
 
     @property
     def done(self) -> bool:
-        """Whether only ``finish`` is left."""
+        """Whether all steps are taken."""
         return self.step >= self.steps
 
     @property
     def ahead(self) -> Drawing[S]:
-        """The drawing as it would end now: of a flow x_t - t v, the end that its last step pointed at."""
+        """The drawing as it would end now: of a flow, the data x_t - t v that the last velocity predicts."""
         if self.velocity is None or self.times is None:
             return self
         return replace(self, state=self.state - float(self.times[self.step]) * self.velocity)
 
 
 class Encoder(NamedTuple):
-    """A frozen encoder whose outputs may be computed once and kept: where it is, and what decides what it is shown."""
+    """A frozen encoder whose outputs can be precomputed: its modules and the settings that its input depends on."""
 
     modules: tuple[str, ...]  # of the family
     settings: tuple[str, ...]  # fields of its Config
 
 
 class Trainable(nn.Module, ABC):
-    """A network that lays out its own samples and owns its loss."""
+    """A network with its own layout of samples and its own loss."""
 
     family: ClassVar[str]
     parts: ClassVar[
@@ -133,7 +133,7 @@ class Trainable(nn.Module, ABC):
     ]  # part name -> globs over parameter names; each parameter in one part
     routes: ClassVar[int] = 1  # how many experts ``core.batch.pack`` prepares index lists for
     frozen: ClassVar[frozenset[str]] = frozenset()  # parts that no recipe may train
-    generation: ClassVar[tuple[str, ...]] = ()  # parts that draw, for recipes of any family
+    generation: ClassVar[tuple[str, ...]] = ()  # parts that generate pictures, for recipes of any family
     conditions: ClassVar[tuple[str, ...]] = ()  # what ``lay_out`` can drop, such as "text" and "image"
     segmented: ClassVar[tuple[str, ...]] = ()  # those of ``conditions`` of which it can drop segments, as "text:0"
     encoders: ClassVar[Mapping[str, Encoder]] = {}  # frozen encoders that ``lay_out`` names (``Image.through``)
@@ -159,18 +159,18 @@ class Trainable(nn.Module, ABC):
         """The loss terms of a batch as (sum, count), with the names and counts of ``counts``."""
 
     def forward(self, batch: Batch, noise: Noise) -> Losses:
-        """``losses``: the only way in for training."""
+        """``losses``; the training loop calls the module, so that sharding hooks run."""
         return self.losses(batch, noise)
 
     @abstractmethod
     def blocks(self) -> Iterator[nn.Module]:
-        """What to recompute and to compile one by one."""
+        """The blocks that are checkpointed and compiled one by one."""
 
     def trunk(self) -> Iterator[nn.Module]:
-        """Those of ``blocks`` that every forward calls, and calls equally often, whatever the batch holds: sharded one
-        by one. What batches may lack (a vision encoder) or call once for every shape of pictures is gathered with the
-        rest. Processes that share a model wait for each other in every call, so each of them goes backward too: the
-        loss of any batch depends on the trunk's output."""
+        """The ``blocks`` that every forward calls equally often, whatever the batch holds; they are sharded one by one.
+        Modules that a batch may not use (a vision encoder), or uses once per picture shape, are gathered with the rest.
+        Processes that share a model wait for each other in every call, also backward: the loss of every batch must
+        depend on the trunk's output."""
         yield from self.blocks()
 
     @abstractmethod
@@ -193,24 +193,24 @@ class Trainable(nn.Module, ABC):
         modules, settings = self.encoders[encoder]
         values = {name: getattr(self.config, name) for name in settings}
         plain = {name: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for name, v in values.items()}
-        for own in (v for v in plain.values() if isinstance(v, dict) and "folder" in v):
-            own["folder"] = None  # where weights lie decides nothing, what they are does
-        made = hashlib.sha256(json.dumps([self.family, encoder, plain], sort_keys=True, default=asdict).encode())
+        for values_with_folder in (v for v in plain.values() if isinstance(v, dict) and "folder" in v):
+            values_with_folder["folder"] = None  # features depend on the weights, not on where they are
+        digest = hashlib.sha256(json.dumps([self.family, encoder, plain], sort_keys=True, default=asdict).encode())
         for module in modules:
-            apart = getattr(self.get_submodule(module), "files", None)
-            if apart is not None:
-                if not (files := apart()):
+            weight_files = getattr(self.get_submodule(module), "files", None)
+            if weight_files is not None:
+                if not (files := weight_files()):
                     return ""
                 for file in files:
                     with file.open("rb") as opened:
-                        made.update(hashlib.file_digest(opened, "sha256").digest())
+                        digest.update(hashlib.file_digest(opened, "sha256").digest())
             for name, tensor in sorted(self.get_submodule(module).state_dict().items()):
                 whole = (
                     tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
                 )  # shards of several processes
-                made.update(f"{module}.{name} {whole.dtype} {tuple(whole.shape)}".encode())
-                made.update(whole.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return made.hexdigest()[:32]
+                digest.update(f"{module}.{name} {whole.dtype} {tuple(whole.shape)}".encode())
+                digest.update(whole.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:32]
 
     @property
     def device(self) -> torch.device:
@@ -234,13 +234,13 @@ class Preset:
 
 
 class UnifiedModel(Trainable, Generic[S]):
-    """A family that reads pictures and draws them. Generation takes lists: one request is a list of one."""
+    """A family that reads and generates pictures. Generation takes lists: one request is a list of one."""
 
     opens_with_picture: ClassVar[bool] = False  # ``picture_word`` begins a picture only as the first word of an answer
     think_before_drawing: ClassVar[str] = THINK_BEFORE_DRAWING  # the system text of a request that is planned first
     think_before_answering: ClassVar[str] = THINK_BEFORE_ANSWERING
-    settings: S  # those that suit the weights
-    edits: S | None = None  # those that suit edits; None: the same
+    settings: S  # default sampler settings
+    edits: S | None = None  # default sampler settings of edits; None: ``settings``
 
     presets: ClassVar[Mapping[str, Preset]] = {}
 
@@ -288,22 +288,22 @@ class UnifiedModel(Trainable, Generic[S]):
 
     @abstractmethod
     def extend(self, contexts: Sequence[Context], sequences: Sequence[Layout]) -> list[Context]:
-        """The contexts after reading one sequence each; their logits predict the next word."""
+        """The contexts after prefill of one layout each; their logits predict the next token."""
 
     def reply(self, ids: Sequence[int], drop: Drop = NOTHING) -> Layout:
-        """Words of an answer, as a sequence to read on; with ``drop``, as a branch of guidance reads them."""
+        """The layout of an answer's tokens, for ``extend``; with ``drop``, as a branch of guidance reads them."""
         return Layout("reply", (Segment(Kind.TEXT, tuple(ids)),))
 
     def lay_out_away(self, sample: Sample, drop: Drop, words: str = "") -> Layout:
-        """What a branch of guidance reads of a request: the request without what ``drop`` names, and with ``words`` (a
-        negative prompt) in place of its own where those are dropped."""
+        """The layout of a request for a branch of guidance: without what ``drop`` names, and with ``words`` (a negative
+        prompt) in place of the dropped text."""
         if not words or "text" not in drop:
             return self.lay_out(sample, drop)
         return self.lay_out(worded(sample, words), drop - {"text"} | {"plan"})
 
     def rewind(self, context: Context, length: int, position: int) -> Context:
-        """The context as it was after its first ``length`` tokens, where position ids stood at ``position``; read on
-        before asking for words."""
+        """The context of the first ``length`` tokens, whose next position id is ``position``. It has no logits before
+        the next ``extend``."""
         return replace(context, length=length, position=position, logits=torch.empty(0))
 
     @property
@@ -330,13 +330,13 @@ class UnifiedModel(Trainable, Generic[S]):
         """The request as it is laid out with these settings and this seed; in most families as it is."""
         return sample
 
-    def drawn(self, image: Image) -> tuple[Segment, ...]:
-        """A picture that an answer began with ``picture_word`` and that has been drawn, up to where words go on."""
-        raise NotImplementedError(f"{self.family} says a picture_word and lacks drawn")
+    def lay_out_picture(self, image: Image) -> tuple[Segment, ...]:
+        """The segments of a generated picture after its ``picture_word``, up to where the answer's text continues."""
+        raise NotImplementedError(f"{self.family} has a picture_word and lacks lay_out_picture")
 
     def branches(self, sample: Sample, settings: S) -> Branches:
-        """The contexts that drawing a request needs: what ``lay_out`` must drop for each, and how far guidance goes
-        away from it, in the order in which it does; the full one first.
+        """The branches of guidance for a request, in the order in which they are combined: what ``lay_out`` drops for
+        each -> its scale. The full one comes first.
 
         Without text when its scale exceeds 1, and then without pictures too when the conversation shows some and their
         scale exceeds 1 (BAGEL's ``inferencer.py``)."""
@@ -348,9 +348,9 @@ class UnifiedModel(Trainable, Generic[S]):
         return branches
 
     def steps(self, canvas: tuple[int, int], settings: S) -> int:
-        """How many steps a picture takes, at most. Families that draw codes answer with how many tokens it has."""
+        """How many steps a picture takes, at most; in families that generate codes, its number of tokens."""
         if settings.num_inference_steps is None:
-            raise NotImplementedError(f"{self.family} draws token by token and lacks steps")
+            raise NotImplementedError(f"{self.family} generates token by token and lacks steps")
         return settings.num_inference_steps
 
     @abstractmethod
@@ -361,8 +361,8 @@ class UnifiedModel(Trainable, Generic[S]):
         settings: Sequence[S],
         seeds: Sequence[int],
     ) -> list[Drawing[S]]:
-        """Begins the pictures that requests ask for, each from its own seed: noise or an empty grid. ``contexts`` have
-        read what ``branches`` of the request and its settings lists."""
+        """The drawings of requests before their first step, each from its own seed: noise or an empty grid.
+        ``contexts`` holds one context for each of the request's ``branches``."""
 
     @abstractmethod
     def step(self, drawings: Sequence[Drawing[S]]) -> list[Drawing[S]]:
@@ -370,7 +370,7 @@ class UnifiedModel(Trainable, Generic[S]):
         equally many branches. Raises ``ValueError`` otherwise, and for a drawing that is done."""
 
     def preview(self, drawings: Sequence[Drawing[S]]) -> Float[Tensor, "B 3 H W"]:
-        """The pictures as they would look if drawing ended here."""
+        """The pictures of ``Drawing.ahead``, in [-1, 1]."""
         return self.finish([d.ahead for d in drawings])
 
     @abstractmethod
@@ -380,10 +380,10 @@ class UnifiedModel(Trainable, Generic[S]):
 
     @abstractmethod
     def finish(self, drawings: Sequence[Drawing[S]]) -> Float[Tensor, "B 3 H W"]:
-        """The pictures in [-1, 1]; what codes have not been drawn yet is grey."""
+        """The pictures in [-1, 1]; codes that are not chosen yet are grey."""
 
 
-# ---- what families that draw share: steps ------------------------------------------------------------------------
+# ---- steps ------------------------------------------------------------------------------------------------------
 
 
 def check_step(drawings: Sequence[Drawing]) -> None:
@@ -394,9 +394,9 @@ def check_step(drawings: Sequence[Drawing]) -> None:
         raise ValueError("a finished drawing takes no further step")
 
 
-def advance(drawing: Drawing[S], state: Tensor, velocity: Tensor | None = None, slot: Any = None) -> Drawing[S]:
-    """The drawing one step on."""
-    return replace(drawing, state=state, step=drawing.step + 1, velocity=velocity, slot=slot)
+def advance(drawing: Drawing[S], state: Tensor, velocity: Tensor | None = None, private: Any = None) -> Drawing[S]:
+    """The drawing after one more step."""
+    return replace(drawing, state=state, step=drawing.step + 1, velocity=velocity, private=private)
 
 
 # ---- requests ---------------------------------------------------------------------------------------------------
@@ -434,7 +434,7 @@ def dropped(sample: Sample, drop: Drop, last: bool = False) -> Sample:
 
 
 def worded(sample: Sample, words: str) -> Sample:
-    """The sample with other words in its request."""
+    """The sample with ``words`` as the text of its request. Raises ``ValueError`` where there is no request."""
     at = sample.request_at
     if at is None:
         raise ValueError(f"sample {sample.id!r} has no request whose words could be replaced")
@@ -449,8 +449,8 @@ def shown(sample: Sample) -> list[Image]:
 
 
 def every_scale(sample: Sample, settings: Settings) -> Branches:
-    """Branches for any scale: without words where theirs is not 1; without pictures where the conversation shows some
-    and theirs is not 1."""
+    """Branches for scales above and below 1: without text where its scale is not 1; without pictures where the
+    conversation shows some and their scale is not 1."""
     branches = {NOTHING: 1.0}
     if settings.guidance_scale != 1:
         branches[TEXT] = settings.guidance_scale
@@ -460,8 +460,7 @@ def every_scale(sample: Sample, settings: Settings) -> Branches:
 
 
 def sources(sample: Sample) -> list[Image]:
-    """The pictures that a drawing is made from: those shown in its request, in order. What was shown or drawn before is
-    context."""
+    """The edit sources of a request: its pictures, in order. Earlier pictures of the conversation are context."""
     return [p for p in (sample.request.parts if sample.request else ()) if isinstance(p, Image)]
 
 
@@ -489,15 +488,17 @@ def fitted(sample: Sample, sizes: Sizes, rule: Callable[[int, int], tuple[int, i
 
 @torch.no_grad()
 def latent_tokens(model: Trainable, group: Pictures, noise: Noise) -> Float[Tensor, "N n f"]:
-    """Patches of a group's latents; a posterior is sampled with noise that belongs to each picture."""
-    found, channels, eps = model.through("autoencoder", group).float(), model.config.autoencoder.latent_channels, None
-    if found.shape[1] > channels:
-        eps = draw_noise(noise, group, f"{group.kind} posterior", (channels, *found.shape[2:])).to(found.device)
-    return latents_to_tokens(sampled(found, channels, eps), model.config.latent_patch)
+    """Patches of a group's latents; a posterior is sampled with each picture's noise."""
+    distribution, channels = model.through("autoencoder", group).float(), model.config.autoencoder.latent_channels
+    eps = None
+    if distribution.shape[1] > channels:
+        shape = (channels, *distribution.shape[2:])
+        eps = draw_noise(noise, group, f"{group.kind} posterior", shape).to(distribution.device)
+    return latents_to_tokens(sampled(distribution, channels, eps), model.config.latent_patch)
 
 
 def noised(model: Trainable, group: Pictures, noise: Noise, times: Float[Tensor, " N"]) -> Noised:
-    """A group's latents with the noise that belongs to each picture, at given times."""
+    """A group's latents with each picture's noise, at given times."""
     data = latent_tokens(model, group, noise)
     eps = draw_noise(noise, group, "noise", tuple(data.shape[1:])).to(data.device)
     return Noised(data, eps, times.to(data.device))
@@ -506,7 +507,7 @@ def noised(model: Trainable, group: Pictures, noise: Noise, times: Float[Tensor,
 def supervised(
     states: Float[Tensor, "T d"], table: Float[Tensor, "V d"], columns: Batch, rank: Int[Tensor, " T"] | None = None
 ) -> tuple[TokenPrediction, ...]:
-    """The predictions of the words that ``columns`` supervises; ``rank`` says where the state of each place is."""
+    """The predictions of the supervised text tokens. ``rank`` maps a place of the row to its row of ``states``."""
     at = (columns.targets != NONE).nonzero()[:, 0]
     read = states.index_select(0, at if rank is None else rank[at])
     return (TokenPrediction(read, table, columns.targets[at], columns.document[at]),)
@@ -525,7 +526,7 @@ def read_on(
 ) -> list[Context]:
     """The contexts after their sequences were read into ``caches``, with the scores of their next words."""
     return [
-        Context(cache, c.length + len(s), c.position + sum(x.moves for x in s.segments), scores, c.slot)
+        Context(cache, c.length + len(s), c.position + sum(x.moves for x in s.segments), scores, c.private)
         for cache, c, s, scores in zip(caches, contexts, sequences, logits, strict=True)
     ]
 

@@ -127,7 +127,7 @@ class Config:
         return Sizes(self.size, self.stride, self.draw.shortest, self.draw.longest, self.see.side * self.see.most)
 
     @property
-    def slots(self) -> int:
+    def codes_per_token(self) -> int:
         """Codes of one token."""
         return self.fold[0] * self.fold[1]
 
@@ -181,6 +181,7 @@ class FoldMLP(nn.Module):
         self.fc2 = nn.Linear(width, width)
 
     def forward(self, x: Float[Tensor, "*n f"]) -> Float[Tensor, "*n d"]:
+        """One decoder token for each fold."""
         return self.fc2(F.gelu(self.fc1(self.norm(x))))
 
 
@@ -192,7 +193,7 @@ class VisualEmbed(nn.Module):
         self.ratio, d = c.fold, c.decoder.hidden_size
         self.tok = nn.Embedding(c.autoencoder.codebook, c.embed_size)
         self.pos = nn.Parameter(torch.zeros(*c.grid, c.embed_size))
-        self.proj = FoldMLP(c.slots * c.embed_size, d)
+        self.proj = FoldMLP(c.codes_per_token * c.embed_size, d)
 
     def positions(self, grid: tuple[int, int]) -> Float[Tensor, "n s e"]:
         """The position table of a grid of codes, folded; resized (bicubic) for a grid that is not its own."""
@@ -207,8 +208,8 @@ class VisualEmbed(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class _Going:
-    """A drawing's place among those drawn with it: its streams of keys and values, and the last final states."""
+class _Batched:
+    """A drawing that is batched with others: the shared streams, its rows in them, and its last final states."""
 
     streams: Streams
     rows: tuple[int, ...]  # one a branch
@@ -248,7 +249,7 @@ class SynerGen(UnifiedModel[CodeSettings]):
         self.decoder = Decoder(c.decoder)
         self.special_embed = nn.Embedding(3, c.decoder.hidden_size)
         self.visual_embed = VisualEmbed(c)
-        self.unfold = CodeHead(c.decoder.hidden_size, c.head, c.slots)
+        self.unfold = CodeHead(c.decoder.hidden_size, c.head, c.codes_per_token)
         self.autoencoder = build_autoencoder(c.autoencoder)
         if len(tokenizer) > c.decoder.vocab_size:
             raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the decoder {c.decoder.vocab_size}")
@@ -279,10 +280,12 @@ class SynerGen(UnifiedModel[CodeSettings]):
             routed[PICTURES].load_state_dict(routed[WORDS].state_dict())
 
     def blocks(self) -> Iterator[nn.Module]:
+        """Decoder layers, then those of the code head."""
         yield from self.decoder.layers
         yield from self.unfold.layers
 
     def trunk(self) -> Iterator[nn.Module]:
+        """The decoder layers."""
         yield from self.decoder.layers  # a row without a picture to draw does not call the code head
 
     # ---- layout -------------------------------------------------------------------------------------------------
@@ -299,46 +302,46 @@ class SynerGen(UnifiedModel[CodeSettings]):
         return Layout(sample.id, tuple(segments))
 
     def _message(self, message: Message, sample: Sample, opens: bool, asks: bool, most: int) -> list[Segment]:
-        """One message: words joined up to where a picture stands. A word with loss is the target of the place before
-        it, whatever stands there; so is the end of a message that closes with words that carry loss."""
-        ids, said = list(self.roles[message.role]), []
+        """The segments of one message. A token with loss is the target of the place before it, whatever that holds; so
+        is the first token of ``chat.end`` after a text with loss."""
+        ids = list(self.roles[message.role])
+        learned = [False] * len(ids)
         pictures: dict[int, Segment] = {}
-        said += [False] * len(ids)
         for part in message.parts:
             if isinstance(part, Text):
                 ids += (words := self.tokenizer.encode(part.text))
-                said += [part.loss] * len(words)
+                learned += [part.loss] * len(words)
             elif part.blank:
                 ids.append(self.boi)
             else:
-                drawn = part.role == "target" and not sample.is_open
-                pictures[len(ids)] = block = self._picture(part, drawn, most)
+                generated = part.role == "target" and not sample.is_open
+                pictures[len(ids)] = block = self._picture(part, generated, most)
                 ids += block.ids
-                said += [False] * len(block)
+                learned += [False] * len(block)
         if asks and not any(isinstance(part, Text) for part in message.parts):
             before, after = map(self.tokenizer.encode, UNCONDITIONAL)
             ids += (words := [*before, self.uncond, *after])
-            said += [False] * len(words)
+            learned += [False] * len(words)
         if not opens:
             ids += self.end
             last = message.parts[-1] if message.parts else None
-            said += [isinstance(last, Text) and last.loss] + [False] * (len(self.end) - 1)
-        targets = [i if s else NONE for i, s in zip(ids[1:], said[1:], strict=False)] + [NONE]
+            learned += [isinstance(last, Text) and last.loss] + [False] * (len(self.end) - 1)
+        targets = [i if s else NONE for i, s in zip(ids[1:], learned[1:], strict=False)] + [NONE]
         return self._cut(ids, targets, pictures)
 
     def _cut(self, ids: list[int], targets: list[int], pictures: dict[int, Segment]) -> list[Segment]:
-        """The segments of a run of ids in which pictures begin at the places given."""
+        """The segments of a run of ids; ``pictures`` holds the segments of pictures by the index where they begin."""
         out, at = [], 0
         for stop in (*pictures, len(ids)):
             for start, end, block in ((at, stop, None), (stop, stop + len(pictures.get(stop, ())), pictures.get(stop))):
                 if start < end:
-                    told = tuple(targets[start:end])
+                    expected = tuple(targets[start:end])
                     segment = block or Segment(Kind.TEXT, tuple(ids[start:end]))
-                    out.append(replace(segment, targets=told if any(t != NONE for t in told) else ()))
+                    out.append(replace(segment, targets=expected if any(t != NONE for t in expected) else ()))
                 at = end
         return out
 
-    def _picture(self, image: Image, drawn: bool, most: int) -> Segment:
+    def _picture(self, image: Image, generated: bool, most: int) -> Segment:
         """A picture between its markers, (tiles, 3, H, W): tiles to understand, one for a condition and a target."""
         c = self.config
         if image.role == "understand":
@@ -353,12 +356,12 @@ class SynerGen(UnifiedModel[CodeSettings]):
         p = c.autoencoder.downsample
         expected = (tiles, height // p, width // p)
         if encoded and tuple(held.shape) != expected:
-            made, here = (" x ".join(map(str, shape)) for shape in (held.shape, expected))
-            raise ValueError(f"a picture was encoded as {made} codes and is {here} here; encode it again")
+            stored, needed = (" x ".join(map(str, shape)) for shape in (held.shape, expected))
+            raise ValueError(f"a picture was encoded as {stored} codes and is {needed} here; encode it again")
         grid = self._grid(height, width)
         ids = (self.boi, *[NONE] * (tiles * grid[0] * grid[1]), self.eoi)
-        how: dict[str, Any] = {"drawn": drawn, "encoded": encoded, "masked": image.masked}
-        return Segment(Kind.CODES, ids, image=held, grid=grid, route=PICTURES, **how)
+        columns: dict[str, Any] = {"generated": generated, "encoded": encoded, "masked": image.masked}
+        return Segment(Kind.CODES, ids, image=held, grid=grid, route=PICTURES, **columns)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of the tokens of a picture."""
@@ -399,14 +402,15 @@ class SynerGen(UnifiedModel[CodeSettings]):
         stream = self.decoder.embed(batch, pictures, order, self._embed_words)
         return self.decoder(stream, positions[order], attend, [len(r) for r in batch.routes])
 
-    def _drawn(self, batch: Batch) -> list[Pictures]:
+    def _generated(self, batch: Batch) -> list[Pictures]:
         """The pictures that carry the picture loss."""
-        return [g for g in batch.of(Kind.CODES) if g.drawn or self.config.image_loss_on_und]
+        return [g for g in batch.of(Kind.CODES) if g.generated or self.config.image_loss_on_und]
 
     def counts(self, batch: Batch) -> dict[str, float]:
+        """``text``: supervised tokens; ``image``: codes of the pictures that carry the picture loss."""
         return {
             "text": float((batch.targets != NONE).sum()),
-            "image": float(sum(g.tokens.numel() * self.config.slots for g in self._drawn(batch))),
+            "image": float(sum(g.tokens.numel() * self.config.codes_per_token for g in self._generated(batch))),
         }
 
     def predict(self, batch: Batch, noise: Noise) -> Predictions:
@@ -420,18 +424,19 @@ class SynerGen(UnifiedModel[CodeSettings]):
         ]
         states = self._run(batch, pictures, batch.positions, order, documents(batch, order))
 
-        drawn: tuple[TokenPrediction, ...] = ()
-        if groups := self._drawn(batch):
+        image: tuple[TokenPrediction, ...] = ()
+        if groups := self._generated(batch):
             before = torch.cat([g.tokens.flatten() for g in groups]) - 1
             answer = torch.cat([codes[id(g)].flatten(0, 2) for g in groups])
-            slots = self.unfold(states.index_select(0, rank[before]), answer)
-            document = batch.document[before].repeat_interleave(self.config.slots)
-            drawn = (TokenPrediction(slots, self.unfold.classifier.weight, answer.flatten(), document),)
-        return {"text": supervised(states, self.decoder.head_weight, batch, rank), "image": drawn}
+            hidden = self.unfold(states.index_select(0, rank[before]), answer)
+            document = batch.document[before].repeat_interleave(self.config.codes_per_token)
+            image = (TokenPrediction(hidden, self.unfold.classifier.weight, answer.flatten(), document),)
+        return {"text": supervised(states, self.decoder.head_weight, batch, rank), "image": image}
 
     # ---- reading ------------------------------------------------------------------------------------------------
 
     def open(self) -> Context:
+        """A context with an empty KV cache."""
         return Context(self.decoder.cache())
 
     @torch.inference_mode()
@@ -449,21 +454,25 @@ class SynerGen(UnifiedModel[CodeSettings]):
         last = torch.tensor(batch.lengths, device=self.device).cumsum(0) - 1
         final = states[inverse_permutation(order)[last]]
         read = read_on(contexts, sequences, caches, self.decoder.logits(final).float())
-        return [replace(context, slot=h) for context, h in zip(read, final, strict=True)]
+        return [replace(context, private=h) for context, h in zip(read, final, strict=True)]
 
     @property
     def stop_ids(self) -> frozenset[int]:
+        """The first token of ``chat.end`` and the tokenizer's ``ENDS``."""
         return self._stops
 
     # ---- drawing ------------------------------------------------------------------------------------------------
 
     def branches(self, sample: Sample, settings: CodeSettings) -> Branches:
+        """See ``every_scale``."""
         return every_scale(sample, settings)
 
     def canvas(self, sample: Sample) -> tuple[int, int]:
+        """The (height, width) of the picture to generate: see ``fitted``."""
         return fitted(sample, self.config.trained, self.config.draw)
 
     def steps(self, canvas: tuple[int, int], settings: CodeSettings) -> int:
+        """The number of tokens of the picture."""
         return prod(self._grid(*canvas))
 
     def start(
@@ -473,11 +482,11 @@ class SynerGen(UnifiedModel[CodeSettings]):
         settings: Sequence[CodeSettings],
         seeds: Sequence[int],
     ) -> list[Drawing[CodeSettings]]:
-        """Empty grids of codes, to be filled token by token; ``state`` is (tokens, slots), ``NONE`` where not drawn."""
+        """Empty grids of codes; ``state`` is (tokens, codes), ``NONE`` where no code is chosen yet."""
         drawings = []
         for read, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
             canvas = self.canvas(sample)
-            state = torch.full((self.steps(canvas, s), self.config.slots), NONE, device=self.device)
+            state = torch.full((self.steps(canvas, s), self.config.codes_per_token), NONE, device=self.device)
             drawings.append(Drawing(state, read, self.branches(sample, s), canvas, s, len(state), seed=seed))
         return drawings
 
@@ -485,9 +494,11 @@ class SynerGen(UnifiedModel[CodeSettings]):
     def step(self, drawings: Sequence[Drawing[CodeSettings]]) -> list[Drawing[CodeSettings]]:
         """The codes of one token each; every branch reads the token, through the vision experts, as in training."""
         check_step(drawings)
-        R, B, slots = len(drawings[0].contexts), len(drawings), self.config.slots
-        h = torch.stack([d.slot.h if d.slot else torch.stack([c.slot for c in d.contexts]) for d in drawings], 1)
-        chance = [Noise(d.seed, d.step).uniform("drawing", "codes", (slots,)) for d in drawings]
+        R, B = len(drawings[0].contexts), len(drawings)
+        h = torch.stack(
+            [d.private.h if d.private else torch.stack([c.private for c in d.contexts]) for d in drawings], 1
+        )
+        chance = [Noise(d.seed, d.step).uniform("drawing", "codes", (self.config.codes_per_token,)) for d in drawings]
         settings, scales = [d.settings for d in drawings], [tuple(d.branches.values()) for d in drawings]
         codes = self.unfold.sample(h, settings, scales, torch.stack(chance).to(self.device))
         at = torch.tensor([d.step for d in drawings], device=self.device)
@@ -502,7 +513,7 @@ class SynerGen(UnifiedModel[CodeSettings]):
             advance(
                 d,
                 d.state.index_copy(0, at[i : i + 1], codes[i : i + 1]),
-                slot=_Going(streams, tuple(b * B + i for b in range(R)), new[:, i]),
+                private=_Batched(streams, tuple(b * B + i for b in range(R)), new[:, i]),
             )
             for i, d in enumerate(drawings)
         ]
@@ -511,13 +522,13 @@ class SynerGen(UnifiedModel[CodeSettings]):
         """Keys and values of every branch of every drawing, branch-major; kept while the same drawings go on."""
         R, B = len(drawings[0].contexts), len(drawings)
         lengths = [d.contexts[b].length + d.step for b in range(R) for d in drawings]
-        first = drawings[0].slot and drawings[0].slot.streams
+        first = drawings[0].private and drawings[0].private.streams
         if first and first.lengths == lengths:
-            together = (d.slot and d.slot.streams is first for d in drawings)
-            if all(together) and [d.slot.rows[b] for b in range(R) for d in drawings] == list(range(R * B)):
+            together = (d.private and d.private.streams is first for d in drawings)
+            if all(together) and [d.private.rows[b] for b in range(R) for d in drawings] == list(range(R * B)):
                 return first
         read = [
-            d.slot.streams.prefix(d.slot.rows[b], d.contexts[b].length + d.step) if d.slot else d.contexts[b]
+            d.private.streams.prefix(d.private.rows[b], d.contexts[b].length + d.step) if d.private else d.contexts[b]
             for b in range(R)
             for d in drawings
         ]
@@ -528,10 +539,12 @@ class SynerGen(UnifiedModel[CodeSettings]):
         return unfold(torch.stack([d.state for d in drawings]), (rows * m, columns * n), self.config.fold)
 
     def encoded(self, drawing: Drawing[CodeSettings]) -> dict[str, Tensor]:
+        """The codes of a finished drawing, (1, h, w)."""
         return {"autoencoder": self._unfolded([drawing]).clone()}
 
     @torch.inference_mode()
     def finish(self, drawings: Sequence[Drawing[CodeSettings]]) -> Float[Tensor, "B 3 H W"]:
+        """Decoded pictures, clamped to [-1, 1]; codes that are not chosen yet are grey."""
         codes = self._unfolded(drawings)
         images = self.autoencoder.decode(codes.clamp(min=0)).float().clamp(-1, 1)
         p = self.config.autoencoder.downsample

@@ -1,12 +1,12 @@
-"""Picture codes one after another: a small causal transformer over the slots of a token (SynerGen-VL Eq. 3), and
+"""Picture codes one after another: a small causal transformer over the codes of a token (SynerGen-VL, Eq. 3), and
 guidance on the logits of each code.
 
 ::
 
     p(v_j | v_<j, h) = softmax(W norm(f(z_0 .. z_j)))     z_0 = in_proj(h) + P_0,   z_j = tok(v_j-1) + P_j
 
-``h`` is the state from which a token's codes are predicted; nothing else of the sequence is seen. The same module over
-residual depth instead of space is VILA-U's depth transformer.
+``h`` is the state from which a token's codes are predicted; the head does not attend to the rest of the sequence. The
+same module over residual depth instead of space is VILA-U's depth transformer.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from diptych.parts.norms import RMSNorm
 
 @dataclass(frozen=True)
 class CodeSettings:
-    """How a picture is drawn code by code. A model's config holds the defaults that suit its weights.
+    """Sampler settings of a model that generates codes. A model's config holds the defaults that suit its weights.
 
-    ``temperature`` 0 takes the likeliest code; else one is drawn from the ``top_k`` likeliest, of them from the fewest
-    that hold ``top_p`` of the mass."""
+    ``temperature`` 0 takes the likeliest code; otherwise a code is sampled from the ``top_k`` likeliest ones, reduced
+    to the fewest whose probability exceeds ``top_p``."""
 
     guidance_scale: float = 7.5
     image_guidance_scale: float = 1.0
@@ -53,31 +53,31 @@ class CodeSettings:
         """None: a picture takes as many steps as it has tokens."""
 
     def within(self, steps: int) -> CodeSettings:
-        """The same settings: the size of the picture alone decides how many steps it takes."""
+        """The same settings: the number of steps depends on the size of the picture alone."""
         return self
 
 
 class CodeHead(nn.Module):
-    """The transformer over slots. ``config.vocab_size`` is the number of codes; there is no rotation, since every slot
-    has a position embedding of its own."""
+    """The transformer over the codes of a token. ``config.vocab_size`` is the size of the codebook. Positions are
+    learned embeddings, so there is no rotary embedding."""
 
-    def __init__(self, width_in: int, config: DecoderConfig, slots: int) -> None:
+    def __init__(self, width_in: int, config: DecoderConfig, codes_per_token: int) -> None:
         super().__init__()
-        c, self.config, self.slots = config, config, slots
+        c, self.config, self.codes_per_token = config, config, codes_per_token
         d = c.hidden_size
         self.in_proj = nn.Identity() if width_in == d else nn.Linear(width_in, d)
         self.tok = nn.Embedding(c.vocab_size, d)
-        self.pos = nn.Embedding(slots, d)
+        self.pos = nn.Embedding(codes_per_token, d)
         self.layers = nn.ModuleList(Layer(c, i) for i in range(c.num_hidden_layers))
         self.norm = RMSNorm(d, c.rms_norm_eps)
         self.classifier = nn.Linear(d, c.vocab_size, bias=False)
 
     def forward(self, h: Float[Tensor, "P d"], codes: Int[Tensor, "P s"]) -> Float[Tensor, "Ps e"]:
-        """Final states of every slot, slot after slot, when the codes before it are known."""
+        """Final states of every code, given the codes before it; the codes of a token are consecutive."""
         z = torch.cat([self.in_proj(h)[:, None], self.tok(codes[:, :-1])], 1) + self.pos.weight
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (x.unflatten(0, (-1, self.slots)) for x in (q, k, v))
+            q, k, v = (x.unflatten(0, (-1, self.codes_per_token)) for x in (q, k, v))
             return sdpa(q, k, v, causal=True).flatten(0, 1)
 
         x = z.flatten(0, 1)
@@ -93,17 +93,17 @@ class CodeHead(nn.Module):
         scales: Sequence[Sequence[float]],
         chance: Float[Tensor, "B s"],
     ) -> Int[Tensor, "B s"]:
-        """The codes of B patches, slot by slot, each guided by R branches (``guided``) that get the same code back.
+        """The codes of B tokens, one after another; the logits of R branches are combined (``Choice.guided``).
 
-        ``scales`` are, for each patch, those of its R branches (the full one's, which stands first, is not used).
-        ``chance`` are uniform draws in [0, 1), one a code: what was drawn depends on nothing else."""
+        ``scales`` holds the guidance scales of each token's R branches; that of the first, the full branch, is unused.
+        ``chance`` are uniform draws in [0, 1), one for each code, and the only source of randomness."""
         R, B, _ = h.shape
         c = self.config
-        cache = h.new_empty(c.num_hidden_layers, 2, R * B, self.slots, c.num_key_value_heads, c.width)
+        cache = h.new_empty(c.num_hidden_layers, 2, R * B, self.codes_per_token, c.num_key_value_heads, c.width)
         choose = Choice(settings, h.device, [list(column) for column in zip(*scales, strict=True)][1:])
-        out = torch.empty(B, self.slots, dtype=torch.long, device=h.device)
+        out = torch.empty(B, self.codes_per_token, dtype=torch.long, device=h.device)
         z = self.in_proj(h.flatten(0, 1))
-        for j in range(self.slots):
+        for j in range(self.codes_per_token):
 
             def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, j: int = j) -> Tensor:
                 cache[layer, 0, :, j], cache[layer, 1, :, j] = k, v
@@ -125,7 +125,7 @@ def _still(x: Tensor) -> Tensor:
 
 
 def _under(chance: Float[Tensor, " B"], weights: Float[Tensor, "B K"]) -> Int[Tensor, "B 1"]:
-    """Where ``chance`` falls, in [0, 1) of the whole weight."""
+    """The index at which the cumulative weight exceeds ``chance`` of the whole."""
     mass = weights.cumsum(-1)
     return torch.searchsorted(mass, chance[:, None] * mass[:, -1:], right=True).clamp_(max=mass.shape[-1] - 1)
 
@@ -136,7 +136,7 @@ class Choice:
     def __init__(
         self, settings: Sequence[CodeSettings], device: torch.device, scales: Sequence[Sequence[float]] = ()
     ) -> None:
-        """``scales`` are the rows' own for every branch but the full one."""
+        """``scales`` holds, for every branch but the full one, the scale of each row."""
 
         def column(values: list) -> Tensor:
             return torch.tensor(values, device=device)[:, None]
@@ -148,12 +148,12 @@ class Choice:
         self.any_greedy = any(s.temperature == 0 for s in settings)
 
     def __call__(self, logits: Float[Tensor, "R B K"], chance: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
-        """The likeliest of the guided logits, or the code under which ``chance`` falls."""
+        """The likeliest code of the guided logits, or the one that ``chance`` samples."""
         scores = self.guided(logits)
         probability = (scores / self.temperature).softmax(-1)
         chosen = _under(chance, probability)
         cut = (self.k < probability.shape[-1]) | (self.p < 1)
-        if cut.any():  # a row that is not cut goes by the order of codes, whatever the others do
+        if cut.any():  # rows that are not cut are sampled in code order, so other rows do not change them
             probability, order = probability.sort(descending=True)
             rank = torch.arange(probability.shape[-1], device=probability.device)
             held = probability.cumsum(-1) - probability

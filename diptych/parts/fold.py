@@ -1,7 +1,7 @@
 """Token folding: a grid of tokens as fewer, wider ones, and back (SynerGen-VL 3.1). A plain space-to-depth.
 
 With a ratio of (m, n) the fold r C + c of a grid that is C folds wide covers rows r m .. r m + m - 1 and columns
-c n .. c n + n - 1; inside it the m n slots are in raster order.
+c n .. c n + n - 1; inside it the m n codes are in raster order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def folded(grid: tuple[int, int], ratio: Ratio) -> tuple[int, int]:
 
 
 def fold(x: Tensor, ratio: Ratio) -> Tensor:
-    """(N, h, w, ...) as (N, folds, slots, ...): of codes, or of their features. Raises as ``folded`` does."""
+    """(N, h, w, ...) codes or features as (N, folds, codes of a fold, ...). Raises as ``folded`` does."""
     folded((x.shape[1], x.shape[2]), ratio)
     return rearrange(x, "N (r m) (c n) ... -> N (r c) (m n) ...", m=ratio[0], n=ratio[1])
 

@@ -155,7 +155,7 @@ def text(n, **changes):
 
 
 def drawn(n=2, kind=Kind.NOISED, **changes):
-    settings = {"full": True, "hidden": True, "shared": True, "advance": 0, "route": 1, "drawn": True} | changes
+    settings = {"full": True, "hidden": True, "shared": True, "advance": 0, "route": 1, "generated": True} | changes
     return Segment(kind, (1, *[NONE] * n, 2), image=torch.zeros(3, 2, n), grid=(1, n), **settings)
 
 

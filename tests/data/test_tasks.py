@@ -70,7 +70,7 @@ def test_the_supervised_picture_is_the_target_and_the_source_is_only_understood(
     kinds = [segment.kind for segment in sequence.segments]
     assert kinds == [Kind.VISION, Kind.TEXT, Kind.NOISED]
     vision, text, noised = sequence.segments
-    assert [s.drawn for s in sequence.segments] == [False, False, True] and not text.supervised
+    assert [s.generated for s in sequence.segments] == [False, False, True] and not text.supervised
     side = MODEL.config.draw(*target.size)
     assert torch.equal(noised.image, to_tensor(target, side, nearest=task.nearest))
     assert torch.equal(vision.image, to_tensor(shown, MODEL.config.see(*shown.size)))

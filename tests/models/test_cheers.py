@@ -121,7 +121,7 @@ def test_a_guided_step_costs_what_it_should(published):
     def operations(branches: int) -> float:
         cache = Cache(c.num_hidden_layers, c.num_key_value_heads, c.width, torch.float32, "meta").reserve(0, 64)
         sides = [(NOTHING, 1.0), (TEXT, 9.5)][:branches]
-        contexts = tuple(Context(cache, 64, 64, slot=()) for _ in sides)
+        contexts = tuple(Context(cache, 64, 64, private=()) for _ in sides)
         noise = torch.zeros(128, 32, 32, device="meta")
         drawing = published.begin(noise, contexts, dict(sides), (512, 512), published.settings)
         with FlopCounterMode(display=False) as counter:
@@ -181,7 +181,7 @@ def test_structural_labels_and_visible_noise():
 def test_the_dummy_picture():
     quirky = made(published_quirks=("dummy_picture", "loss_on_all_pictures"))
     first = quirky.lay_out(tiny.say()).segments[0]
-    assert first.kind == Kind.NOISED and not first.full and not first.drawn
+    assert first.kind == Kind.NOISED and not first.full and not first.generated
     batch = pack([quirky.lay_out(tiny.say())])
     assert quirky.counts(batch)["image"] == 16 and float(quirky(batch, Noise())["image"].sum) > 0
     asked = [replace(tiny.say(name), messages=(user("hello"), assistant())) for name in ("a", "b")]
@@ -262,7 +262,7 @@ def test_an_edit_begins_at_its_source(model):
         return model.start([(context,)], [request], [settings], [3])[0]
 
     noise, edit = begin(0.0), begin(0.3)
-    source = edit.contexts[0].slot[-1][1]
+    source = edit.contexts[0].private[-1][1]
     assert torch.allclose(edit.state, 0.3 * source.flatten(1).T + 0.7 * noise.state, atol=1e-6)
     assert (noise.steps, edit.steps) == (10, 7)
     assert float(edit.times[0]) == pytest.approx(0.7) and float(edit.times[-1]) == 0  # time and state agree
@@ -292,9 +292,10 @@ def test_a_new_drawing_does_not_begin_at_an_old_source(model):
 def test_a_rewound_context_forgets_later_sources(model):
     request = Sample("e", (user(Image(tiny.picture(1), "condition"), "make it red"),))
     [context] = model.extend([model.open()], [model.lay_out(request)])
-    assert len(context.slot) == 1
+    assert len(context.private) == 1
     assert (
-        model.rewind(context, 3, 3).slot == () and len(model.rewind(context, len(model.lay_out(request)), 9).slot) == 1
+        model.rewind(context, 3, 3).private == ()
+        and len(model.rewind(context, len(model.lay_out(request)), 9).private) == 1
     )
 
 

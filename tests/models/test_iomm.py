@@ -314,11 +314,11 @@ def test_guidance_1_is_the_conditional_field_and_0_the_unconditional(model):
         contexts = tuple(model.extend([model.open()], [model.lay_out(request, d)])[0] for d in drops)
         return model.start([contexts], [request], [settings], [0])[0]
 
-    full, free = fields(guidance_scale=2.0).slot
+    full, free = fields(guidance_scale=2.0).private
     one, zero = fields(guidance_scale=1.0), fields(guidance_scale=0.0)
-    assert len(one.contexts) == 1 and torch.allclose(one.slot[0], full, atol=LOGITS)
+    assert len(one.contexts) == 1 and torch.allclose(one.private[0], full, atol=LOGITS)
     assert not torch.equal(full[: len(free)], free[: len(full)])
-    unconditional = replace(one, slot=(free,))
+    unconditional = replace(one, private=(free,))
     assert torch.allclose(model.finish(model.step([zero])), model.finish(model.step([unconditional])), atol=LOGITS)
 
 

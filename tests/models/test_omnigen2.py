@@ -132,7 +132,7 @@ def test_a_seed_fixes_the_posterior_too():
         settings = replace(made.settings, guidance_scale=1.0, **changes)
         context = made.extend([made.open()], [made.lay_out(request)])[0]
         [drawing] = made.start([(context,)], [request], [settings], [seed])
-        return drawing.slot.references[0][0].tokens
+        return drawing.private.references[0][0].tokens
 
     assert torch.equal(references(3), references(3)) and not torch.equal(references(3), references(4))
     assert torch.equal(references(3, posterior="mean"), references(4, posterior="mean"))

@@ -173,7 +173,7 @@ def test_pictures_to_understand_stand_before_the_question_and_drawn_ones_in_the_
     assert model.counts(pack([drawn], 2)) == {"text": 0.0, "image": 64.0}
     assert model.counts(pack([model.lay_out(tiny.ask())], 2)) == {"text": float(len(answer) + 1), "image": 0.0}
     [before, picture, _] = model.lay_out(tiny.draw()).segments[1:4]
-    assert picture.kind == Kind.CODES and picture.route == 1 and before.route == 0 and picture.drawn
+    assert picture.kind == Kind.CODES and picture.route == 1 and before.route == 0 and picture.generated
     routes = pack([drawn], 2).routes
     assert len(routes[1]) == 8  # the markers are words
 
@@ -342,7 +342,7 @@ def taught(model: SynerGen, codes: torch.Tensor, prompt: str = "a blue star", dr
     handle = model.unfold.norm.register_forward_hook(lambda module, args, out: seen.append(out))
     model(pack([laid], 2), Noise())
     handle.remove()
-    return model.unfold.classifier(seen[0]).unflatten(0, (-1, model.config.slots))
+    return model.unfold.classifier(seen[0]).unflatten(0, (-1, model.config.codes_per_token))
 
 
 def drawn(model: SynerGen, **settings) -> torch.Tensor:
@@ -373,7 +373,7 @@ def test_guided_greedy_drawing_is_the_argmax_of_both_passes(model):
 
 def test_guidance_of_one_is_conditional(model):
     h = torch.randn(2, 3, model.config.decoder.hidden_size, generator=torch.Generator().manual_seed(1))
-    chance = torch.rand(3, model.config.slots, generator=torch.Generator().manual_seed(2))
+    chance = torch.rand(3, model.config.codes_per_token, generator=torch.Generator().manual_seed(2))
     for temperature in (0.0, 1.0):
         one = [CodeSettings(guidance_scale=1.0, temperature=temperature)] * 3
         guided = model.unfold.sample(h, one, [(1.0, 1.0)] * 3, chance)
@@ -577,7 +577,7 @@ def test_published_size():
     assert counts["autoencoder"] == 0
     assert round(sum(counts.values()) / 1e9, 3) == 3.630
     assert round(made.activated_parameters() / 1e9, 3) == 2.422
-    assert (made.config.fold, made.config.slots) == ((2, 8), 16)
+    assert (made.config.fold, made.config.codes_per_token) == ((2, 8), 16)
     assert len(made.config.tiny().fold) == 2 and made._grid(512, 512) == (32, 8)
 
 

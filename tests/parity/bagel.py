@@ -409,7 +409,7 @@ def training(folder: Folder) -> None:
     logits = made.decoder.logits(flat["language_model"][rank[supervised]]).detach()
     folder.close(f"{at}lm_head", logits)
     folder.close(f"{at}ce_per_token", F.cross_entropy(logits, batch.targets[supervised], reduction="none"))
-    z = [latents_to_tokens(s.image[None], made.config.latent_patch)[0] for q in laid for s in q.segments if s.drawn]
+    z = [latents_to_tokens(s.image[None], made.config.latent_patch)[0] for q in laid for s in q.segments if s.generated]
     eps = [noise.draws[name, "noise0"] for name in pictures.noised]
     t = torch.stack([made.config.times.times[name] for name in pictures.noised])
     parts = prediction.split([len(x) for x in z])

@@ -500,7 +500,7 @@ def check_pack(folder: Folder, made: Bagel, name: str, drops: dict[str, frozense
     order = [(q.id, s) for q in laid for s in q.segments if s.kind in (Kind.CLEAN, Kind.NOISED)]
     draws, times = {}, {}
     for (owner, s), eps, t in zip(order, noise, logits, strict=True):
-        if s.drawn:
+        if s.generated:
             draws[owner, f"noise{s.ordinal}"] = eps
             times[owner, s.ordinal] = shift_time(torch.sigmoid(t[0]), c.times.shift)
     before, made.config = made.config, replace(c, times=Times(times))
@@ -518,7 +518,7 @@ def check_pack(folder: Folder, made: Bagel, name: str, drops: dict[str, frozense
     velocity = torch.cat([p.flatten(0, -2) for p in predicted])[noised]
     out = f"training.{name}.out."
     folder.close(f"{out}velocity", velocity)
-    target = torch.cat([e - tokens(made, s) for (_, s), e in zip(order, noise, strict=True) if s.drawn])
+    target = torch.cat([e - tokens(made, s) for (_, s), e in zip(order, noise, strict=True) if s.generated])
     folder.close(f"{out}mse_per_token", (velocity - target).square().mean(-1))
     if f"{out}latents" in folder.tensors:
         folder.close(f"{out}latents", torch.stack([s.image for _, s in order]))

@@ -157,7 +157,7 @@ def lay_out(
             continue
         words(at)
         kind = source if i == READ else Kind.NOISED
-        segments.append(picture(folder, made, kind, next(pictures), drawn=i == DRAW))
+        segments.append(picture(folder, made, kind, next(pictures), generated=i == DRAW))
     words(len(ids))
     return Layout(name, tuple(segments))
 
@@ -371,7 +371,7 @@ def drawing(folder: Folder, stage: str) -> None:
     factor = made.config.autoencoder.downsample
     canvas = (z0.shape[-2] * factor, z0.shape[-1] * factor)
     scales = dict(zip(drops, (1.0, case["cfg_scale"]), strict=False))
-    origins = [c.slot[-1][1] if c.slot else None for c in branches[0]]
+    origins = [c.private[-1][1] if c.private else None for c in branches[0]]
     drawings = [
         made.begin(z, tuple(b[i] for b in branches), scales, canvas, settings, origins[i]) for i, z in enumerate(z0)
     ]

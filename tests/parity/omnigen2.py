@@ -424,10 +424,10 @@ def draw(
         encoded = made._encoded(sample, settings, Posterior(posterior))
         [drawing] = made.start([tuple(contexts)], [sample], [settings], [0])
         references = tuple(() if "image" in drop else encoded for drop in drawing.branches)
-        slot = replace(drawing.slot, references=references)
+        private = replace(drawing.private, references=references)
         x, grid = tokens(made, start[i])
         assert tuple(grid) == made._grid(drawing.canvas)
-        drawings.append(replace(drawing, state=x, slot=slot))
+        drawings.append(replace(drawing, state=x, private=private))
     states = [torch.stack([latents(made, d.state, grid) for d in drawings])]
     predictions: list[list[list[Tensor]]] = []
     guided: list[Tensor] = []
@@ -483,12 +483,14 @@ def pipeline(folder: Folder) -> None:
         close(folder, f"{out}velocity", torch.stack(guided))
         close(folder, f"{out}timesteps", 1 - drawings[0].times[:-1], by=TIMES)
         for k in range(len(pictures)):
-            latent = latents(made, drawings[0].slot.references[0][k].tokens, drawings[0].slot.references[0][k].grid)
+            latent = latents(
+                made, drawings[0].private.references[0][k].tokens, drawings[0].private.references[0][k].grid
+            )
             close(folder, f"{out}ref_latent.{k}", latent)
         if f"{out}prompt_embeds" in folder.tensors:
             theirs = folder.get(f"{out}prompt_embeds")
             for row, drawing, full in zip(theirs, drawings, range(len(theirs)), strict=True):
-                ours = drawing.slot.conditions[0]
+                ours = drawing.private.conditions[0]
                 close(folder, f"{out}prompt_embeds {full}", ours, row[: len(ours)])
         if f"{out}image" in folder.tensors:
             pixels = (made.finish(drawings) + 1) / 2
@@ -519,7 +521,7 @@ def chat(folder: Folder) -> None:
     folder.same(f"{at}in.image_grid_thw", [[1, g[0] * merged, g[1] * merged] for _, g, _ in order])
     close(folder, f"{at}out.image_tokens", torch.cat([v for *_, v in order]))
     [context] = made.extend([made.open()], [laid])
-    whole = context.slot.upto(context.length)
+    whole = context.private.upto(context.length)
     close(folder, f"{at}out.hidden", whole.states[None])
     close(folder, f"{at}out.condition", made._states(context)[None])
     folder.same(f"{at}condition length", int(folder.get(f"{at}out.condition_mask").sum()), len(made._states(context)))

@@ -73,7 +73,7 @@ def test_dropping_images_drops_every_picture_before_the_drawing_and_no_word(mode
     """In training and in a request: what was drawn earlier is a condition of what is drawn now."""
     bare = model.lay_out(two_drawings(end), frozenset({"image"}))
     assert bare.pictures == (0 if end.parts[0].blank else 1) and all(
-        s.drawn for s in bare.segments if s.image is not None
+        s.generated for s in bare.segments if s.image is not None
     )
     told = bare.describe(model.tokenizer.decode)
     assert "red star" in told and "make it blue" in told

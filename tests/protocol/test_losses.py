@@ -77,7 +77,7 @@ def test_pictures_of_any_shape_share_a_row_and_those_of_one_bucket_their_forward
     """The size rule's stride is the bucket (docs/scaling.md): sizes that it rounds to one another are one group."""
     sizes = [(64, 32), (66, 33), (32, 64), (48, 48), (16, 80)]  # (width, height); the first two are one at 16 pixels
     laid = [model.lay_out(tiny.draw(f"draw-{i}", i, "a star", size)) for i, size in enumerate(sizes)]
-    groups = [g for g in pack(laid, model.routes).pictures if g.drawn and g.images is not None]
+    groups = [g for g in pack(laid, model.routes).pictures if g.generated and g.images is not None]
     members = {g.owners: g.tokens.shape[1] for g in groups}
     assert members.keys() == {("draw-0", "draw-1"), ("draw-2",), ("draw-3",), ("draw-4",)}
     area = {owners: sizes[int(owners[0][-1])] for owners in members}
