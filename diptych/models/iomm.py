@@ -72,7 +72,7 @@ from diptych.parts.vision import kept
 
 @dataclass(frozen=True)
 class Prompts:
-    """What the reader is told when a picture is to be drawn: of words, of pictures alone, and of nothing."""
+    """The reader's prompt for a picture: with a caption, with pictures alone, and without either."""
 
     words: str = "Generate an image: {}"
     pictures: str = "Generate an image that is identical to the reference image:"
@@ -238,7 +238,7 @@ class Iomm(UnifiedModel[FlowSettings]):
         self.image_markers = tuple(tokenizer.encode_markup(m) for m in c.mllm.template.image)
 
     def initialise(self, seed: int) -> None:
-        """For training from scratch, the reader included; the autoencoder is left alone."""
+        """Fresh weights, also of the reader; the autoencoder does not change."""
         generator = torch.Generator().manual_seed(seed)
         for part in (self.mllm, self.adapter, self.connector, self.dit):
             part.initialise(generator)
@@ -252,14 +252,14 @@ class Iomm(UnifiedModel[FlowSettings]):
 
     def trunk(self) -> Iterator[torch.nn.Module]:
         """The reader's decoder layers and the blocks of the diffusion transformer."""
-        yield from self.mllm.language.layers  # once for the prefix, once for the queries
+        yield from self.mllm.language.layers  # twice: for the prefix and for the queries
         yield from blocks(self.dit)
 
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Layout:
-        """The conversation in the reader's template. A picture to draw is queries and then its latents; one that no
-        words ask for has the prompt of its sources, or of nothing at all."""
+        """The conversation in the reader's template. A target is queries and then its latents; a request without text
+        has the prompt for pictures alone, or that for neither."""
         sample = dropped(sample, drop)
         page, template, previous = _Page(self), self.config.mllm.template, None
         for i, message in enumerate(sample.messages):
@@ -321,7 +321,7 @@ class Iomm(UnifiedModel[FlowSettings]):
     # ---- network ------------------------------------------------------------------------------------------------
 
     def _embed(self, batch: Batch, noise: Noise) -> _Stream:
-        """What the language model reads of a row: everything but queries and pictures to draw."""
+        """The language model's input of a row: everything but queries and targets."""
         inside = batch.document >= 0
         for g in (*batch.of(Kind.QUERY), *batch.of(Kind.NOISED)):
             inside[g.tokens] = False
@@ -358,23 +358,24 @@ class Iomm(UnifiedModel[FlowSettings]):
         positions: Tensor,
         prefix: Any,
     ) -> tuple[Float[Tensor, "N M d"], Bool[Tensor, "N M"]]:
-        """Conditions of N pictures: the queries that look at c go through g behind its prefix, and what the generator
-        is to see of h through the connector. ``positions`` are those of the first query."""
+        """Conditions of N targets, and which of their tokens are not padding. The queries attend to c, pass through g
+        after its prefix, and the connector maps the part of h that ``cond_tokens`` names. ``positions`` are those of
+        the first query."""
         queries = self.adapter(c, seen)
         if n := queries.shape[1]:
             offsets = torch.arange(n, device=c.device)
             where = (positions[..., None] + offsets).flatten(-2)
             run = self.mllm(queries.to(c.dtype).flatten(0, 1), where, Continued(prefix, seen, n))
-            run, own = run.unflatten(0, (-1, n)), valid.new_ones(len(valid), n)
+            run, query_valid = run.unflatten(0, (-1, n)), valid.new_ones(len(valid), n)
             everything = self.config.cond_tokens == "all"
             states = torch.cat([run, states], 1) if everything else run
-            valid = torch.cat([own, valid], 1) if everything else own
+            valid = torch.cat([query_valid, valid], 1) if everything else query_valid
             if everything:  # the connector has padding last, the generator the queries
                 return self.connector(states, valid).roll(-n, 1), valid.roll(-n, 1)
         return self.connector(states, valid), valid
 
     def _condition(self, batch: Batch, s: _Stream, states: Tensor, memory: dict) -> tuple[Tensor, Tensor]:
-        """The conditions of all pictures to draw, group after group: what stands before each in its document."""
+        """The conditions of all targets, group after group: each sees what comes before it in its document."""
         first, index, valid = _before(batch, s)
         where = self.mllm.positions(batch.positions, [])[..., first]
 
@@ -384,8 +385,8 @@ class Iomm(UnifiedModel[FlowSettings]):
         return self._queries(s.x[index], states[index], valid, valid & s.seen[index], where, prefix)
 
     def reference(self, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
-        """The same conditions the plain way: g runs over c and its queries at once, with gradient through all of it.
-        What the kept prefix is tested against and measured against (benchmarks/iomm_prefix.py)."""
+        """The same conditions without a kept prefix: g runs over c and its queries at once, with gradient through all
+        of it. The reference for tests and for benchmarks/iomm_prefix.py."""
         s = self._embed(batch, noise)
         _, index, valid = _before(batch, s)
         queries = self.adapter(s.x[index], valid & s.seen[index])
@@ -402,10 +403,11 @@ class Iomm(UnifiedModel[FlowSettings]):
         positions = self.mllm.positions(batch.positions, batch.of(Kind.VISION))[..., places[order]]
         states = self.mllm(x, positions, documents(replace(columns, hidden=hidden, segment=segment)))
         back = order.argsort()
-        own = states[back[len(s.places) :].view(len(tokens), -1)[rank]]
+        query_states = states[back[len(s.places) :].view(len(tokens), -1)[rank]]
         everything = self.config.cond_tokens == "all"
-        whole = torch.cat([states[back[: len(s.places)]][index], own], 1) if everything else own
-        seen = torch.cat([valid, valid.new_ones(own.shape[:2])], 1) if everything else valid.new_ones(own.shape[:2])
+        whole = torch.cat([states[back[: len(s.places)]][index], query_states], 1) if everything else query_states
+        query_valid = valid.new_ones(query_states.shape[:2])
+        seen = torch.cat([valid, query_valid], 1) if everything else query_valid
         return self.connector(whole, seen), seen
 
     def counts(self, batch: Batch) -> dict[str, float]:
@@ -426,7 +428,7 @@ class Iomm(UnifiedModel[FlowSettings]):
         times = [self.config.times(noise, g.owners, g.ordinals) for g in drawn]
         targets = [noised(self, g, noise, t) for g, t in zip(drawn, times, strict=True)]
         grids, owners = [g.grid for g in drawn], [batch.document[g.tokens[:, 0]] for g in drawn]
-        if not drawn:  # a token that counts nothing, for other processes may draw and wait for this one (``trunk``)
+        if not drawn:  # a token without loss: other processes may have targets and wait for this one (``trunk``)
             nothing = states.new_zeros(1, 1, self.features, dtype=torch.float32)
             targets, grids, owners = [Noised(nothing, nothing, nothing[:, 0, 0])], [(1, 1)], [batch.document[:1]]
         conditions, valid = self._condition(batch, s, states, attend.memory)
@@ -457,7 +459,8 @@ class Iomm(UnifiedModel[FlowSettings]):
 
     @torch.inference_mode()
     def extend(self, contexts: Sequence[Context], sequences: Sequence[Layout]) -> list[Context]:
-        """Reads words and pictures; embeddings and states are kept too, for the queries that may look at them."""
+        """Prefills text and pictures. Embeddings and final states are kept, since queries attend to them. Raises
+        ``ValueError`` for a noised picture."""
         batch = pack(sequences).to(self.device)
         if batch.of(Kind.NOISED):
             raise ValueError("a noised picture is drawn, not read; use start and step")
@@ -514,15 +517,26 @@ class Iomm(UnifiedModel[FlowSettings]):
         settings: Sequence[FlowSettings],
         seeds: Sequence[int],
     ) -> list[Drawing[FlowSettings]]:
-        """Runs the queries of every context once; a drawing keeps its conditions through all steps."""
+        """Noise for each request, (n, f). The conditions of its contexts are computed once, for all steps."""
         flat = {id(c): c for read in contexts for c in read}
         conditions = dict(zip(flat, self._conditions(list(flat.values())), strict=True))
         drawings = []
         for read, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
-            canvas, branches, own = self.canvas(sample), self.branches(sample, s), [conditions[id(c)] for c in read]
+            canvas, branches = self.canvas(sample), self.branches(sample, s)
             noise = Noise(seed).normal("drawing", "noise", (prod(self._grid(canvas)), self.features)).to(self.device)
             steps = self.steps(canvas, s)
-            drawings.append(Drawing(noise, read, branches, canvas, s, steps, s.times(steps), private=tuple(own)))
+            drawings.append(
+                Drawing(
+                    noise,
+                    read,
+                    branches,
+                    canvas,
+                    s,
+                    steps,
+                    s.times(steps),
+                    private=tuple(conditions[id(c)] for c in read),
+                )
+            )
         return drawings
 
     def _conditions(self, contexts: list[Context]) -> list[Float[Tensor, "M d"]]:
@@ -543,7 +557,8 @@ class Iomm(UnifiedModel[FlowSettings]):
 
     @torch.inference_mode()
     def step(self, drawings: Sequence[Drawing[FlowSettings]]) -> list[Drawing[FlowSettings]]:
-        """One Euler step each. Branches of guidance are one batch; outside the interval they are not computed."""
+        """One Euler step for each drawing. The branches are one batch; outside the guidance interval only the full one
+        is computed."""
         check_step(drawings)
         moved = euler(drawings, lambda x_t, t, branches: self._velocity(x_t, t, drawings, branches))
         return [advance(d, state, v, d.private) for d, (state, v) in zip(drawings, moved, strict=True)]
@@ -589,12 +604,12 @@ def _draws(message: Message, at: int = 0) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Stream:
-    """What the language model reads of a row."""
+    """The language model's input of a row."""
 
     places: Tensor  # (T,) in the row, ascending
     x: Tensor  # (T, D) embeddings
     positions: Tensor  # (T,) or (3, T)
-    seen: Tensor  # (T,) whether others may look at it
+    seen: Tensor  # (T,) whether other tokens may attend to it
     columns: Batch
 
 
@@ -612,7 +627,7 @@ def _before(batch: Batch, s: _Stream) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class _Read:
-    """What a context has read, piece after piece: embeddings and final states of tokens ``start`` and on."""
+    """The embeddings and final states of a context, one piece per ``extend``; this one begins at token ``start``."""
 
     before: _Read | None
     start: int
@@ -620,7 +635,7 @@ class _Read:
     states: Tensor
 
     def upto(self, length: int) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
-        """(embeddings, states) of the first ``length`` tokens: later ones were taken back (``rewind``)."""
+        """(embeddings, states) of the first ``length`` tokens; later ones were removed by ``rewind``."""
         pieces: list[tuple[Tensor, Tensor]] = []
         piece: _Read | None = self
         while piece is not None:
@@ -631,7 +646,7 @@ class _Read:
 
 
 class _Page(Runs):
-    """A conversation as it is written down: runs of words, and pictures between them."""
+    """Builds the layout of a conversation: runs of text, and pictures between them."""
 
     def __init__(self, model: Iomm) -> None:
         super().__init__()
@@ -641,7 +656,7 @@ class _Page(Runs):
         self.between = False
 
     def write(self, markup: str) -> None:
-        """Words of the template."""
+        """Text of the template."""
         if self.between:
             self.write_ids(self.rest)
         self.between = False
@@ -672,7 +687,7 @@ class _Page(Runs):
         self.add(mllm.picture(whole, image=held, encoded=encoded, masked=image.masked))
 
     def draw(self, image: Image) -> None:
-        """Queries, and the picture that is drawn from them."""
+        """Queries, and the target that is conditioned on them."""
         c = self.model.config
         width, height = c.size if c.crop else c.draw(*image.dimensions)
         grid = (height // c.stride, width // c.stride)

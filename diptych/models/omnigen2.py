@@ -11,7 +11,7 @@
 
 What a picture is for decides who sees it:
 
-    understand   the reader; its states are part of the condition (the drawing rows of SGT, arXiv 2506.07999)
+    understand   the reader; its states are part of the condition (the drawing rows of SGT, arXiv 2605.18714)
     condition    the diffusion transformer, as a reference. In a conversation the reader sees it too, and its states at
                  the picture's own places are left out of the condition
     target       drawn. The last one before a request without references is the reference of that request
@@ -80,10 +80,10 @@ NEGATIVE = (  # the negative prompt of the published command-line tools
 
 @dataclass(frozen=True)
 class Settings:
-    """How a picture is drawn.
+    """Sampler settings.
 
-    ``guidance_scale``        of the words (text); no guidance at all up to 1
-    ``image_guidance_scale``  of the references; up to 1 the branch without words has no references either
+    ``guidance_scale``        of the text; no guidance at all up to 1
+    ``image_guidance_scale``  of the references; up to 1 the branch without text has no references either
     ``guidance_range``        guidance is active in step i of N while low <= i / N <= high
     ``timestep_shift``        m of the times m s / (1 + (m - 1) s); None: sqrt(h w) / 40 for h x w latents
     ``solver``                ``euler``, or ``dpm``: DPM-Solver++ of order 2, multistep
@@ -127,8 +127,8 @@ class Settings:
         return schedule(steps, latents**0.5 / 40 if self.timestep_shift is None else self.timestep_shift)
 
     def combine(self, velocities: Sequence[Float[Tensor, "n f"]], branches: Branches) -> Float[Tensor, "n f"]:
-        """The guided velocity from those of (the first of) the branches: u + w (r - u) + g (f - r), where f is the full
-        one, r lacks the words and u the references too. Where there is no r, u + g (f - u)."""
+        """The guided velocity from those of the first branches: u + w (r - u) + g (f - r), where f is the full branch,
+        r the one without text, and u the one without text and references. Without r, u + g (f - u)."""
         full, *away = velocities
         if not away:
             return full
@@ -338,7 +338,7 @@ class OmniGen2(UnifiedModel[Settings]):
         self.stop, self.picture = self.tokenizer.id(c.mllm.template.stop), self.tokenizer.id(PICTURE)
 
     def initialise(self, seed: int) -> None:
-        """Fresh weights of the reader and of the diffusion transformer; the autoencoder is left alone."""
+        """Fresh weights of the reader and the diffusion transformer; the autoencoder does not change."""
         generator = torch.Generator().manual_seed(seed)
         self.mllm.initialise(generator)
         self.dit.initialise(generator)
@@ -356,8 +356,8 @@ class OmniGen2(UnifiedModel[Settings]):
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Layout:
-        """The conversation in the reader's template; references and the picture to draw stand after what they are drawn
-        from, hidden from the reader. Without its words a request keeps its references, which the reader does not see.
+        """The conversation in the reader's template. References and target come after their condition, hidden from the
+        reader. A request without text keeps its references, which the reader then does not see.
 
         Raises ``ValueError`` for more references or longer sequences than the network takes."""
         return self._checked(dropped(sample, drop), "text" in drop)
@@ -369,8 +369,8 @@ class OmniGen2(UnifiedModel[Settings]):
         return self._checked(dropped(worded(sample, words), drop - {"text"}), True)
 
     def _checked(self, sample: Sample, away: bool) -> Layout:
-        """The layout of ``_write``. Raises ``ValueError`` where a picture would stand beyond the network's positions:
-        its first is the number of states that it is drawn from, plus the longer side of every reference."""
+        """The layout of ``_write``. Raises ``ValueError`` where a target would be beyond the network's positions: its
+        first position is the number of condition states plus the longer side of every reference."""
         laid, longest, offset, largest = self._write(sample, away), self.config.dit.axes_lens, 0, 0
         for s in laid.segments:
             if s.kind in (Kind.CLEAN, Kind.NOISED):
@@ -392,7 +392,7 @@ class OmniGen2(UnifiedModel[Settings]):
         return laid
 
     def _write(self, sample: Sample, away: bool) -> Layout:
-        """The layout of a sample; ``away``: it is what guidance goes away from, or a row without its words."""
+        """The layout of a sample; ``away``: of a branch without text, or of a training row whose text is dropped."""
         c, page, messages = self.config, _Page(self), list(sample.messages)
         drawing, direct = sample.drawing, _direct(sample)
         system = c.dropped_system if away and direct and not sample.is_open else c.system
@@ -436,8 +436,8 @@ class OmniGen2(UnifiedModel[Settings]):
         return page.done(sample.id)
 
     def _references(self, sample: Sample, place: tuple[int, int] | None = None) -> list[Image]:
-        """The references of the drawing at ``place`` (message, part), or of the sample's: the condition pictures of its
-        request, or else the picture that was drawn last before it."""
+        """The references of the target at ``place`` (message, part), by default ``sample.drawing``: the condition
+        pictures of its request, or else the last target before it."""
         place = place or sample.drawing
         assert place
         before = [
@@ -447,14 +447,14 @@ class OmniGen2(UnifiedModel[Settings]):
             if (i, j) < place and isinstance(p, Image)
         ]
         asked = next((i for i in reversed(range(place[0])) if sample.messages[i].role == "user"), None)
-        found = [p for i, p in before if i == asked and p.role == "condition"]
-        found = found or [p for _, p in before if p.role == "target"][-1:]
-        if len(found) > self.config.dit.references:
+        references = [p for i, p in before if i == asked and p.role == "condition"]
+        references = references or [p for _, p in before if p.role == "target"][-1:]
+        if len(references) > self.config.dit.references:
             raise ValueError(
-                f"sample {sample.id!r} shows {len(found)} pictures to draw from; "
+                f"sample {sample.id!r} shows {len(references)} pictures to draw from; "
                 f"the model takes at most {self.config.dit.references}"
             )
-        return found
+        return references
 
     def lay_out_picture(self, image: Image) -> tuple[Segment, ...]:
         """The picture as the reader sees it, between its markers."""
@@ -465,7 +465,7 @@ class OmniGen2(UnifiedModel[Settings]):
     # ---- network ------------------------------------------------------------------------------------------------
 
     def _read(self, batch: Batch, noise: Noise) -> _Stream:
-        """What the reader reads of a row: everything but references and pictures to draw."""
+        """The reader's input of a row: everything but references and targets."""
         inside = batch.document >= 0
         for g in (*batch.of(Kind.CLEAN), *batch.of(Kind.NOISED)):
             inside[g.tokens] = False
@@ -528,8 +528,8 @@ class OmniGen2(UnifiedModel[Settings]):
                 first, owner = int(tokens[0]), batch.document[tokens[0]]
                 earlier = max((p for p in firsts if p < first), default=-1)
                 references = tuple(r for p, r in clean if earlier < p < first and int(batch.document[p]) == int(owner))
-                mine = (s.columns.document == owner) & (s.places < first)
-                condition = states[self._condition(mine & s.condition, s.columns.ids, mine)]
+                before = (s.columns.document == owner) & (s.places < first)
+                condition = states[self._condition(before & s.condition, s.columns.ids, before)]
                 pictures.append(Drawn(x_t[i], g.grid, 1 - t[i], condition, references))
                 targets.append(Noised(group.data[i : i + 1], group.noise[i : i + 1], t[i : i + 1]))
                 owners.append(owner)
@@ -546,8 +546,8 @@ class OmniGen2(UnifiedModel[Settings]):
     def _condition(
         self, condition: Bool[Tensor, " S"], ids: Int[Tensor, " S"], before: Bool[Tensor, " S"]
     ) -> Int[Tensor, " L"]:
-        """The places whose states condition a picture: those of ``condition`` without the ``<|img|>`` that opens it,
-        which is the last of the places ``before`` the picture."""
+        """The places whose states condition a target: those of ``condition`` without the ``<|img|>`` that opens it,
+        which is the last of the places ``before`` it."""
         chosen, read = condition.nonzero()[:, 0], before.nonzero()[:, 0]
         opened = len(read) and int(ids[read[-1]]) == self.picture
         return chosen[:-1] if opened else chosen
@@ -571,8 +571,9 @@ class OmniGen2(UnifiedModel[Settings]):
 
     @torch.inference_mode()
     def extend(self, contexts: Sequence[Context], sequences: Sequence[Layout]) -> list[Context]:
-        """Reads words and pictures, and keeps the final states, from which pictures are drawn. References count as
-        tokens of the context and are not read: ``start`` encodes them."""
+        """Prefills text and pictures, and keeps the final states, which condition targets. References count as tokens
+        of the context, but the reader does not see them: ``start`` encodes them. Raises ``ValueError`` for a noised
+        picture."""
         batch = pack(sequences).to(self.device)
         if batch.of(Kind.NOISED):
             raise ValueError("a noised picture is drawn, not read; use start and step")
@@ -621,8 +622,8 @@ class OmniGen2(UnifiedModel[Settings]):
         return fitted(sample, self.config.trained, self.config.source)
 
     def branches(self, sample: Sample, settings: Settings) -> Branches:
-        """The full condition; without words where their scale exceeds 1; without references too where there are any.
-        Where the references' scale does not exceed 1, only the last two of the three are left, as published."""
+        """The full branch; if the text scale exceeds 1, one without text; with references, also one without both. If
+        the references' scale does not exceed 1, the branch without text alone is left out, as in the released code."""
         references = bool(self._references(sample))
         if settings.guidance_scale <= 1:
             if references and settings.image_guidance_scale > 1:
@@ -642,7 +643,7 @@ class OmniGen2(UnifiedModel[Settings]):
         settings: Sequence[Settings],
         seeds: Sequence[int],
     ) -> list[Drawing[Settings]]:
-        """Encodes the references of every request and gathers the states of every branch, once for all steps."""
+        """Noise for each request, (n, f). References are encoded and states gathered once, for all steps."""
         drawings = []
         for branch_contexts, sample, s, seed in zip(contexts, samples, settings, seeds, strict=True):
             canvas, branches, noise = self.canvas(sample), self.branches(sample, s), Noise(seed)
@@ -659,31 +660,31 @@ class OmniGen2(UnifiedModel[Settings]):
         return drawings
 
     def _states(self, context: Context) -> Float[Tensor, "L D"]:
-        """What a picture is drawn from that a context ends with."""
+        """The condition states of a target that follows the context."""
         if context.private is None:
             raise ValueError("a picture is drawn from a context that has read its request; this one is empty")
         read = context.private.upto(context.length)
         return read.states[self._condition(read.condition, read.ids, torch.ones_like(read.condition))]
 
     def _encoded(self, sample: Sample, settings: Settings, noise: Noise) -> tuple[Reference, ...]:
-        """The references of a request. A posterior is sampled with noise that belongs to the seed and the picture."""
+        """The latents of a request's references. A posterior is sampled with noise of the seed and the picture."""
         out, channels = [], self.config.autoencoder.latent_channels
         segments = [s for s in self.lay_out(sample).segments if s.kind == Kind.CLEAN]
         for k, segment in enumerate(segments):
             assert segment.image is not None and segment.grid
             image = segment.image[None].to(self.device)
-            found = image.float() if segment.encoded else self.encode("source", image).float()
+            distribution = image.float() if segment.encoded else self.encode("source", image).float()
             eps = None
-            if settings.posterior == "sample" and found.shape[1] > channels:
-                eps = noise.normal("drawing", f"posterior{k}", (channels, *found.shape[2:])).to(self.device)
-            latents = sampled(found, channels, eps)
+            if settings.posterior == "sample" and distribution.shape[1] > channels:
+                eps = noise.normal("drawing", f"posterior{k}", (channels, *distribution.shape[2:])).to(self.device)
+            latents = sampled(distribution, channels, eps)
             out.append(Reference(latents_to_tokens(latents, self.config.latent_patch)[0], segment.grid))
         return tuple(out)
 
     @torch.inference_mode()
     def step(self, drawings: Sequence[Drawing[Settings]]) -> list[Drawing[Settings]]:
-        """One step of each drawing's solver. The branches of all of them are one row; outside the guidance range only
-        the full condition is computed."""
+        """One solver step for each drawing. All branches of all drawings are one batch; outside the guidance range only
+        the full branch is computed."""
         check_step(drawings)
         active = [len(d.contexts) if d.settings.guided(d.step, d.steps) else 1 for d in drawings]
         grid, rows = self._grid(drawings[0].canvas), []
@@ -733,36 +734,36 @@ def _direct(sample: Sample) -> bool:
 
 
 def _draws(message: Message) -> bool:
-    """Whether a message of the assistant holds a picture that is drawn."""
+    """Whether a message of the assistant holds a target."""
     targets = (p for p in message.parts if isinstance(p, Image) and p.role == "target")
     return message.role == "assistant" and any(targets)
 
 
 def _draws_last(message: Message) -> bool:
-    """Whether a message ends with a picture that is drawn."""
+    """Whether a message ends with a target."""
     last = message.parts[-1]
     return isinstance(last, Image) and last.role == "target"
 
 
 def _says(part: Text | Image) -> bool:
-    """Whether the model is trained to say a part."""
+    """Whether a part is text with loss."""
     return isinstance(part, Text) and part.loss
 
 
 @dataclass(frozen=True, eq=False)
 class _Stream:
-    """What the reader reads of a row."""
+    """The reader's input of a row."""
 
     places: Int[Tensor, " S"]  # in the row, ascending
     x: Float[Tensor, "S D"]
     positions: Tensor  # (S,) or (3, S)
-    condition: Bool[Tensor, " S"]  # whether a picture may be drawn from the state
+    condition: Bool[Tensor, " S"]  # whether the state is part of conditions
     columns: Batch
 
 
 @dataclass(frozen=True, eq=False)
 class _States:
-    """Ids and final states of tokens that were read, and which of them a picture may be drawn from."""
+    """Ids and final states of prefilled tokens, and which of them are part of conditions."""
 
     ids: Int[Tensor, " S"]
     states: Float[Tensor, "S D"]
@@ -771,8 +772,8 @@ class _States:
 
 @dataclass(frozen=True, eq=False)
 class _Read:
-    """What a context has read, piece after piece. ``places`` are those of the reader's tokens in the piece, which
-    begins at token ``start`` of the context and may hold references too."""
+    """The reader's tokens of a context, one piece per ``extend``. The piece begins at token ``start`` of the context;
+    ``places`` are the reader's tokens in it, since it may hold references too."""
 
     before: _Read | None
     start: int
@@ -782,7 +783,7 @@ class _Read:
     condition: Bool[Tensor, " S"]
 
     def upto(self, length: int) -> _States:
-        """What was read within the first ``length`` tokens of the context: later ones were taken back (``rewind``)."""
+        """The reader's tokens among the first ``length`` of the context; later ones were removed by ``rewind``."""
         pieces: list[tuple[Tensor, ...]] = []
         piece: _Read | None = self
         while piece is not None:
@@ -794,7 +795,7 @@ class _Read:
 
 @dataclass(frozen=True, eq=False)
 class _Fixed:
-    """What a drawing keeps through its steps, a value for each branch; ``data`` is the solver's last prediction."""
+    """The constants of a drawing, one for each branch, and ``data``, the solver's last prediction."""
 
     conditions: tuple[Tensor, ...]
     references: tuple[tuple[Reference, ...], ...]
@@ -802,8 +803,8 @@ class _Fixed:
 
 
 class _Page(Runs):
-    """A conversation as it is written down. Text of the template and text of the user that stand next to each other are
-    encoded together, as the published code encodes them."""
+    """Builds the layout of a conversation. Adjacent text of the template and of the user is encoded together, as in the
+    published code."""
 
     def __init__(self, model: OmniGen2) -> None:
         super().__init__()
@@ -812,7 +813,7 @@ class _Page(Runs):
         self.text = ""
 
     def between(self) -> None:
-        """Ends the text so far: what follows is no text."""
+        """Encodes the text so far."""
         if self.text:
             super().write_ids(self.tokenizer.encode(self.text))
         self.text = ""

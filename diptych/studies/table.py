@@ -98,17 +98,17 @@ def _cheers_study(title: str, arms: Mapping[str, Arm], base: str, *modules: str)
 
 STUDIES = {
     "sgt-proxies": Study(
-        "What is drawn beside the questions (SGT, table 1.3)",
+        "What is drawn beside the questions (SGT, comparison of proxy tasks)",
         {arm: _sgt(proxy) for arm, proxy in sgt.ARMS.items()},
         "none",
     ),
     "sgt-ratio": Study(
-        "Segmentation to questions, by samples (SGT, table 1.5)",
+        "Segmentation to questions, by samples (SGT, mixing ratio)",
         {f"{a}:{b}": _sgt(ratio=a / b) for a, b in ((1, 2), (1, 1), (2, 1), (4, 1))},
         "2:1",
     ),
     "sgt-amount": Study(
-        "How many segmentation pictures there are (SGT, table 1.5)",
+        "How many segmentation pictures there are (SGT, data scaling)",
         {str(n): _sgt("segment" if n else None, amount=n) for n in (0, 200, 2000, 20_000)},
         "0",
     ),
@@ -175,7 +175,7 @@ STUDIES = {
         "decoder",
     ),
     "cheers-merge": _cheers_study(
-        "Tokens of a picture at equal resolution (Cheers, section 2)",
+        "Tokens of a picture at equal resolution (the 2x2 merge of Cheers)",
         {"2x2: 16 tokens": _cheers(), "1x1: 64 tokens": _cheers(merge=1)},
         "2x2: 16 tokens",
         *("decoder", "vision", "fine", "gate"),
