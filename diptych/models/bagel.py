@@ -82,7 +82,7 @@ CONTEXTS: Mapping[str, tuple[Drop, ...]] = {  # what the text branch and the ima
 
 @dataclass(frozen=True)
 class Settings(FlowSettings):
-    """How a picture is drawn.
+    """Sampler settings.
 
     ``contexts``  what each branch of guidance reads. The text branch never reads the text that ends the request, nor
                   the plan; the image branch reads no picture. ``inferencer``: the image branch reads no plan either.
@@ -350,7 +350,7 @@ class Bagel(UnifiedModel[Settings]):
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Layout:
-        """Texts and pictures in order. Nothing stands in the place of what is dropped of a request.
+        """Texts and pictures in order. What is dropped of a request leaves nothing behind.
 
         In a training sample that draws, each of these conditions can be dropped as a whole or segment by segment
         (``text:0`` is the first)::
@@ -474,7 +474,7 @@ class Bagel(UnifiedModel[Settings]):
         }
 
     def predict(self, batch: Batch, noise: Noise) -> Predictions:
-        """``text``: supervised words; ``image``: noised latents (``train/pretrain_unified_navit.py``)."""
+        """``text``: supervised tokens; ``image``: noised latents (``train/pretrain_unified_navit.py``)."""
         order = torch.cat(batch.routes)
         rank = inverse_permutation(order)
         pictures = [(g.tokens, self._embed_vision(g, noise)) for g in batch.of(Kind.VISION)]
@@ -504,7 +504,7 @@ class Bagel(UnifiedModel[Settings]):
         """Prefills text and clean pictures (t = 0). Raises ``ValueError`` for a noised picture."""
         batch = pack(sequences, self.routes).to(self.device)
         if batch.of(Kind.NOISED):
-            raise ValueError("a noised picture is drawn, not read; use start and step")
+            raise ValueError("a noised picture cannot be prefilled; use start and step")
         order, start, noise = torch.cat(batch.routes), batch.positions, Noise()
         positions = start + torch.tensor([c.position for c in contexts], device=self.device)[batch.document]
         caches = [c.cache.reserve(c.length, len(s)) for c, s in zip(contexts, sequences, strict=True)]
@@ -636,10 +636,10 @@ class Bagel(UnifiedModel[Settings]):
         B, n, _ = x_t.shape
         latents = self._embed_latents(x_t, t, self._grid(drawings[0].canvas))
         markers = torch.tensor([self.markers["image"], self.markers["end"]], device=self.device)
-        words = self.decoder.embed_tokens(markers)
+        embedded = self.decoder.embed_tokens(markers)
         blocks = B * branches
-        latents = latents.to(words.dtype).repeat(branches, 1, 1).flatten(0, 1)
-        stream = torch.cat([words.repeat(blocks, 1), latents])
+        latents = latents.to(embedded.dtype).repeat(branches, 1, 1).flatten(0, 1)
+        stream = torch.cat([embedded.repeat(blocks, 1), latents])
         place = torch.arange(blocks * (n + 2), device=self.device).view(blocks, n + 2)
         order = torch.cat([place[:, [0, -1]].flatten(), place[:, 1:-1].flatten()])
         position = torch.tensor([d.contexts[b].position for b in range(branches) for d in drawings], device=self.device)

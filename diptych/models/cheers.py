@@ -2,7 +2,7 @@
 
 ::
 
-    picture ── autoencoder ── z, mixed with noise when it is drawn
+    picture ── autoencoder ── z, mixed with noise if it is a target
                               │
                     pixel decoder D ── patches e of D(z) ── SigLIP2 ── 2x2 merge ── semantic tokens
                                         │                                            │
@@ -16,12 +16,12 @@
 
     z_t = (1 - t) data + t noise;  loss = w_text CE + w_image |v - (noise - data)|^2
 
-Time enters the two stages of the head alone; tokenizer and decoder see how noisy a picture is by looking at it. The
-published code counts time from noise to data and predicts data - noise: ``_predict`` alone turns both round.
+Only the two stages of the head receive the time; tokenizer and decoder infer it from the noised picture. The published
+code counts time from noise to data and predicts data - noise: only ``_predict`` converts both.
 
 Layout: ChatML; a picture is <im_start> .. <im_end> in the text, one position id for each of its tokens, which see each
 other fully. In training a noised picture is hidden from what follows, which reads its clean copy at the same positions.
-Guidance replaces every word but the picture's markers by <no_mean>.
+Guidance replaces all text tokens except picture markers by <no_mean>.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ Quirk = Literal[
 """Defects of the published code that ``published_quirks`` can switch on:
 
 ``repeated_positions``    the fine stage counts its N tokens 0 .. N/2 - 1 twice; the published weights learned with it
-``structural_labels``     newlines and markers are predicted in every turn, also where words are blanked for guidance
+``structural_labels``     newlines and markers are predicted in every turn, also where text is dropped
 ``visible_noise``         what follows a noised picture in training sees it, and no clean copy is read
 ``loss_on_all_pictures``  the flow loss also takes pictures that are only read (at the data's end, target 0) and dummies
 ``dummy_picture``         a text without pictures follows a causal picture of nothing: random pixels when read, pure
@@ -278,7 +278,7 @@ class Final(nn.Module):
 
 
 class Stage(nn.Module):
-    """One stage of the head: its own features of the time, blocks that attend within one picture, the final layer."""
+    """One stage of the head: an embedding of the time, blocks that attend within one picture, the final layer."""
 
     def __init__(self, width: int, heads: int, kv_heads: int, layers: int, out: int, eps: float) -> None:
         super().__init__()
@@ -362,8 +362,8 @@ class Cheers(UnifiedModel[Settings]):
         self.autoencoder = build_latent_autoencoder(c.autoencoder)
         if c.pixels:
             self.pixel_decoder = LatentDecoder(c.autoencoder)
-        words = {"turn": "<|im_start|>", "stop": "<|im_end|>", "start": START, "end": END, "blank": BLANK}
-        self.markers = {name: self.tokenizer.id(token) for name, token in words.items()}
+        tokens = {"turn": "<|im_start|>", "stop": "<|im_end|>", "start": START, "end": END, "blank": BLANK}
+        self.markers = {name: self.tokenizer.id(token) for name, token in tokens.items()}
         if len(self.tokenizer) > c.decoder.vocab_size:
             raise ValueError(
                 f"the tokenizer has {len(self.tokenizer)} tokens with Cheers's, the decoder {c.decoder.vocab_size}"
@@ -418,7 +418,7 @@ class Cheers(UnifiedModel[Settings]):
 
     def _turn(self, page: _ChatML, sample: Sample, message: Message, index: int) -> None:
         """Writes message ``index``: <|im_start|>, the role, the parts, and <|im_end|> unless the turn goes on (an open
-        turn) or ends with the picture that is drawn."""
+        turn) or ends with the target."""
         roles, last = self.config.roles, index == len(sample.messages) - 1
         visible = "visible_noise" in self.config.published_quirks
         page.write(self.markers["turn"])
@@ -452,7 +452,7 @@ class Cheers(UnifiedModel[Settings]):
             page.write(self.markers["stop"], learned=learned)
             page.text("\n" if roles else "")
 
-    def words(self, run: Sequence[tuple[int, bool]], drop: Drop) -> list[Segment]:
+    def text_segments(self, run: Sequence[tuple[int, bool]], drop: Drop) -> list[Segment]:
         """The segments of a run of text tokens, cut where supervision begins or ends."""
         structural = "structural_labels" in self.config.published_quirks
         labels = [i if learned and ("text" not in drop or structural) else NONE for i, learned in run]
@@ -538,7 +538,7 @@ class Cheers(UnifiedModel[Settings]):
         return {"text": float((batch.targets != NONE).sum()), "image": float(latents)}
 
     def predict(self, batch: Batch, noise: Noise) -> Predictions:
-        """``text``: supervised words; ``image``: noised latents."""
+        """``text``: supervised tokens; ``image``: noised latents."""
         pictures, drawn = [], []
         for g in batch.pictures:
             data = self._latents(g)
@@ -570,7 +570,7 @@ class Cheers(UnifiedModel[Settings]):
         ``ValueError`` for a noised picture."""
         batch = pack(sequences, self.routes).to(self.device)
         if batch.of(Kind.NOISED):
-            raise ValueError("a noised picture is drawn, not read; use start and step")
+            raise ValueError("a noised picture cannot be prefilled; use start and step")
         starts, noise = torch.tensor([c.position for c in contexts], device=self.device), Noise()
         caches = [c.cache.reserve(c.length, len(s)) for c, s in zip(contexts, sequences, strict=True)]
         ends = torch.tensor(batch.lengths).cumsum(0)
@@ -748,13 +748,13 @@ class _ChatML:
 
     def show(self, picture: Segment) -> None:
         """A picture, after the run of tokens before it."""
-        self.segments += [*self.model.words(self.run, self.drop), picture]
+        self.segments += [*self.model.text_segments(self.run, self.drop), picture]
         self.run = []
 
     def done(self, name: str) -> Layout:
         """The layout of the whole conversation."""
         self.write()
-        return Layout(name, (*self.segments, *self.model.words(self.run, self.drop)))
+        return Layout(name, (*self.segments, *self.model.text_segments(self.run, self.drop)))
 
 
 def _speaks(targets: Sequence[int], i: int) -> bool:

@@ -418,7 +418,7 @@ class Iomm(UnifiedModel[FlowSettings]):
         }
 
     def predict(self, batch: Batch, noise: Noise) -> Predictions:
-        """``text``: supervised words; ``image``: noised latents (Alg. 1)."""
+        """``text``: supervised tokens; ``image``: noised latents (Alg. 1)."""
         drawn = batch.of(Kind.NOISED)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.mllm.learns(batch)):
             s = self._embed(batch, noise)
@@ -463,7 +463,7 @@ class Iomm(UnifiedModel[FlowSettings]):
         ``ValueError`` for a noised picture."""
         batch = pack(sequences).to(self.device)
         if batch.of(Kind.NOISED):
-            raise ValueError("a noised picture is drawn, not read; use start and step")
+            raise ValueError("a noised picture cannot be prefilled; use start and step")
         if self.config.mask_mode != "zero" and any(g.masked for g in batch.pictures):
             raise ValueError(f"a masked picture is read with mask_mode 'zero' only, not {self.config.mask_mode!r}")
         s = self._embed(batch, Noise())

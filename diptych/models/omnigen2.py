@@ -495,7 +495,7 @@ class OmniGen2(UnifiedModel[Settings]):
         }
 
     def predict(self, batch: Batch, noise: Noise) -> Predictions:
-        """``text``: supervised words; ``image``: noised latents. The reader learns from both where it is trained."""
+        """``text``: supervised tokens; ``image``: noised latents. The reader learns from both where it is trained."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.mllm.learns(batch)):
             s = self._read(batch, noise)
             states = self.mllm(s.x, s.positions, documents(s.columns))
@@ -576,7 +576,7 @@ class OmniGen2(UnifiedModel[Settings]):
         picture."""
         batch = pack(sequences).to(self.device)
         if batch.of(Kind.NOISED):
-            raise ValueError("a noised picture is drawn, not read; use start and step")
+            raise ValueError("a noised picture cannot be prefilled; use start and step")
         s = self._read(batch, Noise())
         read = s.columns.lengths
         before = [c.private.upto(c.length) if c.private else None for c in contexts]

@@ -145,8 +145,8 @@ class Trainable(nn.Module, ABC):
         """The sample as segments; ``drop`` names conditions to leave out (guidance, and dropout in training):
         ``dropped`` removes them, and the family only chooses what replaces removed text (nothing, or blank tokens).
 
-        A request (``sample.is_open``) ends where its answer or its picture begins, whatever opens it included; pictures
-        before that have been drawn, so they are read. In a training sample a target is drawn, and read by what follows.
+        A request (``sample.is_open``) ends where its answer or its picture begins, with the opening markers. Earlier
+        pictures of a request are clean. In a training sample a target is noised, and what follows sees a clean copy.
         Pure: no network, no random state. Raises ``ValueError`` for what the family cannot lay out."""
 
     @abstractmethod
@@ -265,7 +265,7 @@ class UnifiedModel(Trainable, Generic[S]):
     @abstractmethod
     def predict(self, batch: Batch, noise: Noise) -> Predictions:
         """What the model predicts for a batch, by the terms of ``counts``. Two calls with one batch and one noise see
-        the same x_t, whatever the weights are."""
+        the same x_t for any weights."""
 
     def losses(self, batch: Batch, noise: Noise) -> Losses:
         """The loss terms of supervised training."""
@@ -437,7 +437,7 @@ def worded(sample: Sample, words: str) -> Sample:
     """The sample with ``words`` as the text of its request. Raises ``ValueError`` where there is no request."""
     at = sample.request_at
     if at is None:
-        raise ValueError(f"sample {sample.id!r} has no request whose words could be replaced")
+        raise ValueError(f"sample {sample.id!r} has no request whose text could be replaced")
     pictures = [p for p in sample.messages[at].parts if isinstance(p, Image)]
     changed = replace(sample.messages[at], parts=(*pictures, Text(words)))
     return replace(sample, messages=(*sample.messages[:at], changed, *sample.messages[at + 1 :]))
@@ -524,7 +524,7 @@ def draw_noise(noise: Noise, group: Pictures, name: str, shape: tuple[int, ...])
 def read_on(
     contexts: Sequence[Context], sequences: Sequence[Layout], caches: Sequence[Any], logits: Float[Tensor, "B V"]
 ) -> list[Context]:
-    """The contexts after their sequences were read into ``caches``, with the scores of their next words."""
+    """The contexts after prefill of one layout each into ``caches``, with the logits of the next token."""
     return [
         Context(cache, c.length + len(s), c.position + sum(x.moves for x in s.segments), scores, c.private)
         for cache, c, s, scores in zip(caches, contexts, sequences, logits, strict=True)

@@ -9,14 +9,14 @@
                                                               └── unfolding head → the m n codes of the next token
 
     x_V(i) = MLP(concat_j (E[v(i,j)] + P(i,j)))                                  (Eq. 1)
-    y = x + Attn(norm x);  out = y + FFN_V(norm y) for picture tokens, FFN_T for words        (Eq. 2)
+    y = x + Attn(norm x);  out = y + FFN_V(norm y) for picture tokens, FFN_T for text        (Eq. 2)
     p(v(i,j) | v(i,<j), h_i), h_i the final state one token before i             (Eq. 3)
     loss = w_text CE + w_image CE of codes, w_image / w_text = 2                 (Eq. 4)
 
 Layout: chat messages, each picture <boi> tokens <eoi> in its place. A picture to understand is tiled (InternVL 1.5),
-its tiles one after another between one pair of markers. A drawn picture is the same tokens, so what follows reads it.
-Everything is causal and every token has a position of its own. Without text, a request's words are "Here is a random
-image <UNCOND>:". The three markers have a table of their own, after the vocabulary's last id.
+its tiles one after another between one pair of markers. A generated picture has the same tokens, which what follows
+attends to. Everything is causal and every token has one position. A request without text is "Here is a random image
+<UNCOND>:". The three markers have a separate embedding table; their ids follow the vocabulary's last.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ from diptych.parts.tokenizer import Tokenizer
 from diptych.parts.vision import blanked
 
 WORDS, PICTURES = 0, 1  # the two routes
-ENDS = ("</s>", "<|endoftext|>")  # words that end an answer too, where the tokenizer has them
+ENDS = ("</s>", "<|endoftext|>")  # also end an answer, if the tokenizer has them
 UNCONDITIONAL = ("Here is a random image", ":")  # around <UNCOND>
 
 
@@ -118,7 +118,7 @@ class Config:
 
     @property
     def stride(self) -> int:
-        """What sides of drawn pictures are multiples of, in pixels."""
+        """The sides of generated pictures are multiples of this many pixels."""
         return self.draw.stride
 
     @property
@@ -196,7 +196,7 @@ class VisualEmbed(nn.Module):
         self.proj = FoldMLP(c.codes_per_token * c.embed_size, d)
 
     def positions(self, grid: tuple[int, int]) -> Float[Tensor, "n s e"]:
-        """The position table of a grid of codes, folded; resized (bicubic) for a grid that is not its own."""
+        """The position table of a grid of codes, folded; resized (bicubic) for another grid."""
         table: Tensor = self.pos
         if grid != tuple(table.shape[:2]):
             table = F.interpolate(table.permute(2, 0, 1)[None], grid, mode="bicubic")[0].permute(1, 2, 0)
@@ -257,7 +257,7 @@ class SynerGen(UnifiedModel[CodeSettings]):
         self.begin, self.end = tokenizer.encode_markup(c.chat.begin), tokenizer.encode_markup(c.chat.end)
         self.roles = {r: tokenizer.encode_markup(c.chat.role.format(role=r)) for r in ("system", "user", "assistant")}
         if not self.end or not all(self.roles.values()):
-            raise ValueError(f"a chat needs words for role and end: {c.chat}")
+            raise ValueError(f"a chat needs text for role and end: {c.chat}")
         if not c.chat.end.startswith(tuple(tokenizer.special)):
             known = ", ".join(tokenizer.special) or "none"
             raise ValueError(
@@ -266,8 +266,8 @@ class SynerGen(UnifiedModel[CodeSettings]):
         self._stops = frozenset({self.end[0], *(tokenizer.id(s) for s in tokenizer.special if s in ENDS)})
 
     def initialise(self, seed: int) -> None:
-        """Fresh weights: linear layers of variance 1 / inputs, what writes to a residual stream divided by
-        sqrt(2 layers), vision experts as copies of the text experts. The tokenizer is left alone."""
+        """Fresh weights of variance 1 / inputs; layers that write to a residual stream are divided by sqrt(2 layers).
+        Vision experts are copies of the text experts. The picture tokenizer does not change."""
         generator = torch.Generator().manual_seed(seed)
         depth = {"decoder": self.config.decoder.num_hidden_layers, "unfold": self.config.head.num_hidden_layers}
         nn.init.normal_(self.visual_embed.pos, std=self.config.embed_std, generator=generator)
@@ -291,7 +291,7 @@ class SynerGen(UnifiedModel[CodeSettings]):
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(self, sample: Sample, drop: Drop = NOTHING) -> Layout:
-        """Messages in order; a picture that no words ask for is asked for by the unconditional ones."""
+        """Messages in order; a request without text is ``UNCONDITIONAL``."""
         seen = sum(image.role == "understand" for image in sample.images())  # what is dropped changes no other picture
         sample = dropped(sample, drop)
         segments = [Segment(Kind.TEXT, tuple(self.begin))] if self.begin else []
@@ -309,8 +309,8 @@ class SynerGen(UnifiedModel[CodeSettings]):
         pictures: dict[int, Segment] = {}
         for part in message.parts:
             if isinstance(part, Text):
-                ids += (words := self.tokenizer.encode(part.text))
-                learned += [part.loss] * len(words)
+                ids += (text := self.tokenizer.encode(part.text))
+                learned += [part.loss] * len(text)
             elif part.blank:
                 ids.append(self.boi)
             else:
@@ -320,8 +320,8 @@ class SynerGen(UnifiedModel[CodeSettings]):
                 learned += [False] * len(block)
         if asks and not any(isinstance(part, Text) for part in message.parts):
             before, after = map(self.tokenizer.encode, UNCONDITIONAL)
-            ids += (words := [*before, self.uncond, *after])
-            learned += [False] * len(words)
+            ids += (text := [*before, self.uncond, *after])
+            learned += [False] * len(text)
         if not opens:
             ids += self.end
             last = message.parts[-1] if message.parts else None
@@ -389,17 +389,17 @@ class SynerGen(UnifiedModel[CodeSettings]):
         positions = self.visual_embed.positions((grid[0] * m, grid[1] * n))
         return self.visual_embed(codes, positions.expand(*codes.shape, -1)).flatten(1, 2)
 
-    def _embed_words(self, ids: Int[Tensor, " W"]) -> Float[Tensor, "W d"]:
+    def _embed_text(self, ids: Int[Tensor, " W"]) -> Float[Tensor, "W d"]:
         V = self.config.decoder.vocab_size
-        words = self.decoder.embed_tokens(ids.clamp(max=V - 1))
-        marks = self.special_embed((ids - V).clamp(min=0)).to(words.dtype)
-        return torch.where((ids < V)[:, None], words, marks)
+        text = self.decoder.embed_tokens(ids.clamp(max=V - 1))
+        marks = self.special_embed((ids - V).clamp(min=0)).to(text.dtype)
+        return torch.where((ids < V)[:, None], text, marks)
 
     def _run(
         self, batch: Batch, pictures: list[tuple[Tensor, Tensor]], positions: Tensor, order: Tensor, attend: Attend
     ) -> Float[Tensor, "T d"]:
-        """Final states in stream order, from the pictures' (places, tokens) and the batch's words."""
-        stream = self.decoder.embed(batch, pictures, order, self._embed_words)
+        """Final states in stream order, from the pictures' (places, tokens) and the batch's text."""
+        stream = self.decoder.embed(batch, pictures, order, self._embed_text)
         return self.decoder(stream, positions[order], attend, [len(r) for r in batch.routes])
 
     def _generated(self, batch: Batch) -> list[Pictures]:
@@ -414,7 +414,7 @@ class SynerGen(UnifiedModel[CodeSettings]):
         }
 
     def predict(self, batch: Batch, noise: Noise) -> Predictions:
-        """``text``: supervised words; ``image``: codes (Eq. 4). A picture's first token is predicted from <boi>, every
+        """``text``: supervised tokens; ``image``: codes (Eq. 4). A picture's first token is predicted from <boi>, every
         other from the token before it. Only masks are random."""
         order = torch.cat(batch.routes)
         rank = inverse_permutation(order)
@@ -441,7 +441,7 @@ class SynerGen(UnifiedModel[CodeSettings]):
 
     @torch.inference_mode()
     def extend(self, contexts: Sequence[Context], sequences: Sequence[Layout]) -> list[Context]:
-        """Reads; a context keeps its last final state, from which a picture's first token is drawn."""
+        """Prefills; a context keeps its last final state, from which a picture's first token is predicted."""
         batch, noise = pack(sequences, self.routes).to(self.device), Noise()
         order = torch.cat(batch.routes)
         positions = batch.positions + torch.tensor([c.position for c in contexts], device=self.device)[batch.document]
@@ -492,7 +492,8 @@ class SynerGen(UnifiedModel[CodeSettings]):
 
     @torch.inference_mode()
     def step(self, drawings: Sequence[Drawing[CodeSettings]]) -> list[Drawing[CodeSettings]]:
-        """The codes of one token each; every branch reads the token, through the vision experts, as in training."""
+        """The codes of one token for each drawing. Every branch decodes the token with the vision experts, as in
+        training."""
         check_step(drawings)
         R, B = len(drawings[0].contexts), len(drawings)
         h = torch.stack(
@@ -519,7 +520,7 @@ class SynerGen(UnifiedModel[CodeSettings]):
         ]
 
     def _streams(self, drawings: Sequence[Drawing[CodeSettings]]) -> Streams:
-        """Keys and values of every branch of every drawing, branch-major; kept while the same drawings go on."""
+        """Keys and values of every branch of every drawing, branch-major; kept while the same drawings are batched."""
         R, B = len(drawings[0].contexts), len(drawings)
         lengths = [d.contexts[b].length + d.step for b in range(R) for d in drawings]
         first = drawings[0].private and drawings[0].private.streams
