@@ -277,7 +277,7 @@ class Final(nn.Module):
         return self.linear(self.norm(x) * (1 + scale) + shift)
 
 
-class Stage(nn.Module):
+class HeadStage(nn.Module):
     """One stage of the head: an embedding of the time, blocks that attend within one picture, the final layer."""
 
     def __init__(self, width: int, heads: int, kv_heads: int, layers: int, out: int, eps: float) -> None:
@@ -355,10 +355,10 @@ class Cheers(UnifiedModel[Settings]):
         kv, eps, latents = c.decoder.num_key_value_heads, c.decoder.rms_norm_eps, c.autoencoder.features
         coarse, fine = c.head_layers
         width = v if fine else latents
-        self.coarse = Stage(d, c.decoder.num_attention_heads, kv, coarse, c.merge**2 * width, eps)
+        self.coarse = HeadStage(d, c.decoder.num_attention_heads, kv, coarse, c.merge**2 * width, eps)
         if fine:
             self.gate = Gate(v, c.detail)
-            self.fine = Stage(v, c.vision.num_attention_heads, kv, fine, latents, eps)
+            self.fine = HeadStage(v, c.vision.num_attention_heads, kv, fine, latents, eps)
         self.autoencoder = build_latent_autoencoder(c.autoencoder)
         if c.pixels:
             self.pixel_decoder = LatentDecoder(c.autoencoder)
@@ -388,7 +388,7 @@ class Cheers(UnifiedModel[Settings]):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def _stages(self) -> list[Stage]:
+    def _stages(self) -> list[HeadStage]:
         return [self.coarse, self.fine] if self.config.head_layers[1] else [self.coarse]
 
     def blocks(self) -> Iterator[nn.Module]:
