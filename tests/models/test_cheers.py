@@ -110,7 +110,7 @@ def test_unknown_quirks_are_named():
 
 def test_a_vocabulary_without_room_for_the_markers_is_refused():
     c = tiny.cheers()
-    with pytest.raises(ValueError, match="the tokenizer has 1029 words with Cheers's own, the decoder 1024"):
+    with pytest.raises(ValueError, match="the tokenizer has 1029 tokens with Cheers's, the decoder 1024"):
         store.create("cheers", replace(c, decoder=replace(c.decoder, vocab_size=1024)))
 
 
