@@ -32,9 +32,10 @@ def bagel_config(width: int = 32, layers: int = 2, vocab_size: int = 320) -> bag
         VisionConfig(32, 48, 2, 2, patch_size=14, image_size=112),
         AutoencoderConfig(channels=32, multipliers=(1, 1, 2), blocks=1, latent_channels=4),
         latent_side=16,
-        see=SizeRule(longest=112, shortest=112, stride=14),
-        draw=SizeRule(longest=128, shortest=64, stride=8),
+        see=SizeRule(longest=112, shortest=112, stride=14, over="ratio"),
+        draw=SizeRule(longest=128, shortest=64, stride=8, over="ratio"),
         size=(128, 128),
+        reading="inferencer",
         edits=bagel.EDITS,
     )
 
