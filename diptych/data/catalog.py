@@ -76,6 +76,7 @@ class Images(BaseModel):
     view: Path_ | None = None
     longest: Pixels = annotated.LONGEST
     seed: int = 0
+    paper: ladder.Paper = "dark"
     index: Path_ | None = None
     max_pixels: Pixels = MAX_PIXELS
 
@@ -91,6 +92,7 @@ class Annotation(BaseModel):
     masks: Path_ | None = None
     longest: Pixels = annotated.LONGEST
     seed: int = 0
+    paper: ladder.Paper = "dark"
     max_pixels: Pixels = MAX_PIXELS
 
 
@@ -143,7 +145,7 @@ class Entry:
                 task = ladder.TASKS[str(s.read).removeprefix(SGT)]
                 folder = isinstance(s, Images)
                 left_out = readers.images("", path).left_out if folder else readers.unread_files(path, (".json",))
-                return annotated.Proxies(self.name, task, self._rows(s, task), s.longest, s.seed, left_out)
+                return annotated.Proxies(self.name, task, self._rows(s, task), s.longest, s.seed, left_out, s.paper)
             make = parquet if s.format == "parquet" else readers.webdataset
             return make(self.name, path, s.read, s.max_pixels, index)
         except (ValueError, OSError) as error:

@@ -383,3 +383,32 @@ def test_the_target_scores_best_and_the_photo_worse(name):
     assert segmentation.score(sample, target.resize((32, 32))).keys() == best.keys()
     with pytest.raises(ValueError, match="unknown task 'None'; choose from reconstruct"):
         segmentation.score(replace(sample, info={}), target)
+
+
+@pytest.mark.parametrize("name", [n for n, task in TASKS.items() if "light" in task.papers])
+def test_label_pictures_on_light_paper_say_the_same(name):
+    dark, light = (embedded.source(f"shapes/{folder}/{name}", size=48) for folder in ("sgt", "sgt-light"))
+    a, task, info = (
+        shapes_sources.annotated(shapes.random_scene(np.random.default_rng(3)), 48),
+        TASKS[name],
+        light[0].info,
+    )
+    (_, on_dark), (_, on_light) = (
+        list(Sample("", ladder.make(task, a, np.random.default_rng(0), paper)[0]).images()) for paper in task.papers
+    )
+    count = ladder.make(task, a, np.random.default_rng(0))[1]["count"]
+    ids = task.decode(on_dark.pixels, count)
+    assert np.array_equal(task.decode(on_light.pixels, count, paper="light"), ids)
+    assert np.asarray(on_light.pixels).mean() > np.asarray(on_dark.pixels).mean() + 60, "light paper is dark"
+    assert info["paper"] == "light" and "paper" not in dark[0].info
+    assert light[0].messages[0].parts[-1].text.endswith(ladder.ON_LIGHT)
+    target = list(light[0].images())[-1].pixels
+    parts = segmentation.score(light[0], target)
+    assert parts.get("miou", parts.get("quality", 1.0)) == 1.0 and parts.get("error", 0.0) == 0.0
+
+
+def test_a_task_without_labels_has_no_light_paper():
+    a = shapes_sources.annotated(shapes.random_scene(np.random.default_rng(3)), 48)
+    with pytest.raises(ValueError, match="paper is 'light'; task 'denoise' has dark"):
+        ladder.make(TASKS["denoise"], a, np.random.default_rng(0), "light")
+    assert "shapes/sgt-light/detect" not in embedded.names() and "shapes/sgt-light/segment" in embedded.names()

@@ -24,7 +24,7 @@ from diptych.data.decoding import MAX_PIXELS, open_labels, open_picture
 from diptych.data.sources import find_files, inside
 from diptych.data.sources import images as list_images
 from diptych.data.tasks import ladder
-from diptych.data.tasks.ladder import Annotated, Task
+from diptych.data.tasks.ladder import Annotated, Paper, Task
 
 LONGEST = 1024  # pixels on the long side that annotated pictures are shrunk to
 
@@ -134,8 +134,11 @@ class Proxies:
     longest: int = LONGEST
     seed: int = 0
     left_out: Mapping[str, int] = field(default_factory=dict)
+    paper: Paper = "dark"
 
     def __post_init__(self) -> None:
+        if self.paper not in self.task.papers:
+            raise ValueError(f"paper is {self.paper!r}; task {self.task.name!r} has {', '.join(self.task.papers)}")
         if not self.rows:
             needs = ", ".join(self.task.needs) or "pictures"
             raise ValueError(f"no picture has what task {self.task.name!r} needs: {needs}")
@@ -166,7 +169,8 @@ def _made(source: Proxies, index: int) -> Sample:
     row = source.rows[index]
     try:
         annotated = shrunk(row.read(), source.longest)
-        messages_and_info = ladder.make(source.task, annotated, ladder.generator(source.seed, row.id, source.task.name))
+        rng = ladder.generator(source.seed, row.id, source.task.name)
+        messages_and_info = ladder.make(source.task, annotated, rng, source.paper)
     except ValueError as error:
         raise ValueError(f"{row.where}: {error}") from error
     return Sample(row.id, *messages_and_info)

@@ -29,7 +29,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import product
 from typing import Any, Literal
@@ -44,6 +44,7 @@ from diptych.data.tasks import instructions as words
 
 Level = Literal["low", "mid", "high"]
 Palette = Literal["tab20", "bits", "binary", "inferno", "grey", "boxes"]
+Paper = Literal["dark", "light"]  # what is around the regions of a label picture: black, or white
 BASELINE = 1 / 16  # how far the nearest thing of a drawn scene moves from the left view to the right, of the canvas
 
 
@@ -167,8 +168,13 @@ def farness(extent: float, largest: float, paper: float) -> float:
 
 
 @lru_cache(maxsize=64)
-def palette(name: Palette, count: int = 0) -> np.ndarray:
-    """(n, 3) uint8: the colour of each id, 0 to n - 1; ``count`` is how many ids "bits" is to have."""
+def palette(name: Palette, count: int = 0, paper: Paper = "dark") -> np.ndarray:
+    """(n, 3) uint8: the colour of each id, 0 to n - 1; ``count`` is how many ids "bits" is to have.
+
+    On light paper id 0 of "tab20" and "bits" is white, and the other palettes are reversed."""
+    if paper == "light":
+        dark = palette(name, count)
+        return np.concatenate([[[255] * 3], dark[1:]]).astype(np.uint8) if name in ("tab20", "bits") else dark[::-1]
     if name == "bits":
         bits, ids = np.arange(8), np.arange(count)[:, None].astype(np.int64)
         channels = [((ids >> (3 * bits + c) & 1) << (7 - bits)).sum(1) for c in range(3)]
@@ -357,11 +363,18 @@ class Task:
             raise ValueError(f"task {self.name!r} needs {' and '.join(missing)}; the picture has {has or 'none'}")
         return self.make(annotated, rng)
 
-    def decode(self, drawn: PIL.Image.Image, count: int = 0, photo: PIL.Image.Image | None = None) -> np.ndarray:
+    @property
+    def papers(self) -> tuple[Paper, ...]:
+        """The papers that the target exists on: both for label pictures, else the one that the picture has."""
+        return ("dark",) if self.palette in (None, "boxes") else ("dark", "light")
+
+    def decode(
+        self, drawn: PIL.Image.Image, count: int = 0, photo: PIL.Image.Image | None = None, paper: Paper = "dark"
+    ) -> np.ndarray:
         """The labels in a picture: (h, w) int ids of the palette, or for "detect" (n, 4) boxes.
 
-        ``count`` is that of the target (in the sample's info), ``photo`` the input, needed by "detect". Raises
-        ``ValueError`` for a task that draws a photo.
+        ``count`` is that of the target (in the sample's info), ``photo`` the input, needed by "detect",
+        ``paper`` the one of the target. Raises ``ValueError`` for a task that draws a photo.
         """
         if self.palette is None:
             coded = ", ".join(name for name, task in TASKS.items() if task.palette)
@@ -372,7 +385,7 @@ class Task:
             return read_boxes(rgb(drawn), rgb(photo.resize(drawn.size)))
         if self.palette == "bits" and count < 2:
             raise ValueError(f"count is {count}; reading {self.name!r} needs how many ids there are, at least 2")
-        return nearest(rgb(drawn), palette(self.palette, count))
+        return nearest(rgb(drawn), palette(self.palette, count, paper))
 
 
 TASKS = {
@@ -411,18 +424,30 @@ def generator(seed: int, sample: str, task: str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big"))
 
 
-def make(task: Task, annotated: Annotated, rng: np.random.Generator) -> Made:
+ON_LIGHT = ", on a white background"
+
+
+def make(task: Task, annotated: Annotated, rng: np.random.Generator, paper: Paper = "dark") -> Made:
     """The messages of a sample, and its info: type (the task), count (of ids), classes (how many), phrase.
 
-    The picture is to understand, so its latents are withheld; the target alone is supervised.
+    The picture is to understand, so its latents are withheld; the target alone is supervised. On light paper the
+    instruction ends with ``ON_LIGHT``, and the info names the paper. Raises ``ValueError`` for a paper that the task
+    does not have.
     """
+    if paper not in task.papers:
+        raise ValueError(f"paper is {paper!r}; task {task.name!r} has {', '.join(task.papers)}")
     pair = task.pair(annotated, rng)
     text = pick(rng, task.instructions).replace("{phrase}", pair.phrase)
+    if paper == "light":
+        assert task.palette is not None
+        ids = task.decode(pair.target, pair.count)
+        text, pair = text + ON_LIGHT, replace(pair, target=picture(palette(task.palette, pair.count, "light")[ids]))
     messages = (
         user(Image(pair.input, "understand"), text),
         assistant(Image(pair.target, "target", nearest=task.nearest)),
     )
     info = {"type": task.name, "count": pair.count, "classes": len(annotated.classes), "phrase": pair.phrase}
+    info |= {"paper": paper} if paper == "light" else {}
     return messages, {key: value for key, value in info.items() if value != ""}
 
 
@@ -430,9 +455,16 @@ Annotate = Callable[[np.random.Generator, int, str], Annotated]
 
 
 def sources(world: str, annotate: Annotate) -> dict[str, Callable[[np.random.Generator, str, int], Made]]:
-    """``{world}/sgt/{task}`` -> the maker of its samples; ``annotate(rng, size, task)`` draws an annotated picture."""
-    return {f"{world}/sgt/{name}": partial(_generated, annotate=annotate, task=name) for name in TASKS}
+    """``{world}/sgt/{task}`` (and ``{world}/sgt-light/{task}`` for label pictures) -> the maker of its samples;
+    ``annotate(rng, size, task)`` draws an annotated picture."""
+    folders: dict[Paper, str] = {"dark": "sgt", "light": "sgt-light"}
+    return {
+        f"{world}/{folder}/{name}": partial(_generated, annotate=annotate, task=name, paper=paper)
+        for paper, folder in folders.items()
+        for name, task in TASKS.items()
+        if paper in task.papers
+    }
 
 
-def _generated(rng: np.random.Generator, split: str, size: int, annotate: Annotate, task: str) -> Made:
-    return make(TASKS[task], annotate(rng, size, task), rng)
+def _generated(rng: np.random.Generator, split: str, size: int, annotate: Annotate, task: str, paper: Paper) -> Made:
+    return make(TASKS[task], annotate(rng, size, task), rng, paper)

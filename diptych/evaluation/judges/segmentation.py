@@ -152,7 +152,8 @@ def score(sample: Sample, drawn: PIL.Image.Image) -> dict[str, float]:
     if task.palette is None:
         error = float(np.mean((rgb(drawn).astype(float) - rgb(target)) ** 2))
         return {"psnr": min(99.0, 10 * log10(255**2 / error)) if error else 99.0}
-    a, b = (task.decode(image, sample.info["count"], photo) for image in (drawn, target))
+    count, paper = sample.info["count"], sample.info.get("paper", "dark")
+    a, b = (task.decode(image, count, photo, paper) for image in (drawn, target))
     if task.palette == "boxes":
         iou = box_iou(b, a)
         matched = sum(iou[pair] >= 0.5 for pair in assign(iou))
