@@ -21,16 +21,16 @@ from faults import start
 from safetensors.torch import load_file
 
 from diptych.training.log import read_metrics
-from diptych.training.recipe import Engine, Limits
+from diptych.training.recipe import EngineConfig, Limits
 from tests.support import tiny
 from tests.training.test_parallel import recipe
 
 ARMS = {
-    "2 processes": (2, Engine()),
-    "4 processes": (4, Engine()),
-    "2 shards": (2, Engine(shard="full")),
-    "4 shards": (4, Engine(shard="full")),
-    "4 shards, recomputed": (4, Engine(shard="full", recompute="full")),
+    "2 processes": (2, EngineConfig()),
+    "4 processes": (4, EngineConfig()),
+    "2 shards": (2, EngineConfig(shard="full")),
+    "4 shards": (4, EngineConfig(shard="full")),
+    "4 shards, recomputed": (4, EngineConfig(shard="full", recompute="full")),
 }
 
 

@@ -31,7 +31,7 @@ from typing import Any
 from diptych import recipes
 from diptych.training import checkpoint
 from diptych.training.log import read_metrics
-from diptych.training.recipe import Engine, Recipe
+from diptych.training.recipe import EngineConfig, Recipe
 
 
 def start(recipe: Path, run: Path, processes: int, verb: str) -> list[subprocess.Popen]:
@@ -272,7 +272,7 @@ def main() -> int:
         print_table(rows)
         print(json.dumps({"benchmark": "faults", "rows": rows}))
         return int(any(r["wrong"] for r in rows))
-    recipe = replace(recipe, checkpoint_every=3, workers=0, engine=Engine(shard=a.shard))
+    recipe = replace(recipe, checkpoint_every=3, workers=0, engine=EngineConfig(shard=a.shard))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "whole.json").write_text(recipe.to_json())

@@ -41,7 +41,7 @@ from diptych.recipes.run import stage_sources
 from diptych.training import loop
 from diptych.training.log import memory, read_metrics
 from diptych.training.plan import GIB, plan
-from diptych.training.recipe import Engine, Limits, Optimizer, Recipe
+from diptych.training.recipe import EngineConfig, Limits, Optimizer, Recipe
 from diptych.training.rows import stage_loader
 
 STEPS = 13  # MFU is there from the eleventh on
@@ -101,17 +101,17 @@ def sized(family: str, width: int, layers: int, tokens: int, workers: int) -> Re
     return replace(base, model=made, stages=(stage,), init={}, workers=workers, checkpoint_every=10**9)
 
 
-def arms(device: str, shard: bool, tiny: bool) -> dict[str, tuple[str, Engine] | None]:
+def arms(device: str, shard: bool, tiny: bool) -> dict[str, tuple[str, EngineConfig] | None]:
     """(precision, engine) of each; None: the plain loop. ``eager`` is what the others are compared with."""
     how = "full" if shard else "none"
     eager = "bf16" if device == "cuda" else "fp32"
-    found: dict[str, tuple[str, Engine] | None] = {"eager": (eager, Engine(shard=how))}
-    found["recomputed"] = (eager, Engine(shard=how, recompute="full"))
+    found: dict[str, tuple[str, EngineConfig] | None] = {"eager": (eager, EngineConfig(shard=how))}
+    found["recomputed"] = (eager, EngineConfig(shard=how, recompute="full"))
     if device == "cuda" or tiny:
-        found["selective"] = (eager, Engine(shard=how, recompute="selective"))
-        found["compiled"] = (eager, Engine(shard=how, compile="inductor" if device == "cuda" else "aot_eager"))
+        found["selective"] = (eager, EngineConfig(shard=how, recompute="selective"))
+        found["compiled"] = (eager, EngineConfig(shard=how, compile="inductor" if device == "cuda" else "aot_eager"))
     if device == "cuda":
-        found["fp32"] = ("fp32", Engine(shard=how))
+        found["fp32"] = ("fp32", EngineConfig(shard=how))
     return found | ({} if shard else {"plain": None})
 
 

@@ -27,7 +27,7 @@ from diptych.models.protocol import Drawing, Trainable, UnifiedModel
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
+class AttentionCall:
     """One attention call of a block: what the network hands to scaled-dot-product attention.
 
     ``block`` is the index of the block in ``model.blocks()``. The keys may be a view of a cache that later steps write
@@ -72,11 +72,11 @@ class Call:
 
 
 def _call(block, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    return Call(block, query, key, attn_mask, is_causal, scale)
+    return AttentionCall(block, query, key, attn_mask, is_causal, scale)
 
 
 class _Watch(TorchFunctionMode):
-    def __init__(self, see: Callable[[Call], None], inside: list[int]) -> None:
+    def __init__(self, see: Callable[[AttentionCall], None], inside: list[int]) -> None:
         super().__init__()
         self.see, self.inside = see, inside
 
@@ -89,7 +89,7 @@ class _Watch(TorchFunctionMode):
 
 
 @contextmanager
-def attention(model: Trainable, see: Callable[[Call], None]) -> Iterator[None]:
+def attention(model: Trainable, see: Callable[[AttentionCall], None]) -> Iterator[None]:
     """Within the context, ``see`` gets every attention call of the model's blocks, before it is computed."""
     inside: list[int] = []
     handles = []
@@ -108,7 +108,7 @@ def _leave(inside: list[int]) -> None:
     inside.pop()
 
 
-def read(model: UnifiedModel, sequence: Layout, see: Callable[[int, Call], None]) -> None:
+def read(model: UnifiedModel, sequence: Layout, see: Callable[[int, AttentionCall], None]) -> None:
     """Prefills one sequence into an empty context; ``see`` gets (layer, call) where a block attends over all of it.
 
     Rows and columns are the sequence's tokens in order. Raises ``ValueError`` for a family whose blocks attend
@@ -116,7 +116,7 @@ def read(model: UnifiedModel, sequence: Layout, see: Callable[[int, Call], None]
     """
     rule, seen = dense(pack([sequence], model.routes).to(model.device)), []
 
-    def check(call: Call) -> None:
+    def check(call: AttentionCall) -> None:
         if call.q.shape[-2] != len(sequence) or call.k.shape[-2] != len(sequence) or len(call.q) > 1:
             return
         if not bool((call.visible() == rule).all()):
@@ -129,7 +129,7 @@ def read(model: UnifiedModel, sequence: Layout, see: Callable[[int, Call], None]
     _once_each(model, seen, f"the {len(sequence)} tokens of a sequence")
 
 
-def step(model: UnifiedModel, drawing: Drawing, see: Callable[[int, Call], None]) -> Drawing:
+def step(model: UnifiedModel, drawing: Drawing, see: Callable[[int, AttentionCall], None]) -> Drawing:
     """One step of a drawing; ``see`` gets (layer, call) where a block attends from the picture to its context.
 
     Only the branch of the full context (``contexts[0]``) is observed. Its tokens are the first keys, the picture's
@@ -139,7 +139,7 @@ def step(model: UnifiedModel, drawing: Drawing, see: Callable[[int, Call], None]
     trunk = {id(layer) for layer in layers(model)}
     observed = {i for i, block in enumerate(model.blocks()) if id(block) in trunk}  # others attend inside one token
 
-    def check(call: Call) -> None:
+    def check(call: AttentionCall) -> None:
         if call.block not in observed or call.k.shape[-2] <= context.length:
             return
         seen.append(call.block)
@@ -151,7 +151,7 @@ def step(model: UnifiedModel, drawing: Drawing, see: Callable[[int, Call], None]
     return drawing
 
 
-def _prompt_first(model: UnifiedModel, call: Call, prompt: Float[Tensor, "S K D"]) -> Call:
+def _prompt_first(model: UnifiedModel, call: AttentionCall, prompt: Float[Tensor, "S K D"]) -> AttentionCall:
     """Item 0 of a call with its keys reordered: those of the prompt first, then the others that the picture sees.
 
     The prompt's keys are found by comparison; they lie before or after the picture's."""
@@ -165,7 +165,7 @@ def _prompt_first(model: UnifiedModel, call: Call, prompt: Float[Tensor, "S K D"
     order = torch.cat([torch.arange(at, at + n, device=others.device), others.nonzero()[:, 0]])
     if not bool(visible[:, order].all()):
         raise ValueError(f"family {model.family!r} masks a part of the keys from the picture that is drawn")
-    return Call(call.block, call.q[:1], call.k[:1, :, order], None, False, call.scale)
+    return AttentionCall(call.block, call.q[:1], call.k[:1, :, order], None, False, call.scale)
 
 
 def _once_each(model: UnifiedModel, seen: list[int], what: str) -> None:

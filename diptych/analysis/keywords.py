@@ -167,7 +167,7 @@ def _measure(
     while not drawing.done:
         layers: list[torch.Tensor] = []
 
-        def see(layer: int, call: collect.Call, layers: list[torch.Tensor] = layers) -> None:
+        def see(layer: int, call: collect.AttentionCall, layers: list[torch.Tensor] = layers) -> None:
             queries = rows if call.q.shape[-2] > int(rows[-1]) else torch.arange(call.q.shape[-2])
             on_prompt = call.weights(0, queries.to(call.q.device)).mean((0, 1))[: len(groups)] @ groups
             layers.append(torch.cat([on_prompt, 1 - on_prompt.sum(0, keepdim=True)]))

@@ -21,7 +21,7 @@ Models = Mapping[str, UnifiedModel]  # one, or two: the model and its base
 
 
 @dataclass(frozen=True)
-class Found:
+class Findings:
     """The result of a probe: its ``numbers`` as JSON, and PNG ``figures`` by name."""
 
     name: str
@@ -54,7 +54,7 @@ def _is_probe(file: Path) -> bool:
 
 def run_separability(
     models: Models, data: separability.Labelled, what: str, at: Sequence[str] | None = None, seed: int = 0
-) -> Found:
+) -> Findings:
     """Probe accuracy, discriminant ratio, silhouette and t-SNE at every point, the same points for a base."""
     at = at or separability.points(next(iter(models.values())))
     measures, planes = {}, {}
@@ -79,7 +79,7 @@ def run_separability(
         "separability": figures.separability(measures, title),
         "tsne": figures.maps(planes, data.labels, data.classes, f"t-SNE, {title}"),
     }
-    return Found("separability", numbers, shown)
+    return Findings("separability", numbers, shown)
 
 
 def _difference(ours: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, float]:
@@ -95,7 +95,7 @@ def run_attention(
     rows: attention.Rows = "answer",
     markers: bool = False,
     published: bool = False,
-) -> Found:
+) -> Findings:
     """A_V and A_T by layer, and the change against a base in percent; ``published`` adds the released code's number."""
     allocations = {name: attention.allocation(m, samples, rows, markers) for name, m in models.items()}
     by_layer = {name: a.to_json() for name, a in allocations.items()}
@@ -117,7 +117,7 @@ def run_attention(
         numbers["published_attn_score"] = released
         shown |= {f"{name}: as published": values for name, values in released.items()}
     title = f"attention of {'the answer' if rows == 'answer' else 'the question'}, {len(samples)} requests of {what}"
-    return Found("attention", numbers, {"attention": figures.attention(shown, changes, title)})
+    return Findings("attention", numbers, {"attention": figures.attention(shown, changes, title)})
 
 
 def _published(model: UnifiedModel, samples: Sequence[Sample]) -> list[float]:
@@ -130,7 +130,7 @@ def _published(model: UnifiedModel, samples: Sequence[Sample]) -> list[float]:
     return [round(float(v), 6) for v in np.mean(scores, 0)]
 
 
-def run_similarity(models: Models, samples: Sequence[Sample], what: str) -> Found:
+def run_similarity(models: Models, samples: Sequence[Sample], what: str) -> Findings:
     """Layer-wise cosine of the same picture read and drawn, and its controls (SynerGen-VL, figure 4)."""
     similarities = {name: layers.similarity(m, samples) for name, m in models.items()}
     numbers = {
@@ -141,10 +141,10 @@ def run_similarity(models: Models, samples: Sequence[Sample], what: str) -> Foun
         "models": similarities,
     }
     title = f"the same picture read and drawn, {len(samples)} of {what}"
-    return Found("similarity", numbers, {"similarity": figures.similarity(similarities, title)})
+    return Findings("similarity", numbers, {"similarity": figures.similarity(similarities, title)})
 
 
-def run_locality(models: Models, samples: Sequence[Sample], what: str) -> Found:
+def run_locality(models: Models, samples: Sequence[Sample], what: str) -> Findings:
     """How local the attention among a picture's tokens is, read and drawn, and the first picture's maps (figure 5)."""
     localities = {name: layers.locality(m, samples) for name, m in models.items()}
     numbers = {
@@ -158,7 +158,7 @@ def run_locality(models: Models, samples: Sequence[Sample], what: str) -> Found:
     }
     for i, (name, local) in enumerate(localities.items()):
         shown["regions" if not i else "regions-against"] = figures.regions(local, f"{name}: {local.first.caption}")
-    return Found("locality", numbers, shown)
+    return Findings("locality", numbers, shown)
 
 
 def run_keywords(
@@ -169,7 +169,7 @@ def run_keywords(
     steps: int = 4,
     seed: int = 0,
     published: bool = False,
-) -> Found:
+) -> Findings:
     """Shares of word classes by step and layer; a base draws the same prompts from the same seeds. ``published`` adds
     the released code's percentages, means over prompts by step, class and layer."""
     results = {name: keywords.keywords(m, prompts, words, steps, seed=seed) for name, m in models.items()}
@@ -197,10 +197,10 @@ def run_keywords(
             for name, m in models.items()
         }
     title = f"attention to words while drawing, {len(prompts)} prompts"
-    return Found("keywords", numbers, {"keywords": figures.keywords(results, title)})
+    return Findings("keywords", numbers, {"keywords": figures.keywords(results, title)})
 
 
-def run_gates(models: Models, prompts: Sequence[str], what: str, steps: int = 20, seed: int = 0) -> Found:
+def run_gates(models: Models, prompts: Sequence[str], what: str, steps: int = 20, seed: int = 0) -> Findings:
     """The gate's size by step and place while prompts are drawn; a base draws the same prompts from the same seeds."""
     results = {name: gates.gates(m, prompts, steps, seed) for name, m in models.items()}
     numbers = {
@@ -211,7 +211,7 @@ def run_gates(models: Models, prompts: Sequence[str], what: str, steps: int = 20
         "models": {name: g.to_json() for name, g in results.items()},
     }
     title = f"where the gate is open while drawing, {len(prompts)} prompts"
-    return Found("gates", numbers, {"gates": figures.gates(results, prompts, title)})
+    return Findings("gates", numbers, {"gates": figures.gates(results, prompts, title)})
 
 
 def _mean_shares(prompts: Sequence[Sequence[Mapping[str, Sequence[float]]]]) -> list[dict[str, list[float]]]:

@@ -220,7 +220,7 @@ def run(
         if model.startswith(("http://", "https://")):
             engine: Any = remote.Endpoint(model, remote_model, api_key())
         elif model.startswith("folder:"):
-            engine = remote.Pictures(model.removeprefix("folder:"))
+            engine = remote.PictureFolder(model.removeprefix("folder:"))
         else:
             engine = load(model, device, dtype, base, quantize, preset, config_changes(config))
         changed = sampling.given(engine)

@@ -121,7 +121,7 @@ FORMATS: dict[str, type[Jsonl] | type[Images] | type[Annotation] | type[PackedEn
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogEntry:
     """One data set of a catalog: its name, its settings, the catalog's folder, and its ``file:line``."""
 
     name: str
@@ -233,7 +233,7 @@ class Entry:
         return annotated.coco_panoptic(path, images, masks, task, s.max_pixels)
 
 
-def read_catalog(path: str | Path) -> dict[str, Entry]:
+def read_catalog(path: str | Path) -> dict[str, CatalogEntry]:
     """The entries of a catalog file, in order; opens none of them.
 
     Raises ``ValueError`` naming the file, the line, the entry, the key and the choices.
@@ -251,19 +251,19 @@ def read_catalog(path: str | Path) -> dict[str, Entry]:
         raise ValueError(f"{at}: not YAML: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(node, yaml.MappingNode) or not node.value:
         raise ValueError(f"{path}: a catalog is a mapping of data set names to settings")
-    entries: dict[str, Entry] = {}
+    entries: dict[str, CatalogEntry] = {}
     for key, value in node.value:
         where, name = f"{path}:{key.start_mark.line + 1}", str(key.value)
         if not (isinstance(key, yaml.ScalarNode) and re.fullmatch(r"[\w.-]+", name)):
             raise ValueError(f"{where}: {name!r} is no name for a data set; use letters, digits, '_', '-' and '.'")
         if name in entries:
             raise ValueError(f"{where}: data set {name!r} comes twice; first in {entries[name].where}")
-        entries[name] = Entry(name, _settings(value, f"{where}: data set {name!r}"), path.parent, where)
+        entries[name] = CatalogEntry(name, _settings(value, f"{where}: data set {name!r}"), path.parent, where)
     return entries
 
 
 def load_catalog(path: str | Path) -> dict[str, Source]:
-    """Every data set of a catalog file, opened. Raises ``ValueError`` as ``read_catalog`` and ``Entry.open`` do."""
+    """Every data set of a catalog file, opened. Raises the errors of ``read_catalog`` and ``CatalogEntry.open``."""
     return {name: entry.open() for name, entry in read_catalog(path).items()}
 
 
@@ -334,7 +334,7 @@ def _warned(source: Opened) -> Opened:
     return source
 
 
-def origin(name: str, entries: Mapping[str, Entry], size: int, folders: Mapping[str, str] | None = None) -> dict:
+def origin(name: str, entries: Mapping[str, CatalogEntry], size: int, folders: Mapping[str, str] | None = None) -> dict:
     """The settings that determine a data set's pictures, JSON-able: compared when encoded data are read."""
     whole = name.partition("#")[0].removesuffix(PICTURES)
     if whole in (folders or {}):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diptych.core.sample import Sample, Text
-from diptych.data.catalog import Entry, read_catalog
+from diptych.data.catalog import CatalogEntry, read_catalog
 from diptych.data.sources import decode, describe_left_out
 
 
@@ -103,7 +103,7 @@ def check(catalog_path: str | Path, limit: int | None = None) -> Report:
     return Report(tuple(problems), tallies)
 
 
-def _problems(entry: Entry, tally: DataSetTally, limit: int | None) -> Iterator[str]:
+def _problems(entry: CatalogEntry, tally: DataSetTally, limit: int | None) -> Iterator[str]:
     try:
         source = entry.open()
     except ValueError as error:

@@ -64,7 +64,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoaderConfig:
     """All that decides the rows; the same for every rank and every worker, and checked on resume.
 
     ``weights``   data set -> weight, of samples
@@ -114,7 +114,7 @@ class Stream:
     def __init__(
         self,
         mixture: Mixture,
-        plan: Plan,
+        plan: LoaderConfig,
         sources: Mapping[str, Source],
         lay_out: LayOut,
         routes: int,
@@ -275,7 +275,7 @@ class Loader:
     def __init__(
         self,
         sources: Mapping[str, Source],
-        plan: Plan,
+        plan: LoaderConfig,
         lay_out: LayOut,
         *,
         routes: int = 1,
@@ -440,7 +440,7 @@ def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {**{name: states[0][name] for name in ("rows", "plan", "generations")}, **merged, "skips": skips}
 
 
-def _plain(plan: Plan, lengths: Mapping[str, int]) -> dict[str, Any]:
+def _plain(plan: LoaderConfig, lengths: Mapping[str, int]) -> dict[str, Any]:
     return asdict(plan) | {"lengths": dict(lengths)}
 
 

@@ -42,7 +42,7 @@ from diptych.evaluation.benchmarks.table import LMMS, Tools, resolve
 from diptych.evaluation.card import Answering
 from diptych.evaluation.judges.judge import Judge, Unreachable
 from diptych.evaluation.judges.replies import spoken
-from diptych.evaluation.remote import Endpoint, Pictures
+from diptych.evaluation.remote import Endpoint, PictureFolder
 from diptych.evaluation.scores import UNJUDGED, Baselines, Benchmark, Item, Outcome, Score, Verdict
 from diptych.generation import engine as generation
 from diptych.machine import disk, processes
@@ -51,9 +51,10 @@ LAYOUT = "layout.json"  # of a folder with official layouts: the list of those t
 
 
 @runtime_checkable
-class Engine(Protocol):
-    """The interface of what can be evaluated: ``diptych.generation.engine.Engine``, an ``Endpoint``, ``Pictures``, or a
-    class of your own. ``model`` is a network, or a dataclass with ``family`` and ``settings``."""
+class Evaluable(Protocol):
+    """The interface of what can be evaluated: a ``diptych.generation.engine.Engine``, an ``Endpoint``, a
+    ``PictureFolder``, or a class of your own. ``model`` is a network, or a dataclass with ``family`` and
+    ``settings``."""
 
     model: Any
     name: str
@@ -140,7 +141,7 @@ class _Work:
 
 
 def evaluate(
-    engine: Engine,
+    engine: Evaluable,
     benchmarks: str | Sequence[str | Benchmark] = ("mini",),
     *,
     seed: int = 0,
@@ -190,7 +191,7 @@ def evaluate(
         manager = lmms.lmms_manager(tasks, Path(folder) if folder else None, tools.lmms_tasks)
     sides = {b.name: size or b.side for b in chosen}
     items = {b.name: _cut(b, b.items(seed, sides[b.name] or 0), limit) for b in chosen}
-    if isinstance(engine, Pictures):
+    if isinstance(engine, PictureFolder):
         engine.expect([item for b in chosen if b.task == "draw" for item in items[b.name]])
     if isinstance(engine, Endpoint) and answering.thinking is not None:
         engine = engine.with_thinking(answering.thinking)
@@ -353,7 +354,7 @@ class _Maker:
     """Makes what is missing of an evaluation: answers and pictures, batch by batch, each written when it is there."""
 
     work: _Work
-    engine: Engine
+    engine: Evaluable
     settings: Any
     answering: Answering
     batch_size: int
@@ -363,7 +364,7 @@ class _Maker:
         every item of the first batch, or a server is gone, the ``ValueError`` is raised: no item is at fault."""
         work, engine = self.work, self.engine
         outputs = _finished(work, {i.id for i in work.items[benchmark.name]})
-        ready_made = isinstance(engine, Pictures) and benchmark.task == "draw"  # ``expect`` has seen some of them
+        ready_made = isinstance(engine, PictureFolder) and benchmark.task == "draw"  # ``expect`` has seen some of them
         worked = ready_made or any("error" not in row for row in outputs.values())
         todo = [[i for i in chunk if i.id not in outputs] for chunk in work.chunks(benchmark, self.batch_size)]
         task = work.bar.add_task(benchmark.name, total=sum(map(len, todo)))

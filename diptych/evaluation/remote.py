@@ -175,7 +175,7 @@ class PicturesModel:
     settings: NoSettings = field(default_factory=NoSettings)
 
 
-class Pictures:
+class PictureFolder:
     """A folder of pictures made elsewhere, in the official layout of the benchmark. A missing or broken picture is a
     failure of its item, named."""
 

@@ -25,7 +25,7 @@ SETTINGS = "generate.json"
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptRow:
     """One prompt of the file. ``id`` names its pictures; ``seed`` is that of its first picture."""
 
     id: str
@@ -37,7 +37,7 @@ class Prompt:
         return f"{self.id}.png" if n == 1 else f"{self.id}-{picture}.png"
 
 
-def read_prompts(path: Path, seed: int = 0) -> list[Prompt]:
+def read_prompts(path: Path, seed: int = 0) -> list[PromptRow]:
     """The prompts of a .txt file, one a line, or of a .jsonl file with ``prompt`` and, optional, ``id`` and ``seed``.
 
     The default id is the number of the prompt, from 00000; the default seed is ``seed``. Raises ``ValueError`` naming
@@ -48,15 +48,15 @@ def read_prompts(path: Path, seed: int = 0) -> list[Prompt]:
         lines = read(path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from None
-    prompts: dict[str, Prompt] = {}
+    prompts: dict[str, PromptRow] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
-        prompt = Prompt(f"{len(prompts):05d}", line.strip(), seed)
+        prompt = PromptRow(f"{len(prompts):05d}", line.strip(), seed)
         if path.suffix == ".jsonl":
             row = _row(line, where)
-            prompt = Prompt(str(row.get("id", prompt.id)), row["prompt"], row.get("seed", seed))
+            prompt = PromptRow(str(row.get("id", prompt.id)), row["prompt"], row.get("seed", seed))
         if not re.fullmatch(r"\w[\w.-]*", prompt.id):
             raise ValueError(f"{where}: id {prompt.id!r} cannot name a file; use letters, digits, '_', '-' and '.'")
         if prompt.id in prompts:
@@ -124,7 +124,7 @@ def generate_file(
     return out / name
 
 
-def _agree(out: Path, settings: dict[str, Any], prompts: Sequence[Prompt]) -> None:
+def _agree(out: Path, settings: dict[str, Any], prompts: Sequence[PromptRow]) -> None:
     """Writes the settings and the prompts of the folder's pictures, or compares them with the ones stored there."""
     disk.check_folder(out)
     file, settings = out / SETTINGS, json.loads(json.dumps(settings))

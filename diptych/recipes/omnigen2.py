@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from diptych.models.configs import config_to_json
 from diptych.models.table import config
-from diptych.training.recipe import Engine, Limits, Optimizer, Recipe, Schedule, Stage
+from diptych.training.recipe import EngineConfig, Limits, Optimizer, Recipe, Schedule, Stage
 
 DRAW = {  # pictures from words, edits of a reference, and two references in one picture
     "shapes/draw": 0.40,
@@ -80,7 +80,7 @@ def tune() -> Recipe:
             ),
         ),
         precision="bf16",
-        engine=Engine(shard="full", recompute="full"),
+        engine=EngineConfig(shard="full", recompute="full"),
         checkpoint_every=1000,
     )
 
@@ -121,7 +121,7 @@ def sgt() -> Recipe:
             ),
         ),
         precision="bf16",
-        engine=Engine(shard="full", recompute="full"),
+        engine=EngineConfig(shard="full", recompute="full"),
         checkpoint_every=1000,
     )
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from diptych.models.configs import config_to_json
 from diptych.models.table import config
 from diptych.recipes import cheers, iomm, sgt, synergen
-from diptych.training.recipe import Engine, Limits, Recipe
+from diptych.training.recipe import EngineConfig, Limits, Recipe
 
 
 def _on_one(
@@ -28,7 +28,7 @@ def _on_one(
     the part ``adapted``."""
     stage = whole.stages[-1]
     stage = replace(stage, train=dict(rates or stage.train), limits=limits, ema=stage.ema if ema else None)
-    engine = Engine(recompute="full", frozen=frozen)  # type: ignore[arg-type]
+    engine = EngineConfig(recompute="full", frozen=frozen)  # type: ignore[arg-type]
     return replace(whole, name=name, stages=(stage,), lora={adapted: rank} if rank else {}, engine=engine)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from diptych.models.configs import config_to_json
 from diptych.models.table import config
-from diptych.training.recipe import Engine, Limits, Optimizer, Recipe, Schedule, Stage
+from diptych.training.recipe import EngineConfig, Limits, Optimizer, Recipe, Schedule, Stage
 
 PARTS = ("decoder", "vision", "projector", "head")
 QUESTIONS = {"shapes/ask": 0.9, "emoji64/ask": 0.1}
@@ -81,6 +81,6 @@ def bagel() -> Recipe:
             ),
         ),
         precision="bf16",
-        engine=Engine(shard="full", recompute="full"),
+        engine=EngineConfig(shard="full", recompute="full"),
         checkpoint_every=1000,
     )

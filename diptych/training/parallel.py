@@ -2,7 +2,7 @@
 
 One process pays nothing for it: sums are what they are given, and nothing is sharded. With several, every process works
 on its own rows; gradients are *summed* (losses are already divided by the global count), so how a step is split changes
-nothing but rounding. ``spread`` gives a model to PyTorch's FSDP2 as the recipe's ``Engine`` says.
+nothing but rounding. ``spread`` gives a model to PyTorch's FSDP2 as the recipe's ``EngineConfig`` says.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from diptych.machine.processes import place, processes_per_machine
 from diptych.models.protocol import Trainable
-from diptych.training.recipe import Engine
+from diptych.training.recipe import EngineConfig
 
 
 def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -43,12 +43,12 @@ def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
 # ---- sharding -------------------------------------------------------------------------------------------------------
 
 
-def sharded(engine: Engine) -> bool:
+def sharded(engine: EngineConfig) -> bool:
     """Whether parameters are spread over the processes that there are."""
     return engine.shard != "none" and place()[1] > 1
 
 
-def mesh(engine: Engine, device: str) -> DeviceMesh:
+def mesh(engine: EngineConfig, device: str) -> DeviceMesh:
     """The processes as FSDP sees them: one line, or (``hybrid``) machines of equally many.
 
     Raises ``ValueError`` where they do not divide."""
@@ -62,7 +62,7 @@ def mesh(engine: Engine, device: str) -> DeviceMesh:
     return init_device_mesh(kind, (size // local, local), mesh_dim_names=("replicate", "shard"))
 
 
-def spread(model: Trainable, engine: Engine, precision: str, device: str, trained: Set[nn.Parameter]) -> None:
+def spread(model: Trainable, engine: EngineConfig, precision: str, device: str, trained: Set[nn.Parameter]) -> None:
     """Prepares a model (on the meta device too) for training as ``engine`` says, in place.
 
     Every block is recomputed on its own and, but for transformers' layers, compiled on its own. Sharded, the blocks of

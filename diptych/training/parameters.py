@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diptych.models.protocol import Trainable
 from diptych.parts.quantize import to_int8
 from diptych.training.parallel import local
-from diptych.training.recipe import Engine, Stage
+from diptych.training.recipe import EngineConfig, Stage
 
 
 def by_part(model: Trainable) -> dict[str, dict[str, nn.Parameter]]:
@@ -68,7 +68,7 @@ def always_frozen(model: Trainable) -> set[nn.Parameter]:
     return {p for part in model.frozen for p in by_part(model)[part].values()}
 
 
-def narrow(model: Trainable, engine: Engine, trained: Set[nn.Parameter]) -> None:
+def narrow(model: Trainable, engine: EngineConfig, trained: Set[nn.Parameter]) -> None:
     """Keeps what is not ``trained`` in the dtype that ``engine.frozen`` says, in place."""
     if engine.frozen == "int8":
         to_int8(model.blocks(), trained)

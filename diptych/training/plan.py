@@ -136,7 +136,7 @@ def fused() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Need:
+class StageEstimate:
     """What one process needs in a stage. Bytes; seconds and cost of the whole stage."""
 
     stage: str
@@ -171,7 +171,7 @@ def plan(
     peak: float = 989e12,
     mfu: float = 0.4,
     price: float = 0.0,
-) -> list[Need]:
+) -> list[StageEstimate]:
     """What every stage of the recipe needs on each of ``gpus`` processes on ``nodes`` machines.
 
     ``peak`` is the device's rate in FLOP/s and ``mfu`` the share of it that training reaches; ``price`` is of one
@@ -190,7 +190,7 @@ def plan(
         seconds = flops / (peak * mfu)
         memory = _memory(model, recipe, stage, work, gpus, gpus // nodes, device)
         needs.append(
-            Need(
+            StageEstimate(
                 stage=stage.name,
                 **memory,
                 tokens=row.stats.tokens,

@@ -97,7 +97,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineConfig:
     """How a run uses its processes and its memory. What is computed does not depend on it, but for rounding.
 
     ``shard``      parameters, gradients, optimizer and average over the processes (FSDP2): ``none`` (every process
@@ -194,7 +194,7 @@ class Recipe:
     order: Order = "global"  # of each data set's rows: shuffled as a whole, or by ``shards`` and in windows
     buffer: int = BUFFER  # rows of a window
     precision: Literal["fp32", "bf16", "auto"] = "fp32"  # auto: the faster one on the machine that trains
-    engine: Engine = Engine()
+    engine: EngineConfig = EngineConfig()
     lora: dict[str, int] = field(default_factory=dict)  # part -> rank: its linear layers are adapted, not trained
     checkpoint_every: int = 500
     keep: int = 2  # checkpoints that stay

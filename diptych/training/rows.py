@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from diptych.data.encoded import encoders_of, refuse_stale
-from diptych.data.loader import Loader, Plan
+from diptych.data.loader import Loader, LoaderConfig
 from diptych.models.protocol import Trainable
 from diptych.training.recipe import Recipe, Stage
 
@@ -17,7 +17,7 @@ def stage_loader(recipe: Recipe, stage: Stage, model: Trainable, sources: Source
     """The loader of a stage, laid out by ``model``; ``options`` are those of ``Loader`` about processes and padding.
 
     Raises ``ValueError`` for data sets that were encoded by another encoder than the model's."""
-    plan = Plan(
+    plan = LoaderConfig(
         stage.data,
         stage.limits.tokens,
         stage.limits.pictures,

@@ -75,13 +75,13 @@ def test_weights_follow_every_form_of_mask():
     by_head[1, 2, :, 0] = False
     bias = torch.randn(3, 5, generator=generator).masked_fill(~allowed, -torch.inf)
     for mask in (None, allowed, allowed[None, None], by_head, bias):
-        call = collect.Call(0, q, k, mask, False, None)
+        call = collect.AttentionCall(0, q, k, mask, False, None)
         v = torch.eye(5).expand(2, 2, 5, 5)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         for item in range(2):
             torch.testing.assert_close(call.weights(item), out[item])
             torch.testing.assert_close(call.weights(item, torch.tensor([2])), out[item][:, [2]])
-    causal = collect.Call(0, q, q, None, True, 0.5)
+    causal = collect.AttentionCall(0, q, q, None, True, 0.5)
     out = F.scaled_dot_product_attention(q, q, torch.eye(3).expand(2, 4, 3, 3), is_causal=True, scale=0.5)
     torch.testing.assert_close(causal.weights(1), out[1])
 

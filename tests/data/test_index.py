@@ -13,7 +13,7 @@ import pytest
 import tests.support.tiny as tiny
 from diptych.data.catalog import read_catalog, sources
 from diptych.data.index import Scanned, load, write
-from diptych.data.loader import Loader, Plan, merge_states
+from diptych.data.loader import Loader, LoaderConfig, merge_states
 from diptych.data.mixture import Mixture, shard_ends
 from diptych.data.reading import COUNTS
 from diptych.data.shards import shard
@@ -114,7 +114,7 @@ def test_too_few_rows_for_shard_order(folder):
 
 def loader(folder, workers=0, rank=0, world=1, **plan):
     found = sources(["tars"], folder / "c.yaml")
-    settings = Plan({"tars": 1.0}, 96, 8, streams=4, order="shards", buffer=8, **plan)
+    settings = LoaderConfig({"tars": 1.0}, 96, 8, streams=4, order="shards", buffer=8, **plan)
     return Loader(found, settings, tiny.model("bagel").lay_out, routes=2, workers=workers, rank=rank, world=world)
 
 

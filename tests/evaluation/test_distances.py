@@ -20,7 +20,7 @@ from diptych.evaluation.benchmarks.distances import (
 )
 from diptych.evaluation.benchmarks.table import Tools
 from diptych.evaluation.harness import evaluate
-from diptych.evaluation.remote import Pictures
+from diptych.evaluation.remote import PictureFolder
 
 pytest.importorskip("torchmetrics")
 
@@ -149,11 +149,11 @@ def test_mjhq_by_category(tmp_path, script):
             path.rename(tmp_path / "made" / category / f"{id}.png")
     (source / "meta_data.json").write_text(json.dumps(meta))
     tools = Tools(features=script)
-    scores = evaluate(Pictures(tmp_path / "made"), (f"fid={source}",), tools=tools, progress=False).scores
+    scores = evaluate(PictureFolder(tmp_path / "made"), (f"fid={source}",), tools=tools, progress=False).scores
     assert {"fid@cleanfid[12]", "fid@cleanfid[6]/people", "fid@cleanfid[6]/food"} <= set(scores)
     for category in ("people", "food"):  # each is the distance of the two folders
         alone = compare_folders(tmp_path / "made" / category, source / "mjhq30k_imgs" / category, tools)
         assert scores[f"fid@cleanfid[6]/{category}"].value == pytest.approx(alone["fid@cleanfid[6]"].value, rel=1e-4)
     (source / "meta_data.json").unlink()
     with pytest.raises(ValueError, match="needs a prompts.jsonl"):
-        evaluate(Pictures(tmp_path / "made"), (f"fid={source}",), tools=tools, progress=False)
+        evaluate(PictureFolder(tmp_path / "made"), (f"fid={source}",), tools=tools, progress=False)

@@ -15,7 +15,7 @@ from diptych.evaluation.benchmarks.table import Tools, resolve
 from diptych.evaluation.harness import evaluate
 from diptych.evaluation.judges.detector import COLOURS, Colourist, Detection, Detector, _detections, _prepared
 from diptych.evaluation.other_results import read
-from diptych.evaluation.remote import Pictures
+from diptych.evaluation.remote import PictureFolder
 from diptych.evaluation.scores import Verdict
 
 
@@ -238,7 +238,7 @@ def test_clip_score(tmp_path, networks):
         scene(i).save(tmp_path / f"made/{i:05d}.png")
     tools = Tools(clip=str(networks / "clip"))
     spec = f"clipscore={tmp_path / 'p.jsonl'}"
-    result = evaluate(Pictures(tmp_path / "made"), (spec,), tools=tools, progress=False)
+    result = evaluate(PictureFolder(tmp_path / "made"), (spec,), tools=tools, progress=False)
     clip = Colourist(tools.clip)
     with torch.inference_mode():
         batch = clip.processor(
@@ -274,7 +274,7 @@ def test_the_whole_way(tmp_path, networks):
         scene(i).save(tmp_path / f"made/{i:05d}/samples/0000.png")
     spec = f"geneval={tmp_path / 'm.jsonl'}"
     tools = Tools(detector=tools.detector, clip=tools.clip, pictures=1)
-    result = evaluate(Pictures(tmp_path / "made"), (spec,), tools=tools, progress=False)
+    result = evaluate(PictureFolder(tmp_path / "made"), (spec,), tools=tools, progress=False)
     assert {k.rpartition("/")[2] for k in result.scores} == {
         "overall",
         *aggregate.GENEVAL,
@@ -289,7 +289,7 @@ def test_the_whole_way(tmp_path, networks):
     assert {k.partition("/")[2]: s.value for k, s in again.items()} == {
         k.partition("]/")[2]: s.value for k, s in result.scores.items()
     }
-    copied = evaluate(Pictures(out), (spec,), tools=tools, progress=False)  # what we write, we read
+    copied = evaluate(PictureFolder(out), (spec,), tools=tools, progress=False)  # what we write, we read
     assert copied.scores == result.scores
 
 
@@ -303,15 +303,15 @@ def test_folders_that_official_scripts_write(tmp_path, monkeypatch):
         (made / f"{i:05d}/metadata.jsonl").write_text(json.dumps(r) + "\n")
     for name in ("00000.png", "00001.PNG", "2.jpg", "grid.png"):  # numbers however many zeros they have
         scene(0).save(made / "00000/samples" / name)
-    whole = evaluate(Pictures(made), (spec,), progress=False)
+    whole = evaluate(PictureFolder(made), (spec,), progress=False)
     assert whole.failures == 5 and whole.scores["geneval@m[mask2former-swin-small-coco-instance]/colors"].value == 3 / 8
-    unscored = evaluate(Pictures(made), (spec,), progress=False, score=False)
+    unscored = evaluate(PictureFolder(made), (spec,), progress=False, score=False)
     assert unscored.failures == 5 and not unscored.scores
     [out] = harness.write_layout(tmp_path / "out", unscored, resolve([spec], Tools())[0])
     assert (out / "00000/samples/0002.png").is_file() and not (out / "results.jsonl").exists()  # nobody has judged
     (made / "00001/metadata.jsonl").write_text(json.dumps(rows[0]))
     with pytest.raises(ValueError, match="00001/metadata.jsonl says 'one', the benchmark 'two'"):
-        evaluate(Pictures(made), (spec,), progress=False)
+        evaluate(PictureFolder(made), (spec,), progress=False)
 
 
 def test_missing_networks_are_named(tmp_path):

@@ -15,7 +15,7 @@ from diptych.evaluation.benchmarks import shapes as mini
 from diptych.evaluation.benchmarks.shapes import BENCHMARKS
 from diptych.evaluation.benchmarks.table import Tools, resolve
 from diptych.evaluation.figures import curves
-from diptych.evaluation.harness import Engine, evaluate
+from diptych.evaluation.harness import Evaluable, evaluate
 from diptych.evaluation.scores import clustered, macro, paired, wilson
 from diptych.parts.flow import FlowSettings
 
@@ -51,7 +51,7 @@ class Net(torch.nn.Module):
 
 
 class Fake:
-    """Does what ``Engine`` does by looking at the references: ``truth`` follows them, else noise and nonsense."""
+    """Does what ``Evaluable`` does by looking at the references: ``truth`` follows them, else noise and nonsense."""
 
     def __init__(self, truth=True, refuse=(), crash_after=None, weight=1.0, size=64):
         self.model, self.name = Net(weight), "fake"
@@ -102,7 +102,7 @@ def test_the_truth_scores_one_and_noise_scores_nothing(tmp_path):
     names = ("mini", "compose-mini")
     truth = evaluate(Fake(), names, limit=3, folder=tmp_path / "a", progress=False)
     noise = evaluate(Fake(truth=False), names, limit=3, progress=False)
-    assert isinstance(Fake(), Engine) and truth.scores.keys() == noise.scores.keys()
+    assert isinstance(Fake(), Evaluable) and truth.scores.keys() == noise.scores.keys()
     for name, score in truth.scores.items():
         if name.endswith("/yes-ratio"):
             continue  # is no share of what is right

@@ -19,7 +19,7 @@ from diptych.evaluation.benchmarks.table import Tools, resolve
 from diptych.evaluation.benchmarks.wise import read_wise
 from diptych.evaluation.harness import evaluate
 from diptych.evaluation.judges.judge import Judge
-from diptych.evaluation.remote import Pictures, cut, tiled
+from diptych.evaluation.remote import PictureFolder, cut, tiled
 from diptych.evaluation.scores import Outcome
 from tests.support.fake_server import serving
 
@@ -42,7 +42,7 @@ def pictures(tmp_path):
 
 
 def score(folder, benchmark, tools, **more):
-    return evaluate(Pictures(folder), (benchmark,), tools=tools, progress=False, **more)
+    return evaluate(PictureFolder(folder), (benchmark,), tools=tools, progress=False, **more)
 
 
 def judge(server, tmp_path, **more):
@@ -129,7 +129,7 @@ def test_wise(tmp_path, pictures):
     with serving(reply=reply) as server:
         tools = Tools(judge=judge(server, tmp_path))
         result = evaluate(
-            Pictures(folder), (f"wise={tmp_path / 'wise'}",), tools=tools, progress=False, folder=tmp_path / "run"
+            PictureFolder(folder), (f"wise={tmp_path / 'wise'}",), tools=tools, progress=False, folder=tmp_path / "run"
         )
         stamp = "wise@legacy[wise-owl, our rubric]"
         each = {i: (0.7 * c + 0.2 + 0.2) / 2 for i, c in ids.items()}

@@ -24,7 +24,7 @@ from diptych.core.layout import Kind, Layout, Segment
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Sample, assistant, user
 from diptych.core.tensors import NONE
-from diptych.data.loader import Plan, Stream
+from diptych.data.loader import LoaderConfig, Stream
 from diptych.data.mixture import Draw
 from diptych.models import store, table
 from diptych.models.synergen import Chat, Config, SynerGen
@@ -215,7 +215,7 @@ def test_without_text_a_request_asks_for_a_random_image(model):
 def test_one_request_in_ten_is_read_without_its_words():
     recipe = recipes.find("synergen/stage1")
     assert recipe.stages[0].dropout == {"text": 0.1}
-    plan = Plan({}, 0, 1, 1, 1, 1, recipe.stages[0].dropout)
+    plan = LoaderConfig({}, 0, 1, 1, 1, 1, recipe.stages[0].dropout)
     stream = Stream.__new__(Stream)
     stream.plan, stream.mixture = plan, SimpleNamespace(stream=0)
     sample = tiny.draw()

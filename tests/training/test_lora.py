@@ -14,7 +14,7 @@ from diptych import recipes
 from diptych.models import adapters, configs, store
 from diptych.training import build, checkpoint, lora
 from diptych.training.parameters import ever_trained
-from diptych.training.recipe import Engine
+from diptych.training.recipe import EngineConfig
 from tests.support import tiny
 from tests.training.test_loop import losses, train
 
@@ -128,7 +128,7 @@ def test_adapters_on_rounded_weights(family, tmp_path):
     )
     store.save(tiny.shake(tiny.model(family)), tmp_path / "start")  # a fresh network's output does not reach adapters
     base = replace(base, init={"model": str(tmp_path / "start")})
-    made = replace(base, lora={part: 2}, engine=Engine(recompute="full", frozen="int8"))
+    made = replace(base, lora={part: 2}, engine=EngineConfig(recompute="full", frozen="int8"))
     held = build.build(made)
     rounded = {n for n, p in held.named_parameters() if p.dtype == torch.int8}
     assert any(".base_layer." in n for n in rounded) and not any(".lora_" in n for n in rounded)

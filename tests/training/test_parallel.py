@@ -23,7 +23,7 @@ from diptych.machine import processes as processes_
 from diptych.models import configs
 from diptych.training import checkpoint, parallel
 from diptych.training.parameters import freeze
-from diptych.training.recipe import Engine, Limits
+from diptych.training.recipe import EngineConfig, Limits
 from tests.support import tiny
 from tests.support.tolerances import LOSS_CURVE, PARAMETERS
 from tests.training.test_loop import metrics, train
@@ -114,7 +114,7 @@ def test_two_processes_equal_one(one, two):
 
 def test_sharded_processes_equal_one_and_resume_on_another_number(family, one, tmp_path):
     """Two processes share the model; killed, one goes on alone with the rows of both."""
-    made, run = replace(recipe(family), engine=Engine(shard="full", recompute="selective")), tmp_path / "shards"
+    made, run = replace(recipe(family), engine=EngineConfig(shard="full", recompute="selective")), tmp_path / "shards"
     run_with(2, made, run)
     same(metrics(one), metrics(run))
     same_weights(one, run)
@@ -172,7 +172,7 @@ def unequal():
                 whole = pack([one.lay_out(s) for some in (ROWS[0], ROWS[2]) for s in some], one.routes)
                 expected = gradients(one, freeze(one, train), [whole], counts)
                 trained = {p for part in freeze(shared, train).values() for p in part.values()}
-                parallel.spread(shared, Engine(shard="full"), "fp32", "cpu", trained)
+                parallel.spread(shared, EngineConfig(shard="full"), "fp32", "cpu", trained)
                 parts = freeze(shared, train)
                 gradients(shared, parts, [batches[rank]], counts)
                 parallel.add_gradients(p for part in parts.values() for p in part.values())
@@ -192,7 +192,7 @@ def compiled():
     traced: what ``inductor`` makes of a trace takes minutes here."""
     for family in ("bagel", "iomm"):
         found = []
-        for engine in (Engine(), Engine(compile="eager", recompute="full")):
+        for engine in (EngineConfig(), EngineConfig(compile="eager", recompute="full")):
             made = tiny.shake(tiny.model(family))
             parts = freeze(made, {part: 1.0 for part in made.parts if part not in made.frozen})
             parallel.spread(made, engine, "fp32", "cpu", set())

@@ -18,7 +18,7 @@ from diptych.models import configs, store
 from diptych.recipes.run import stage_sources
 from diptych.training import plan as planning
 from diptych.training.plan import GIB, plan
-from diptych.training.recipe import Engine, Limits
+from diptych.training.recipe import EngineConfig, Limits
 from tests.support import tiny
 
 
@@ -70,16 +70,16 @@ def test_what_is_counted():
     all_, frozen = (sum(p.numel() for p in m.parameters()) for m in (made, made.autoencoder))
     buffers = sum(b.numel() * b.element_size() for b in made.buffers())
     assert need.weights == 4 * all_ + buffers
-    half = plan(wide(precision="bf16", engine=Engine(frozen="bf16")), stage_sources, device="cpu")[0]
+    half = plan(wide(precision="bf16", engine=EngineConfig(frozen="bf16")), stage_sources, device="cpu")[0]
     assert half.weights == need.weights, "the autoencoder, all that is frozen here, stays in float32"
     assert need.gradients == need.average == 4 * (all_ - frozen) and need.optimizer == 8 * (all_ - frozen)
     assert need.total == need.weights + need.gradients + need.optimizer + need.average + need.activations
-    less = plan(wide(engine=Engine(recompute="full")), stage_sources, device="cpu")[0]
-    some = plan(wide(engine=Engine(recompute="selective")), stage_sources, device="cpu")[0]
+    less = plan(wide(engine=EngineConfig(recompute="full")), stage_sources, device="cpu")[0]
+    some = plan(wide(engine=EngineConfig(recompute="selective")), stage_sources, device="cpu")[0]
     assert less.activations < some.activations < need.activations and less.flops > some.flops >= need.flops
-    shards = plan(wide(engine=Engine(shard="full")), stage_sources, gpus=4, device="cpu")[0]
+    shards = plan(wide(engine=EngineConfig(shard="full")), stage_sources, gpus=4, device="cpu")[0]
     assert 4 * shards.optimizer == pytest.approx(need.optimizer, rel=0.01) and shards.gathered > 0
-    hybrid = plan(wide(engine=Engine(shard="hybrid")), stage_sources, gpus=4, nodes=2, device="cpu")[0]
+    hybrid = plan(wide(engine=EngineConfig(shard="hybrid")), stage_sources, gpus=4, nodes=2, device="cpu")[0]
     assert hybrid.optimizer == pytest.approx(2 * shards.optimizer, rel=0.01)
 
 

@@ -439,7 +439,7 @@ def _clear(a: Cell, b: Cell) -> str | None:
 
 
 @dataclass(frozen=True)
-class Found:
+class DetectedObject:
     """An object in a picture: shape and colour ("unknown" where none fits), box centre and size in fractions.
 
     ``match`` in [0, 1] is the overlap with the ideal shape.
@@ -459,7 +459,7 @@ class Found:
         return self.colour, self.shape
 
 
-def relations(a: Found | Thing, b: Found | Thing) -> set[str]:
+def relations(a: DetectedObject | Thing, b: DetectedObject | Thing) -> set[str]:
     """The relations of a to b, by GenEval's rule (arXiv 2310.11513): box centres, offsets beyond a tenth of both sizes.
 
     A diagonal neighbour can be both left of and above.
@@ -474,8 +474,8 @@ def relations(a: Found | Thing, b: Found | Thing) -> set[str]:
     return {name for name, true in holds.items() if true}
 
 
-def _extent(a: Found | Thing) -> tuple[float, float]:
-    if isinstance(a, Found):
+def _extent(a: DetectedObject | Thing) -> tuple[float, float]:
+    if isinstance(a, DetectedObject):
         return a.width, a.height
     left, top, right, bottom = box(a)
     return right - left, bottom - top

@@ -19,7 +19,7 @@ from diptych.data.worlds.shapes import (
     SHAPES,
     SIDES,
     TAGS,
-    Found,
+    DetectedObject,
     Kind,
     Need,
     Prompt,
@@ -62,7 +62,7 @@ class PromptVerdict:
 
     ok: bool
     reason: str
-    found: tuple[Found, ...]
+    found: tuple[DetectedObject, ...]
 
 
 SPECK = 0.004  # of the canvas: smaller spots are ignored (the smallest object covers 0.02)
@@ -71,7 +71,7 @@ SPECK = 0.004  # of the canvas: smaller spots are ignored (the smallest object c
 _PALETTE = np.array(list(COLOURS.values()), np.float32)
 
 
-def detect(image: PIL.Image.Image, ground: Ground = WHITE) -> list[Found]:
+def detect(image: PIL.Image.Image, ground: Ground = WHITE) -> list[DetectedObject]:
     """The objects in a picture of the shapes world, largest first; a spot below ``SPECK`` of the area is ignored.
 
     A pixel is unmixed into its colour on the ground and the ink that explains it best; pixels that are mostly ink form
@@ -98,7 +98,7 @@ def _ink(pixels: np.ndarray, paper: np.ndarray, visible: list[bool]) -> np.ndarr
     return np.take_along_axis(share, error.argmin(-1)[..., None], -1)[..., 0]
 
 
-def _identify(pixels: np.ndarray, paper: np.ndarray, solid: np.ndarray, part: np.ndarray) -> Found:
+def _identify(pixels: np.ndarray, paper: np.ndarray, solid: np.ndarray, part: np.ndarray) -> DetectedObject:
     height, width = solid.shape
     (top, left), (bottom, right) = part.min(0), part.max(0) + 1
     y0, x0, y1, x1 = max(top - 2, 0), max(left - 2, 0), min(bottom + 2, height), min(right + 2, width)
@@ -134,7 +134,7 @@ def _identify(pixels: np.ndarray, paper: np.ndarray, solid: np.ndarray, part: np
     overlap = np.maximum(_overlap(ideals, square), _overlap(_soften(ideals), square))  # sharp or blurred, as it is
     matches = dict(zip(SHAPES, overlap.tolist(), strict=True))
     shape = max(matches, key=matches.__getitem__)
-    return Found(
+    return DetectedObject(
         shape if matches[shape] >= 0.7 else "unknown",
         colour,
         float(left + right) / 2 / width,
@@ -208,7 +208,7 @@ def check(image: PIL.Image.Image, prompt: Prompt, ground: Ground = WHITE) -> Pro
     return PromptVerdict(False, f"found {seen} instead of {_listing(list(prompt.needs))}", objects)
 
 
-def _meets(need: Need, object: Found) -> bool:
+def _meets(need: Need, object: DetectedObject) -> bool:
     if "unknown" in object.kind:
         return False
     return need.shape in (None, object.shape) and need.colour in (None, object.colour)
@@ -238,7 +238,7 @@ class EditVerdict:
     kept: bool
     difference: float
     reason: str
-    found: tuple[Found, ...]
+    found: tuple[DetectedObject, ...]
 
 
 def check_edit(
@@ -276,11 +276,11 @@ def check_edit(
     return EditVerdict(done and kept, done, kept, difference, "; ".join(reasons), tuple(objects))
 
 
-def _near(object: Found, thing: Thing) -> bool:
+def _near(object: DetectedObject, thing: Thing) -> bool:
     return max(abs(object.x - thing.x), abs(object.y - thing.y)) < 1 / 12
 
 
-def on_side(a: Found | Thing, side: str | None) -> bool:
+def on_side(a: DetectedObject | Thing, side: str | None) -> bool:
     """Whether a thing is in the outer two fifths of the canvas on that side; None is true."""
     return {None: True, "left": a.x < 0.4, "right": a.x > 0.6, "top": a.y < 0.4, "bottom": a.y > 0.6}[side]
 

@@ -18,7 +18,7 @@ import numpy as np
 import PIL.Image
 
 from diptych.core.sample import Sample, user
-from diptych.data.worlds.shapes import Found, relations
+from diptych.data.worlds.shapes import DetectedObject, relations
 from diptych.evaluation import files
 from diptych.evaluation.benchmarks import aggregate
 from diptych.evaluation.benchmarks.shapes import seed_of
@@ -204,10 +204,10 @@ def _misplaced(name: str, a: Detection, relation: str, target: int, b: Detection
     return f"expected {name} {relation} target, found {' and '.join(sorted(true)) or 'no relation'} target"
 
 
-def _placed(d: Detection) -> Found:
+def _placed(d: Detection) -> DetectedObject:
     """The box for the shapes world's rule, which is GenEval's, in pixels."""
     x0, y0, x1, y1 = d.box
-    return Found("", "", (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0, d.score)
+    return DetectedObject("", "", (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0, d.score)
 
 
 def _judge(tools: Tools, items: Sequence[Item], images: Sequence[PIL.Image.Image]) -> list[Verdict]:

@@ -69,7 +69,7 @@ def _judge_emoji(items: Sequence[Item], images: Sequence[PIL.Image.Image]) -> li
     return [unsquare(image) or _matches(p, f) for p, image, f in zip(prompts, images, detections)]
 
 
-def _matches(prompt: emoji_scenes.EmojiPrompt, detections: Sequence[shapes.Found]) -> Verdict:
+def _matches(prompt: emoji_scenes.EmojiPrompt, detections: Sequence[shapes.DetectedObject]) -> Verdict:
     seen, wanted = Counter(f.shape for f in detections), Counter(prompt.ids)
     if seen != wanted:
         counts = ", ".join(f"{n} {emoji.NOUNS.get(id, id)}" for id, n in seen.items()) or "nothing"

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from diptych.data.canvas import rgb
 from diptych.data.worlds.emoji import NOUNS
-from diptych.data.worlds.shapes import Found
+from diptych.data.worlds.shapes import DetectedObject
 
 SIDE, STRIDE = 64, 4  # pixels of the input; pixels of a cell
 CLASSES = (*NOUNS, "other")  # "other": any other emoji, so that what it does not know is not mistaken
@@ -48,21 +48,21 @@ class Recogniser(nn.Module):
         return self.head(x)
 
     @torch.no_grad()
-    def find(self, images: Sequence[PIL.Image.Image]) -> list[list[Found]]:
-        """What is in each picture, surest first: ``Found`` with the emoji's id as its shape and no colour."""
+    def find(self, images: Sequence[PIL.Image.Image]) -> list[list[DetectedObject]]:
+        """What is in each picture, surest first: ``DetectedObject`` with the emoji's id as its shape and no colour."""
         x = torch.stack([_tensor(image) for image in images])
         out = self(x.to(self.head.weight.device)).float().cpu()
         heat = out[:, :-2].sigmoid()
         peaks = (heat == F.max_pool2d(heat, 3, 1, 1)) & (heat >= SURE)
         # two kinds are not found at one place: the surer one is
         best = F.max_pool2d(heat.amax(1, keepdim=True), 3, 1, 1)
-        detections: list[list[Found]] = []
+        detections: list[list[DetectedObject]] = []
         for i in range(len(images)):
             some = []
             for kind, y, x_ in (peaks[i] & (heat[i] >= best[i])).nonzero().tolist():
                 w, h = out[i, -2:, y, x_].clamp(0.05, 1).tolist()
                 place = ((x_ + 0.5) * STRIDE / SIDE, (y + 0.5) * STRIDE / SIDE)
-                some.append(Found(CLASSES[kind], "", *place, w, h, float(heat[i, kind, y, x_])))
+                some.append(DetectedObject(CLASSES[kind], "", *place, w, h, float(heat[i, kind, y, x_])))
             detections.append(sorted(some, key=lambda f: -f.match))
         return detections
 
