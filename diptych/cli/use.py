@@ -236,7 +236,7 @@ class Chat:
         print(f"(showing {path}; now ask)")
 
     def say(self, line: str) -> None:
-        """Sends a message, prints the answer as it comes and remembers both."""
+        """Sends a message, prints the answer while it is decoded, and keeps both in the conversation."""
         from diptych.core.sample import Image, Message, Text
         from diptych.generation.events import ImageDone, ReasoningDelta, TextDelta
 

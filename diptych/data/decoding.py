@@ -103,7 +103,7 @@ def open_picture(
 
     - a path (``str`` or ``PathLike``), the bytes of a file, or a file object that is open for reading bytes;
     - a data URI (``data:image/png;base64,...``), or an http(s) URL where ``fetch(url) -> bytes`` is given;
-    - a ``PIL.Image``, opened or made by the caller (the frame it stands at);
+    - a ``PIL.Image``, opened or created by the caller (its current frame);
     - a numpy array H x W, H x W x 1, 3 or 4, or a torch tensor H x W, C x H x W with 1, 3 or 4 channels:
       uint8, bool, or floats in [0, 1].
 

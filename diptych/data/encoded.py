@@ -166,7 +166,7 @@ def _inner(source: Any) -> Any:
 
 @dataclass(frozen=True)
 class Watched(Image):
-    """A picture that remembers which encoders ``lay_out`` asked for, and what each would have been shown."""
+    """A picture that records the inputs of the encoders that ``lay_out`` asks for, by encoder."""
 
     shown: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
@@ -350,7 +350,7 @@ def written(path: Path) -> Iterator[tarfile.TarFile]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The index of an encoded data set. Raises ``ValueError`` for a file that is none."""
+    """The index of an encoded data set. Raises ``ValueError`` for any other file."""
     try:
         index = json.loads(read(path).decode("utf-8"))
     except (OSError, ValueError) as error:

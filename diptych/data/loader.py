@@ -361,7 +361,7 @@ class Loader:
             yield row
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this rank stands after the last row it handed out; JSON-able. ``merge_states`` joins the ranks'."""
+        """The state of this rank after its last row, as JSON types. ``merge_states`` joins the states of all ranks."""
         return {
             "rows": self._rows * self.world,
             "plan": _plain(self.config, self.lengths),

@@ -163,7 +163,7 @@ class Draw:
 
 
 class Mixture:
-    """The draws of one stream: ``draw()`` returns the next one, ``state_dict`` says where it stands."""
+    """The draws of one stream: ``draw()`` returns the next one, ``state_dict`` holds its position."""
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ class Answering:
 
     ``max_new_tokens``  longest answer in tokens (default: the benchmark's own, or 2048 for a model that thinks)
     ``system``          a system message before each question
-    ``thinking``        True: the model is told to reason inside ``<think>`` tags first, which are not scored. True and
+    ``thinking``        True: the model is asked to reason in ``<think>`` tags first, which are not scored. True and
                         False are also sent to a server, as ``enable_thinking``. None: as the model does by itself
     ``temperature``     0 takes the likeliest token
     """

@@ -30,10 +30,10 @@ FEW = 30  # clusters below which a bootstrap knows too little
 
 @dataclass(frozen=True)
 class Item:
-    """One thing asked of a model. ``cluster`` names what it shares with correlated items: its prompt.
+    """One question or prompt of a benchmark. ``cluster`` names what correlated items share: the prompt.
 
     ``reference`` is what the judge needs, as JSON; the model sees only ``sample``, whose pictures may be paths or
-    "data:" addresses. ``place`` is where its picture lies in the benchmark's official folder (default: ID.png).
+    "data:" addresses. ``place`` is the path of its picture in the benchmark's official folder (default: ID.png).
     """
 
     id: str
@@ -63,7 +63,7 @@ class Verdict:
 
     @property
     def grade(self) -> float:
-        """The value; 1 or 0 where there is none."""
+        """``value`` where it is given, otherwise 1 for right and 0 for wrong."""
         return float(self.ok) if self.value is None else self.value
 
 

@@ -25,7 +25,7 @@ class Think:
 
     @classmethod
     def of(cls, think: bool | Think) -> Think | None:
-        """The budget that ``think`` stands for: True is the default one, False is None."""
+        """The budget of ``think``: the default one for True, None for False."""
         return think if isinstance(think, Think) else cls() if think else None
 
 
@@ -38,7 +38,7 @@ def instructed(sample: Sample, text: str) -> Sample:
 
 
 def split(text: str) -> tuple[str, str]:
-    """(reasoning, answer) of a text: what stands in ``<think>`` tags at its beginning, and what follows them."""
+    """(reasoning, answer) of a text: the content of ``<think>`` tags at its beginning, and the text after them."""
     if not text.lstrip().startswith(OPEN):
         return "", text
     reasoning, _, answer = text.lstrip().removeprefix(OPEN).partition(CLOSE)

@@ -229,6 +229,6 @@ def _evict(kept: Path) -> None:
         if total <= limit:
             break
         if file != kept:
-            file.unlink(missing_ok=True)  # whoever reads it has it open
+            file.unlink(missing_ok=True)  # open handles stay readable
             file.with_name(f"{file.name}.lock").unlink(missing_ok=True)
             total -= size

@@ -56,7 +56,7 @@ class Failed(Refused):
 
 
 class Gone(Refused):
-    """The client has left; nobody reads this."""
+    """The client has disconnected; the response is not sent."""
 
     status, code = 499, "client_closed_request"
 
@@ -152,7 +152,7 @@ def _explained(errors: Sequence[Any], body: Any) -> dict[str, Any]:
 
 
 def _path(error: ErrorDetails, body: Any) -> str:
-    """Where an error lies in the body, as keys and indices. Pydantic's locations also hold the tags and types of
+    """The location of an error in the body, as keys and indices. Pydantic's locations also hold the tags and types of
     unions; those name nothing in the body and are left out."""
     *above, last = [part for part in error["loc"] if part not in ("body", "query")] or [""]
     keys, value = [], body

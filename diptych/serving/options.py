@@ -58,7 +58,7 @@ class Options:
 
 
 def public_name(name: str) -> str:
-    """What clients call a model: of a folder only its own name, not where it lies."""
+    """The name of a model for clients. For a folder it is the last part of the path."""
     if not Path(name).is_dir():
         return name
     folder = Path(name).resolve()

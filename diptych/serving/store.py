@@ -36,12 +36,12 @@ class FileStore:
         return key
 
     def get(self, key: str) -> StoredFile | None:
-        """The file of an id; None where there is none, or no longer."""
+        """The file of an id; None for an unknown or deleted one."""
         file = self.files.get(key)
         return file if file and file.until >= time.monotonic() else None
 
     def drop(self, key: str) -> bool:
-        """Forgets a file; False where there is none."""
+        """Deletes a file. Returns False for an unknown id."""
         file = self.files.pop(key, None)
         self.bytes -= len(file.data) if file else 0
         return file is not None

@@ -224,7 +224,7 @@ class _Demo:
         return page.Gallery("Drawn", items, f"From left: {self.models}.")
 
     def answers(self) -> page.Questions:
-        """What the model answers that was trained here, or the shipped one where there is none."""
+        """The answer of the model trained here, or of the shipped model where none was trained."""
         name, work = list(self.works.items())[-1]
         asked = [
             page.Asked(picture, question, answer, right, answer == right)

@@ -1,4 +1,4 @@
-"""Makes the model that a recipe trains."""
+"""Builds the model that a recipe trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saving and resuming: every process writes its shards, behind the training's back; a kill leaves the last good one.
+"""Checkpoints: every process writes its shards while training continues; a kill leaves the last complete one.
 
 A checkpoint is written under a temporary name, gets checksums of all its files and is then renamed. Tensors go through
 torch.distributed.checkpoint, which reads them back into any other sharding and number of processes.

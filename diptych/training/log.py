@@ -1,5 +1,5 @@
-"""What a run says while it runs: a progress bar on a terminal, a line now and then elsewhere, metrics.jsonl always,
-TensorBoard where it is installed."""
+"""The log of a run: a progress bar on a terminal, lines elsewhere, metrics.jsonl in any case, and TensorBoard where
+it is installed."""
 
 from __future__ import annotations
 

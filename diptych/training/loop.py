@@ -1,4 +1,4 @@
-"""The one training loop. It never learns which modalities or heads exist."""
+"""The training loop. It does not depend on the modalities and heads of a model."""
 
 from __future__ import annotations
 
@@ -90,10 +90,10 @@ def train(
 ) -> Path:
     """Runs the recipe into the folder ``run`` and returns the folder of the released model (``run/release``).
 
-    ``run`` receives recipe.json (itself runnable), environment.json, metrics.jsonl (one object a step), checkpoints/,
-    samples/ (whatever ``hook`` draws) and release/; crash.json when something raised (crash-N.json in process N);
-    trace.json when ``profile`` says how many steps to trace. By default it is a folder under ``runs``, named by the
-    recipe and the time. ``track`` names a tracker (trackio, wandb).
+    ``run`` receives recipe.json (which can be run again), environment.json, metrics.jsonl (one object a step),
+    checkpoints/, samples/ (whatever ``hook`` draws) and release/; crash.json after an error (crash-N.json in process
+    N); trace.json of the first ``profile`` steps. By default it is a folder under ``runs``, named by the recipe and
+    the time. ``track`` names a tracker (trackio, wandb).
 
     A folder that already holds a run is refused unless ``resume``, which continues from the newest checkpoint whose
     checksums hold, on any number of processes that share the rows of a step; ``grown`` allows data sets to be longer
@@ -190,7 +190,7 @@ class _Job:
         return rows // self.world
 
     def run_stage(self, stage: Stage, saved: Path | None) -> None:
-        """One stage from where the state stands (``saved``, where it was read from a checkpoint) to its end."""
+        """Runs a stage from the current state to its end; ``saved`` is the checkpoint that the state was read from."""
         recipe, state, model = self.recipe, self.state, self.state.model
         rates = select(model, stage.train)
         parts = freeze(model, stage.train)

@@ -84,8 +84,8 @@ def at_once(rows: int, columns: int, numbers: int = 2**26) -> int:
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32, iterations: int = 5) -> Tensor:
-    """(n, rows, columns) with their singular values brought near 1 by a quintic Newton-Schulz iteration in ``dtype``;
-    the result is float32."""
+    """Nearly orthogonal matrices, (n, rows, columns) float32: a quintic Newton-Schulz iteration in ``dtype`` moves the
+    singular values near 1."""
     x = matrices.float()
     wide = x.shape[-2] > x.shape[-1]
     x = x.mT if wide else x

@@ -1,8 +1,8 @@
-"""Several processes as one, and a model that none of them holds whole.
+"""Data parallelism over several processes, and sharding of the model (PyTorch's FSDP2).
 
-One process pays nothing for it: sums are what they are given, and nothing is sharded. With several, every process works
-on its own rows; gradients are *summed* (losses are already divided by the global count), so how a step is split changes
-nothing but rounding. ``spread`` gives a model to PyTorch's FSDP2 as the recipe's ``EngineConfig`` says.
+Every process works on its own rows. Gradients are *summed*, because losses are already divided by the global count; the
+split of a step changes rounding only. ``spread`` shards a model as the recipe's ``EngineConfig`` says. A single process
+neither communicates nor shards.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def mesh(engine: EngineConfig, device: str) -> DeviceMesh:
 def spread(model: Trainable, engine: EngineConfig, precision: str, device: str, trained: Set[nn.Parameter]) -> None:
     """Prepares a model (on the meta device too) for training as ``engine`` says, in place.
 
-    Every block is recomputed on its own and, but for transformers' layers, compiled on its own. Sharded, the blocks of
-    ``trunk`` are gathered one at a time; whatever else is ``trained`` (by any stage) is gathered together, at the start
-    of a forward; what is never trained and lies outside the trunk stays whole. In bf16 gathered blocks are bf16; the
-    shards that the optimizer sees, and sums of gradients, stay float32."""
+    Every block is recomputed separately and, except for transformers' layers, compiled separately. With sharding, the
+    blocks of ``trunk`` are gathered one at a time. Other parameters that a stage trains (``trained``) are gathered
+    together at the start of the forward pass. Parameters outside the trunk that no stage trains are replicated. In bf16
+    the gathered blocks are bf16; the optimizer's shards and the sums of gradients stay float32."""
     if engine.compile and engine.compile not in (known := torch.compiler.list_backends(exclude_tags=())):
         raise ValueError(f"unknown back end {engine.compile!r} of torch.compile; choose from {', '.join(known)}")
     for block in model.blocks():
@@ -176,8 +176,8 @@ KEPT = {  # products and attention: expensive to compute, small beside what is c
 
 
 def recomputed(forward: Callable, mode: str) -> Callable:
-    """A block's forward that keeps its input (``full``) or also its matrix products (``selective``) and computes the
-    rest again on the way back."""
+    """A block's forward that keeps its input (``full``) or also its matrix products (``selective``) and recomputes
+    the rest in the backward pass."""
 
     def policy(context: Any, op: Any, *inputs: Any, **settings: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,4 +1,4 @@
-"""Part name -> parameters: freezing, learning-rate groups and the weight average."""
+"""Parameters by part: freezing, learning-rate groups, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def _set_modes(module: nn.Module, parent: bool) -> None:
 
 
 class Average:
-    """Exponential moving average of the trained parameters, in float32 and sharded as they are, with a warm-up so that
-    short runs are not half made of the starting weights: decay = min(decay, (1 + step) / (10 + step))."""
+    """Exponential moving average of the trained parameters, in float32 and with their sharding. The decay warms up, so
+    that the initial weights do not dominate short runs: decay = min(decay, (1 + step) / (10 + step))."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.decay, self.steps = decay, 0
@@ -109,7 +109,7 @@ class Average:
 
     @torch.no_grad()
     def hand_on(self) -> None:
-        """Makes the averages the weights: what the next stage starts from."""
+        """Copies the averages into the weights, from which the next stage starts."""
         for name, parameter in self.live.items():
             local(parameter).copy_(local(self.shadow[name]))
 

@@ -1,9 +1,8 @@
-"""What a run will need, before it is launched: memory of every process, work of a step, time and cost.
+"""The memory of every process, the FLOPs of a step, the time and the cost of a run, before it starts.
 
-Nothing is estimated that can be counted. The model is built on the meta device, prepared as for training, and one real
-row of the recipe's data goes through its real forward and backward: what that allocates is added up, and what it
-multiplies is counted, while nothing is computed (``Hollow``). Parameters, gradients, optimizer, average and what is
-gathered follow from the parts and from how they are sharded.
+The model is built on the meta device and prepared as for training. One real row of the recipe's data goes through its
+forward and backward pass: ``Hollow`` adds up the allocations and counts the FLOPs, and nothing is computed. The sizes
+of parameters, gradients, optimizer state, average and gathered parameters follow from the parts and their sharding.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def limits_of(gpu: str, device: str = "cuda", memory: float | None = None) -> tu
 
 
 class Hollow(TorchDispatchMode):
-    """Runs a model on the meta device with a batch that is real: whatever touches the model computes nothing.
+    """Runs a model on the meta device with a real batch: operations on tensors of the model compute nothing.
 
     ``live`` are the bytes that its results hold now and ``peak`` the most they ever held; ``most`` is the same without
     what was ``set_aside`` (gradients that stay). ``flops`` are those of each kind of product. Counted here rather than
@@ -116,7 +115,7 @@ class Hollow(TorchDispatchMode):
 def fused() -> Iterator[None]:
     """Attention as the fused kernels do it, for meta tensors: there torch itself would lay out the whole matrix.
 
-    Put in the place of torch's function, since recomputed blocks would not see a mode."""
+    Replaces torch's function, because recomputed blocks do not enter a dispatch mode."""
     real = F.scaled_dot_product_attention
 
     def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any) -> Tensor:
@@ -137,7 +136,7 @@ def fused() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """What one process needs in a stage. Bytes; seconds and cost of the whole stage."""
+    """The memory of one process in a stage, in bytes, and the time in seconds and cost of the whole stage."""
 
     stage: str
     weights: int

@@ -1,4 +1,4 @@
-"""A complete run as data: frozen, validated, and the same as JSON (the ``recipe.json`` of a run is itself runnable)."""
+"""A complete run as frozen, validated data, and its JSON form: the ``recipe.json`` of a run can be run again."""
 
 from __future__ import annotations
 
@@ -98,13 +98,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How a run uses its processes and its memory. What is computed does not depend on it, but for rounding.
+    """How a run uses its processes and its memory. Results differ by rounding only.
 
     ``shard``      parameters, gradients, optimizer and average over the processes (FSDP2): ``none`` (every process
                    holds all), ``full``, or ``hybrid`` (within each machine); one process holds all in any case
-    ``recompute``  activations of the blocks on the way back: ``none``, ``selective`` (all but products), ``full``
+    ``recompute``  activations of the blocks in the backward pass: ``none``, ``selective`` (all but products), ``full``
     ``compile``    a back end of torch.compile (``inductor``) for every block
-    ``frozen``     what weights that no stage trains are kept in: ``fp32``, ``bf16`` or ``int8`` (the blocks' linear
+    ``frozen``     dtype of the weights that no stage trains: ``fp32``, ``bf16`` or ``int8`` (the blocks' linear
                    layers, the rest in bf16; not sharded); both compute in bf16 too
     ``offload``    shards live in the memory of the host
     ``async_save`` checkpoints are written while training goes on, from a copy in the memory of the host
@@ -328,7 +328,7 @@ class Recipe:
 
 
 def _matches(path: str, pattern: str) -> bool:
-    """Whether a dotted path is one that a pattern of ``CHANGEABLE`` stands for."""
+    """Whether a pattern of ``CHANGEABLE`` matches a dotted path."""
     regex = re.escape(pattern).replace(r"\*\*", ".*").replace(r"\*", "[^.]*")
     return re.fullmatch(regex, path) is not None
 

@@ -160,7 +160,7 @@ def phrases_of(names: list[str], boxes: np.ndarray, countable: list[bool] | None
 
 def farness(extent: float, largest: float, paper: float) -> float:
     """The depth in [0, 1] of a thing drawn ``extent`` wide, if a pinhole camera saw things of one size: the distance
-    goes with 1 / extent, is 0 at ``largest`` and 1 for the paper, which lies where things would be ``paper`` wide."""
+    is proportional to 1 / extent, 0 at ``largest``, and 1 for the paper, where things would be ``paper`` wide."""
     return min(1.0, max(0.0, (1 / extent - 1 / largest) / (1 / paper - 1 / largest)))
 
 
@@ -321,9 +321,9 @@ def _line(size: tuple[int, int]) -> int:
 def read_boxes(drawn: np.ndarray, photo: np.ndarray) -> np.ndarray:
     """(n, 4) int: the boxes in a drawing of (h, w, 3) pixels on a photo, one a colour, in the order of the colours.
 
-    A pixel is a line's when it is within 24 levels of a strong colour and the photo there is not; a side is where at
-    least half as many of them stand in a column (or row) as in the fullest. More than 24 boxes share colours and cannot
-    be told apart; nor can a box be read whose sides are half hidden under smaller ones.
+    A pixel belongs to a line when it is within 24 levels of a colour of the palette and the photo's pixel is not. A
+    side is a column (or row) with at least half as many line pixels as the fullest one. More than 24 boxes share
+    colours and cannot be distinguished. A box is not read where smaller boxes hide half of a side.
     """
     boxes = []
     for colour in palette("boxes").astype(int):

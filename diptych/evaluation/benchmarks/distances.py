@@ -131,7 +131,7 @@ def _efficientnet() -> nn.Module:
 
 
 class Pooled(nn.Module):
-    """The mean over places of what a network extracts, of pictures of [0, 255] brought to [-1, 1] as it was trained."""
+    """Features of a network averaged over positions. Pictures in [0, 255] are scaled to [-1, 1], as in its training."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

@@ -130,7 +130,7 @@ def panoptic_quality(drawn: np.ndarray, truth: np.ndarray, classes: int) -> floa
 
 
 def score(sample: Sample, drawn: PIL.Image.Image) -> dict[str, float]:
-    """What a drawing scores against the target of a sample of ``data.tasks``; it is brought to the target's size.
+    """The scores of a drawing against the target of a sample of ``data.tasks``; it is resized to the target's size.
 
     =====================  ========================================================================================
     semantic               miou by class, boundary_f
