@@ -398,7 +398,9 @@ class Drawing:
 
     def files(self, n: int) -> list[Path]:
         """The files of ``n`` pictures."""
-        return [self.out] if n == 1 else [self.out.with_stem(f"{self.out.stem}-{i}") for i in range(n)]
+        from diptych.data.written import numbered
+
+        return numbered(self.out, n)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Verbs that use a model: generate, edit, ask, chat, serve, export."""
+"""Verbs that use a model: generate, edit, show, ask, chat, serve, export."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ def add(app: Verbs) -> None:
         "diptych generate bagel/tiny --prompts prompts.txt --out pictures --shard 0/4",
     )(generate)
     app.verb("edit", "diptych edit bagel/tiny scene.png 'make the star blue'")(edit)
+    app.verb("show", "diptych show picture.png", "diptych show picture.png --json")(show)
     app.verb("ask", "diptych ask bagel/tiny scene.png 'how many stars are there?'")(ask)
     app.verb("chat", "diptych chat bagel/tiny")(chat)
     app.verb(
@@ -144,16 +145,23 @@ def edit(
 
 def save_pictures(drawing: Drawing, pictures: Any) -> None:
     """Writes the pictures of a result and prints their files."""
-    from diptych.data.written import save_picture
-
-    files = drawing.files(len(pictures.images))
-    for file, image in zip(files, pictures.images, strict=True):
-        save_picture(image, file)
+    files = pictures.save(drawing.out)
     if drawing.as_json:
         row = {"files": list(map(str, files)), "seed": pictures.seed, "parameters": dict(pictures.parameters)}
         print(json.dumps(row | ({"reasoning": pictures.reasoning} if pictures.reasoning else {})))
     else:
         print("\n".join(map(str, files)))
+
+
+def show(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="a picture that generate or edit wrote")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show the parameters of a picture: model, prompt, seed, size and settings."""
+    from diptych.data.written import read_parameters
+
+    parameters = read_parameters(file.expanduser())
+    print(json.dumps(parameters) if as_json else "\n".join(f"{name}: {value}" for name, value in parameters.items()))
 
 
 def ask(

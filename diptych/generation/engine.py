@@ -14,6 +14,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from diptych.core.errors import nearest
 from diptych.core.sample import Image, Message, Sample, sample_from_json, user
 from diptych.data.decoding import PictureSource, open_picture
 from diptych.generation.events import Answer, Event, Picture, Pictures
@@ -26,12 +27,23 @@ from diptych.models.protocol import Settings, UnifiedModel
 from diptych.models.sizes import Sizes, parse_size
 
 if TYPE_CHECKING:
+    import PIL.Image
     import torch
 
 Messages = str | Sequence[Message | Mapping[str, Any]]
 Prompt = str | Sequence[str]
 Seed = int | None  # None: a random one, which the result holds
 SizeLike = int | str | Sequence[int]  # 64, "64x48" or (64, 48): width, then height
+ALIASES = {  # names in other libraries -> the argument here
+    "height": "size=(width, height)",
+    "width": "size=(width, height)",
+    "num_images_per_prompt": "n",
+    "num_images": "n",
+    "generator": "seed",
+    "steps": "num_inference_steps",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+}
 
 
 def load(
@@ -79,8 +91,8 @@ class Way:
 class Engine:
     """A model with the loops around it. ``model`` is the network, ``name`` what it was loaded as.
 
-    Wherever a picture is taken it may be a path, the bytes of a file, a file object, a data URI, a ``PIL.Image``, a
-    numpy array or a tensor (``diptych.data.decoding.open_picture``)."""
+    A picture argument is a path, the bytes of a file, a file object, a data URI, a ``PIL.Image``, a numpy array or a
+    tensor (``diptych.data.decoding.open_picture``), or a ``Picture`` that a model generated."""
 
     def __init__(self, model: UnifiedModel, name: str = "", preset: str = "") -> None:
         self.model, self.name, self.preset = model.eval(), name or model.family, preset
@@ -127,7 +139,7 @@ class Engine:
 
     def ask(
         self,
-        image: PictureSource,
+        image: PictureSource | Picture,
         question: str,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -136,7 +148,7 @@ class Engine:
         think: bool = False,
     ) -> Answer:
         """The answer to a question about a picture; ``think`` as in ``chat``."""
-        message = user(Image(open_picture(image)), _text(question, "question"))
+        message = user(Image(_pixels(image)), _text(question, "question"))
         return self.chat([message], max_new_tokens, temperature, top_p, seed, think=think)
 
     @overload
@@ -192,7 +204,7 @@ class Engine:
 
     def edit(
         self,
-        images: PictureSource | list[PictureSource] | tuple[PictureSource, ...],
+        images: PictureSource | Picture | Pictures | list | tuple,
         instruction: str,
         n: int = 1,
         size: SizeLike | None = None,
@@ -204,10 +216,10 @@ class Engine:
     ) -> Pictures:
         """``n`` edits of one picture or of several together. ``size`` defaults to the trained size nearest to that of
         the last edit source; the other arguments are those of ``generate``."""
-        many = list(images) if isinstance(images, list | tuple) else [images]
+        many = list(images) if isinstance(images, list | tuple | Pictures) else [images]
         if not many:
             raise ValueError("edit needs at least one picture")
-        sources = [Image(open_picture(image), "condition") for image in many]
+        sources = [Image(_pixels(image), "condition") for image in many]
         sample = Sample("edit", (user(*sources, _text(instruction, "instruction")),))
         return self._pictures([sample], n, size, seed, Way(negative_prompt, think, preset, settings))[0]
 
@@ -241,6 +253,7 @@ class Engine:
                 first,
                 group[0].parameters,
                 tuple(d.reasoning for d in group) if think else (),
+                self.name,
             )
             for sample, group in ((s, drawn[i * n : (i + 1) * n]) for i, s in enumerate(samples))
         ]
@@ -252,7 +265,8 @@ class Engine:
         defaults = self.model.defaults(sample, preset)
         known = asdict(defaults)
         if unknown := sorted(changes.keys() - known.keys()):
-            raise ValueError(f"unknown settings {unknown}; known: {', '.join(known)}")
+            hint = f"; use {ALIASES[unknown[0]]}" if unknown[0] in ALIASES else nearest(unknown[0], known)
+            raise ValueError(f"unknown settings {unknown}; known: {', '.join(known)}{hint}")
         given = {k: v for k, v in changes.items() if v is not None}
         for name, value in given.items():
             wanted = type(known[name])
@@ -327,7 +341,7 @@ class Engine:
         texts = [self.model.spoken(j.ids) for j in jobs]
         spoken = [split(text) if think else ("", text) for text in texts]
         return [
-            Answer(text, tuple(j.ids), str(j.reason), j.parameters, j.images, reasoning)
+            Answer(text, tuple(j.ids), str(j.reason), j.parameters, j.images, reasoning, j.sources)
             for j, (reasoning, text) in zip(jobs, spoken, strict=True)
         ]
 
@@ -352,7 +366,7 @@ class Engine:
         ]
         jobs = self._run(requests, batch_size)
         return [
-            Picture(j.image, j.request.sample.prompt, j.request.seed, j.parameters, j.plan or "")
+            Picture(j.image, j.request.sample.prompt, j.request.seed, j.parameters, j.plan or "", self.name)
             for j in jobs
             if isinstance(j, ImageJob) and j.image
         ]
@@ -399,13 +413,18 @@ def _message(row: Any, where: str) -> Message:
         sample = sample_from_json({"messages": [row]})
     except ValueError as error:
         raise ValueError(str(error).replace("messages[0]", where)) from error
-    return sample.map_images(lambda i: replace(i, image=open_picture(pictures[int(str(i.image))]))).messages[0]
+    return sample.map_images(lambda i: replace(i, image=_pixels(pictures[int(str(i.image))]))).messages[0]
 
 
 def _opened(image: Image) -> Image:
     if image.image is None:
         raise ValueError("a picture of the conversation has no pixels")
     return replace(image, image=open_picture(image.image))
+
+
+def _pixels(source: PictureSource | Picture) -> PIL.Image.Image:
+    """The pixels of a picture argument."""
+    return open_picture(source.image if isinstance(source, Picture) else source)
 
 
 def _seed(seed: Seed) -> int:

@@ -114,8 +114,7 @@ def generate_file(
         samples = [Sample(f"{p.id}-{k}", (user(p.prompt),)) for p, k, _ in batch]
         pictures = engine.draw(samples, [p.seed + k for p, k, _ in batch], size, chosen, batch_size)
         for (_, _, file), picture in zip(batch, pictures, strict=True):
-            with disk.atomic(file) as part:
-                picture.image.save(part, "PNG")
+            picture.save(file)
         done += len(batch)
         progress(done, len(wanted))
     name = "prompts.jsonl" if shard[1] == 1 else f"prompts-{shard[0]}-of-{shard[1]}.jsonl"

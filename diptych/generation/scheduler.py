@@ -117,6 +117,11 @@ class TextJob:
         self.text_start = 0  # number of ``ids`` before the end of the last picture; ``layout`` holds these
 
     @property
+    def sources(self) -> tuple[PIL.Image.Image, ...]:
+        """The pictures of the conversation."""
+        return tuple(image.pixels for image in self.request.sample.images())
+
+    @property
     def images(self) -> tuple[PIL.Image.Image, ...]:
         """The pictures of the answer."""
         return tuple(p.pixels for p in self.parts if isinstance(p, Image))
