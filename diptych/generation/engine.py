@@ -7,6 +7,7 @@ answer is decoded token by token, or the picture is denoised step by step. The s
 from __future__ import annotations
 
 import random
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -46,6 +47,29 @@ ALIASES = {  # names in other libraries -> the argument here
 }
 
 
+MODEL_CARD = """---
+library_name: diptych
+pipeline_tag: any-to-any
+tags:
+- diptych
+- {family}
+---
+
+# {name}
+
+A model of the family {family} with {millions:.1f} M parameters. It generates and edits pictures of {width}x{height}
+pixels and answers questions about pictures.
+
+```python
+import diptych
+
+model = diptych.load("{name}")
+model.generate("a red circle", seed=0)[0].save("picture.png")
+```
+
+{text}"""
+
+
 def load(
     name_or_path: str | Path,
     device: str | torch.device = "auto",
@@ -54,9 +78,10 @@ def load(
     quantize: str | None = None,
     preset: str = "",
     config: Mapping[str, Any] | None = None,
+    revision: str | None = None,
 ) -> Engine:
     """A model ready to use: a folder of ours, a run, a published folder, a name that ``diptych models`` lists or an
-    ``org/name`` of the hub.
+    ``org/name`` of the hub (``revision`` is a branch, a tag or a commit there).
 
     ``device`` is "auto" (a GPU when there is one), "cpu", "cuda", "mps" or a ``torch.device``; ``dtype``, ``base`` and
     ``quantize`` are those of ``diptych.models.store.load``. ``preset`` names a published entry point, whose settings
@@ -65,9 +90,11 @@ def load(
     """
     changes = dict(config or {})
     if preset:
-        family: Any = store.family_of(name_or_path, base)
+        family: Any = store.family_of(name_or_path, base, revision)
         changes = {**family.preset(preset).config, **changes}
-    model = store.load(name_or_path, devices.pick_device(str(device)), dtype, base, quantize, changes=changes)
+    model = store.load(
+        name_or_path, devices.pick_device(str(device)), dtype, base, quantize, changes=changes, revision=revision
+    )
     if not isinstance(model, UnifiedModel):
         raise ValueError(
             f"{name_or_path} is of family {model.family!r}, which can be trained but neither answers nor draws"
@@ -101,7 +128,7 @@ class Engine:
     def __repr__(self) -> str:
         parameters = list(self.model.parameters())
         millions = sum(p.numel() for p in parameters) / 1e6
-        dtype = str(parameters[0].dtype).removeprefix("torch.")
+        dtype = str(self.dtype).removeprefix("torch.")
         width, height = self.sizes.default
         return f"Engine({self.name!r}, {millions:.1f} M parameters, {width}x{height} pixels, {dtype} on {self.device})"
 
@@ -114,6 +141,64 @@ class Engine:
     def device(self) -> torch.device:
         """Where the model's parameters are."""
         return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model's parameters, of the first where they differ."""
+        return next(self.model.parameters()).dtype
+
+    def to(self, device: str | torch.device) -> Engine:
+        """Moves the model to a device, in place, and returns the engine. Raises ``ValueError`` as ``load``."""
+        self.model.to(devices.pick_device(str(device)))
+        self.prefixes = PrefixCache(self.model)  # the cached contexts are on the old device
+        return self
+
+    # ---- storage ------------------------------------------------------------------------------------------------
+
+    from_pretrained = staticmethod(load)
+
+    def save_pretrained(self, folder: str | Path, force: bool = False) -> Path:
+        """Writes config.json, model.safetensors and tokenizer.json, which ``load`` reads, and returns the folder.
+
+        Raises ``ValueError`` for a folder with files that diptych did not write, unless ``force`` overwrites the files
+        of the same names, and for a quantized model."""
+        return store.save(self.model, folder, force=force)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        card: str = "",
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a model of diptych",
+        token: str | None = None,
+    ) -> str:
+        """Uploads the model to ``org/name`` of the Hugging Face hub in one commit and returns the commit's address.
+
+        The repository is created where it does not exist (``private`` as given, by default as the organization's).
+        README.md is the model card: how to load the model, then the text ``card``, such as
+        ``diptych.evaluation.model_card.scores(FOLDER)``. ``token`` defaults to the one of ``hf auth login``. Raises the
+        hub's errors."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        name = api.create_repo(repository, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as parent:
+            folder = self.save_pretrained(Path(parent) / "model")
+            (folder / "README.md").write_text(self._card(name, card), "utf-8")
+            return str(
+                api.upload_folder(
+                    repo_id=name, folder_path=folder, commit_message=commit_message, revision=revision
+                ).commit_url
+            )
+
+    def _card(self, name: str, text: str) -> str:
+        """The model card, with the hub's metadata."""
+        width, height = self.sizes.default
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        return MODEL_CARD.format(
+            name=name, family=self.model.family, millions=millions, width=width, height=height, text=text
+        )
 
     # ---- one request --------------------------------------------------------------------------------------------
 

@@ -144,9 +144,10 @@ def export(
     return save(model, folder, model.state_dict() | cast, format == "published", force)
 
 
-def resolve(name_or_path: str | Path) -> Path:
+def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
     """The folder of a model: a path, a run folder (its newest release), the name of a shipped size, or a model of the
-    hub (``org/name``, or a size whose source is one), fetched into the hub's cache.
+    hub (``org/name``, or a size whose source is one), fetched into the hub's cache; ``revision`` is a branch, a tag or
+    a commit there.
 
     Raises ``ValueError`` listing what ships."""
     path = Path(name_or_path)
@@ -170,12 +171,12 @@ def resolve(name_or_path: str | Path) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub):
         raise ValueError(message)
     try:
-        return fetch(hub)
+        return fetch(hub, revision)
     except ValueError as error:
         raise ValueError(f"{message}; {error}") from error
 
 
-def fetch(repository: str) -> Path:
+def fetch(repository: str, revision: str | None = None) -> Path:
     """The folder of a model of the hub (``org/name``) in the hub's cache, fetched where it is not there and the hub is
     not offline (``HF_HUB_OFFLINE``). Raises ``ValueError`` saying why it could not be."""
     try:
@@ -183,18 +184,20 @@ def fetch(repository: str) -> Path:
     except ImportError as error:
         raise ValueError(f"fetching {repository} needs the package huggingface_hub") from error
     try:
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "merges.txt"]))
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=["*.json", "*.safetensors", "merges.txt"])
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"{repository} cannot be fetched from the hub: {str(error).splitlines()[0]}") from error
 
 
-def search_path(name_or_path: str | Path, base: str | Path | None = None) -> SearchPath:
+def search_path(name_or_path: str | Path, base: str | Path | None = None, revision: str | None = None) -> SearchPath:
     """The folders that hold the files of a model: its own, then those of ``base`` (by default a known size's base)."""
     from diptych.models.published.folder import SearchPath
 
     if base is None and not Path(name_or_path).is_dir():
         base = next((s.base for n, s in SIZES.items() if str(name_or_path) in (n, s.source)), None)
-    return SearchPath((resolve(name_or_path), *(search_path(base).folders if base else ())))
+    return SearchPath((resolve(name_or_path, revision), *(search_path(base).folders if base else ())))
 
 
 def read_config(name_or_path: str | Path) -> dict[str, Any]:
@@ -203,19 +206,19 @@ def read_config(name_or_path: str | Path) -> dict[str, Any]:
     return config_to_json(stored.family, stored.config)
 
 
-def family_of(name_or_path: str | Path, base: str | Path | None = None) -> type[Trainable]:
-    """The class of the family of a model on disk."""
-    return family(open_model(name_or_path, base).family)
+def family_of(name_or_path: str | Path, base: str | Path | None = None, revision: str | None = None) -> type[Trainable]:
+    """The class of the family of a stored model."""
+    return family(open_model(name_or_path, base, revision).family)
 
 
-def open_model(name_or_path: str | Path, base: str | Path | None = None) -> StoredModel:
+def open_model(name_or_path: str | Path, base: str | Path | None = None, revision: str | None = None) -> StoredModel:
     """The model of a folder or name, without its weights. Raises ``ValueError`` where there is none."""
     import torch
 
     from diptych.models.published import folder as folders
     from diptych.models.published.key_map import rules
 
-    path = search_path(name_or_path, base)
+    path = search_path(name_or_path, base, revision)
     config_file = path.folders[0] / "config.json"
     row = folders.read_json(config_file) if config_file.is_file() else {}
     if "family" in row:
@@ -248,6 +251,7 @@ def load(
     share: Callable[[Any, Any], Any] | None = None,
     config: Any = None,
     changes: Mapping[str, Any] | None = None,
+    revision: str | None = None,
 ) -> Trainable:
     """The model of a folder (diptych's, a run's or a published one), a shipped name or a model of the hub, for use.
 
@@ -259,6 +263,7 @@ def load(
     ``prepare``   is called with the empty model, on the meta device
     ``share``     maps a full tensor and the model's empty one, which ``prepare`` sharded, to what this process keeps
     ``config``    settings in place of the folder's, for tensors of the same shapes
+    ``revision``  branch, tag or commit of a model of the hub
     ``changes``   leaves of the settings that are changed, by dotted path
 
     Tensors go one by one onto the device. Strict: missing, unknown and misshapen tensors are an error that lists them.
@@ -270,7 +275,7 @@ def load(
     requested_dtype = folders.pick_dtype(dtype)
     if quantize not in (None, "int8"):
         raise ValueError(f"unknown quantize {quantize!r}; there is int8")
-    stored = open_model(name_or_path, base)
+    stored = open_model(name_or_path, base, revision)
     if config is not None:
         if type(config) is not type(stored.config):
             raise ValueError(
