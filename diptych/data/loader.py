@@ -114,14 +114,14 @@ class Stream:
     def __init__(
         self,
         mixture: Mixture,
-        config: LoaderConfig,
+        plan: LoaderConfig,
         sources: Mapping[str, Source],
         lay_out: LayOut,
         routes: int,
         pad_to: int | None,
         skip_limit: int | float,
     ) -> None:
-        self.mixture, self.config, self.sources, self.lay_out = mixture, config, sources, lay_out
+        self.mixture, self.plan, self.sources, self.lay_out = mixture, plan, sources, lay_out
         self.routes, self.pad_to = routes, pad_to
         self.most = IN_VAIN if isinstance(skip_limit, float) else skip_limit  # bad samples for one row
         self.pending: list[Pending] = []
@@ -146,7 +146,7 @@ class Stream:
         chosen: list[Pending] = []
         skipped: dict[str, str] = {}
         before = COUNTS.copy()
-        tokens, pictures = self.config.tokens, self.config.pictures
+        tokens, pictures = self.plan.tokens, self.plan.pictures
         while True:
             self._refill(skipped)
             fits = [p for p in self.pending if p.tokens <= tokens and p.pictures <= pictures]
@@ -157,11 +157,11 @@ class Stream:
             chosen.append(best)
             tokens, pictures = tokens - best.tokens, pictures - best.pictures
         batch = pack((p.sequence for p in chosen), self.routes, self.pad_to)
-        used = self.config.tokens - tokens
+        used = self.plan.tokens - tokens
         return batch, Stats(
             tokens=used,
-            fill=used / self.config.tokens,
-            pictures=self.config.pictures - pictures,
+            fill=used / self.plan.tokens,
+            pictures=self.plan.pictures - pictures,
             target_words=int((batch.targets != NONE).sum()),
             samples=dict(Counter(p.draw.source for p in chosen)),
             dropped=dict(Counter(c for p in chosen for c in p.dropped)),
@@ -172,7 +172,7 @@ class Stream:
 
     def _refill(self, skipped: dict[str, str]) -> None:
         run = 0
-        while len(self.pending) < self.config.ahead:
+        while len(self.pending) < self.plan.ahead:
             pending = self._lay_out(self.mixture.draw())
             if isinstance(pending, Pending):
                 self.pending.append(pending)
@@ -199,7 +199,7 @@ class Stream:
         with _naming(f"while laying out sample {sample.id!r} (row {draw.index} of data set {draw.source!r})"):
             sequence = self.lay_out(sample, drop=drop)
         tokens, pictures = len(sequence), sequence.pictures
-        for what, has, budget in (("tokens", tokens, self.config.tokens), ("pictures", pictures, self.config.pictures)):
+        for what, has, budget in (("tokens", tokens, self.plan.tokens), ("pictures", pictures, self.plan.pictures)):
             if has > budget:
                 return Bad(name, f"sample {sample.id!r} has {has} {what}; a row has room for {budget}")
         has_target = sample.has_target and sequence.has_target  # the end of an empty answer teaches nothing
@@ -208,10 +208,10 @@ class Stream:
     def _drop(self, sample: Sample, draw: Draw) -> frozenset[str]:
         if not any(image.role == "target" for image in sample.images()):
             return frozenset()
-        address = (self.config.seed, "dropout", self.mixture.stream, draw.number)
-        drawn = [name for name, p in self.config.dropout.items() if name[-1] != "*" and uniform(*address, name) < p]
+        address = (self.plan.seed, "dropout", self.mixture.stream, draw.number)
+        drawn = [name for name, p in self.plan.dropout.items() if name[-1] != "*" and uniform(*address, name) < p]
         most = sum(len(message.parts) for message in sample.messages)
-        each = ((name[:-1], k, p) for name, p in self.config.dropout.items() if name[-1] == "*" for k in range(most))
+        each = ((name[:-1], k, p) for name, p in self.plan.dropout.items() if name[-1] == "*" for k in range(most))
         drawn += [f"{name}:{k}" for name, k, p in each if uniform(*address, name, k) < p]
         alone = {name for name in drawn if "|" not in name}
         together = {name.partition("|")[0] for name in drawn if name.partition("|")[2] in alone}
@@ -275,7 +275,7 @@ class Loader:
     def __init__(
         self,
         sources: Mapping[str, Source],
-        config: LoaderConfig,
+        plan: LoaderConfig,
         lay_out: LayOut,
         *,
         routes: int = 1,
@@ -286,7 +286,7 @@ class Loader:
         world: int = 1,
         skip_limit: int | float = 100,
     ) -> None:
-        """Rows of ``config`` over ``sources``, for rank ``rank`` of ``world``.
+        """Rows of ``plan`` over ``sources``, for rank ``rank`` of ``world``.
 
         ``routes``      how many experts the family has
         ``conditions``  what the family can leave out
@@ -297,31 +297,31 @@ class Loader:
         Raises ``ValueError`` for settings that contradict each other, naming the value and the choices.
         """
         lowest = {"tokens": 1, "pictures": 0, "routes": 1, "streams": 1, "ahead": 1, "buffer": 1, "world": 1}
-        given = {name: getattr(config, name) for name in ("tokens", "pictures", "streams", "ahead", "buffer")}
+        given = {name: getattr(plan, name) for name in ("tokens", "pictures", "streams", "ahead", "buffer")}
         given |= {"routes": routes, "world": world, "skip_limit": skip_limit, "workers": workers}
         for name, value in given.items():
             if value < lowest.get(name, 0):
                 raise ValueError(f"{name} must be at least {lowest.get(name, 0)}, not {value}")
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} is outside 0..{world - 1}")
-        if config.streams % (shares := world * max(workers, 1)):
+        if plan.streams % (shares := world * max(workers, 1)):
             raise ValueError(
-                f"streams must be a multiple of world x workers = {world} x {max(workers, 1)}, not {config.streams}; "
-                f"the next that fits is {-(-config.streams // shares) * shares}"
+                f"streams must be a multiple of world x workers = {world} x {max(workers, 1)}, not {plan.streams}; "
+                f"the next that fits is {-(-plan.streams // shares) * shares}"
             )
-        for name, p in config.dropout.items():
+        for name, p in plan.dropout.items():
             for condition in name.split("|", 1):
                 if condition not in (known := tuple(conditions)):
                     where = "" if condition == name else f" ({name!r})"
                     raise ValueError(
                         f"unknown condition {condition!r} in dropout{where}; choose from {', '.join(known)}"
                     )
-            if "|" in name and (base := name.partition("|")[2]) not in config.dropout:
+            if "|" in name and (base := name.partition("|")[2]) not in plan.dropout:
                 raise ValueError(f"the dropout of {name!r} needs one of {base!r}, which the recipe does not drop")
             if not 0 <= p <= 1:
                 raise ValueError(f"the dropout of {name!r} is {p}; it must lie in [0, 1]")
-        self.config, self.lay_out, self.routes, self.pad_to = config, lay_out, routes, pad_to
-        self.sources = {name: sources[name] for name in config.weights if name in sources}
+        self.plan, self.lay_out, self.routes, self.pad_to = plan, lay_out, routes, pad_to
+        self.sources = {name: sources[name] for name in plan.weights if name in sources}
         self._generations: dict[str, int] = {}  # how often a data set has grown since the run began
         self.lengths = self._mixture(0, sources).lengths
         self.workers, self.rank, self.world = workers, rank, world
@@ -345,7 +345,7 @@ class Loader:
 
         Rows raise ``ValueError`` where more than ``skip_limit`` samples were bad, and whatever a source or ``lay_out``
         raises otherwise; a worker that dies raises ``ChildProcessError`` at once."""
-        numbers = tuple(range(self.rank, self.config.streams, self.world))
+        numbers = tuple(range(self.rank, self.plan.streams, self.world))
         rows = Rows(self._stream, numbers, dict(self._states), self._rows)
         with read_ahead(rows, self.workers) as items:
             yield self._counted(items)
@@ -361,10 +361,10 @@ class Loader:
             yield row
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of this rank after its last row, as JSON types. ``merge_states`` joins the states of all ranks."""
+        """Where this rank stands after the last row it handed out; JSON-able. ``merge_states`` joins the ranks'."""
         return {
             "rows": self._rows * self.world,
-            "plan": _plain(self.config, self.lengths),
+            "plan": _plain(self.plan, self.lengths),
             "streams": dict(self._states),
             "skipped": dict(self._skips.reasons),
             "skips": {"events": self._skips.events, "draws": self._skips.draws},
@@ -379,7 +379,7 @@ class Loader:
         Raises ``ValueError`` when the rows would not be those of the saved run: other data, budgets, seed or streams; a
         number of rows that the ranks cannot share; or streams of another rank missing (see ``merge_states``).
         """
-        now = _plain(self.config, self.lengths)
+        now = _plain(self.plan, self.lengths)
         saved = {"order": "global", "buffer": BUFFER} | state["plan"]
         longer = [n for n, length in self.lengths.items() if length > saved["lengths"].get(n, length)]
         for name in now:
@@ -397,7 +397,7 @@ class Loader:
         rows, rest = divmod(state["rows"], self.world)
         if rest:
             raise ValueError(f"cannot resume: {state['rows']} rows do not divide among {self.world} ranks")
-        numbers = range(self.rank, min(self.config.streams, state["rows"]), self.world)
+        numbers = range(self.rank, min(self.plan.streams, state["rows"]), self.world)
         if missing := [s for s in numbers if str(s) not in state["streams"]]:
             raise ValueError(f"cannot resume: the state lacks streams {missing}; merge the states of all ranks first")
         self._rows = rows
@@ -410,14 +410,14 @@ class Loader:
             self._skips.events, self._skips.draws = counts["events"], counts["draws"]
 
     def _mixture(self, stream: int, sources: Mapping[str, Source]) -> Mixture:
-        config = self.config
+        plan = self.plan
         return Mixture(
-            sources, config.weights, config.seed, stream, config.streams, self._generations, config.order, config.buffer
+            sources, plan.weights, plan.seed, stream, plan.streams, self._generations, plan.order, plan.buffer
         )
 
     def _stream(self, number: int) -> Stream:
         mixture = self._mixture(number, self.sources)
-        return Stream(mixture, self.config, self.sources, self.lay_out, self.routes, self.pad_to, self._skips.limit)
+        return Stream(mixture, self.plan, self.sources, self.lay_out, self.routes, self.pad_to, self._skips.limit)
 
 
 def _regrown(stream: Mapping[str, Any], grown: Iterable[str]) -> dict[str, Any]:
@@ -440,8 +440,8 @@ def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {**{name: states[0][name] for name in ("rows", "plan", "generations")}, **merged, "skips": skips}
 
 
-def _plain(config: LoaderConfig, lengths: Mapping[str, int]) -> dict[str, Any]:
-    return asdict(config) | {"lengths": dict(lengths)}
+def _plain(plan: LoaderConfig, lengths: Mapping[str, int]) -> dict[str, Any]:
+    return asdict(plan) | {"lengths": dict(lengths)}
 
 
 def _too_many(reasons: Mapping[str, str], limit: int | float, count: int, draws: int = 0) -> str:

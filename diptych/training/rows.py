@@ -1,4 +1,4 @@
-"""The loader of a stage, and the checks of its data sets against the model."""
+"""The rows of a stage: its data sets, checked against the model, behind a loader."""
 
 from __future__ import annotations
 
