@@ -27,6 +27,7 @@ boxes      detect                    24 strong colours, from the largest box to 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -171,10 +172,10 @@ def farness(extent: float, largest: float, paper: float) -> float:
 def palette(name: Palette, count: int = 0, paper: Paper = "dark") -> np.ndarray:
     """(n, 3) uint8: the colour of each id, 0 to n - 1; ``count`` is how many ids "bits" is to have.
 
-    On light paper id 0 of "tab20" and "bits" is white, and the other palettes are reversed."""
+    On light paper id 0 of "tab20" and "bits" is white, and "binary" is black on white."""
     if paper == "light":
         dark = palette(name, count)
-        return np.concatenate([[[255] * 3], dark[1:]]).astype(np.uint8) if name in ("tab20", "bits") else dark[::-1]
+        return dark[::-1] if name == "binary" else np.concatenate([[[255] * 3], dark[1:]]).astype(np.uint8)
     if name == "bits":
         bits, ids = np.arange(8), np.arange(count)[:, None].astype(np.int64)
         channels = [((ids >> (3 * bits + c) & 1) << (7 - bits)).sum(1) for c in range(3)]
@@ -365,8 +366,8 @@ class Task:
 
     @property
     def papers(self) -> tuple[Paper, ...]:
-        """The papers that the target exists on: both for label pictures, else the one that the picture has."""
-        return ("dark",) if self.palette in (None, "boxes") else ("dark", "light")
+        """The papers that the target exists on: both for pictures of regions, which have a colour for "nothing"."""
+        return ("dark", "light") if self.palette in ("tab20", "bits", "binary") else ("dark",)
 
     def decode(
         self, drawn: PIL.Image.Image, count: int = 0, photo: PIL.Image.Image | None = None, paper: Paper = "dark"
@@ -424,6 +425,7 @@ def generator(seed: int, sample: str, task: str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big"))
 
 
+_INVERSE = {"black": "white", "white": "black", "dark": "white"}
 ON_LIGHT = ", on a white background"
 
 
@@ -431,17 +433,19 @@ def make(task: Task, annotated: Annotated, rng: np.random.Generator, paper: Pape
     """The messages of a sample, and its info: type (the task), count (of ids), classes (how many), phrase.
 
     The picture is to understand, so its latents are withheld; the target alone is supervised. On light paper the
-    instruction ends with ``ON_LIGHT``, and the info names the paper. Raises ``ValueError`` for a paper that the task
-    does not have.
+    instruction says white for black and black for white, and ends with ``ON_LIGHT``; the info names the paper. Raises
+    ``ValueError`` for a paper that the task does not have.
     """
     if paper not in task.papers:
         raise ValueError(f"paper is {paper!r}; task {task.name!r} has {', '.join(task.papers)}")
     pair = task.pair(annotated, rng)
-    text = pick(rng, task.instructions).replace("{phrase}", pair.phrase)
+    text = pick(rng, task.instructions)
     if paper == "light":
         assert task.palette is not None
         ids = task.decode(pair.target, pair.count)
-        text, pair = text + ON_LIGHT, replace(pair, target=picture(palette(task.palette, pair.count, "light")[ids]))
+        pair = replace(pair, target=picture(palette(task.palette, pair.count, "light")[ids]))
+        text = re.sub(r"\b(black|white|dark)\b", lambda match: _INVERSE[match[1]], text) + ON_LIGHT
+    text = text.replace("{phrase}", pair.phrase)
     messages = (
         user(Image(pair.input, "understand"), text),
         assistant(Image(pair.target, "target", nearest=task.nearest)),
