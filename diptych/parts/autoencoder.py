@@ -5,7 +5,7 @@
 that ships is the same class with fewer channels and statistics. ``LatentDecoder`` is its second half alone.
 ``Identity`` takes pixels for latents. ``DiffusersAutoencoder`` is any ``AutoencoderKL`` of diffusers.
 
-Two make whole numbers of pictures, (N, h, w) in 0 .. ``codebook`` - 1, which a language model can say: ``Quantised`` is
+Two return integer codes, (N, h, w) in 0 .. ``codebook`` - 1, which a language model can predict: ``Quantised`` is
 FLUX's network around a grid of rounded values, ``Emu3`` the tokenizer of Emu3 from transformers.
 """
 
@@ -102,7 +102,7 @@ def build_autoencoder(config: AutoencoderConfig) -> Autoencoder | Identity | Dif
 
 
 def sampled(distribution: Float[Tensor, "N zz h w"], channels: int, eps: Tensor | None) -> Float[Tensor, "N z h w"]:
-    """Latents of what ``distribution`` returns: its mean, moved by ``eps`` deviations where it has any."""
+    """Latents of a ``distribution``: its mean, plus ``eps`` standard deviations where it has them."""
     mean, deviation = distribution[:, :channels], distribution[:, channels:]
     return mean if eps is None or not deviation.shape[1] else mean + deviation * eps
 
@@ -302,9 +302,9 @@ class LatentDecoder(nn.Module):
         return (self._few(self.decoder, latents) if quiet else self.decoder(latents)).float()
 
     def _few(self, work: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        """``work`` of the pictures, on a CPU a few at a time and channels last: the widest activations stay in the
-        processor's cache (encoding 1.8 x, decoding 1.5 x, measured). Published sizes keep their format: group norm is
-        good to 4e-5 only in the other."""
+        """``work`` applied to the pictures, on a CPU in small batches with channels last: the largest activations then
+        fit the processor's cache (measured: encoding 1.8 x as fast, decoding 1.5 x). Published sizes stay channels
+        first: in channels-last format their group norm differs by 4e-5."""
         if images.device.type != "cpu":
             return work(images)
         if self.config.groups < 32:
@@ -316,7 +316,7 @@ class Autoencoder(LatentDecoder):
     """FLUX's autoencoder: (N, 3, H, W) in [-1, 1] to latents (N, z, H/8, W/8) and back."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
-        encoder = Encoder(config)  # first, for fresh weights are drawn in this order
+        encoder = Encoder(config)  # first, since fresh weights are drawn in this order
         super().__init__(config)
         self.encoder = encoder
 
@@ -332,8 +332,8 @@ class Autoencoder(LatentDecoder):
         return sampled(self.distribution(images), self.config.features, eps)
 
     def distribution(self, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N zz h w"]:
-        """Everything that encoding knows before it samples: scaled latents, followed by their deviation where there is
-        a posterior."""
+        """The distribution of the scaled latents: their mean, followed by their standard deviation where the config has
+        a ``posterior``."""
         z = self._few(self.moments, images) if not torch.is_grad_enabled() else self.moments(images)
         z, *logvar = (F.pixel_unshuffle(part, self.config.fold) for part in z.chunk(1 + self.config.posterior, 1))
         deviation = [(0.5 * v).exp() for v in logvar]

@@ -1,4 +1,4 @@
-"""OmniGen2's diffusion transformer (arXiv 2506.18871): words, reference pictures and the picture to draw, one sequence.
+"""OmniGen2's diffusion transformer (arXiv 2506.18871): text, reference pictures and the target in one sequence.
 
 ::
 
@@ -6,8 +6,8 @@
     reference latents ── linear + index vector ────► reference refiner ──┼──► joint blocks ── norm, linear ──► value
     noised latents ── linear ──────────────────────► picture refiner ────┘
 
-Condition states are refined without time. Every reference is refined by itself, with the time of the picture to draw.
-Samples are packed without padding: attention runs over documents, so nothing depends on what else is in the row.
+The condition refiner has no time. Every reference is refined alone, with the time of the target. Samples are packed
+without padding and attention stays inside documents, so a sample does not depend on the others in the batch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from diptych.parts.dit import Rotation, grid_coordinates
 from diptych.parts.norms import RMSNorm
 from diptych.parts.positions import TimestepEmbedding
 
-TIME_WIDTH = 1024  # the widest that features of time are, whatever the width of the blocks
+TIME_WIDTH = 1024  # the largest width of time features
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class ReferenceDitConfig:
     """Sizes; the defaults are those of the released OmniGen2.
 
     ``refiners``        blocks of each of the three refiners
-    ``axes``            features of a head that turn with each of a token's three position ids
+    ``axes``            features of a head that are rotated by each of a token's three position ids
     ``axes_lens``       the largest number of ids on each axis
     ``text_width``      width of the condition states
     ``multiple_of``     the hidden width of the MLP is 4 ``hidden_size`` (times ``multiplier``, where given) rounded
                         up to a multiple of this
-    ``timestep_scale``  what a time in [0, 1] is multiplied by before the sinusoids
+    ``timestep_scale``  factor of a time in [0, 1] before the sinusoids
     ``references``      the most reference pictures of a sample
     """
 
@@ -88,8 +88,8 @@ class Reference(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """One picture to draw: its noised tokens, its time in [0, 1] as the network counts it (1 is data), and what it is
-    drawn from."""
+    """A target: its noised tokens, its time in [0, 1] as the network counts it (1 is data), its condition states and
+    references."""
 
     x: Float[Tensor, "n f"]
     grid: tuple[int, int]
@@ -126,8 +126,8 @@ class Documents:
 
 
 class ReferenceBlock(nn.Module):
-    """RMS norms on both sides of grouped-query attention and of a SwiGLU MLP. With ``modulated``, time scales what goes
-    into both and gates (tanh) what comes out of them; else nothing scales and nothing gates."""
+    """RMS norms before and after grouped-query attention and a SwiGLU MLP. With ``modulated``, time scales the inputs
+    of both and gates (tanh) their outputs."""
 
     def __init__(self, c: ReferenceDitConfig, modulated: bool) -> None:
         super().__init__()
@@ -142,11 +142,11 @@ class ReferenceBlock(nn.Module):
         self.gate_proj, self.up_proj = nn.Linear(d, c.inner, bias=False), nn.Linear(d, c.inner, bias=False)
         self.down_proj = nn.Linear(c.inner, d, bias=False)
 
-    def modulated(self, time: Float[Tensor, "N w"], rows: Int[Tensor, " T"]) -> list[Tensor]:
+    def modulated(self, time: Float[Tensor, "N w"], samples: Int[Tensor, " T"]) -> list[Tensor]:
         """(1 + scale, gate, 1 + scale of the MLP, gate of the MLP), a row per token."""
         assert self.modulation is not None
         scale, gate, scale_mlp, gate_mlp = self.modulation(F.silu(time)).chunk(4, -1)
-        return [x[rows] for x in (1 + scale, gate.tanh(), 1 + scale_mlp, gate_mlp.tanh())]
+        return [x[samples] for x in (1 + scale, gate.tanh(), 1 + scale_mlp, gate_mlp.tanh())]
 
     def attention(self, x: Float[Tensor, "T d"], turn: Rotation, attend: Documents) -> Float[Tensor, "T d"]:
         """Queries and keys are normed before they are rotated; heads of a group share a key and a value."""
@@ -163,15 +163,15 @@ class ReferenceBlock(nn.Module):
         turn: Rotation,
         attend: Documents,
         time: Float[Tensor, "N w"] | None = None,
-        rows: Int[Tensor, " T"] | None = None,
+        samples: Int[Tensor, " T"] | None = None,
     ) -> Float[Tensor, "T d"]:
-        """``time`` of N samples; ``rows`` says which of them each token belongs to."""
+        """``time`` holds the features of N samples; ``samples`` is the sample of every token."""
         n = self.norms
         if self.modulation is None:
             x = x + n["after"](self.attention(n["before"](x), turn, attend))
             return x + n["mlp_after"](self.mlp(n["mlp_before"](x)))
-        assert time is not None and rows is not None
-        scale, gate, scale_mlp, gate_mlp = self.modulated(time, rows)
+        assert time is not None and samples is not None
+        scale, gate, scale_mlp, gate_mlp = self.modulated(time, samples)
         x = x + gate * n["after"](self.attention(n["before"](x) * scale, turn, attend))
         return x + gate_mlp * n["mlp_after"](self.mlp(n["mlp_before"](x) * scale_mlp))
 
@@ -244,11 +244,11 @@ class ReferenceDit(nn.Module):
         out = self._refine(self.layers, torch.cat(joined), whole, time).split([len(j) for j in joined])
         drawn = [y[-len(p.x) :] for y, p in zip(out, pictures, strict=True)]
         sizes = [len(y) for y in drawn]
-        rows = torch.arange(len(drawn), device=device).repeat_interleave(
+        samples = torch.arange(len(drawn), device=device).repeat_interleave(
             torch.tensor(sizes, device=device), output_size=sum(sizes)
         )
         normed = F.layer_norm(torch.cat(drawn), out[0].shape[-1:], eps=1e-6)
-        return list(self.leave(normed * (1 + self.modulation(F.silu(time)))[rows]).split(sizes))
+        return list(self.leave(normed * (1 + self.modulation(F.silu(time)))[samples]).split(sizes))
 
     def _refine(
         self,
@@ -261,11 +261,11 @@ class ReferenceDit(nn.Module):
         the documents, sample by sample."""
         documents = [q for sample in places for q in sample]
         counts = torch.tensor([sum(map(len, sample)) for sample in places], device=x.device)
-        rows = torch.arange(len(places), device=x.device).repeat_interleave(counts, output_size=len(x))
+        samples = torch.arange(len(places), device=x.device).repeat_interleave(counts, output_size=len(x))
         turn = Rotation(torch.cat(documents), self.config.axes, self.config.theta)
         attend = Documents([len(q) for q in documents], x.device)
         for layer in layers:
-            x = layer(x, turn, attend, time, rows)
+            x = layer(x, turn, attend, time, samples)
         return x
 
     def blocks(self) -> Iterator[nn.Module]:
@@ -281,7 +281,7 @@ class ReferenceDit(nn.Module):
 
     def initialise(self, generator: torch.Generator) -> None:
         """Xavier-uniform weights and zero biases; normal 0.02 for time, index vectors and (cut at two deviations) the
-        condition's linear; what modulates and the way out begin at zero, so a fresh network returns zeros."""
+        condition's linear; modulations and the output layer are zero, so a fresh network returns zeros."""
         for module in self.modules():
             if isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
