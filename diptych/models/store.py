@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -122,7 +123,8 @@ def export(
 
     ``format``  "diptych" (config.json, model.safetensors, tokenizer.json), "published" (as the family's authors publish
                 it) or "hf" (the language and vision parts, for transformers)
-    ``dtype``   of the parameters: "fp32", "bf16" or "fp16". By default bf16 for "diptych", else as stored
+    ``dtype``   of the parameters: "fp32", "bf16" or "fp16". By default bf16 for "diptych", else as stored. Buffers keep
+                theirs, and in "published" an autoencoder is float32, as authors publish it
     ``force``   as in ``save``
     ``adapter`` a file of low-rank adapters that are added to the weights (``models.adapters.apply``)
 
@@ -140,7 +142,9 @@ def export(
         adapters.apply(model, adapter)
     if format == "hf":
         return release.write_model(folder, lambda tmp: write_transformers(model, tmp, kind), force)
-    cast = {k: v.to(kind) for k, v in model.named_parameters()} if kind else {}  # buffers (statistics) keep their dtype
+    frozen = {g for part in model.frozen for g in model.parts[part]} if format == "published" else set()
+    kept = {k for k, _ in model.named_parameters() if any(fnmatchcase(k, g) for g in frozen)}  # as the authors have it
+    cast = {k: v.float() if k in kept else v.to(kind) for k, v in model.named_parameters()} if kind else {}
     return save(model, folder, model.state_dict() | cast, format == "published", force)
 
 
@@ -176,17 +180,22 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
         raise ValueError(f"{message}; {error}") from error
 
 
+FILES = ("*.json", "*.safetensors", "merges.txt", "tokenizer.model")  # of a model of the hub
+
+
 def fetch(repository: str, revision: str | None = None) -> Path:
     """The folder of a model of the hub (``org/name``) in the hub's cache, fetched where it is not there and the hub is
-    not offline (``HF_HUB_OFFLINE``). Raises ``ValueError`` saying why it could not be."""
+    not offline (``HF_HUB_OFFLINE``). Of ``org/name/PATH`` only this file or folder is fetched, and its path is
+    returned. Raises ``ValueError`` saying why it could not be."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ValueError(f"fetching {repository} needs the package huggingface_hub") from error
     try:
-        return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=["*.json", "*.safetensors", "merges.txt"])
-        )
+        organisation, name, *inside = repository.split("/", 2)
+        wanted = [inside[0], f"{inside[0]}/*"] if inside else list(FILES)
+        fetched = snapshot_download(f"{organisation}/{name}", revision=revision, allow_patterns=wanted)
+        return Path(fetched, *inside)
     except (OSError, ValueError) as error:
         raise ValueError(f"{repository} cannot be fetched from the hub: {str(error).splitlines()[0]}") from error
 

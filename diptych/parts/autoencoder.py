@@ -11,6 +11,8 @@ FLUX's network around a grid of rounded values, ``Emu3`` the tokenizer of Emu3 f
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -22,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diptych.core.tensors import Float, Int, Tensor
-from diptych.parts.pretrained import pretrained
+from diptych.parts.pretrained import pretrained, reading
 
 
 @dataclass(frozen=True)
@@ -391,7 +393,8 @@ class Quantised(nn.Module):
 
 class Emu3(nn.Module):
     """Emu3's tokenizer (transformers' ``Emu3VQVAE``): 32768 codes, one for 8 x 8 pixels; a still picture is seen as it
-    is in a film, repeated. ``folder`` holds it; it is read when the first picture comes and is no part of the state.
+    is in a film, repeated. ``folder`` holds it, alone, inside a whole Emu3 model, or as ``BAAI/Emu3-VisionTokenizer``
+    has it; it is read when the first picture comes and is no part of the state.
 
     Pictures are taken as they are, without the resizing of Emu3's image processor."""
 
@@ -408,15 +411,13 @@ class Emu3(nn.Module):
     def inner(self, device: torch.device) -> Any:
         """The network on a device. Raises ``ValueError`` where the config names no folder that holds one."""
         if not self._read:
-            from transformers import Emu3VQVAE
-
             folder = self.config.folder
             if not folder or not (Path(folder) / "config.json").is_file():
                 raise ValueError(
                     f"pictures go through Emu3's tokenizer: autoencoder.folder must name a transformers Emu3VQVAE "
                     f"folder, not {folder!r} (codes that were computed beforehand need none)"
                 )
-            read = pretrained(Emu3VQVAE, folder, "a transformers Emu3VQVAE").eval().requires_grad_(False)
+            read = _emu3(Path(folder)).eval().requires_grad_(False)
             codes, stride = read.config.codebook_size, 2 ** (len(read.config.channel_multiplier) - 1)
             if codes > self.config.codebook or stride != self.config.downsample:
                 raise ValueError(
@@ -439,3 +440,54 @@ class Emu3(nn.Module):
         if (most := int(codes.max())) >= read.config.codebook_size:
             raise ValueError(f"code {most} is none of the {read.config.codebook_size} of {self.config.folder}")
         return read.decode(codes)
+
+
+_ORIGINAL = (  # names of BAAI/Emu3-VisionTokenizer -> names of transformers
+    (r"\.(q|k|v)\.(weight|bias)$", r".\1_proj.\2"),
+    (r"\.proj_out\.", ".out_proj."),
+    (r"\.mid\.attn_1\.norm\.", ".mid.attn_norm."),
+    (r"\.attn\.(\d+)\.norm\.", r".attn_norms.\1."),
+    (r"^(encoder|decoder)\.(down|up)\.", r"\1.\2_block.\2."),
+    (r"^(encoder|decoder)\.mid\.", r"\1.middle_block."),
+)
+_ORIGINAL_CONFIG = {"ch": "base_channels", "ch_mult": "channel_multiplier", "double_z": "double_latent"}
+
+
+def _emu3(folder: Path) -> Any:
+    """The ``Emu3VQVAE`` of a folder: its own, that of a whole Emu3 model of transformers (``vq_config``, weights under
+    ``vqmodel``), or the original release (``Emu3VisionVQ``). Raises ``ValueError`` for any other folder."""
+    from safetensors import safe_open
+    from transformers import Emu3VQVAE, Emu3VQVAEConfig
+
+    kind, row = "a transformers Emu3VQVAE", json.loads((folder / "config.json").read_text())
+    whole, original = "vq_config" in row, row.get("model_type") == "Emu3VisionVQ"
+    if not (whole or original):
+        return pretrained(Emu3VQVAE, folder, kind)
+    given = row["vq_config"] if whole else {_ORIGINAL_CONFIG.get(n, n): v for n, v in row.items() if n != "model_type"}
+    if original:
+        given |= {"hidden_size": given["base_channels"] * given["channel_multiplier"][-1]}
+        given |= {"latent_channels": given["z_channels"]}
+    with reading(folder, kind):
+        model, state = Emu3VQVAE(Emu3VQVAEConfig(**given)), {}
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  a handle, not a dictionary
+                    _, found, inner = name.rpartition("vqmodel.") if whole else ("", "there", name)
+                    if found:
+                        state[_renamed(inner) if original else inner] = opened.get_tensor(name)
+    own = model.state_dict()
+    state = {n: t.view(own[n].shape) if n in own and t.numel() == own[n].numel() else t for n, t in state.items()}
+    errors = [f"it lacks {n}" for n in own if n not in state and not n.endswith("num_batches_tracked")]
+    errors += [f"{n} is unknown" for n in state if n not in own]
+    errors += [f"{n} has shape {tuple(t.shape)}" for n, t in state.items() if n in own and t.shape != own[n].shape]
+    if errors:
+        more = f" and {len(errors) - 6} more" if len(errors) > 6 else ""
+        raise ValueError(f"{folder} is not {kind} as its config.json says: {'; '.join(errors[:6])}{more}")
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+def _renamed(name: str) -> str:
+    for pattern, replacement in _ORIGINAL:
+        name = re.sub(pattern, replacement, name)
+    return name

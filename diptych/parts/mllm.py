@@ -6,6 +6,7 @@ The language model runs over packed tokens and calls ``attend(layer, q, k, v)`` 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -283,7 +284,11 @@ class Mllm(nn.Module):
     def load_pretrained(self, source: str | Path) -> None:
         """Copies the weights of a folder of transformers, or of an ``org/name`` of the hub.
 
-        Raises ``ValueError`` where it cannot be read or its shapes differ."""
+        Raises ``ValueError`` where it cannot be read, and where its shapes or its settings differ."""
+        with reading(source, KIND):
+            theirs = _transformers().AutoConfig.from_pretrained(str(source))
+        if errors := different(theirs.to_dict(), self.model.config.to_dict()):
+            raise ValueError(f"{source} has other settings than the model: {'; '.join(errors)}")
         published = pretrained(_transformers().AutoModelForImageTextToText, source, KIND, dtype="auto")
         weights = published.state_dict()
         if self.lm_head is None:
@@ -292,6 +297,40 @@ class Mllm(nn.Module):
         if names := sorted(n for n in wanted.keys() | given.keys() if wanted.get(n) != given.get(n)):
             raise ValueError(f"{source} does not fit the model: {', '.join(names[:6])}{' ...' if names[6:] else ''}")
         self.load_state_dict(weights)
+
+
+# Fields of a config.json that change nothing that a forward computes here.
+_INERT = re.compile(
+    r"_name_or_path|_commit_hash|.*_implementation.*|architectures|(torch_)?dtype|transformers_version|model_type|"
+    r"use_cache|initializer_.*|.*_token(_id|_index)?|max_position_embeddings|.*dropout.*|drop_path_rate|output_.*|"
+    r"return_dict|id2label|label2id|problem_type|chunk_size_feed_forward|is_encoder_decoder|image_seq_length|"
+    r"pretraining_tp|pruned_heads|tie_.*|use_bfloat16|auto_map|max_window_layers|sliding_window|rope_scaling|"
+    r"rope_theta|use_mask_token|layer_types|original_max_position_embeddings"
+)
+
+
+def different(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> list[str]:
+    """What two configs of transformers (``to_dict``) say differently and a forward depends on, a line each. Fields that
+    one of them lacks have the default of their class, which is the same for both."""
+    errors = []
+    for name in sorted(there.keys() & here.keys()):
+        a, b = there[name], here[name]
+        rope = path.endswith("rope_parameters.")
+        if _INERT.fullmatch(name) and not (rope and name == "rope_theta"):
+            continue
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            errors += different(a, b, f"{path}{name}.")
+        elif _plain(a) != _plain(b):
+            errors.append(f"{path}{name} is {a!r} there, {b!r} here")
+    return errors
+
+
+def _plain(value: Any) -> Any:
+    """The value with lists as tuples and pairs of equal sides as one number."""
+    if isinstance(value, list | tuple):
+        value = tuple(value)
+        return value[0] if len(value) == 2 and value[0] == value[1] else value
+    return value
 
 
 class Tower:

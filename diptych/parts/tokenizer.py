@@ -1,7 +1,8 @@
 """Text to ids and back: a byte-level BPE from the ``tokenizers`` library, with named special tokens.
 
-Reads ``tokenizer.json``, or ``vocab.json`` with ``merges.txt`` (Qwen2's files) and the added tokens of
-``tokenizer_config.json``. ``Tokenizer.tiny()`` is the one that ships with the package.
+Reads ``tokenizer.json``; ``vocab.json`` with ``merges.txt`` (Qwen2's files) and the added tokens of
+``tokenizer_config.json``; or ``tokenizer.model``, a BPE of SentencePiece (InternLM2, Llama). ``Tokenizer.tiny()`` ships
+with the package.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from diptych.machine.extras import install
+
+SPACE = "\u2581"  # how SentencePiece writes a space
 TINY = Path(__file__).with_name("tokenizer_tiny.json")
 
 
@@ -76,7 +80,9 @@ class Tokenizer:
 
     def piece(self, number: int) -> str:
         """The text of one token inside a text, its leading space kept; empty for an id without a token."""
-        token = self.inner.id_to_token(number)
+        token = self.inner.id_to_token(number) or ""
+        if SPACE in token:  # SentencePiece
+            return token.replace(SPACE, " ")
         return decoders.ByteLevel().decode([token]) if token else ""
 
     def save(self, folder: Path, split: bool = False) -> None:
@@ -108,14 +114,19 @@ class Tokenizer:
         """The tokenizer of a folder. Raises ``ValueError`` when it holds no tokenizer files or they cannot be read."""
         folder = Path(folder)
         if not Tokenizer.there(folder):
-            raise ValueError(f"{folder} holds neither tokenizer.json nor vocab.json with merges.txt")
+            raise ValueError(
+                f"{folder} holds neither tokenizer.json, nor vocab.json with merges.txt, nor tokenizer.model"
+            )
         if (file := folder / "tokenizer.json").is_file():
             return Tokenizer(_read(file, lambda: tokenizers.Tokenizer.from_file(str(file))))
         vocab, merges, config = (folder / n for n in ("vocab.json", "merges.txt", "tokenizer_config.json"))
-        inner = tokenizers.Tokenizer(_read(vocab, lambda: models.BPE.from_file(str(vocab), str(merges))))
-        inner.pre_tokenizer = _splitter()
-        inner.normalizer = tokenizers.normalizers.NFC()
-        inner.decoder = decoders.ByteLevel()
+        if not vocab.is_file():
+            inner = _sentencepiece(folder / "tokenizer.model")
+        else:
+            inner = tokenizers.Tokenizer(_read(vocab, lambda: models.BPE.from_file(str(vocab), str(merges))))
+            inner.pre_tokenizer = _splitter()
+            inner.normalizer = tokenizers.normalizers.NFC()
+            inner.decoder = decoders.ByteLevel()
         if config.is_file():
             added = _read(config, lambda: json.loads(config.read_text())).get("added_tokens_decoder", {})
             for number, token in sorted(added.items(), key=lambda item: int(item[0])):
@@ -129,7 +140,7 @@ class Tokenizer:
     @staticmethod
     def there(folder: Path) -> bool:
         """Whether a folder holds the files of a tokenizer."""
-        files = ("tokenizer.json",), ("vocab.json", "merges.txt")
+        files = ("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",)
         return any(all((folder / name).is_file() for name in some) for some in files)
 
     @staticmethod
@@ -156,6 +167,39 @@ class Tokenizer:
 
     def __reduce__(self):
         return _restore, (self.inner.to_str(),)
+
+
+def _sentencepiece(file: Path) -> tokenizers.Tokenizer:
+    """The BPE of a SentencePiece model with byte fallback. Its scores are the order of merges.
+
+    Raises ``ValueError`` for a model without byte pieces, which cannot encode every text."""
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise ValueError(f"{file} needs the package sentencepiece: {install('hf')}") from error
+    model = _read(file, lambda: sentencepiece.SentencePieceProcessor(model_file=str(file)))
+    size = model.vocab_size()
+    if not any(model.is_byte(i) for i in range(size)):
+        raise ValueError(f"{file} has no byte pieces; only a BPE with byte fallback can be read")
+    vocab = {model.id_to_piece(i): i for i in range(size)}
+    merges = []
+    for piece, number in vocab.items():
+        if model.is_byte(number) or model.is_control(number) or model.is_unknown(number):
+            continue
+        splits = ((piece[:k], piece[k:]) for k in range(1, len(piece)))
+        known = sorted((vocab[a], vocab[b], a, b) for a, b in splits if a in vocab and b in vocab)
+        merges += [(-model.get_score(number), a, b) for _, _, a, b in known]
+    merges.sort(key=lambda merge: merge[0])
+    unknown = model.id_to_piece(model.unk_id())
+    bpe = models.BPE(vocab, [(a, b) for _, a, b in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    inner = tokenizers.Tokenizer(bpe)
+    prefix = [normalizers.Prepend(SPACE)] if model.encode("a", out_type=str)[0].startswith(SPACE) else []
+    inner.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", SPACE)])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    inner.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    marks = [model.id_to_piece(i) for i in range(size) if model.is_control(i) or model.is_unknown(i)]
+    inner.add_special_tokens([tokenizers.AddedToken(piece, special=True, normalized=False) for piece in marks])
+    return inner
 
 
 def _splitter() -> pre_tokenizers.PreTokenizer:

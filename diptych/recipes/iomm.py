@@ -135,6 +135,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "xl": {"optimizer": "muon", "ema": None, "masked": 0.45, "batch": 4096, "tuned": {512: 256}},
 }
 STEPS = {"b": 107_000, "l": 107_000, "xl": 27_000}  # 11 M pictures: 10 epochs (B), 5 (L); XL's data are not known
+FLUX = "ByteDance-Seed/BAGEL-7B-MoT/ae.safetensors"  # FLUX.1's autoencoder, as BAGEL republishes it: 335 MB
 PROCESSES = 8  # that the batch sizes below count on
 
 
@@ -158,7 +159,7 @@ def published(
         _stage(f"{pretrain} pre-training", STEPS[size], s, s["batch"], data[0], 512),
         _stage(f"{tune} tuning", 2_100_000 // batch, s, batch, data[1], resolution),
     )
-    scratch = {"mllm": "transformers:OpenGVLab/InternVL3-2B-hf", "autoencoder": "bagel/7b-mot"}
+    scratch = {"mllm": "transformers:OpenGVLab/InternVL3-2B-hf", "autoencoder": f"transformers:{FLUX}"}
     return Recipe(
         name=f"iomm/{size}",
         model=model,

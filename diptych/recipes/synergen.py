@@ -60,7 +60,7 @@ def stage1() -> Recipe:
     """SynerGen-VL's first stage (table 8): concepts and pixels, from noisy pairs, asked for as "Provide a one-sentence
     caption for the image" and "Generate an image of: CAPTION". ``catalog`` says where "captions" (pictures to describe)
     and "drawings" (pictures to draw) are; model.autoencoder.folder where Emu3's tokenizer is, unless codes were made
-    before. The base is transformers:internlm/internlm2-1_8b, with a tokenizer.json beside it.
+    before. The base is transformers:internlm/internlm2-1_8b.
     667 M samples of each task; 64 GPUs, 18 rows each a step.
 
     diptych train synergen/stage1 --catalog my_data.yaml --out runs/synergen-stage1

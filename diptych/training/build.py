@@ -11,10 +11,11 @@ from torch import nn
 from diptych.models import configs, store
 from diptych.models.protocol import Trainable
 from diptych.models.published.part_weights import read_autoencoder, read_language_model, read_vision_encoder
-from diptych.parts.autoencoder import LatentDecoder
-from diptych.parts.decoder import Decoder, decoder_weights_from, with_fresh_rows
+from diptych.parts.autoencoder import AutoencoderConfig, LatentDecoder
+from diptych.parts.decoder import Decoder, DecoderConfig, decoder_weights_from, with_fresh_rows
+from diptych.parts.mllm import MllmConfig
 from diptych.parts.tokenizer import Tokenizer
-from diptych.parts.vision import VisionEncoder
+from diptych.parts.vision import VisionConfig, VisionEncoder
 from diptych.training import lora
 from diptych.training.parallel import sharded, share, spread
 from diptych.training.parameters import by_part, ever_trained, narrow
@@ -31,7 +32,7 @@ def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = Non
     by shard: peak host memory is the shard plus one full tensor. Fresh weights are drawn whole, then sharded."""
     name, config = configs.config_from_json(recipe.model)
     if tokenizer is None:
-        tokenizer = _tokenizer(recipe)
+        tokenizer = _tokenizer(recipe, config)
 
     def prepare(model: Trainable, place: str | None = None) -> None:
         lora.inject(model, recipe.lora, recipe.seed)
@@ -70,10 +71,14 @@ def build(recipe: Recipe, device: str = "cpu", tokenizer: Tokenizer | None = Non
     return model
 
 
-def _tokenizer(recipe: Recipe) -> Tokenizer:
-    """The tokenizer of the model that a recipe goes on from, or of the library's model inside it; else the tiny one."""
+def _tokenizer(recipe: Recipe, config: Any) -> Tokenizer:
+    """The tokenizer of the model that a recipe goes on from, or of the published decoder or reader inside it; else the
+    tiny one. Autoencoders and vision encoders have none."""
     whole = recipe.init.get("model")
-    inner = next((s.removeprefix(FOREIGN) for s in recipe.init.values() if s.startswith(FOREIGN)), None)
+    kinds = {path: type(getattr(config, path, None)) for path, s in recipe.init.items() if s.startswith(FOREIGN)}
+    able = [path for path, kind in kinds.items() if kind not in (AutoencoderConfig, VisionConfig)]
+    first = next(iter(sorted(able, key=lambda path: kinds[path] not in (DecoderConfig, MllmConfig))), None)
+    inner = recipe.init[first].removeprefix(FOREIGN) if first else None
     if whole:
         return store.search_path(whole).tokenizer()
     return Tokenizer.load(_folder(inner)) if inner else Tokenizer.tiny()
@@ -100,7 +105,7 @@ def _foreign(model: Trainable, path: str, name: str, source: str) -> None:
 
 
 def _folder(where: str) -> Path:
-    """The folder (or file) of this path, or of this ``org/name`` of the hub."""
+    """The folder (or file) of this path, or of this ``org/name`` or ``org/name/PATH`` of the hub."""
     return Path(where) if Path(where).exists() else store.fetch(where)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -160,6 +161,58 @@ def test_emu3_tokenizer_from_transformers(emu3):
     with pytest.raises(ValueError, match="code 30000 is none of the 64 of"):
         ours.decode(codes.clamp(min=30000))
     assert AutoencoderConfig("emu3").codebook == 32768 and AutoencoderConfig("emu3").downsample == 8
+
+
+def original_names(state):
+    """The names and shapes of the first release of Emu3's tokenizer."""
+    out = {}
+    for name, tensor in state.items():
+        name = name.replace(".down_block.", ".").replace(".up_block.", ".").replace(".middle_block.", ".mid.")
+        name = name.replace(".attn_norm.", ".attn_1.norm.")
+        name = re.sub(r"attn_norms\.(\d+)\.", r"attn.\1.norm.", name)
+        name = re.sub(r"\.(q|k|v)_proj\.", r".\1.", name).replace(".out_proj.", ".proj_out.")
+        linear = re.search(r"\.(q|k|v|proj_out)\.weight$", name)
+        out[name] = tensor[:, :, None, None].contiguous() if linear else tensor
+    return out
+
+
+@pytest.mark.parametrize("layout", ["whole model", "original"])
+@torch.no_grad()
+def test_emu3_tokenizer_in_the_layouts_that_are_published(emu3, layout, tmp_path):
+    """Inside a model of transformers, in shards beside other weights, and as BAAI/Emu3-VisionTokenizer names it."""
+    theirs, folder = emu3
+    state = theirs.state_dict()
+    if layout == "whole model":
+        row = {"model_type": "emu3", "vq_config": theirs.config.to_dict(), "text_config": {}}
+        parts = [{f"model.vqmodel.{n}": t for n, t in list(state.items())[k::2]} for k in (0, 1)]
+        parts[0] |= {"model.text_model.norm.weight": torch.ones(3)}
+        for k, part in enumerate(parts):
+            save_file(part, tmp_path / f"model-0000{k + 1}-of-00002.safetensors")
+    else:
+        c = theirs.config
+        row = {"model_type": "Emu3VisionVQ", "ch": c.base_channels, "ch_mult": c.channel_multiplier}
+        row |= {"double_z": c.double_latent, "z_channels": c.latent_channels, "dropout": 0.0}
+        names = ("codebook_size", "embed_dim", "in_channels", "out_channels", "temporal_downsample_factor")
+        row |= {n: getattr(c, n) for n in (*names, "num_res_blocks", "attn_resolutions")}
+        original = original_names(state)
+        assert "encoder.mid.attn_1.q.weight" in original and "decoder.up.3.block.0.norm1.norm_layer.weight" in original
+        save_file(original, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(row))
+    read_back = build_autoencoder(AutoencoderConfig("emu3", folder=str(tmp_path)))
+    ours = build_autoencoder(AutoencoderConfig("emu3", folder=str(folder)))
+    images = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    codes = ours.encode(images)
+    assert torch.equal(read_back.encode(images), codes)
+    assert torch.equal(read_back.decode(codes), ours.decode(codes))
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            row | {"vq_config": row.get("vq_config", {}) | {"num_res_blocks": 3}}
+            if layout == "whole model"
+            else row | {"num_res_blocks": 3}
+        )
+    )
+    with pytest.raises(ValueError, match="is not a transformers Emu3VQVAE as its config.json says: it lacks"):
+        build_autoencoder(AutoencoderConfig("emu3", folder=str(tmp_path))).encode(images)
 
 
 def test_an_emu3_folder_that_does_not_fit_is_refused(emu3, tmp_path):

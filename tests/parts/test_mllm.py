@@ -192,6 +192,25 @@ def test_a_reader_that_is_not_whole_is_refused(folder, damage, tmp_path):
         Mllm(config(folder)).load_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("path, value", [("text_config.rms_norm_eps", 1e-2), ("rope_theta", 10.0), ("vision", None)])
+def test_a_reader_with_other_settings_is_refused(folder, path, value):
+    """Equal shapes do not make an equal forward."""
+    row = deepcopy(config(folder).model)
+    if path == "rope_theta":
+        where = row["text_config"]
+        where["rope_parameters"] = where["rope_parameters"] | {"rope_theta": value}
+        told = r"text_config.rope_parameters.rope_theta is \S+ there, 10.0 here"
+    elif path == "vision":
+        name = "vision_feature_layer" if row["model_type"] == "internvl" else "vision_config.fullatt_block_indexes"
+        (row if "." not in name else row["vision_config"])[name.rpartition(".")[2]] = -2 if "." not in name else [1]
+        told = name
+    else:
+        row["text_config"]["rms_norm_eps"] = value
+        told = "text_config.rms_norm_eps is 1e-06 there, 0.01 here"
+    with pytest.raises(ValueError, match=f"has other settings than the model: .*{told}"):
+        Mllm(replace(config(folder), model=row)).load_pretrained(folder)
+
+
 def test_what_is_saved_loads_again(model, tmp_path):
     store.save(model, tmp_path / "m")
     again = store.load(tmp_path / "m")

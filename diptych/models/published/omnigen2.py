@@ -12,8 +12,7 @@ from typing import Any
 from diptych.models.omnigen2 import Config, reader_template
 from diptych.models.published.folder import Json, PublishedFormat, States
 from diptych.models.published.key_map import Rule, Rules, prefixed, rules
-from diptych.models.published.parts import autoencoder_kl
-from diptych.parts.autoencoder import AutoencoderConfig
+from diptych.models.published.parts import autoencoder_kl, kl_config, whole_number
 from diptych.parts.images import AreaRule
 from diptych.parts.mllm import MllmConfig
 from diptych.parts.reference_dit import ReferenceDitConfig
@@ -41,16 +40,6 @@ _FIELDS = {  # keys of transformer/config.json -> fields of the config, with the
     "norm_eps": ("norm_eps", 1e-5),
     "timestep_scale": ("timestep_scale", 1.0),
 }
-_FIXED_VAE = {
-    "act_fn": "silu",
-    "in_channels": 3,
-    "out_channels": 3,
-    "mid_block_add_attention": True,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "latents_mean": None,
-    "latents_std": None,
-}
 
 
 def published_config(json: Json, states: States) -> Config:
@@ -58,8 +47,8 @@ def published_config(json: Json, states: States) -> Config:
     return Config(
         mllm=reader(json),
         dit=transformer(json[TRANSFORMER]),
-        autoencoder=autoencoder(json[VAE]),
-        latent_patch=_whole(json[TRANSFORMER], "patch_size", 2),
+        autoencoder=kl_config(json[VAE], VAE),
+        latent_patch=whole_number(json[TRANSFORMER], "patch_size", 2),
         time_shift="v1" if json.get(SCHEDULER, {}).get("dynamic_time_shift", True) else "none",
         files={n: dict(json[n]) for n in (*JSON, *OPTIONAL) if n in json},
     )
@@ -91,26 +80,6 @@ def transformer(row: Any) -> ReferenceDitConfig:
         raise ValueError(f"{TRANSFORMER}: {error}") from error
 
 
-def autoencoder(row: Any) -> AutoencoderConfig:
-    """FLUX.1's autoencoder of ``vae/config.json`` (diffusers' ``AutoencoderKL``)."""
-    errors = [f"{n} must be {v!r}, not {row[n]!r}" for n, v in _FIXED_VAE.items() if n in row and row[n] != v]
-    widths = row.get("block_out_channels")
-    if not (isinstance(widths, list) and widths and all(type(w) is int and w % widths[0] == 0 for w in widths)):
-        errors.append(f"block_out_channels must be multiples of the first, not {widths!r}")
-    if errors:
-        raise ValueError(f"{VAE}: {'; '.join(errors)}")
-    assert isinstance(widths, list)
-    return AutoencoderConfig(
-        channels=widths[0],
-        multipliers=tuple(w // widths[0] for w in widths),
-        blocks=_whole(row, "layers_per_block", 2),
-        latent_channels=_whole(row, "latent_channels", 16),
-        groups=_whole(row, "norm_num_groups", 32),
-        scale=row.get("scaling_factor", AutoencoderConfig.scale),
-        shift=row.get("shift_factor") or 0.0,
-    )
-
-
 def reader(json: Json) -> MllmConfig:
     """The reader of ``mllm/config.json``, with the pixel limits of the processor."""
     row, limits = json[MLLM], json.get(PROCESSOR, {})
@@ -122,13 +91,6 @@ def reader(json: Json) -> MllmConfig:
     least = limits.get("min_pixels") or size.get("shortest_edge") or 4 * stride**2
     most = limits.get("max_pixels") or size.get("longest_edge") or 1280 * stride**2
     return MllmConfig(dict(row), reader_template(), AreaRule(least, most, stride))
-
-
-def _whole(row: Any, key: str, default: int) -> int:
-    value = row.get(key, default)
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{key} must be a positive whole number, not {value!r}")
-    return value
 
 
 def published_files(c: Config) -> dict[str, dict]:

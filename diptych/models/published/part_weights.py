@@ -11,10 +11,19 @@ from torch import nn
 
 from diptych.models.published.folder import SearchPath, Tensors, read_json
 from diptych.models.published.key_map import Rule, Rules, conversions, raise_all
-from diptych.models.published.parts import FLUX2_AUTOENCODER, decoder_config, decoder_rules, siglip
+from diptych.models.published.parts import (
+    FLUX2_AUTOENCODER,
+    autoencoder_kl,
+    decoder_config,
+    decoder_rules,
+    kl_config,
+    siglip,
+)
 from diptych.parts.autoencoder import LatentDecoder
 from diptych.parts.decoder import Decoder
 from diptych.parts.vision import VisionEncoder
+
+DIFFUSERS = "diffusion_pytorch_model"  # stem of the weights of diffusers
 
 
 def read_language_model(decoder: Decoder, folder: Path) -> None:
@@ -45,9 +54,11 @@ def read_vision_encoder(vision: VisionEncoder, folder: Path) -> None:
     published = hf.get("vision_config", hf)
     errors = [
         f"{n} is {published[n]} there, {getattr(c, n)} here"
-        for n in ("num_attention_heads", "patch_size", "image_size")
+        for n in ("num_attention_heads", "patch_size", "image_size", "layer_norm_eps")
         if published.get(n, getattr(c, n)) != getattr(c, n)
     ]
+    fixed = {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
+    errors += [f"{n} must be {v!r}, not {published[n]!r}" for n, v in fixed.items() if published.get(n, v) != v]
     raise_all(errors, f"{folder} does not fit the encoder")
     tensors = Tensors(path)
     prefix = "vision_model." if any(n.startswith("vision_model.") for n in tensors.shapes) else ""
@@ -56,15 +67,32 @@ def read_vision_encoder(vision: VisionEncoder, folder: Path) -> None:
 
 
 def read_autoencoder(autoencoder: LatentDecoder, path: Path) -> None:
-    """Fills an autoencoder, or its decoding half, from ``ae.safetensors`` of FLUX or FLUX.2: the file, or its folder.
+    """Fills an autoencoder, or its decoding half, from ``ae.safetensors`` of FLUX or FLUX.2 (the file, or its folder)
+    or from a ``vae/`` folder of diffusers (``AutoencoderKL``).
 
-    Raises ``ValueError`` for every missing, unknown and misshapen tensor."""
-    file = path if path.is_file() else path / "ae.safetensors"
-    if not file.is_file():
-        raise ValueError(f"{path} is no autoencoder: neither a safetensors file nor a folder with ae.safetensors")
+    Raises ``ValueError`` for other sizes and constants and for every missing, unknown and misshapen tensor."""
+    c, rules = autoencoder.config, FLUX2_AUTOENCODER
+    if not c.statistics:
+        rules = tuple(rule for rule in rules if not rule.published.startswith("bn."))
+    if (kl := path / "config.json").is_file() and (weights := SearchPath((path,)).weights(DIFFUSERS)):
+        published = kl_config(read_json(kl))
+        errors = [
+            f"{f.name} is {getattr(published, f.name)} there, {getattr(c, f.name)} here"
+            for f in fields(c)
+            if getattr(published, f.name) != getattr(c, f.name)
+        ]
+        raise_all(errors, f"{path} does not fit the autoencoder")
+        file, rules = weights, autoencoder_kl(len(c.multipliers))
+    else:
+        file = path if path.is_file() else path / "ae.safetensors"
+        if not file.is_file():
+            raise ValueError(
+                f"{path} is no autoencoder: neither a safetensors file, nor a folder with ae.safetensors, nor a vae/ "
+                "folder of diffusers"
+            )
     decoder_only = not any(n.startswith("encoder.") for n in autoencoder.state_dict())
     unused = (Rule("encoder.**", (), ignored=True),) if decoder_only else ()
-    _fill(autoencoder, Tensors(file), unused + FLUX2_AUTOENCODER, f"{path} does not fit the autoencoder")
+    _fill(autoencoder, Tensors(file), unused + rules, f"{path} does not fit the autoencoder")
 
 
 def _fill(module: nn.Module, tensors: Tensors, rules: Rules, summary: str) -> None:

@@ -198,6 +198,46 @@ def flux_config(state: State, **constants: Any) -> AutoencoderConfig:
     )
 
 
+_FIXED_KL = {
+    "act_fn": "silu",
+    "in_channels": 3,
+    "out_channels": 3,
+    "mid_block_add_attention": True,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "latents_mean": None,
+    "latents_std": None,
+}
+
+
+def kl_config(row: Any, where: str = "config.json") -> AutoencoderConfig:
+    """FLUX.1's autoencoder of the ``config.json`` of a ``vae/`` folder (diffusers' ``AutoencoderKL``)."""
+    errors = [f"{n} must be {v!r}, not {row[n]!r}" for n, v in _FIXED_KL.items() if n in row and row[n] != v]
+    widths = row.get("block_out_channels")
+    if not (isinstance(widths, list) and widths and all(type(w) is int and w % widths[0] == 0 for w in widths)):
+        errors.append(f"block_out_channels must be multiples of the first, not {widths!r}")
+    if errors:
+        raise ValueError(f"{where}: {'; '.join(errors)}")
+    assert isinstance(widths, list)
+    return AutoencoderConfig(
+        channels=widths[0],
+        multipliers=tuple(w // widths[0] for w in widths),
+        blocks=whole_number(row, "layers_per_block", 2),
+        latent_channels=whole_number(row, "latent_channels", 16),
+        groups=whole_number(row, "norm_num_groups", 32),
+        scale=row.get("scaling_factor", AutoencoderConfig.scale),
+        shift=row.get("shift_factor") or 0.0,
+    )
+
+
+def whole_number(row: Any, key: str, default: int) -> int:
+    """A positive whole number of a JSON object. Raises ``ValueError`` for another value."""
+    value = row.get(key, default)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{key} must be a positive whole number, not {value!r}")
+    return value
+
+
 def autoencoder_kl(levels: int) -> Rules:
     """FLUX's autoencoder (``parts.autoencoder.Autoencoder``) from the names of diffusers' ``AutoencoderKL``, which
     counts decoder levels the other way round and keeps the attention's 1x1 convolutions as linear layers."""
