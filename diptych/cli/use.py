@@ -62,6 +62,7 @@ def add(app: Verbs) -> None:
         "diptych export runs/mine model --dtype bf16",
         "diptych export runs/mine model --format published",
         "diptych export bagel/tiny parts --format hf",
+        "diptych export bagel/tiny-published model --format published --fresh",
         "diptych export omnigen2/3b-4b tuned --adapter pytorch_lora_weights.safetensors",
     )(export)
 
@@ -382,6 +383,9 @@ def export(
     adapter: Annotated[
         Path | None, typer.Option(metavar="FILE", help="add the low-rank adapters of a safetensors file first")
     ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="random weights of a named size in place of a model's, to try a layout")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="overwrite files of the same names, keep all others")] = False,
 ) -> None:
     """Write a model as a release, or as its family publishes it.
@@ -389,7 +393,7 @@ def export(
     A release is model.safetensors, config.json and tokenizer.json."""
     from diptych.models.store import export
 
-    written = export(model, folder, format, dtype, base, force, adapter)
+    written = export(model, folder, format, dtype, base, force, adapter, fresh)
     if format == "hf":
         print("\n".join(str(file) for file in sorted(written.iterdir())))
     else:

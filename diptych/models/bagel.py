@@ -238,6 +238,21 @@ class Config:
         )
 
     @staticmethod
+    def tiny_published() -> Config:
+        """Sizes that a published folder can say, small enough to try its layout: 128 x 128 pixels, 256 tokens."""
+        return Config(
+            DecoderConfig(1024, 32, 48, 2, 4, 2, qk_norm=True, routes=2, routed=("attention", "norms", "mlp")),
+            VisionConfig(32, 48, 2, 2, patch_size=14, image_size=112),
+            AutoencoderConfig(channels=32, multipliers=(1, 1, 2), blocks=1, latent_channels=4),
+            latent_side=16,
+            see=SizeRule(longest=112, shortest=112, stride=14, over="ratio"),
+            draw=SizeRule(longest=128, shortest=64, stride=8, over="ratio"),
+            size=(128, 128),
+            reading="inferencer",
+            edits=EDITS,
+        )
+
+    @staticmethod
     def tiny(vocab_size: int = 1024) -> Config:
         """The same code at a size that two CPU cores train in minutes: 64 x 64 pixels, 16 tokens a picture."""
         return Config(

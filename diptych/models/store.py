@@ -55,6 +55,14 @@ def skeleton(name: str) -> Trainable:
     return create(SIZES[name].family, named_config(name), Tokenizer.tiny(), "meta")
 
 
+def untrained(name: str) -> Trainable:
+    """A model of a named size with random weights and the tiny tokenizer. Raises ``ValueError`` for an unknown name."""
+    skeleton(name)
+    model = create(SIZES[name].family, named_config(name), Tokenizer.tiny())
+    model.initialise(0)
+    return model.eval()
+
+
 def list_models() -> list[dict[str, Any]]:
     """Every named model with its parameter counts (taken on the meta device; None where a package is missing) and the
     ``sizes`` of pictures it was trained on (the fields of ``Sizes`` and their ``range`` in words)."""
@@ -118,6 +126,7 @@ def export(
     base: str | Path | None = None,
     force: bool = False,
     adapter: str | Path | None = None,
+    fresh: bool = False,
 ) -> Path:
     """Loads a model as ``load`` does and writes it into ``folder``, which is returned.
 
@@ -127,6 +136,7 @@ def export(
                 theirs, and in "published" an autoencoder is float32, as authors publish it
     ``force``   as in ``save``
     ``adapter`` a file of low-rank adapters that are added to the weights (``models.adapters.apply``)
+    ``fresh``   random weights of a named size, with the tiny tokenizer, in place of the model's
 
     Raises ``ValueError`` for a folder that ``save`` refuses, before anything is loaded."""
     from diptych.models import adapters, release
@@ -137,7 +147,7 @@ def export(
         raise ValueError(f"unknown format {format!r}; choose from {', '.join(get_args(Format))}")
     kind = pick_dtype(dtype or ("bf16" if format == "diptych" else None))
     release.check_target(folder, force)
-    model = load(name_or_path, base=base)
+    model = untrained(str(name_or_path)) if fresh else load(name_or_path, base=base)
     if adapter is not None:
         adapters.apply(model, adapter)
     if format == "hf":

@@ -41,6 +41,7 @@ class Size:
 
 SIZES: dict[str, Size] = {
     "bagel/tiny": Size("bagel", "tiny", "ships with diptych", "bagel-tiny"),
+    "bagel/tiny-published": Size("bagel", "tiny_published", "random weights: diptych export --fresh"),
     "bagel/7b-mot": Size("bagel", "b7_mot", "ByteDance-Seed/BAGEL-7B-MoT"),
     "bagel/7b-sgt": Size("bagel", "b7_mot", "Two-hot/SGT-BAGEL", base="bagel/7b-mot"),
     "autoencoder/tiny": Size("autoencoder", "tiny", "ships with diptych", "autoencoder-tiny"),

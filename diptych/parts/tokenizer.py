@@ -115,12 +115,12 @@ class Tokenizer:
         folder = Path(folder)
         if not Tokenizer.there(folder):
             raise ValueError(
-                f"{folder} holds neither tokenizer.json, nor vocab.json with merges.txt, nor tokenizer.model"
+                f"{folder} holds neither tokenizer.json nor vocab.json with merges.txt nor tokenizer.model"
             )
         if (file := folder / "tokenizer.json").is_file():
             return Tokenizer(_read(file, lambda: tokenizers.Tokenizer.from_file(str(file))))
         vocab, merges, config = (folder / n for n in ("vocab.json", "merges.txt", "tokenizer_config.json"))
-        if not vocab.is_file():
+        if not (vocab.is_file() and merges.is_file()):
             inner = _sentencepiece(folder / "tokenizer.model")
         else:
             inner = tokenizers.Tokenizer(_read(vocab, lambda: models.BPE.from_file(str(vocab), str(merges))))

@@ -189,7 +189,8 @@ def _stage(name: str, steps: int, s: Mapping[str, Any], batch: int, data: dict[s
 
 
 def b() -> Recipe:
-    """IOMM-B. Cost: ~1050 H800 hours. Expect GenEval 0.89 after stage 2 (10 epochs of stage 1).
+    """IOMM-B. Cost: ~1050 H800 hours. Expect GenEval 0.89 after stage 2 (10 epochs of stage 1). Of FLUX.1 only
+    ae.safetensors is fetched; a vae/ folder of diffusers does too (--set init.autoencoder=transformers:FOLDER).
 
     diptych train iomm/b --catalog my_data.yaml
     """

@@ -17,8 +17,10 @@ import diptych
 from diptych import cli
 from diptych.core.sample import Sample, user
 from diptych.models import store, table
+from diptych.models.published import part_weights
 from diptych.models.published.folder import Tensors
 from diptych.models.published.key_map import export
+from diptych.models.published.parts import autoencoder_kl
 from diptych.parts.tokenizer import Tokenizer
 from tests.support import published
 from tests.support.tiny import picture
@@ -155,6 +157,42 @@ def test_the_published_size_is_read_as_our_config():
     rows = layout.describe(config)
     assert set(rows) == {"llm_config.json", "vit_config.json"} and rows["vit_config.json"]["num_hidden_layers"] == 27
     assert layout.config(rows, theirs) == config
+
+
+# ---- a part alone, and the way back ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["ae.safetensors", "vae folder"])
+def test_an_autoencoder_comes_from_its_file_alone(layout, tmp_path):
+    """FLUX's file, or a vae/ folder of diffusers, without the model around it."""
+    made = published.model("bagel").autoencoder
+    c, state = made.config, made.state_dict()
+    if layout == "ae.safetensors":
+        save_file(state, tmp_path / "ae.safetensors")
+    else:
+        kl = {n.removeprefix("autoencoder."): t for n, t in state.items()}
+        save_file(export(autoencoder_kl(len(c.multipliers)), kl), tmp_path / "diffusion_pytorch_model.safetensors")
+        row = {"_class_name": "AutoencoderKL", "latent_channels": c.latent_channels, "layers_per_block": c.blocks}
+        row |= {"block_out_channels": [c.channels * m for m in c.multipliers], "norm_num_groups": c.groups}
+        row |= {"use_quant_conv": False, "use_post_quant_conv": False, "scaling_factor": c.scale}
+        (tmp_path / "config.json").write_text(json.dumps(row | {"shift_factor": c.shift}))
+    other = published.model("bagel", seed=5).autoencoder
+    part_weights.read_autoencoder(other, tmp_path)
+    assert same(dict(other.state_dict()), dict(state))
+    if layout == "vae folder":
+        change(tmp_path / "config.json", scaling_factor=0.5)
+        with pytest.raises(ValueError, match=r"scale is 0.5 there, 0.3611 here"):
+            part_weights.read_autoencoder(other, tmp_path)
+
+
+def test_a_published_export_keeps_its_autoencoder_in_float32(tmp_path, capsys):
+    """Whatever --dtype says, as authors publish it; from random weights of a size that the layout can say."""
+    words = ["export", "bagel/tiny-published", str(tmp_path / "m"), "--format", "published", "--fresh"]
+    assert cli.main([*words, "--dtype", "bf16"]) == 0
+    kinds = {f.name: {t.dtype for t in load_file(f).values()} for f in (tmp_path / "m").glob("*.safetensors")}
+    assert kinds["ae.safetensors"] == {torch.float32} and torch.bfloat16 in kinds["ema.safetensors"]
+    engine = diptych.load(tmp_path / "m", preset="demo")
+    assert engine.generate("a star", num_inference_steps=2, size=64, seeding="published").images[0].size == (64, 64)
 
 
 # ---- dtypes and memory ------------------------------------------------------------------------------------------

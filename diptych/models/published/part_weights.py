@@ -87,7 +87,7 @@ def read_autoencoder(autoencoder: LatentDecoder, path: Path) -> None:
         file = path if path.is_file() else path / "ae.safetensors"
         if not file.is_file():
             raise ValueError(
-                f"{path} is no autoencoder: neither a safetensors file, nor a folder with ae.safetensors, nor a vae/ "
+                f"{path} is no autoencoder: neither a safetensors file nor a folder with ae.safetensors nor a vae/ "
                 "folder of diffusers"
             )
     decoder_only = not any(n.startswith("encoder.") for n in autoencoder.state_dict())
