@@ -7,14 +7,14 @@
     text ── embedding ───────────────────────┤ TEXT     (route 0)      every layer: two sets of weights,
     noise + picture ── autoencoder ── 2x2 ───┤ NOISED   (route 1, t)   one softmax over all tokens
                                              ▼
-                              decoder ──┬── language head → next word          (route 0)
+                              decoder ──┬── language head → next token         (route 0)
                                         └── linear head → velocity             (route 1)
 
     x_t = (1 - t) data + t noise;  loss = w_text CE + w_image |v - (noise - data)|^2
 
 Layout: every text is <|im_start|> .. <|im_end|>, every picture <|vision_start|> .. <|vision_end|>. A picture block sees
 itself fully, shares one position id and moves the counter by one; a noised picture is hidden from what follows and does
-not move it. A picture to edit is read twice, as latents and as features.
+not move it. An edit source is in the sequence twice, as latents and as features.
 """
 
 from __future__ import annotations
@@ -474,6 +474,14 @@ class Bagel(UnifiedModel[Settings]):
         seen = self.projector(self.vision(to_float(group.images), places)) + self.vision_positions[places]
         return blanked(seen, group, noise)
 
+    def _embed_read(self, batch: Batch, noise: Noise) -> list[tuple[Tensor, Float[Tensor, "N n d"]]]:
+        """(places, embeddings) of the pictures that are read: features, and clean latents at t = 0."""
+        pictures = [(g.tokens, self._embed_vision(g, noise)) for g in batch.of(Kind.VISION)]
+        for g in batch.of(Kind.CLEAN):
+            latents = latent_tokens(self, g, noise)
+            pictures.append((g.tokens, self._embed_latents(latents, latents.new_zeros(len(latents)), g.grid)))
+        return pictures
+
     def _run(
         self, batch: Batch, pictures: list[tuple[Tensor, Tensor]], positions: Tensor, order: Tensor, attend: Attend
     ) -> Float[Tensor, "T d"]:
@@ -492,23 +500,19 @@ class Bagel(UnifiedModel[Settings]):
         """``text``: supervised tokens; ``image``: noised latents (``train/pretrain_unified_navit.py``)."""
         order = torch.cat(batch.routes)
         rank = inverse_permutation(order)
-        pictures = [(g.tokens, self._embed_vision(g, noise)) for g in batch.of(Kind.VISION)]
-        for g in batch.of(Kind.CLEAN):
-            latents = latent_tokens(self, g, noise)
-            pictures.append((g.tokens, self._embed_latents(latents, latents.new_zeros(len(latents)), g.grid)))
-        drawn = []
+        pictures, targets = self._embed_read(batch, noise), []
         for g in batch.of(Kind.NOISED):
             target = noised(self, g, noise, self.config.times(noise, g.owners, g.ordinals))
             pictures.append((g.tokens, self._embed_latents(target.x_t, target.times, g.grid)))
-            drawn.append((g.tokens, target))
+            targets.append((g.tokens, target))
         states = self._run(batch, pictures, batch.positions, order, documents(batch, order))
         image = []
-        for tokens, target in drawn:
+        for tokens, target in targets:
             prediction = self.latent_out(states.index_select(0, rank[tokens.flatten()])).view_as(target.data).float()
             image.append(FlowPrediction(prediction, target, self.config.prediction, batch.document[tokens[:, 0]]))
         return {"text": supervised(states, self.decoder.head_weight, batch, rank), "image": tuple(image)}
 
-    # ---- reading ------------------------------------------------------------------------------------------------
+    # ---- prefill ------------------------------------------------------------------------------------------------
 
     def open(self) -> Context:
         """A context with an empty KV cache."""
@@ -520,13 +524,10 @@ class Bagel(UnifiedModel[Settings]):
         batch = pack(sequences, self.routes).to(self.device)
         if batch.of(Kind.NOISED):
             raise ValueError("a noised picture cannot be prefilled; use start and step")
-        order, start, noise = torch.cat(batch.routes), batch.positions, Noise()
-        positions = start + torch.tensor([c.position for c in contexts], device=self.device)[batch.document]
+        order = torch.cat(batch.routes)
+        positions = batch.positions + torch.tensor([c.position for c in contexts], device=self.device)[batch.document]
         caches = [c.cache.reserve(c.length, len(s)) for c, s in zip(contexts, sequences, strict=True)]
-        pictures = [(g.tokens, self._embed_vision(g, noise)) for g in batch.of(Kind.VISION)]
-        for g in batch.of(Kind.CLEAN):
-            latents = latent_tokens(self, g, noise)
-            pictures.append((g.tokens, self._embed_latents(latents, latents.new_zeros(len(latents)), g.grid)))
+        pictures = self._embed_read(batch, Noise())
         attend = Cached(caches, [c.length for c in contexts], batch, order if pictures else None)
         states = self._run(batch, pictures, positions, order, attend)
         last = torch.tensor(batch.lengths, device=self.device).cumsum(0) - 1
@@ -546,16 +547,16 @@ class Bagel(UnifiedModel[Settings]):
         """<|im_end|>."""
         return frozenset({self.markers["eos"]})
 
-    # ---- drawing ------------------------------------------------------------------------------------------------
+    # ---- generation ---------------------------------------------------------------------------------------------
 
     def canvas(self, sample: Sample) -> tuple[int, int]:
         """The (height, width) of the picture to generate: see ``fitted``."""
         return fitted(sample, self.config.trained, self.config.draw)
 
     def branches(self, sample: Sample, settings: Settings) -> Branches:
-        """The full context, and while ``guidance_scale`` exceeds 1 those of ``CONTEXTS``; the image branch too only
-        while its scale exceeds 1. It counts without pictures as well: where it equals the full context, scales t and i
-        draw as 1 + i (t - 1) alone (``inferencer.py``)."""
+        """The full context, if ``guidance_scale`` exceeds 1 the text branch of ``CONTEXTS``, and if
+        ``image_guidance_scale`` also exceeds 1 the image branch. A request without pictures has an image branch too, as
+        in ``inferencer.py``: it equals the full context, so the scales t and i act as one scale 1 + i (t - 1)."""
         lacks, branches = CONTEXTS[settings.contexts], {NOTHING: 1.0}
         there = {"text", "image"}
         there |= {"plan"} if any(isinstance(p, Text) for p in sample.messages[-1].parts) else set()
@@ -580,8 +581,8 @@ class Bagel(UnifiedModel[Settings]):
                 return image
             block = self._block(Kind.CLEAN, image, (self.config.draw,), self.config.stride, DRAW)
             assert block.image is not None
-            found = self.encode("autoencoder", block.image[None].to(self.device)).float()
-            latents = sampled(found, self.config.autoencoder.latent_channels, next(eps))
+            distribution = self.encode("autoencoder", block.image[None].to(self.device)).float()
+            latents = sampled(distribution, self.config.autoencoder.latent_channels, next(eps))
             return replace(image, encoded={**image.encoded, "autoencoder": latents[0]})
 
         eps = iter(x.to(self.device) for x in drawn)

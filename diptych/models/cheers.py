@@ -7,7 +7,7 @@
                     pixel decoder D ── patches e of D(z) ── SigLIP2 ── 2x2 merge ── semantic tokens
                                         │                                            │
     text ── embedding ──────────────────┼────────────────────────────────────────────┤  one sequence, one decoder
-                                        │                                            ├── language head → next word
+                                        │                                            ├── language head → next token
                                         │                     hidden states at the picture, not shifted
                                         │                                            │
                                         │       coarse stage (t) ── channel to space ┘
@@ -558,7 +558,7 @@ class Cheers(UnifiedModel[Settings]):
             image.append(FlowPrediction(prediction, Noised(data, eps, t), self.config.prediction, document, features=1))
         return {"text": supervised(states, self.decoder.head_weight, batch), "image": tuple(image)}
 
-    # ---- reading ------------------------------------------------------------------------------------------------
+    # ---- prefill ------------------------------------------------------------------------------------------------
 
     def open(self) -> Context:
         """A context with an empty KV cache and no edit sources."""
@@ -617,7 +617,7 @@ class Cheers(UnifiedModel[Settings]):
         """The clean picture and <im_end>."""
         return self._picture(Kind.VISION, image), Segment(Kind.TEXT, (self.markers["end"],))
 
-    # ---- drawing ------------------------------------------------------------------------------------------------
+    # ---- generation ---------------------------------------------------------------------------------------------
 
     def canvas(self, sample: Sample) -> tuple[int, int]:
         """The (height, width) of the picture to generate: see ``fitted``."""

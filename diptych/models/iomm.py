@@ -451,7 +451,7 @@ class Iomm(UnifiedModel[FlowSettings]):
         pictures before any is blanked."""
         return self.mllm.look(images) if encoder == "vision" else self.autoencoder.distribution(to_float(images))
 
-    # ---- reading ------------------------------------------------------------------------------------------------
+    # ---- prefill ------------------------------------------------------------------------------------------------
 
     def open(self) -> Context:
         """A context with an empty KV cache."""
@@ -498,7 +498,7 @@ class Iomm(UnifiedModel[FlowSettings]):
         """The template's stop token."""
         return frozenset({self.stop})
 
-    # ---- drawing ------------------------------------------------------------------------------------------------
+    # ---- generation ---------------------------------------------------------------------------------------------
 
     def canvas(self, sample: Sample) -> tuple[int, int]:
         """The (height, width) of the picture to generate: see ``fitted``."""

@@ -5,7 +5,7 @@
     picture ── VQ tokenizer ── codes ── embed + position ── fold m x n ── MLP ──┐ CODES (route 1)
     text ── embedding ──────────────────────────────────────────────────────────┤ TEXT  (route 0)   one attention, and
                                                                                 ▼          in every layer two FFNs
-                                             causal decoder ──┬── language head → next word
+                                             causal decoder ──┬── language head → next token
                                                               └── unfolding head → the m n codes of the next token
 
     x_V(i) = MLP(concat_j (E[v(i,j)] + P(i,j)))                                  (Eq. 1)
@@ -433,7 +433,7 @@ class SynerGen(UnifiedModel[CodeSettings]):
             image = (TokenPrediction(hidden, self.unfold.classifier.weight, answer.flatten(), document),)
         return {"text": supervised(states, self.decoder.head_weight, batch, rank), "image": image}
 
-    # ---- reading ------------------------------------------------------------------------------------------------
+    # ---- prefill ------------------------------------------------------------------------------------------------
 
     def open(self) -> Context:
         """A context with an empty KV cache."""
@@ -461,7 +461,7 @@ class SynerGen(UnifiedModel[CodeSettings]):
         """The first token of ``chat.end`` and the tokenizer's ``ENDS``."""
         return self._stops
 
-    # ---- drawing ------------------------------------------------------------------------------------------------
+    # ---- generation ---------------------------------------------------------------------------------------------
 
     def branches(self, sample: Sample, settings: CodeSettings) -> Branches:
         """See ``every_scale``."""
