@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,6 +40,48 @@ from diptych.cli.options import (
 LimitOption = Annotated[int | None, typer.Option("--limit", metavar="N", help="rows per data set (default: all)")]
 
 
+@dataclass(frozen=True)
+class Filtering:
+    """The rules of a filter."""
+
+    min_side: Annotated[int, typer.Option("--min-side", metavar="PIXELS", help="of every picture's shorter side")] = 0
+    max_aspect: Annotated[float, typer.Option("--max-aspect", metavar="R", help="longer side over shorter")] = 0.0
+    language: Annotated[
+        list[str] | None,
+        typer.Option("--language", metavar="CODE,CODE", help="of the text: en, de, zh ... (py3langid)"),
+    ] = None
+    exact: Annotated[bool, typer.Option("--exact", help="drop rows whose picture files came before")] = False
+    distance: Annotated[
+        int | None,
+        typer.Option("--distance", metavar="BITS", help="drop pictures whose 64-bit hash differs in at most so many"),
+    ] = None
+    similarity: Annotated[
+        float | None,
+        typer.Option("--similarity", metavar="COSINE", help="with --encoder: drop pictures with features this close"),
+    ] = None
+    encoder: Annotated[str | None, typer.Option("--encoder", help="efflite0, inception, or its TorchScript file")] = (
+        None
+    )
+    function: Annotated[
+        str | None,
+        typer.Option("--function", metavar="FILE.py:NAME", help="your function of a sample: True keeps it"),
+    ] = None
+
+    def rules(self) -> Any:
+        """The rules as ``diptych.data.filter`` takes them."""
+        from diptych.data.filter import Rules
+
+        return Rules(
+            self.min_side,
+            self.max_aspect,
+            tuple(listed(self.language)),
+            self.exact,
+            self.distance,
+            self.similarity,
+            self.function,
+        )
+
+
 def add(app: Verbs) -> None:
     """Adds the verbs of this file to the command line."""
     verbs = Verbs(
@@ -66,6 +109,12 @@ def add(app: Verbs) -> None:
         "diptych data index my_data.yaml",
         "diptych data index my_data.yaml photos scraped --processes 16",
     )(index)
+    verbs.verb(
+        "filter",
+        "diptych data filter photos --catalog my_data.yaml --out kept --min-side 256 --max-aspect 3 --exact",
+        "diptych data filter photos --catalog my_data.yaml --out kept --distance 4 --language en,de --shard 0/16",
+        "diptych data filter photos --catalog my_data.yaml --out kept --merge",
+    )(filter_rows)
     verbs.verb(
         "shard",
         "diptych data shard cats dogs --catalog my_data.yaml --out shards",
@@ -213,6 +262,56 @@ def index(
         print(json.dumps(results))
         return
     show_table(catalog, ["data set", "rows", "index"], [[n, r["rows"], r["file"]] for n, r in results.items()])
+
+
+def filter_rows(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="a data set of the catalog")],
+    catalog: Annotated[
+        str, typer.Option("--catalog", metavar="FILE", help="YAML file that says where your own data sets are")
+    ],
+    filtering: Filtering,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", parser=address_of, help="folder to write")] = Path(
+        "kept"
+    ),
+    merge: Annotated[
+        bool, typer.Option("--merge", help="only write the list of kept rows, from the facts of all shares")
+    ] = False,
+    device: DeviceOption = "auto",
+    shard: ShardOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a list of the rows to train on.
+
+    The catalog entry reads them with keep: DIR. Share I/N computes the facts of its rows; --merge then writes the list.
+    """
+    from diptych.core.errors import nearest
+    from diptych.data.catalog import read_catalog
+    from diptych.data.filter import measure, select
+    from diptych.evaluation.benchmarks.distances import features
+    from diptych.machine.devices import pick_device
+    from diptych.machine.processes import share
+
+    rank, world = share(shard)
+    if not merge:
+        entries = read_catalog(catalog)
+        if name not in entries:
+            raise ValueError(f"unknown data set {name!r}; {catalog} has: {', '.join(entries)}{nearest(name, entries)}")
+        rules, source = filtering.rules(), entries[name].open_whole()
+        network = features(filtering.encoder, str(pick_device(device))) if filtering.encoder else None
+        with progress_bars(shown=not as_json) as progress:
+            count = counted(progress, name, -(-len(source) // world))
+            measure(source, rules, out, features=network, rank=rank, world=world, progress=count)
+        if world > 1:
+            verb = f"diptych data filter {name} --catalog {catalog} --out {out} --merge"
+            row = {"share": f"{rank}/{world}", "merge": verb}
+            print(json.dumps(row) if as_json else f"share {rank}/{world} is done; when all are: {verb}")
+            return
+    result = select(out)
+    if as_json:
+        print(json.dumps(result))
+        return
+    dropped = ", ".join(f"{rule} {n}" for rule, n in result["dropped"].items()) or "none"
+    print(f"{out}: keeps {result['kept']} of {result['rows']} rows; dropped: {dropped}")
 
 
 def shard(

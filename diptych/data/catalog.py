@@ -27,6 +27,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from diptych.data import sources as readers
 from diptych.data.decoding import MAX_PIXELS, picture_suffixes
+from diptych.data.filter import kept_rows
 from diptych.data.index import SUFFIX, Index, Scan, load, write
 from diptych.data.mixture import First, Source
 from diptych.data.parquet import Parquet, parquet, scan_groups
@@ -59,6 +60,7 @@ class Jsonl(BaseModel):
     path: Path_
     images: Path_ | None = None
     index: Path_ | None = None
+    keep: Path_ | None = None
     max_pixels: Pixels = MAX_PIXELS
 
 
@@ -78,6 +80,7 @@ class Images(BaseModel):
     seed: int = 0
     paper: ladder.Paper = "dark"
     index: Path_ | None = None
+    keep: Path_ | None = None
     max_pixels: Pixels = MAX_PIXELS
 
 
@@ -104,10 +107,11 @@ class PackedEntry(BaseModel):
     path: Path_
     read: readers.Read = "rows"
     index: Path_ | None = None
+    keep: Path_ | None = None
     max_pixels: Pixels = MAX_PIXELS
 
 
-Opened = readers.JsonLines | readers.ImageFolder | Parquet | readers.Tar | annotated.Proxies
+Opened = readers.JsonLines | readers.ImageFolder | Parquet | readers.Tar | readers.Kept | annotated.Proxies
 Settings = Jsonl | Images | Annotation | PackedEntry
 FORMATS: dict[str, type[Jsonl] | type[Images] | type[Annotation] | type[PackedEntry]] = {
     "jsonl": Jsonl,
@@ -131,6 +135,17 @@ class CatalogEntry:
 
     def open(self) -> Opened:
         """The source. Raises ``ValueError`` that begins with the catalog's file and line."""
+        source, keep = self.open_whole(), getattr(self.settings, "keep", None)
+        if not keep:
+            return source
+        try:
+            assert not isinstance(source, annotated.Proxies)
+            return readers.Kept(source, kept_rows(join(self.folder, keep), len(source)))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{self.where}: data set {self.name!r}: {error}") from error
+
+    def open_whole(self) -> Opened:
+        """The source with all its rows. Raises ``ValueError`` that begins with the catalog's file and line."""
         s = self.settings
         try:
             path, index = join(self.folder, s.path), self._index()
@@ -138,7 +153,7 @@ class CatalogEntry:
                 pictures = join(self.folder, s.images) if s.images else None
                 return readers.jsonl(self.name, path, pictures, s.max_pixels, index)
             if isinstance(s, Images) and not s.read:
-                if given := sorted(s.model_fields_set - {"format", "path", "index", "max_pixels"}):
+                if given := sorted(s.model_fields_set - {"format", "path", "index", "keep", "max_pixels"}):
                     raise ValueError(f"{given} go with read: {SGT}...")
                 return readers.images(self.name, path, s.max_pixels, index)
             if isinstance(s, Images | Annotation):
@@ -340,7 +355,9 @@ def origin(name: str, entries: Mapping[str, CatalogEntry], size: int, folders: M
     if whole in (folders or {}):
         return {"folder": _absolute(address((folders or {})[whole]))}
     if whole in entries:
-        return entries[whole].settings.model_dump(exclude={"index"}) | {"folder": _absolute(entries[whole].folder)}
+        settings = entries[whole].settings
+        unset = {"index"} if getattr(settings, "keep", None) else {"index", "keep"}
+        return settings.model_dump(exclude=unset) | {"folder": _absolute(entries[whole].folder)}
     return {"embedded": name.partition("#")[0], "size": size}
 
 

@@ -423,8 +423,54 @@ def inside(root: Path, reference: str) -> Path:
     return file
 
 
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The rows of a data set that ``diptych data filter`` keeps."""
+
+    base: RowSource
+    rows: np.ndarray = field(repr=False)  # their numbers, ascending
+
+    @property
+    def name(self) -> str:
+        """The data set's name."""
+        return self.base.name
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """How many files are not read, by suffix."""
+        return self.base.left_out
+
+    @property
+    def shard_ends(self) -> np.ndarray:
+        """The number of kept rows up to the end of each shard that keeps some."""
+        ends = np.unique(np.searchsorted(self.rows, self.base.shard_ends))
+        return ends[ends > 0]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        return open_row(self, index)
+
+    def where(self, index: int) -> str:
+        """Where the row is."""
+        return self.base.where(int(self.rows[index]))
+
+    def row(self, index: int) -> Sample:
+        """The sample, pictures by reference."""
+        return self.base.row(int(self.rows[index]))
+
+    def picture(self, index: int, reference: str) -> PIL.Image.Image:
+        """A picture of the row."""
+        return self.base.picture(int(self.rows[index]), reference)
+
+    def data(self, index: int, reference: str) -> bytes:
+        """The picture's file as it is."""
+        return self.base.data(int(self.rows[index]), reference)
+
+
 class RowSource(Protocol):
-    """What every source of this room offers."""
+    """What a source of rows in files offers."""
 
     @property
     def name(self) -> str:
@@ -433,6 +479,10 @@ class RowSource(Protocol):
     @property
     def left_out(self) -> Mapping[str, int]:
         """How many rows or files are not part of the data set, by reason."""
+
+    @property
+    def shard_ends(self) -> np.ndarray:
+        """The number of rows up to the end of each shard."""
 
     def __len__(self) -> int: ...
     def where(self, index: int) -> str:

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 UNLOCKS = {  # what each extra is for; a test compares the names with the package's metadata
     "hf": "IOMM and OmniGen2 models, published autoencoders",
-    "data": "Parquet files, zstd",
+    "data": "Parquet files, zstd, languages of captions",
     "remote": "s3://, gs://, https:// and hf:// addresses",
     "track": "TensorBoard logs",
     "tune": "LoRA",
