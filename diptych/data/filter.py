@@ -137,7 +137,7 @@ def _claim(folder: Path, source: Any, rules: Rules) -> None:
     settings = json.loads(json.dumps({"data_set": source.name, "rows": len(source), "rules": asdict(rules)}))
     file = folder / SETTINGS
     if file.is_file():
-        there = {key: value for key, value in json.loads(read(file)).items() if key in settings}
+        there = {key: value for key, value in read_settings(folder).items() if key in settings}
         if there != settings:
             raise ValueError(f"{folder} was made for {there}, not for {settings}; name another folder")
         return
@@ -145,6 +145,17 @@ def _claim(folder: Path, source: Any, rules: Rules) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds files that `diptych data filter` did not write; name another folder")
     disk.write_text(file, json.dumps(settings, indent=1))
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The rules, the data set and the counts of a filter. Raises ``ValueError`` for a folder that holds none."""
+    try:
+        settings = json.loads(read(folder / SETTINGS))
+        if not {"data_set", "rows", "rules"} <= settings.keys():
+            raise ValueError("it lacks the rules")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / SETTINGS} was not written by `diptych data filter`: {error}") from error
+    return settings
 
 
 def _facts(
@@ -222,7 +233,7 @@ def _reason(sample: Sample, rules: Rules, judge: Judge | None) -> str:
 def select(folder: Path) -> dict[str, Any]:
     """Drops duplicates among the rows that the rules keep, writes the list of kept rows and returns the counts. Raises
     ``ValueError`` where blocks lack."""
-    settings = json.loads(read(folder / SETTINGS))
+    settings = read_settings(folder)
     rules, blocks = Rules(**settings["rules"]), -(-settings["rows"] // BLOCK)
     files = [folder / "facts" / f"{block:06d}.npz" for block in range(blocks)]
     if lacking := [file.name for file in files if not file.is_file()]:
@@ -301,7 +312,7 @@ def kept_rows(folder: Path, rows: int) -> np.ndarray:
 
     if not (folder / KEPT).is_file():
         raise ValueError(f"keep: {folder} holds no {KEPT}; write it with `diptych data filter`")
-    settings = json.loads(read(folder / SETTINGS))
+    settings = read_settings(folder)
     if settings["rows"] != rows:
         counts = f"{settings['rows']} rows, and the data set has {rows}"
         raise ValueError(f"keep: {folder} was made of {counts}; filter again")

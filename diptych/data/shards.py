@@ -186,7 +186,9 @@ def stats(
 
 
 def write_stats(counts: Mapping[str, Lengths], file: Path) -> None:
-    """Writes the counts of one share for ``merge_stats``."""
+    """Writes the counts of one share for ``merge_stats``. Raises ``ValueError`` where another file has that name."""
+    if file.exists():
+        merge_stats([file])
     rows = {name: {**vars(c), "kinds": {str(k): n for k, n in c.kinds.items()}} for name, c in counts.items()}
     write_text(file, json.dumps(rows))
 

@@ -34,6 +34,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "geneval.jsonl").write_text(
         '{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}\n'
     )
+    (tmp_path / "c.yaml").write_text("photos: {format: images, path: .}\n")
     rows = '{"image": "scene.png", "conversations": [{"from": "human", "value": "<image>\\nwhat?"}, '
     (tmp_path / "rows.json").write_text("[" + rows + '{"from": "gpt", "value": "a star"}]}]')
     return tmp_path
@@ -53,7 +54,9 @@ VERBS = {
     "analyze": "analyze attention MODEL -n 2 --size 32 --out mine",
     "data show": "data show shapes/draw -n 1 --out mine/sheet.png",
     "data convert": "data convert llava rows.json mine/rows.jsonl --images .",
+    "data filter": "data filter photos --catalog c.yaml --exact --out mine",
     "data shard": "data shard shapes/ask --limit 2 --out mine",
+    "data stats": "data stats shapes/ask --limit 2 --out mine",
     "data precompute": "data precompute recipe.json --limit 2 --out mine",
     "study": "study cheers-detail --seeds 0 --steps 1 --out mine --page mine --model MODEL",
 }
@@ -79,6 +82,8 @@ SAME_NAMES = {  # a file of the user that has exactly the name that the verb wri
     "analyze figure": ("analyze attention MODEL -n 2 --size 32 --out mine", "attention.png", "attention.png"),
     "data show": ("data show shapes/draw -n 1 --out mine/a.png", "a.png", "mine/a.png"),
     "data convert": ("data convert llava rows.json mine/rows.jsonl --images .", "rows.jsonl", "rows.jsonl"),
+    "data filter": ("data filter photos --catalog c.yaml --exact --out mine", "filter.json", "filter.json"),
+    "data stats": ("data stats shapes/ask --limit 2 --out mine", "stats-0-of-1.json", "stats-0-of-1.json"),
     "data shard": ("data shard shapes/ask --limit 2 --out mine", "shapes/ask/000000.tar", "000000.tar"),
     "data precompute": (
         "data precompute recipe.json --data shapes/ask --limit 2 --out mine",
