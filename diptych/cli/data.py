@@ -296,6 +296,8 @@ def filter_rows(
         entries = read_catalog(catalog)
         if name not in entries:
             raise ValueError(f"unknown data set {name!r}; {catalog} has: {', '.join(entries)}{nearest(name, entries)}")
+        if not entries[name].takes_index:
+            raise ValueError(f"data set {name!r} is read as a task; filter the pictures that it is made of")
         rules, source = filtering.rules(), entries[name].open_whole()
         network = features(filtering.encoder, str(pick_device(device))) if filtering.encoder else None
         with progress_bars(shown=not as_json) as progress:

@@ -1,7 +1,8 @@
 """Which rows of a data set to train on: rules for each row, then duplicates among the rows that are left.
 
 ``measure`` reads rows in blocks of ``BLOCK`` and keeps what it computes of each in ``facts/``; processes share the
-blocks, and a killed one goes on. ``select`` reads all blocks and writes the list of kept rows, never copies:
+blocks, and a killed one goes on. Pictures are decoded only where a rule needs their pixels; damage behind a file's head
+is found then, else by the training. ``select`` reads all blocks and writes the list of kept rows, never copies:
 
 ::
 
@@ -18,8 +19,9 @@ import importlib.util
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,9 @@ import PIL.Image
 import torch
 
 from diptych.core.sample import Sample, Text
+from diptych.data.decoding import image_size, open_picture
 from diptych.data.reading import read
+from diptych.data.sources import RowSource, decode
 from diptych.machine import disk
 from diptych.machine.extras import install
 
@@ -106,7 +110,7 @@ def difference_hash(image: PIL.Image.Image) -> int:
 
 
 def measure(
-    source: Any,
+    source: RowSource,
     rules: Rules,
     folder: Path,
     *,
@@ -133,7 +137,7 @@ def measure(
             progress(len(rows))
 
 
-def _claim(folder: Path, source: Any, rules: Rules) -> None:
+def _claim(folder: Path, source: RowSource, rules: Rules) -> None:
     settings = json.loads(json.dumps({"data_set": source.name, "rows": len(source), "rules": asdict(rules)}))
     file = folder / SETTINGS
     if file.is_file():
@@ -159,7 +163,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _facts(
-    source: Any,
+    source: RowSource,
     rows: range,
     rules: Rules,
     judge: Judge | None,
@@ -170,25 +174,30 @@ def _facts(
     reasons, ids = list[str](), list[str]()
     exact, similar = np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.uint64)
     vectors, waiting = list[np.ndarray](), list[PIL.Image.Image]()
+    decoded = rules.distance is not None or bool(judge or features)
     for number, row in enumerate(rows):
+        picture = None
         try:
-            sample = source[row]
+            sample = source.row(row)
+            data = {str(image.image): source.data(row, str(image.image)) for image in sample.images()}
+            sizes = [image_size(file, name) for name, file in data.items()]
+            if decoded:
+                sample = decode(sample, source.where(row), partial(_picture, data))
         except ConnectionError:
             raise
         except (ValueError, OSError) as error:  # a training would skip it
             reasons.append(f"unreadable: {str(error)[:200]}")
             ids.append("")
         else:
-            reasons.append(_reason(sample, rules, judge))
+            reasons.append(_reason(sample, sizes, rules, judge))
             ids.append(sample.id)
-            pictures = [image.pixels for image in sample.images()]
-            if rules.exact and pictures:
-                exact[number] = int.from_bytes(_digest(source, row, sample, pictures), "big")
-            if rules.distance is not None and pictures:
-                similar[number] = difference_hash(pictures[-1])
+            if rules.exact and data:
+                exact[number] = int.from_bytes(blake2b(b"".join(data.values()), digest_size=8).digest(), "big")
+            picture = [image.pixels for image in sample.images()][-1] if decoded and data else None
+            if rules.distance is not None and picture:
+                similar[number] = difference_hash(picture)
         if features:
-            shown = [] if reasons[-1] else [image.pixels for image in sample.images()]
-            waiting.append(shown[-1] if shown else PIL.Image.new("RGB", (8, 8)))  # its features are not compared
+            waiting.append(picture or PIL.Image.new("RGB", (8, 8)))  # features of a row that is dropped: not compared
             if len(waiting) == BATCH or number == len(rows) - 1:
                 made = features(iter(waiting))
                 vectors.append((made / np.linalg.norm(made, axis=1, keepdims=True).clip(1e-12)).astype(np.float16))
@@ -198,22 +207,13 @@ def _facts(
     return facts | ({"features": np.concatenate(vectors)} if vectors else {})
 
 
-def _digest(source: Any, row: int, sample: Sample, pictures: list[PIL.Image.Image]) -> bytes:
-    """A digest of a row's picture files, or of the pixels of pictures that are not files."""
-    digest = blake2b(digest_size=8)
-    if hasattr(source, "data"):
-        for image in source.row(row).images():
-            digest.update(source.data(row, str(image.image)))
-    else:
-        for picture in pictures:
-            digest.update(picture.tobytes())
-    return digest.digest()
+def _picture(data: Mapping[str, bytes], name: str) -> PIL.Image.Image:
+    return open_picture(data[name], name)
 
 
-def _reason(sample: Sample, rules: Rules, judge: Judge | None) -> str:
+def _reason(sample: Sample, sizes: list[tuple[int, int]], rules: Rules, judge: Judge | None) -> str:
     """Why a row is dropped, beginning with the rule's name; empty where it is kept."""
-    for image in sample.images():
-        shorter, longer = sorted(image.pixels.size)
+    for shorter, longer in map(sorted, sizes):
         if shorter < rules.min_side:
             return f"min_side: {shorter} pixels"
         if rules.max_aspect and longer > rules.max_aspect * shorter:
