@@ -287,6 +287,7 @@ def filter_rows(
     from diptych.core.errors import nearest
     from diptych.data.catalog import read_catalog
     from diptych.data.filter import measure, select
+    from diptych.data.tasks.annotations import Proxies
     from diptych.evaluation.benchmarks.distances import features
     from diptych.machine.devices import pick_device
     from diptych.machine.processes import share
@@ -296,9 +297,9 @@ def filter_rows(
         entries = read_catalog(catalog)
         if name not in entries:
             raise ValueError(f"unknown data set {name!r}; {catalog} has: {', '.join(entries)}{nearest(name, entries)}")
-        if not entries[name].takes_index:
-            raise ValueError(f"data set {name!r} is read as a task; filter the pictures that it is made of")
         rules, source = filtering.rules(), entries[name].open_whole()
+        if isinstance(source, Proxies):
+            raise ValueError(f"data set {name!r} is read as a task; filter the pictures that it is made of")
         network = features(filtering.encoder, str(pick_device(device))) if filtering.encoder else None
         with progress_bars(shown=not as_json) as progress:
             count = counted(progress, name, -(-len(source) // world))

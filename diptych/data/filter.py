@@ -131,7 +131,7 @@ def measure(
         if not file.is_file():
             facts = _facts(source, rows, rules, judge, features, progress)
             data = io.BytesIO()
-            np.savez_compressed(data, **facts)
+            np.savez_compressed(data, **facts)  # type: ignore[arg-type]  # an array may not be called allow_pickle
             disk.write_bytes(file, data.getvalue())
         else:
             progress(len(rows))
