@@ -309,6 +309,7 @@ class OmniGen2(UnifiedModel[Settings]):
     family = "omnigen2"
     frozen = frozenset({"autoencoder"})
     generation = ("dit",)
+    unified = ("mllm", "dit")
     conditions = ("text", "image")
     encoders: ClassVar = {
         "autoencoder": Encoder(("autoencoder",), ("autoencoder", "draw")),

@@ -134,6 +134,7 @@ class Trainable(nn.Module, ABC):
     routes: ClassVar[int] = 1  # how many experts ``core.batch.pack`` prepares index lists for
     frozen: ClassVar[frozenset[str]] = frozenset()  # parts that no recipe may train
     generation: ClassVar[tuple[str, ...]] = ()  # parts that generate pictures, for recipes of any family
+    unified: ClassVar[tuple[str, ...]] = ("decoder", "vision", "projector", "head")  # parts that SGT post-trains
     conditions: ClassVar[tuple[str, ...]] = ()  # what ``lay_out`` can drop, such as "text" and "image"
     segmented: ClassVar[tuple[str, ...]] = ()  # those of ``conditions`` of which it can drop segments, as "text:0"
     encoders: ClassVar[Mapping[str, Encoder]] = {}  # frozen encoders that ``lay_out`` names (``Image.through``)

@@ -43,6 +43,8 @@ RECIPES = {
     "cheers/1.5b-80gb": "diptych.recipes.presets:cheers_80gb",
     "synergen/tune-24gb": "diptych.recipes.presets:synergen_24gb",
     "synergen/tune-80gb": "diptych.recipes.presets:synergen_80gb",
+    "sgt/omnigen2-24gb": "diptych.recipes.presets:omnigen2_24gb",
+    "sgt/omnigen2-80gb": "diptych.recipes.presets:omnigen2_80gb",
 }
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from diptych.models.configs import config_to_json
 from diptych.models.table import config
-from diptych.recipes import cheers, iomm, sgt, synergen
+from diptych.recipes import cheers, iomm, omnigen2, sgt, synergen
 from diptych.training.recipe import EngineConfig, Limits, Recipe
 
 
@@ -109,3 +109,21 @@ def synergen_80gb() -> Recipe:
     diptych train synergen/tune-80gb --catalog my_data.yaml
     """
     return _on_one(synergen.tune(), "synergen/tune-80gb", None, Limits(16_384, 96, 10))
+
+
+def omnigen2_24gb() -> Recipe:
+    """SGT on OmniGen2 with adapters on the reader and on the diffusion transformer; the weights, in eight bits, stay.
+
+    diptych train sgt/omnigen2-24gb --catalog my_data.yaml
+    """
+    made = _on_one(omnigen2.sgt(), "sgt/omnigen2-24gb", {"mllm": 1e-4, "dit": 1e-4}, Limits(5632, 2, 30), frozen="int8")
+    return replace(made, lora={"mllm": 16, "dit": 16})
+
+
+def omnigen2_80gb() -> Recipe:
+    """SGT on OmniGen2 with adapters on the reader and on the diffusion transformer; the weights stay, in bf16.
+
+    diptych train sgt/omnigen2-80gb --catalog my_data.yaml
+    """
+    made = _on_one(omnigen2.sgt(), "sgt/omnigen2-80gb", {"mllm": 1e-4, "dit": 1e-4}, Limits(16_384, 8, 8))
+    return replace(made, lora={"mllm": 64, "dit": 64})

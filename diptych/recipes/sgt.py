@@ -28,7 +28,7 @@ def tiny(proxy: str | None = "segment", ratio: float = 2.0, amount: int | None =
     on average and a question 30, so 896 of 4,096 tokens are questions there.
 
     diptych train sgt/tiny
-    diptych train sgt/tiny --model runs/mine
+    diptych train sgt/tiny --model omnigen2/tiny
     """
     share = ratio / (1 + ratio) if proxy else 0.0
     some = f"#{amount}" if amount else ""
@@ -42,7 +42,7 @@ def tiny(proxy: str | None = "segment", ratio: float = 2.0, amount: int | None =
             Stage(
                 "sgt",
                 steps=steps,
-                train=dict.fromkeys(PARTS, 5e-4),
+                train={"unified": 5e-4},
                 data=proxies | {name: weight * (1 - share) for name, weight in QUESTIONS.items()},
                 loss={"text": 1.5, "image": 1.0},
                 optimizer=Optimizer("muon"),

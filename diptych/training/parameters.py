@@ -25,20 +25,25 @@ def by_part(model: Trainable) -> dict[str, dict[str, nn.Parameter]]:
     return parts
 
 
+GROUPS = ("generation", "unified")  # names of several parts, which every family says
+
+
 def named(model: Trainable, name: str) -> list[str]:
     """The parts of this name: a part, all of a prefix up to a dot (``decoder`` is ``decoder.text`` and
-    ``decoder.image``), or ``generation``, the parts that the family draws with. Raises ``ValueError`` for no part."""
-    names = model.generation if name == "generation" else (name,)
-    if chosen := [p for p in model.parts if any(p == n or p.startswith(n + ".") for n in names)]:
-        return chosen
-    raise ValueError(f"unknown part {name!r}; {model.family} has: {', '.join(model.parts)}")
+    ``decoder.image``), ``generation``, the parts that the family draws with, or ``unified``, those that SGT
+    post-trains. Raises ``ValueError`` for no part."""
+    names = getattr(model, name) if name in GROUPS else (name,)
+    chosen = {n: [p for p in model.parts if p == n or p.startswith(n + ".")] for n in names}
+    if unknown := [n for n in names or (name,) if not chosen.get(n)]:
+        raise ValueError(f"unknown part {unknown[0]!r}; {model.family} has: {', '.join(model.parts)}")
+    return [p for p in model.parts if any(p in parts for parts in chosen.values())]
 
 
 def select(model: Trainable, train: Mapping[str, float]) -> dict[str, float]:
     """Part -> learning rate for every part that is ``named``; a longer name has the last word. Raises ``ValueError``
     for unknown and never-trained parts."""
     rates: dict[str, float] = {}
-    for name, rate in sorted(train.items(), key=lambda item: (item[0] != "generation", item[0].count("."))):
+    for name, rate in sorted(train.items(), key=lambda item: (item[0] not in GROUPS, item[0].count("."))):
         chosen = named(model, name)
         if never := sorted(set(chosen) & model.frozen):
             raise ValueError(f"part {never[0]!r} of {model.family} is always frozen")

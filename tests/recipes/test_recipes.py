@@ -201,7 +201,7 @@ def test_schedules():
     assert Limits().accumulate == 1
 
 
-@pytest.mark.parametrize("family", ["cheers", "synergen"])
+@pytest.mark.parametrize("family", ["cheers", "synergen", "omnigen2"])
 def test_sgt_goes_on_from_any_family_that_names_its_parts(family, tmp_path):
     """The same rates, mix and terms, on another model; who lacks a part is told which."""
     recipe = replace(sgt.tiny(steps=2), init={"model": str(tmp_path / "start")})
@@ -215,7 +215,7 @@ def test_sgt_goes_on_from_any_family_that_names_its_parts(family, tmp_path):
         for part, globs in tiny.model(family).parts.items()
         if any(not torch.equal(before[n], after[n]) for n in before if any(fnmatchcase(n, g) for g in globs))
     }
-    assert {part.split(".")[0] for part in moved} == set(sgt.PARTS)
+    assert {part.split(".")[0] for part in moved} == set(tiny.model(family).unified)
     other = replace(recipe, model=configs.config_to_json("iomm", tiny.iomm()))
     with pytest.raises(ValueError, match="unknown part 'decoder'; iomm has:"):
         _check(other, tiny.model("iomm"))
