@@ -64,11 +64,12 @@ from diptych.parts.images import AreaRule, ShrinkRule, latents_to_tokens, to_ten
 from diptych.parts.mllm import Mllm, MllmConfig, Template, tiny_mllm
 from diptych.parts.reference_dit import Drawn, Reference, ReferenceDit, ReferenceDitConfig
 from diptych.parts.runs import Runs
-from diptych.parts.solvers import Solver, dpm_step, euler_step
+from diptych.parts.solvers import Solver, dpm_step, euler_step, extrapolate
 from diptych.parts.tokenizer import Tokenizer
 from diptych.parts.vision import kept
 
 BOTH = TEXT | {"image"}
+FIRST, EVERY, POINTS = 5, 3, 3  # of the step cache: the first steps and every how many, and outputs extrapolated from
 PICTURE = "<|img|>"  # an answer that begins with this token is a picture
 SYSTEM = "You are a helpful assistant that generates high-quality images based on user instructions."
 DROPPED_SYSTEM = "You are a helpful assistant that generates images."  # of training rows without their words
@@ -87,7 +88,10 @@ class Settings:
     ``guidance_range``        guidance is active in step i of N while low <= i / N <= high
     ``timestep_shift``        m of the times m s / (1 + (m - 1) s); None: sqrt(h w) / 40 for h x w latents
     ``solver``                ``euler``, or ``dpm``: DPM-Solver++ of order 2, multistep
-    ``posterior``             whether references are samples of the autoencoder's posterior, or its mean"""
+    ``posterior``             whether references are samples of the autoencoder's posterior, or its mean
+    ``cache``                 ``taylor``: the network runs in the first five steps, in every third after them and in the
+                              last; in all others its outputs are extrapolated (TaylorSeer, arXiv 2503.06923). Faster
+                              and not exact: ``benchmarks/step_cache.py`` prints the difference"""
 
     num_inference_steps: int = 28
     guidance_scale: float = 4.0
@@ -96,6 +100,7 @@ class Settings:
     timestep_shift: float | None = None
     solver: Solver = "euler"
     posterior: Literal["sample", "mean"] = "sample"
+    cache: Literal["none", "taylor"] = "none"
 
     def __post_init__(self) -> None:
         low, high = self.guidance_range
@@ -109,7 +114,8 @@ class Settings:
             )
         if self.timestep_shift is not None and not self.timestep_shift > 0:
             raise ValueError(f"timestep_shift must be positive or None, not {self.timestep_shift}")
-        for name, kind in (("solver", Solver), ("posterior", Literal["sample", "mean"])):
+        choices = {"solver": Solver, "posterior": Literal["sample", "mean"], "cache": Literal["none", "taylor"]}
+        for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(get_args(kind))}")
 
@@ -121,6 +127,10 @@ class Settings:
         """Whether guidance is active in this step."""
         low, high = self.guidance_range
         return low <= step / steps <= high
+
+    def computed(self, step: int, steps: int) -> bool:
+        """Whether the network runs in this step; else its outputs are extrapolated."""
+        return self.cache == "none" or step < FIRST or (step - FIRST + 1) % EVERY == 0 or step == steps - 1
 
     def times(self, steps: int, latents: int) -> Float[Tensor, " steps_1"]:
         """The steps + 1 times from 1 (noise) to 0 of a picture with so many latent places."""
@@ -685,27 +695,33 @@ class OmniGen2(UnifiedModel[Settings]):
     @torch.inference_mode()
     def step(self, drawings: Sequence[Drawing[Settings]]) -> list[Drawing[Settings]]:
         """One solver step for each drawing. All branches of all drawings are one batch; outside the guidance range only
-        the full branch is computed."""
+        the full branch is computed. With a step cache the network does not run in every step."""
         check_step(drawings)
         active = [len(d.contexts) if d.settings.guided(d.step, d.steps) else 1 for d in drawings]
+        forecasts = [_forecast(d, branches) for d, branches in zip(drawings, active, strict=True)]
         grid, rows = self._grid(drawings[0].canvas), []
-        for d, branches in zip(drawings, active, strict=True):
+        for d, branches, forecast in zip(drawings, active, forecasts, strict=True):
+            if forecast:
+                continue
             assert d.times is not None
             t = 1 - d.times[d.step].to(d.state.device)
             pairs = zip(d.private.conditions[:branches], d.private.references[:branches], strict=True)
             rows += [Drawn(d.state, grid, t, condition, references) for condition, references in pairs]
-        outs = zip(self.dit(rows), rows, strict=True)
+        outs = zip(self.dit(rows) if rows else [], rows, strict=True)
         kind = self.config.prediction
         velocities = iter([velocity(self._prediction(out), row.x, 1 - row.t, kind) for out, row in outs])
         out = []
-        for d, branches in zip(drawings, active, strict=True):
+        for d, branches, forecast in zip(drawings, active, forecasts, strict=True):
             assert d.times is not None
-            v = d.settings.combine([next(velocities) for _ in range(branches)], d.branches)
+            outputs, private = forecast or tuple(next(velocities) for _ in range(branches)), d.private
+            if d.settings.cache != "none" and not forecast:
+                private = replace(private, outputs=(*private.outputs, (float(d.times[d.step]), outputs))[-POINTS:])
+            v = d.settings.combine(outputs, d.branches)
             if d.settings.solver == "euler":
-                out.append(advance(d, euler_step(d.state, v, d.times, d.step), v, d.private))
+                out.append(advance(d, euler_step(d.state, v, d.times, d.step), v, private))
             else:
-                state, data = dpm_step(d.state, v, d.times, d.step, d.private.data)
-                out.append(advance(d, state, v, replace(d.private, data=data)))
+                state, data = dpm_step(d.state, v, d.times, d.step, private.data)
+                out.append(advance(d, state, v, replace(private, data=data)))
         return out
 
     def _grid(self, canvas: tuple[int, int]) -> tuple[int, int]:
@@ -796,11 +812,23 @@ class _Read:
 
 @dataclass(frozen=True, eq=False)
 class _Fixed:
-    """The constants of a drawing, one for each branch, and ``data``, the solver's last prediction."""
+    """The constants of a drawing, one for each branch; ``data``, the solver's last prediction; and ``outputs``, the last
+    times at which the network ran with the velocities of the branches (step cache)."""
 
     conditions: tuple[Tensor, ...]
     references: tuple[tuple[Reference, ...], ...]
     data: Tensor | None = None
+    outputs: tuple[tuple[float, tuple[Tensor, ...]], ...] = ()
+
+
+def _forecast(drawing: Drawing[Settings], branches: int) -> tuple[Tensor, ...]:
+    """The velocities of the branches extrapolated from earlier steps; none where the network is to run."""
+    assert drawing.times is not None
+    points = [(t, outputs) for t, outputs in drawing.private.outputs if len(outputs) >= branches]
+    if drawing.settings.computed(drawing.step, drawing.steps) or not points:
+        return ()
+    now = float(drawing.times[drawing.step])
+    return tuple(extrapolate([(t, outputs[i]) for t, outputs in points], now) for i in range(branches))
 
 
 class _Page(Runs):

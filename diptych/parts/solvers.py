@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from math import log
+from collections.abc import Sequence
+from math import log, prod
 from typing import Literal
 
 from diptych.core.tensors import Float, Tensor
@@ -38,6 +39,15 @@ def dpm_step(
         h = _log_snr(then) - _log_snr(now)
         out = out + ((1 - then) - (1 - now) * then / now) * (data - before) * h / (2 * log_ratio)
     return out, data
+
+
+def extrapolate(points: Sequence[tuple[float, Float[Tensor, "*n f"]]], time: float) -> Float[Tensor, "*n f"]:
+    """The value at ``time`` of the polynomial through (time, value) pairs with different times (Lagrange's form)."""
+    out = 0 * points[0][1]
+    for i, (t, value) in enumerate(points):
+        weight = prod((time - other) / (t - other) for j, (other, _) in enumerate(points) if j != i)
+        out = out + weight * value
+    return out
 
 
 def _log_snr(time: float) -> float:

@@ -1,6 +1,9 @@
 """What OmniGen2 does beyond the protocol: templates, roles, guidance, references, limits."""
 
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +14,11 @@ from diptych.generation.engine import Engine
 from diptych.models import store
 from diptych.models.omnigen2 import BOTH, DROPPED_SYSTEM, SYSTEM, Settings
 from diptych.models.protocol import NOTHING, TEXT
-from diptych.parts.solvers import dpm_step, euler_step
+from diptych.parts.images import to_tensor
+from diptych.parts.solvers import dpm_step, euler_step, extrapolate
 from tests.support import tiny
+
+PUBLISHED_FOLDER = Path(__file__).parents[1] / "numbers" / "omnigen2" / "folder"
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +144,24 @@ def test_a_seed_fixes_the_posterior_too():
     assert torch.equal(references(3, posterior="mean"), references(4, posterior="mean"))
 
 
+def test_a_step_cache_runs_the_network_less_often_and_stays_near(model):
+    """Exact on polynomials of degree two; the network runs in 5 + 5 of 20 steps, for every branch."""
+    square = [(t, torch.tensor([[t * t - 3 * t]])) for t in (0.9, 0.7, 0.6)]
+    assert torch.allclose(extrapolate(square, 0.4), torch.tensor([[0.4**2 - 1.2]]), atol=1e-5)
+    samples, calls, pictures = [asked("a star"), asked(shown(1), "as a circle")], [], {}
+    handle = model.dit.register_forward_hook(lambda _, inputs, out: calls.append(len(inputs[0])))
+    for cache in ("none", "taylor"):
+        settings = Settings(20, guidance_scale=2.0, image_guidance_scale=1.5, cache=cache)
+        pictures[cache] = [
+            to_tensor(d.image, d.image.size) for d in Engine(model).draw(samples, [0, 1], settings=settings)
+        ]
+        ran, calls = len(calls), []
+        assert ran == {"none": 2 * 20, "taylor": 2 * 10}[cache]  # the two requests have different branches
+    handle.remove()
+    for a, b in zip(pictures["none"], pictures["taylor"], strict=True):
+        assert 0 < (a.float() - b.float()).abs().mean() < 8  # of 255
+
+
 @pytest.mark.parametrize("solver", ["euler", "dpm"])
 def test_solvers_end_at_the_data_of_a_straight_path(solver):
     """On a straight path every solver is exact, whatever the number of steps."""
@@ -182,6 +206,30 @@ def test_what_does_not_fit_the_positions_is_refused_before_anything_is_computed(
         short.lay_out(asked("a star " * 30))
     with pytest.raises(ValueError, match="multiples of 16 from 16 to 64"):
         short.canvas(Sample("s", (user("x"), assistant(Image(None, "target", (128, 32))))))
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "said"),
+    [
+        ("transformer", "num_layers", 9, "num_layers is 9, but the weights have 2"),
+        ("transformer", "in_channels", 8, "in_channels is 8, but the weights have 4"),
+        ("mllm", "vocab_size", 100, "vocab_size is 100, but the weights have 360"),
+        ("vae", "latent_channels", 8, "latent_channels is 8, but the weights have 4"),
+    ],
+)
+def test_a_folder_whose_json_contradicts_its_weights_is_one_clear_line(tmp_path, file, key, value, said):
+    folder = tmp_path / "folder"
+    shutil.copytree(PUBLISHED_FOLDER, folder)
+    path = folder / file / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=said):
+        store.load(folder)
+
+
+def test_a_folder_without_its_processor_says_what_it_lacks(tmp_path):
+    shutil.copytree(PUBLISHED_FOLDER, tmp_path / "folder", ignore=shutil.ignore_patterns("processor"))
+    with pytest.raises(ValueError, match="lacks processor/tokenizer.json; a published omnigen2 folder holds"):
+        store.load(tmp_path / "folder")
 
 
 def test_settings_name_what_is_wrong():

@@ -128,6 +128,8 @@ STATE = {  # GiB of weights, gradients and optimizer; activations of rows of 102
     "cheers/1.5b-80gb": (37.38, 25.81),
     "synergen/tune-24gb": (8.56, 5.89),
     "synergen/tune-80gb": (54.09, 11.48),
+    "sgt/omnigen2-24gb": (9.06, 1.84),
+    "sgt/omnigen2-80gb": (19.52, 6.24),
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from diptych.models.omnigen2 import Config, reader_template
 from diptych.models.published.folder import Json, PublishedFormat, States
-from diptych.models.published.key_map import Rule, Rules, prefixed, rules
+from diptych.models.published.key_map import Rule, Rules, count_matches, prefixed, raise_all, rules
 from diptych.models.published.parts import autoencoder_kl, kl_config, whole_number
 from diptych.parts.images import AreaRule
 from diptych.parts.mllm import MllmConfig
@@ -43,7 +43,9 @@ _FIELDS = {  # keys of transformer/config.json -> fields of the config, with the
 
 
 def published_config(json: Json, states: States) -> Config:
-    """The Config of a published folder. Raises ``ValueError`` for settings that this family does not compute."""
+    """The Config of a published folder. Raises ``ValueError`` for settings that this family does not compute, or that
+    contradict the weights."""
+    _check_against_weights(json, states)
     return Config(
         mllm=reader(json),
         dit=transformer(json[TRANSFORMER]),
@@ -51,6 +53,56 @@ def published_config(json: Json, states: States) -> Config:
         latent_patch=whole_number(json[TRANSFORMER], "patch_size", 2),
         time_shift="v1" if json.get(SCHEDULER, {}).get("dynamic_time_shift", True) else "none",
         files={n: dict(json[n]) for n in (*JSON, *OPTIONAL) if n in json},
+    )
+
+
+_DIT_STEM, _READER_STEM, _VAE_STEM = "transformer/diffusion_pytorch_model", "mllm/model", "vae/diffusion_pytorch_model"
+_EMBEDDINGS = (
+    "model.embed_tokens.weight",
+    "model.language_model.embed_tokens.weight",
+    "language_model.embed_tokens.weight",
+)
+_SIDES = (  # a setting of a JSON file that is the side of one of these tensors
+    (TRANSFORMER, "hidden_size", _DIT_STEM, ("x_embedder.weight",), 0),
+    (TRANSFORMER, "text_feat_dim", _DIT_STEM, ("time_caption_embed.caption_embedder.0.weight",), 0),
+    (MLLM, "hidden_size", _READER_STEM, _EMBEDDINGS, 1),
+    (MLLM, "vocab_size", _READER_STEM, _EMBEDDINGS, 0),
+    (VAE, "latent_channels", _VAE_STEM, ("decoder.conv_in.weight",), 1),
+)
+_COUNTS = (  # a setting that counts the tensors of one of these patterns
+    (TRANSFORMER, "num_layers", _DIT_STEM, ("layers.*.attn.to_q.weight",)),
+    (TRANSFORMER, "num_refiner_layers", _DIT_STEM, ("noise_refiner.*.attn.to_q.weight",)),
+    (
+        MLLM,
+        "num_hidden_layers",
+        _READER_STEM,
+        tuple(e.replace("embed_tokens", "layers.*.input_layernorm") for e in _EMBEDDINGS),
+    ),
+)
+
+
+def _check_against_weights(json: Json, states: States) -> None:
+    """Raises ``ValueError`` with a line for every setting that the tensors contradict."""
+    measured = [
+        (file, key, tensors[name].shape[axis])
+        for file, key, stem, names, axis in _SIDES
+        for tensors in (states.get(stem, {}),)
+        for name in names
+        if name in tensors and axis < tensors[name].dim()
+    ]
+    measured += [
+        (file, key, max(count_matches(states.get(stem, {}), pattern) for pattern in patterns))
+        for file, key, stem, patterns in _COUNTS
+    ]
+    latents = json[VAE].get("latent_channels")
+    measured += [(TRANSFORMER, "in_channels", latents)] if type(latents) is int else []
+    raise_all(
+        [
+            f"{file}: {key} is {value}, but the weights have {number}"
+            for file, key, number in measured
+            if type(value := json[file].get(key)) is int and value != number and number
+        ],
+        "the JSON files contradict the weights",
     )
 
 
@@ -194,11 +246,9 @@ OPTIONAL = (INDEX, SCHEDULER, PROCESSOR, *OTHERS)
 
 PUBLISHED = PublishedFormat(
     weights={
-        "transformer/diffusion_pytorch_model": lambda c: prefixed(DIT, native="dit."),
-        "mllm/model": lambda c: prefixed(READER, native="mllm."),
-        "vae/diffusion_pytorch_model": lambda c: prefixed(
-            autoencoder_kl(len(c.autoencoder.multipliers)), native="autoencoder."
-        ),
+        _DIT_STEM: lambda c: prefixed(DIT, native="dit."),
+        _READER_STEM: lambda c: prefixed(READER, native="mllm."),
+        _VAE_STEM: lambda c: prefixed(autoencoder_kl(len(c.autoencoder.multipliers)), native="autoencoder."),
     },
     json=JSON,
     optional=OPTIONAL,
@@ -219,9 +269,9 @@ PUBLISHED = PublishedFormat(
         "labels",
     ),
     tokenizer="processor",
-    adapters=("transformer", "transformer/diffusion_pytorch_model"),
+    adapters=("transformer", _DIT_STEM),
     other_stems={
-        "transformer/diffusion_pytorch_model": ("transformer/transformer/diffusion_pytorch_model",),
-        "mllm/model": ("transformer/text_encoder/model",),
+        _DIT_STEM: ("transformer/transformer/diffusion_pytorch_model",),
+        _READER_STEM: ("transformer/text_encoder/model",),
     },
 )
