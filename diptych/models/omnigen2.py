@@ -812,8 +812,8 @@ class _Read:
 
 @dataclass(frozen=True, eq=False)
 class _Fixed:
-    """The constants of a drawing, one for each branch; ``data``, the last prediction of the solver; ``outputs``, the last
-    times at which the network ran with the velocities of the branches (step cache)."""
+    """The constants of a drawing, one for each branch. ``data``: the solver's last prediction; ``outputs``: the last
+    times at which the network ran, with the velocities of the branches (step cache)."""
 
     conditions: tuple[Tensor, ...]
     references: tuple[tuple[Reference, ...], ...]
