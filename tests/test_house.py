@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import configparser
 import contextlib
 import inspect
@@ -13,6 +14,7 @@ import resource
 import shlex
 import shutil
 import subprocess
+import symtable
 import sys
 import tomllib
 from pathlib import Path
@@ -45,6 +47,26 @@ def tracked() -> list[Path]:
     if listed.returncode:
         pytest.skip("not a git checkout")
     return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+def undefined(code: str, path: str = "code") -> list[str]:
+    """The global names that a module reads and never defines. Linters that know shape strings cannot tell these."""
+    module = symtable.symtable(code, path, "exec")
+    known = {*dir(builtins), "__file__", "__name__", *(s.get_name() for s in module.get_symbols() if s.is_assigned())}
+    known |= {s.get_name() for s in module.get_symbols() if s.is_imported() or s.is_namespace() or s.is_annotated()}
+    scopes, names = [module], set()
+    while scopes:
+        scope = scopes.pop()
+        scopes += scope.get_children()
+        globals_ = (s for s in scope.get_symbols() if s.is_global() or scope is module)
+        names |= {s.get_name() for s in globals_ if s.is_referenced()} - known
+    return sorted(names)
+
+
+def test_every_name_is_defined():
+    assert undefined("import a\ndef f(x):\n    return a.b(x, [c for _ in x])") == ["c"]
+    lost = {name(path): names for path in FILES if (names := undefined(path.read_text(), str(path)))}
+    assert not lost
 
 
 def test_rooms():

@@ -12,7 +12,7 @@ from typing import Any
 from diptych.models.omnigen2 import Config, reader_template
 from diptych.models.published.folder import Json, PublishedFormat, States
 from diptych.models.published.key_map import Rule, Rules, count_matches, prefixed, raise_all, rules
-from diptych.models.published.parts import autoencoder_kl, kl_config, whole_number
+from diptych.models.published.parts import FIXED_KL, autoencoder_kl, kl_config, whole_number
 from diptych.parts.images import AreaRule
 from diptych.parts.mllm import MllmConfig
 from diptych.parts.reference_dit import ReferenceDitConfig
@@ -175,7 +175,7 @@ def published_files(c: Config) -> dict[str, dict]:
         }
         | sizes,
         MLLM: c.mllm.model,
-        VAE: _FIXED_VAE | vae,
+        VAE: FIXED_KL | vae,
         SCHEDULER: {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
         | {"dynamic_time_shift": c.time_shift != "none"},
         PROCESSOR: {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"} | pixels,

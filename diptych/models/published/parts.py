@@ -198,7 +198,7 @@ def flux_config(state: State, **constants: Any) -> AutoencoderConfig:
     )
 
 
-_FIXED_KL = {
+FIXED_KL = {
     "act_fn": "silu",
     "in_channels": 3,
     "out_channels": 3,
@@ -208,11 +208,12 @@ _FIXED_KL = {
     "latents_mean": None,
     "latents_std": None,
 }
+"""The settings of diffusers' ``AutoencoderKL`` that FLUX's autoencoder requires."""
 
 
 def kl_config(row: Any, where: str = "config.json") -> AutoencoderConfig:
     """FLUX.1's autoencoder of the ``config.json`` of a ``vae/`` folder (diffusers' ``AutoencoderKL``)."""
-    errors = [f"{n} must be {v!r}, not {row[n]!r}" for n, v in _FIXED_KL.items() if n in row and row[n] != v]
+    errors = [f"{n} must be {v!r}, not {row[n]!r}" for n, v in FIXED_KL.items() if n in row and row[n] != v]
     widths = row.get("block_out_channels")
     if not (isinstance(widths, list) and widths and all(type(w) is int and w % widths[0] == 0 for w in widths)):
         errors.append(f"block_out_channels must be multiples of the first, not {widths!r}")
