@@ -105,7 +105,7 @@ def test_a_picture_being_drawn_cannot_be_read(model):
     laid = model.lay_out(tiny.draw())
     if not any(s.kind == Kind.NOISED for s in laid.segments):
         pytest.skip("this family draws no noised pictures")
-    with pytest.raises(ValueError, match="drawn, not read"):
+    with pytest.raises(ValueError, match="a noised picture cannot be prefilled"):
         read(model, laid)
 
 
