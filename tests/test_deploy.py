@@ -1,4 +1,4 @@
-"""The templates in deploy/: every command parses, the shares of a job are all of them, and the files are well formed."""
+"""The templates in deploy/: every command parses, the shares of a job are all of them, the files are well formed."""
 
 import re
 import shlex
