@@ -1,1 +1,1 @@
-"""The vocabulary that every room speaks: samples, sequences, batches, masks, losses, noise."""
+"""Types that every room uses: samples, layouts, batches, masks, losses, noise."""

@@ -1,4 +1,4 @@
-"""Several sequences in one row: flat columns of length T, and the pictures grouped by kind and shape."""
+"""Several layouts in one row: flat columns of length T, and the pictures grouped by kind and shape."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Batch:
         return [p for p in self.pictures if p.kind == kind]
 
     def take(self, places: Tensor) -> Batch:
-        """The row with nothing but these places (ascending) on one route, its pictures left out."""
+        """The row restricted to these places (ascending), on one route and without its pictures."""
         columns = {n: getattr(self, n)[places] for n in ("ids", "targets", "positions", "segment", "full", "hidden")}
         document = self.document[places]
         lengths = tuple(torch.bincount(document, minlength=len(self.samples)).tolist())

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def at_least(least: int, config: Any, *names: str) -> None:
-    """Raises ``ValueError``, naming the field, where one of a config's (or a number in it) is smaller."""
+    """Raises ``ValueError``, naming the field, where a field of a config (or a number in it) is less than ``least``."""
     for name in names:
         value = getattr(config, name)
         if any(v < least for v in (value if isinstance(value, tuple | list) else (value,))):

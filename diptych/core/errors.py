@@ -1,4 +1,4 @@
-"""What error messages share."""
+"""Suggestions for error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How sure a number is: 95 % intervals of shares and means."""
+"""95 % confidence intervals of shares and means."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One sample laid out as typed segments: what every family makes of a sample, and all that packing needs to know."""
+"""A sample as typed segments: families produce layouts, and packing needs nothing else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Kind(StrEnum):
     TEXT = "text"
     VISION = "vision"  # semantic features of a picture to read
     CLEAN = "clean"  # latents of a picture to read
-    NOISED = "noised"  # latents of a picture to draw
+    NOISED = "noised"  # latents of a target, mixed with noise
     CODES = "codes"  # discrete image tokens
     QUERY = "query"  # learned queries
     PAD = "pad"
@@ -25,23 +25,23 @@ class Kind(StrEnum):
 class Segment:
     """A run of tokens, described by columns.
 
-    ``ids``       token id of each position, or ``NONE`` where the input comes from the picture (so the markers around
-                  a picture are part of its segment when they share its attention)
-    ``targets``   the id that each position must predict, or ``NONE``; empty when nothing is to be predicted
+    ``ids``       token id of each position, or ``NONE`` where the input comes from the picture. The markers around a
+                  picture are part of its segment where they share its attention
+    ``targets``   the id that each position must predict, or ``NONE``; empty where nothing is predicted
     ``image``     the picture: (3, H, W) pixels, uint8 or float in [-1, 1]; latents (c, h, w); codes ([tiles,] h, w)
     ``grid``      (rows, columns) of the picture's tokens
-    ``full``      every token of the segment sees all of it (else causal)
-    ``hidden``    later segments may not look here (a noised picture)
+    ``full``      every token attends to the whole segment (else causal)
+    ``hidden``    later segments do not attend to this one (a noised picture)
     ``shared``    all tokens share one position id (else one each)
     ``advance``   by how much the position counter moves past this segment; ``None`` means by its length
     ``gap``       by how much the position counter moves before this segment
     ``route``     which expert serves the picture's tokens; positions that carry an id take route 0
-    ``generated`` the picture is what is to be generated: it carries the picture loss
-    ``encoded``   ``image`` is not what an encoder is to be shown but what it made of that (``Image.through``)
+    ``generated`` the picture is a target: it carries the picture loss
+    ``encoded``   ``image`` holds features of an encoder, not its input (``Image.through``)
     ``masked``    the share of the picture's tokens that the network blanks, at random (IOMM's self-conditioning)
-    ``reference`` a later picture is drawn from the picture's latents, so not from what the reader makes of it
+    ``reference`` a later target is conditioned on the picture's latents, and not on the reader's states of it
     ``ordinal``   its number among its sample's segments of this kind, which addresses its random draws; ``NONE`` until
-                  it stands in a ``Layout``
+                  it is part of a ``Layout``
     """
 
     kind: Kind
@@ -90,9 +90,10 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """A sample laid out: its id (random draws belong to it) and its segments in order.
+    """The segments of a sample in order, and its id, which addresses its random draws.
 
-    Pictures without an ``ordinal`` are numbered here; a part of the sequence keeps its numbers, and so its draws."""
+    Pictures without an ``ordinal`` are numbered here. Segments that are cut out of a layout keep their numbers, and
+    therefore their random draws."""
 
     id: str
     segments: tuple[Segment, ...]
@@ -117,7 +118,7 @@ class Layout:
 
     @property
     def has_target(self) -> bool:
-        """Whether anything in it is to be predicted or drawn; what has nothing carries no loss."""
+        """Whether any segment carries a loss."""
         return any(s.supervised or s.generated for s in self.segments)
 
     def positions(self, start: int = 0) -> list[int]:
@@ -130,7 +131,7 @@ class Layout:
         return out
 
     def describe(self, decode: Callable[[list[int]], str] | None = None) -> str:
-        """One line a segment: the first thing to look at when anything is wrong."""
+        """A text with one line for each segment; ``decode`` turns ids into text."""
         lines, at, position = [f"{self.id}: {len(self)} tokens, {self.pictures} pictures"], 0, 0
         for s in self.segments:
             sees = ("full" if s.full else "causal") + (", hidden" if s.hidden else "")

@@ -1,5 +1,4 @@
-"""Losses travel as sums with counts, so that they are normalised once, by the count over the whole global batch; and
-cross-entropy whose logits never exist whole."""
+"""Losses as sums with counts, which are normalised once, by the count over the whole global batch."""
 
 from __future__ import annotations
 

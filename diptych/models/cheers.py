@@ -106,20 +106,20 @@ Quirk = Literal[
 ``visible_noise``         what follows a noised picture in training sees it, and no clean copy is read
 ``loss_on_all_pictures``  the flow loss also takes pictures that are only read (at the data's end, target 0) and dummies
 ``dummy_picture``         a text without pictures follows a causal picture of nothing: random pixels when read, pure
-                          latent noise in training. Prompts to draw had none in training, so the weights need none
+                          latent noise in training. Prompts of pictures had none in training
 ``endpoint_step``         N steps are N - 1 intervals and a last one of 1/N from the data's end; an edit's first time is
                           shifted, although its state has the noise of the unshifted time
-``bf16_latents``          the drawn state is rounded to bfloat16 after every step
+``bf16_latents``          x_t is rounded to bfloat16 after every step
 
-Its other defects have no counterpart here: rows of unequal length are computed as if each were alone, one answer never
-follows another row's decisions, and several pictures in a message are all read.
+Its other defects have no counterpart here: in a batch of unequal lengths every row is computed as if alone, no answer
+depends on another row, and all pictures of a message are read.
 """
 
 
 @dataclass(frozen=True)
 class Settings(FlowSettings):
     """Sampler settings. ``source_share``: an edit starts from a mix of this share of its (last) source's latents
-    with noise, and takes as much fewer steps. With 0 it starts from noise and reads the source in its context only."""
+    with noise, and takes proportionally fewer steps. With 0 it starts from noise; the source is in its context only."""
 
     source_share: float = 0.0
 

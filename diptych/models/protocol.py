@@ -206,9 +206,8 @@ class Trainable(nn.Module, ABC):
                     with file.open("rb") as opened:
                         digest.update(hashlib.file_digest(opened, "sha256").digest())
             for name, tensor in sorted(self.get_submodule(module).state_dict().items()):
-                whole = (
-                    tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-                )  # shards of several processes
+                # shards of several processes are gathered
+                whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
                 digest.update(f"{module}.{name} {whole.dtype} {tuple(whole.shape)}".encode())
                 digest.update(whole.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:32]
@@ -225,7 +224,7 @@ class Trainable(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class Preset:
-    """The settings of a published entry point, as changes of a family's own."""
+    """The sampler settings of a published entry point, as changes of the family's defaults."""
 
     summary: str
     draw: Mapping[str, Any]
@@ -246,8 +245,8 @@ class UnifiedModel(Trainable, Generic[S]):
     presets: ClassVar[Mapping[str, Preset]] = {}
 
     def defaults(self, sample: Sample | None = None, preset: str = "") -> S:
-        """The settings that suit a request: those of edits where it shows ``sources``, as far as the model has any; or
-        those of ``preset`` for such a request."""
+        """The default settings of a request: ``edits``, if the model has them and the request has edit sources; or
+        those of a ``preset``. Raises ``ValueError`` for an unknown preset and for one that changes the config."""
         edits = sample is not None and bool(sources(sample))
         if preset:
             named = self.preset(preset)
@@ -273,15 +272,14 @@ class UnifiedModel(Trainable, Generic[S]):
         return score(self.predict(batch, noise), batch, self.counts(batch))
 
     def forward(self, batch: Batch, noise: Noise, objective: Objective = score) -> Losses:
-        """The losses that ``objective`` makes of the predictions. Sharded weights are whole here only, so the
-        objective runs inside."""
+        """The losses that ``objective`` computes from the predictions. It runs inside the forward, the only place where
+        sharded weights are gathered."""
         return objective(self.predict(batch, noise), batch, self.counts(batch))
 
     @abstractmethod
     def canvas(self, sample: Sample) -> tuple[int, int]:
-        """The (height, width) to draw for a request: the size it asks for, else that of the last picture of the
-        conversation (its source, or what was drawn before), else the model's own. Raises ``ValueError`` for a size that
-        cannot be drawn."""
+        """The (height, width) of the picture that a request asks for: the requested size, else that of the last picture
+        of the conversation, else the model's default. Raises ``ValueError`` for a size that is not supported."""
 
     @abstractmethod
     def open(self) -> Context:
@@ -318,8 +316,7 @@ class UnifiedModel(Trainable, Generic[S]):
         return None
 
     def planned(self, sample: Sample, plan: str) -> Sample:
-        """The request for a picture with a plan that the model has generated for it: the plan stands in the open turn,
-        before the picture."""
+        """The request with the plan that the model generated for it, in the open turn before the picture."""
         *before, turn = sample.messages
         return replace(sample, messages=(*before, replace(turn, parts=(Text(plan), *turn.parts))))
 
@@ -328,7 +325,7 @@ class UnifiedModel(Trainable, Generic[S]):
         return self.tokenizer.decode(ids)
 
     def prepare(self, sample: Sample, settings: S, seed: int) -> Sample:
-        """The request as it is laid out with these settings and this seed; in most families as it is."""
+        """The request that is laid out for these settings and this seed; most families do not change it."""
         return sample
 
     def lay_out_picture(self, image: Image) -> tuple[Segment, ...]:

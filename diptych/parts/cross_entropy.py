@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head without the whole matrix of logits."""
+"""Cross-entropy of a linear head that never holds the whole matrix of logits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LOGITS, ROWS = 2**24, 1024  # logits at a time in training: 64 MB of float32, bu
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are taken on the way forward, while a chunk's logits exist; so nothing is computed twice."""
+    """Computes gradients in the forward pass, while a chunk's logits exist, so that nothing is computed twice."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, rows):
