@@ -285,7 +285,8 @@ def load(
     ``revision``  branch, tag or commit of a model of the hub
     ``changes``   leaves of the settings that are changed, by dotted path
 
-    Tensors go one by one onto the device. Strict: missing, unknown and misshapen tensors are an error that lists them.
+    Tensors go one by one onto the device; on a CPU large ones of the file's own dtype stay mapped.
+    Strict: missing, unknown and misshapen tensors are an error that lists them.
     """
     import torch
 

@@ -17,6 +17,7 @@ import diptych
 from diptych import cli
 from diptych.core.sample import Sample, user
 from diptych.models import store, table
+from diptych.models.published import folder as folder_module
 from diptych.models.published import part_weights
 from diptych.models.published.folder import Tensors
 from diptych.models.published.key_map import export
@@ -468,3 +469,24 @@ def test_what_a_layout_cannot_say_is_an_error(tiny_model, family, tmp_path):
     coder = store.create("autoencoder", table.config("autoencoder/tiny"), Tokenizer.tiny())
     with pytest.raises(ValueError, match="family 'autoencoder' has no published format"):
         store.save(coder, tmp_path / "z", published=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what a process maps")
+def test_large_tensors_of_the_files_own_dtype_are_mapped_and_the_file_is_never_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_module, "MAPPED", 1024)
+    file = published.write("bagel", tmp_path / "m") / "ema.safetensors"
+    before = file.read_bytes()
+
+    def mapped(tensor) -> bool:
+        lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(file))]
+        ranges = [line[0].split("-") for line in lines]
+        return any(int(a, 16) <= tensor.data_ptr() < int(b, 16) for a, b in ranges)
+
+    model = store.load(tmp_path / "m")
+    large, small = model.decoder.embed_tokens.weight, model.decoder.layers[0].input_layernorm[0].weight
+    assert mapped(large) and not mapped(small) and small.nbytes < 1024 <= large.nbytes
+    with torch.no_grad():
+        large.zero_()
+    assert not large.any() and file.read_bytes() == before
+    half = torch.bfloat16 if large.dtype == torch.float32 else torch.float32
+    assert not mapped(store.load(tmp_path / "m", dtype=half).decoder.embed_tokens.weight)

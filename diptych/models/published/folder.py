@@ -157,6 +157,9 @@ def read_json(path: Path) -> dict:
     return row
 
 
+MAPPED = 2**20  # bytes from which a tensor stays mapped; smaller ones are copied to addresses that kernels prefer
+
+
 class Tensors:
     """The tensors of a safetensors file, or of the shards that an index lists, read one at a time.
 
@@ -314,13 +317,15 @@ def _assign(
     dtype: torch.dtype | None,
     share: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> None:
-    """Replaces the model's empty tensor by a copy of ``tensor``, or of this process's share of it."""
+    """Replaces the model's empty tensor by a copy of ``tensor``, or of this process's share of it. On a CPU a large
+    tensor of the right dtype is not copied: it stays a private mapping of the file, which writes do not reach."""
     path, _, leaf = name.rpartition(".")
     if share:
         tensor = share(tensor, getattr(model.get_submodule(path), leaf))
     tensor = tensor.to(device) if device.type != "cpu" else tensor
     wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-    tensor = tensor.to(wanted, copy=device.type == "cpu").contiguous()
+    copied = device.type == "cpu" and (share is not None or tensor.nbytes < MAPPED)
+    tensor = tensor.to(wanted, copy=copied).contiguous()
     model.get_submodule(path).load_state_dict({leaf: tensor}, strict=False, assign=True)
 
 
