@@ -83,10 +83,10 @@ def make_edit(rng: np.random.Generator, split: str, size: int) -> Made:
     edit, side = random_edit(rng), random_size(rng)
     ground = random_ground(rng, split, side, inks(edit.before) + inks(edit.after))
     seed = int(rng.integers(1 << 32))  # the same noise before and after
-    before, after = (
-        Image(shapes.render_on(np.random.default_rng(seed), ground, scene, side), role)
-        for scene, role in ((edit.before, "condition"), (edit.after, "target"))
-    )
+    pictures = [
+        shapes.render_on(np.random.default_rng(seed), ground, scene, side) for scene in (edit.before, edit.after)
+    ]
+    before, after = Image(pictures[0], "condition"), Image(pictures[1], "target")
     return (user(before, edit.text), assistant(after)), edit.to_json() | canvas_info(ground, side)
 
 
