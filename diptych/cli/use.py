@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -94,15 +96,14 @@ def generate(
         return
     size = drawing.check()
     engine = loading.load()
-    how = planning.given(engine) | sampling.given(engine)
-    save_pictures(drawing, engine.generate(str(prompt), drawing.n, size, drawing.seed, **how))
+    options = planning.given(engine) | sampling.given(engine)
+    with step_bar() as on_step:
+        pictures = engine.generate(str(prompt), drawing.n, size, drawing.seed, on_step=on_step, **options)
+    save_pictures(drawing, pictures)
 
 
 def generate_prompts(loading: Loading, prompts: Path, shard: str | None, drawing: Drawing, sampling: Sampling) -> None:
     """Draws this shard of a file of prompts and prints the file that lists its pictures."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from diptych.generation.offline import generate_file, read_prompts
     from diptych.machine.processes import share
 
@@ -111,8 +112,7 @@ def generate_prompts(loading: Loading, prompts: Path, shard: str | None, drawing
         raise ValueError(f"with --prompts, --out is a folder, not {str(drawing.out)!r}")
     read_prompts(prompts)  # a file that cannot be read is refused before a model is loaded
     engine = loading.load()
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("drawing")
+    with step_bar() as on_step:
         listed = generate_file(
             engine,
             prompts,
@@ -122,9 +122,20 @@ def generate_prompts(loading: Loading, prompts: Path, shard: str | None, drawing
             drawing.seed,
             part,
             settings=sampling.given(engine),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=on_step,
         )
     print(json.dumps({"list": str(listed)}) if drawing.as_json else listed)
+
+
+@contextmanager
+def step_bar() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on the terminal, and the function (done, total) that moves it."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("drawing", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def edit(
@@ -134,14 +145,19 @@ def edit(
     drawing: DrawingEdit,
     sampling: EditSampling,
     planning: Planning,
+    mask: Annotated[
+        Path | None, typer.Option("--mask", metavar="FILE", help="change only what is white, or transparent, here")
+    ] = None,
 ) -> None:
     """Change a picture by instruction."""
     size = drawing.check()
     if any(file.exists() and image.exists() and file.samefile(image) for file in drawing.files(drawing.n)):
         raise ValueError(f"--out would overwrite {image}, the picture to edit; name another file")
     engine = loading.load()
-    how = planning.given(engine) | sampling.given(engine)
-    save_pictures(drawing, engine.edit(image, instruction, drawing.n, size, drawing.seed, **how))
+    options = planning.given(engine) | sampling.given(engine) | {"mask": mask}
+    with step_bar() as on_step:
+        pictures = engine.edit(image, instruction, drawing.n, size, drawing.seed, on_step=on_step, **options)
+    save_pictures(drawing, pictures)
 
 
 def save_pictures(drawing: Drawing, pictures: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from diptych.core.errors import nearest
 from diptych.core.sample import Image, Message, Sample, sample_from_json, user
-from diptych.data.decoding import PictureSource, open_picture
+from diptych.data.decoding import PictureSource, open_mask, open_picture
 from diptych.generation.events import Answer, Event, Picture, Pictures
 from diptych.generation.prefix_cache import PrefixCache
 from diptych.generation.scheduler import ImageJob, ImageRequest, Job, Scheduler, Size, TextJob, TextRequest
@@ -26,6 +26,7 @@ from diptych.machine import devices
 from diptych.models import store
 from diptych.models.protocol import Settings, UnifiedModel
 from diptych.models.sizes import Sizes, parse_size
+from diptych.parts.images import keep_outside
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 Messages = str | Sequence[Message | Mapping[str, Any]]
 Prompt = str | Sequence[str]
 Seed = int | None  # None: a random one, which the result holds
+OnStep = Callable[[int, int], None]  # called with (steps done, steps in all), summed over the pictures
 SizeLike = int | str | Sequence[int]  # 64, "64x48" or (64, 48): width, then height
 ALIASES = {  # names in other libraries -> the argument here
     "height": "size=(width, height)",
@@ -113,6 +115,7 @@ class Way:
     think: bool | Think = False
     preset: str = ""
     changes: Mapping[str, Any] = field(default_factory=dict)
+    on_step: OnStep | None = None
 
 
 class Engine:
@@ -271,6 +274,7 @@ class Engine:
         negative_prompt: str = "",
         think: bool | Think = False,
         preset: str = "",
+        on_step: OnStep | None = None,
         **settings: Any,
     ) -> Pictures | list[Pictures]:
         """``n`` pictures of a prompt, or of each of a list of prompts, which are drawn in one batch.
@@ -279,12 +283,12 @@ class Engine:
         i of a prompt has the seed ``seed + i``; a seed of None is random. Guidance moves away from
         ``negative_prompt``. With ``think`` the model first writes a plan (``Pictures.reasoning``) and draws from it; a
         ``Think`` says how. ``preset`` names settings of ``model.presets``, and ``settings`` are fields of
-        ``model.settings`` that change them."""
+        ``model.settings`` that change them. ``on_step`` is called after every denoising step, for a progress bar."""
         if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
             raise ValueError(f"prompt must be a text or a list of texts, not {type(prompt).__name__}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         samples = [Sample("prompt", (user(_text(p, "prompt")),)) for p in prompts]
-        drawn = self._pictures(samples, n, size, seed, Way(negative_prompt, think, preset, settings))
+        drawn = self._pictures(samples, n, size, seed, Way(negative_prompt, think, preset, settings, on_step))
         return drawn[0] if isinstance(prompt, str) else drawn
 
     def edit(
@@ -297,16 +301,30 @@ class Engine:
         negative_prompt: str = "",
         think: bool | Think = False,
         preset: str = "",
+        mask: str | Path | bytes | PIL.Image.Image | None = None,
+        on_step: OnStep | None = None,
         **settings: Any,
     ) -> Pictures:
         """``n`` edits of one picture or of several together. ``size`` defaults to the trained size nearest to that of
-        the last edit source; the other arguments are those of ``generate``."""
+        the last edit source; the other arguments are those of ``generate``.
+
+        With ``mask`` the first source is kept where the mask is black, or opaque where it has transparency
+        (``diptych.data.decoding.open_mask``). Raises ``ValueError`` for a mask of another size."""
         many = list(images) if isinstance(images, list | tuple | Pictures) else [images]
         if not many:
             raise ValueError("edit needs at least one picture")
         sources = [Image(_pixels(image), "condition") for image in many]
         sample = Sample("edit", (user(*sources, _text(instruction, "instruction")),))
-        return self._pictures([sample], n, size, seed, Way(negative_prompt, think, preset, settings))[0]
+        region = None if mask is None else open_mask(mask, "mask")
+        if region and region.size != (first := sources[0].pixels).size:
+            raise ValueError(
+                f"mask is {region.width}x{region.height} and the first picture {first.width}x{first.height}"
+            )
+        way = Way(negative_prompt, think, preset, settings, on_step)
+        pictures = self._pictures([sample], n, size, seed, way)[0]
+        if region is None:
+            return pictures
+        return replace(pictures, images=[keep_outside(region, sources[0].pixels, i) for i in pictures.images])
 
     def _pictures(
         self,
@@ -330,7 +348,7 @@ class Engine:
         seeds = [*range(first, first + n)] * len(samples)
         requests = [sample for sample in samples for _ in range(n)]
         negative, think = _text(way.negative_prompt, "negative_prompt"), self.thinking(way.think, way.preset)
-        drawn = self.draw(requests, seeds, canvas, chosen, negative_prompt=negative, think=think)
+        drawn = self.draw(requests, seeds, canvas, chosen, negative_prompt=negative, think=think, on_step=way.on_step)
         return [
             Pictures(
                 [d.image for d in group],
@@ -439,6 +457,7 @@ class Engine:
         batch_size: int = 32,
         negative_prompt: str = "",
         think: Think | None = None,
+        on_step: OnStep | None = None,
     ) -> list[Picture]:
         """One picture per sample, whose last message is the user's, each with its own seed; ``size`` is (width,
         height) in pixels.
@@ -449,18 +468,23 @@ class Engine:
             ImageRequest(s, seed, size, settings or self.model.defaults(s), negative_prompt, think=think)
             for s, seed in zip(samples, seeds, strict=True)
         ]
-        jobs = self._run(requests, batch_size)
+        jobs = self._run(requests, batch_size, on_step)
         return [
             Picture(j.image, j.request.sample.prompt, j.request.seed, j.parameters, j.plan or "", self.name)
             for j in jobs
             if isinstance(j, ImageJob) and j.image
         ]
 
-    def _run(self, requests: Sequence[TextRequest | ImageRequest], slots: int) -> list[Job]:
+    def _run(
+        self, requests: Sequence[TextRequest | ImageRequest], slots: int, on_step: OnStep | None = None
+    ) -> list[Job]:
         scheduler = Scheduler(self.model, self.prefixes, slots)
         jobs = [scheduler.submit(request) for request in requests]
         while not scheduler.idle:
             scheduler.tick()
+            drawings = [j.drawing for j in jobs if isinstance(j, ImageJob) and j.drawing]
+            if on_step and drawings:
+                on_step(sum(d.step for d in drawings), len(jobs) * drawings[0].steps)
         return jobs
 
     # ---- requests -----------------------------------------------------------------------------------------------

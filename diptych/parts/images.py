@@ -191,6 +191,11 @@ def png_bytes(image: PIL.Image.Image, compress_level: int = 6) -> bytes:
     return file.getvalue()
 
 
+def keep_outside(region: PIL.Image.Image, source: PIL.Image.Image, edited: PIL.Image.Image) -> PIL.Image.Image:
+    """The edited picture where the mask ``region`` is white, and the source, resized to it, where the mask is black."""
+    return PIL.Image.composite(edited, source.resize(edited.size), region.resize(edited.size))
+
+
 def data_uri(image: PIL.Image.Image | bytes, media: str = "image/png") -> str:
     """A picture as a data URI: a PNG of it, or the bytes of a file of the media type ``media``."""
     data = image if isinstance(image, bytes) else png_bytes(image)

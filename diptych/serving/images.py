@@ -17,6 +17,7 @@ from diptych.core.sample import Image, Sample, user
 from diptych.data.decoding import open_mask
 from diptych.generation.events import ImageDone, ImagePreview, ReasoningDelta, Stop
 from diptych.generation.scheduler import ImageRequest
+from diptych.parts.images import keep_outside
 from diptych.serving.forms import FILE_SCHEMA, check_form, form_body
 from diptych.serving.pictures import base64_text, decode, encode
 from diptych.serving.schemas import EditsRequest, ImagesRequest
@@ -101,8 +102,7 @@ class PictureRequest:
 
     def _file(self, image: PIL.Image.Image) -> bytes:
         if self.mask is not None and self.first_source is not None:
-            kept = self.first_source.resize(image.size)
-            image = PIL.Image.composite(image, kept, self.mask.resize(image.size))
+            image = keep_outside(self.mask, self.first_source, image)
         return encode(image, self.body.output_format, self.body.output_compression)
 
     async def _follow(self, call: Call) -> AsyncIterator[tuple[int, ImagePreview | Stop, bytes]]:

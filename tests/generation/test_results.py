@@ -87,3 +87,18 @@ def test_a_generated_picture_is_a_picture_argument(engine, pictures):
 def test_an_unknown_setting_names_the_right_one(engine, settings, hint):
     with pytest.raises(ValueError, match=hint):
         engine.generate("x", **settings)
+
+
+def test_a_mask_keeps_the_source_and_every_step_is_reported(engine):
+    source = PIL.Image.effect_noise((32, 32), 80).convert("RGB")
+    mask = PIL.Image.new("L", source.size)
+    mask.paste(255, (0, 0, 16, 32))
+    few, steps = {"num_inference_steps": 2, "size": 32, "n": 2}, []
+    free = engine.edit(source, "make it blue", **few)
+    kept = engine.edit(source, "make it blue", mask=mask, on_step=lambda *done: steps.append(done), **few)
+    for a, b in zip(free.images, kept.images, strict=True):
+        left, right = np.split(np.asarray(b), 2, axis=1)
+        assert np.array_equal(left, np.asarray(a)[:, :16]) and np.array_equal(right, np.asarray(source)[:, 16:])
+    assert steps == [(2, 4), (4, 4)]
+    with pytest.raises(ValueError, match="mask is 8x8 and the first picture 32x32"):
+        engine.edit(source, "x", mask=mask.resize((8, 8)), **few)
