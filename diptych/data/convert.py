@@ -179,7 +179,8 @@ def _each(file: Path, turns: Callable[[Any], tuple[Message, ...]]) -> Iterator[M
 
 
 def bagel_t2i(file: Path) -> Iterator[Made]:
-    """BAGEL's ``t2i`` parquet: ``image`` bytes and ``captions``, JSON of captions by name; one is used."""
+    """BAGEL's ``t2i`` parquet: ``image`` bytes and ``captions``, JSON of captions by name. Every visit of a training
+    draws one."""
     for where, cells in _parquet_rows(file, ("image", "captions")):
         try:
             captions, data = cells["captions"], _picture_bytes(cells["image"])
@@ -191,7 +192,8 @@ def bagel_t2i(file: Path) -> Iterator[Made]:
             name = where.replace(":row ", "-")
             caption = texts[bits(name, "caption") % len(texts)]
             picture = f"{Path(name).name}.{_suffix(data)}"
-            sample = Sample(Path(name).name, (user(caption), assistant(Image(picture, "target"))))
+            info = {"wordings": {"0": texts}} if len(texts) > 1 else {}
+            sample = Sample(Path(name).name, (user(caption), assistant(Image(picture, "target"))), info)
             yield ConvertedRow(sample, {picture: data})
         except ValueError as error:
             yield f"{where}: {error}"
@@ -199,7 +201,7 @@ def bagel_t2i(file: Path) -> Iterator[Made]:
 
 def bagel_edit(file: Path) -> Iterator[Made]:
     """BAGEL's ``unified_edit`` parquet: ``image_list`` (bytes) and ``instruction_list`` (wordings of each
-    edit; one is used). A chain of edits, each of the previous picture."""
+    edit). A chain of edits, each of the previous picture; every visit of a training draws wordings and a part of it."""
     for where, cells in _parquet_rows(file, ("image_list", "instruction_list")):
         try:
             images = [_picture_bytes(held) for held in cells["image_list"] or ()]
@@ -215,7 +217,8 @@ def bagel_edit(file: Path) -> Iterator[Made]:
                 instruction = words[bits(name, "wording", k) % len(words)]
                 source = (Image(names[0], "condition"),) if k == 0 else ()
                 messages += [user(*source, instruction), assistant(Image(names[k + 1], "target"))]
-            yield ConvertedRow(Sample(name, tuple(messages)), dict(zip(names, images, strict=True)))
+            info = {"chain": True, "wordings": {str(2 * k): words for k, words in enumerate(wordings)}}
+            yield ConvertedRow(Sample(name, tuple(messages), info), dict(zip(names, images, strict=True)))
         except ValueError as error:
             yield f"{where}: {error}"
 

@@ -28,6 +28,7 @@ from diptych.core.sample import Sample
 from diptych.core.tensors import NONE
 from diptych.data.mixture import BUFFER, Draw, Mixture, Order, Source, uniform
 from diptych.data.reading import COUNTS, Counts, whole_files
+from diptych.data.variants import varied
 from diptych.data.workers import read_ahead
 
 LayOut = Callable[..., Layout]  # lay_out(sample, drop=frozenset of conditions): a family's, or any function
@@ -76,6 +77,7 @@ class LoaderConfig:
                   each segment of condition A is left out, by a draw of its own (BAGEL: ``text*``)
     ``order``     of the rows of each data set: ``global`` (shuffled as a whole) or ``shards`` (see data/mixture.py)
     ``buffer``    rows of a shuffled window of the order ``shards``
+    ``reading``   data set -> the size rule at which its pictures are read (``Image.reading``)
     """
 
     weights: Mapping[str, float]
@@ -87,6 +89,7 @@ class LoaderConfig:
     dropout: Mapping[str, float] = field(default_factory=dict)
     order: Order = "global"
     buffer: int = BUFFER
+    reading: Mapping[str, str] = field(default_factory=dict)
 
 
 class Bad(NamedTuple):
@@ -195,6 +198,10 @@ class Stream:
             except (ValueError, OSError) as error:  # what sources raise for rows and pictures that cannot be read
                 return Bad(name, str(error))
         sample = replace(sample, id=f"{draw.source}/{sample.id}")
+        with _naming(f"while varying sample {sample.id!r} (row {draw.index} of data set {draw.source!r})"):
+            sample = varied(sample, self.plan.seed, "variant", self.mixture.stream, draw.number)
+        if reading := self.plan.reading.get(draw.source):
+            sample = sample.map_images(lambda image: replace(image, reading=reading))
         drop = self._drop(sample, draw)
         with _naming(f"while laying out sample {sample.id!r} (row {draw.index} of data set {draw.source!r})"):
             sequence = self.lay_out(sample, drop=drop)
@@ -380,7 +387,7 @@ class Loader:
         number of rows that the ranks cannot share; or streams of another rank missing (see ``merge_states``).
         """
         now = _plain(self.plan, self.lengths)
-        saved = {"order": "global", "buffer": BUFFER} | state["plan"]
+        saved = {"order": "global", "buffer": BUFFER, "reading": {}} | state["plan"]
         longer = [n for n, length in self.lengths.items() if length > saved["lengths"].get(n, length)]
         for name in now:
             if name == "lengths" and longer and now[name] == saved[name] | {n: self.lengths[n] for n in longer}:

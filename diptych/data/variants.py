@@ -1,9 +1,17 @@
-"""What a row of training data may be on one visit: one of its wordings, a part of its chain of edits."""
+"""What a row of training data is on one visit: one of its wordings, a part of its chain of edits.
+
+``Sample.info`` has the choices, as ``diptych data convert`` writes them. ``wordings`` maps the number of a message ->
+texts, one of which is put into the message. ``chain`` marks the row as a chain of edits, of which a visit shows a part
+(BAGEL, arXiv 2505.14683).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from diptych.core.sample import Image, Message, Sample, Text, assistant, user
+from diptych.data.mixture import bits, uniform
 
 
 @dataclass(frozen=True)
@@ -44,3 +52,35 @@ def edit_chains(pictures: int) -> Iterator[tuple[Chain, float]]:
             yield Chain(start, steps, pairs), p / 2
             kept = steps if end < pictures - 1 else steps[:1]
             yield Chain(start, kept, ((start, kept[-1] + 1),), joined=True), p / 2
+
+
+def varied(sample: Sample, *address: object) -> Sample:
+    """The sample as the visit at this address shows it. Raises ``ValueError`` for an ``info`` that does not fit."""
+    messages = list(sample.messages)
+    for key, texts in dict(sample.info.get("wordings") or {}).items():
+        at = int(key)
+        if not (0 <= at < len(messages) and isinstance(texts, list) and all(isinstance(t, str) for t in texts)):
+            raise ValueError(f"info.wordings: {key!r} must be a message's number with a list of texts")
+        chosen = texts[bits(*address, "wording", key) % len(texts)]
+        parts = tuple(replace(p, text=chosen) if isinstance(p, Text) else p for p in messages[at].parts)
+        messages[at] = replace(messages[at], parts=parts)
+    varied_sample = replace(sample, messages=tuple(messages))
+    return _part_of_chain(varied_sample, uniform(*address, "chain")) if sample.info.get("chain") else varied_sample
+
+
+def _part_of_chain(sample: Sample, draw: float) -> Sample:
+    """The part of a chain that a number in [0, 1) chooses. Raises ``ValueError`` for a sample that is no chain."""
+    pictures = list(sample.images())
+    texts = [p.text for m in sample.messages for p in m.parts if isinstance(p, Text)]
+    if len(pictures) != len(texts) + 1:
+        raise ValueError(f"info.chain: {len(pictures)} pictures and {len(texts)} texts are no chain of edits")
+    total = 0.0
+    for part, probability in edit_chains(len(pictures)):
+        chain, total = part, total + probability
+        if draw < total:
+            break
+    messages: list[Message] = []
+    for k, ((source, target), text) in enumerate(zip(chain.pairs, chain.text(texts), strict=True)):
+        shown: tuple[Image, ...] = () if k else (replace(pictures[source], role="condition"),)
+        messages += [user(*shown, text), assistant(replace(pictures[target], role="target"))]
+    return replace(sample, messages=tuple(messages))

@@ -198,7 +198,7 @@ class _Job:
         named = {name: p for part in parts.values() for name, p in part.items()}
         names = {id(p): name for name, p in named.items()}
         state.optimizers = optim.build(model, parts, rates, stage.optimizer, recipe.precision)
-        state.average = Average(named, stage.ema) if stage.ema else None
+        state.average = Average(named, stage.ema, stage.ema_warmup) if stage.ema else None
         if saved:
             checkpoint.load(saved, _tensors(state))
             checkpoint.restore_optimizer(state.optimizers, names, saved, "optimizer.")

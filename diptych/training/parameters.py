@@ -92,11 +92,12 @@ def _set_modes(module: nn.Module, parent: bool) -> None:
 
 
 class Average:
-    """Exponential moving average of the trained parameters, in float32 and with their sharding. The decay warms up, so
-    that the initial weights do not dominate short runs: decay = min(decay, (1 + step) / (10 + step))."""
+    """Exponential moving average of the trained parameters, in float32 and with their sharding. With ``warmup`` the
+    initial weights do not dominate short runs: decay = min(decay, (1 + step) / (10 + step)). Without, the decay is the
+    same in every step: the share of the initial weights after s steps is decay ** s."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
-        self.decay, self.steps = decay, 0
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float, warmup: bool = True) -> None:
+        self.decay, self.warmup, self.steps = decay, warmup, 0
         self.shadow = {n: p.detach().clone().float() for n, p in parameters.items()}
         self.live = dict(parameters)
 
@@ -104,7 +105,7 @@ class Average:
     def update(self) -> None:
         """Moves the averages towards the present weights; called after every optimizer step."""
         self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.warmup else self.decay
         shadow, live = ([local(t) for t in ts] for ts in (self.shadow.values(), (self.live[n] for n in self.shadow)))
         torch._foreach_lerp_(shadow, [p.float() for p in live], 1 - decay)
 

@@ -37,7 +37,16 @@ CHANGEABLE = (  # what a resumed run may change; * stands for one part of a path
     "stages.*.optimizer.clip",
     "stages.*.optimizer.weight_decay",
 )
-FREE = ("data", "train", "loss", "dropout", "init", "folders", "lora")  # mappings of a recipe whose keys are the user's
+FREE = (
+    "data",
+    "train",
+    "loss",
+    "dropout",
+    "reading",
+    "init",
+    "folders",
+    "lora",
+)  # mappings of a recipe whose keys are the user's
 
 
 @dataclass(frozen=True)
@@ -146,7 +155,9 @@ class Stage:
     ``train`` maps part name -> learning rate; a part that is not named is frozen, in eval mode and without optimizer
     state. ``data`` maps data set name -> weight (of samples). ``loss`` maps loss term -> weight. ``dropout`` maps a
     condition ("text", "image") -> how often a sample that draws is laid out without it, for guidance; "image|text" is
-    how often a sample that lost its text loses its pictures too.
+    how often a sample that lost its text loses its pictures too, and "text*" how often each text is left out, by a
+    draw of its own. ``reading`` maps a data set -> the size rule at which its pictures are read (BAGEL:
+    ``Config.seen``); the model's own for others.
     ``self_condition`` says what a picture without words is drawn from; by default from nothing.
     """
 
@@ -161,13 +172,17 @@ class Stage:
     limits: Limits = Limits()
     dropout: dict[str, float] = field(default_factory=dict)
     ema: float | None = None  # decay of the weight average that the stage hands on, or that is released
+    ema_warmup: bool = True  # the decay rises to ``ema``; False: it is ``ema`` from the first step on
     self_condition: SelfCondition | None = None
+    reading: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"stage {self.name!r} needs at least one step, not {self.steps}")
         if not self.train:
             raise ValueError(f"stage {self.name!r} trains nothing; name at least one part in 'train'")
+        if unknown := sorted(self.reading.keys() - self.data.keys()):
+            raise ValueError(f"stage {self.name!r}: reading names {unknown[0]!r}, which is not among its data")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ def stage_loader(recipe: Recipe, stage: Stage, model: Trainable, sources: Source
         recipe.seed + 7919 * recipe.stages.index(stage),
         recipe.streams,
         dropout=stage.dropout,
+        reading=stage.reading,
         order=recipe.order,
         buffer=recipe.buffer,
     )

@@ -329,6 +329,17 @@ def test_the_average_is_its_closed_form():
         assert float(average.shadow["p"]) == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_plain_average_keeps_the_share_of_its_start():
+    """Without warm-up, as published: after s steps the start weighs decay ** s."""
+    p = nn.Parameter(torch.tensor([1.0]))
+    average = Average({"p": p}, 0.99, warmup=False)
+    with torch.no_grad():
+        p.fill_(0.0)
+    for _ in range(70):
+        average.update()
+    assert float(average.shadow["p"]) == pytest.approx(0.99**70, rel=1e-5)
+
+
 def test_what_is_released_is_the_average_of_what_was_trained():
     model = tiny.model("bagel")
     head = by_part(model)["head"]
