@@ -228,8 +228,8 @@ class Loading:
         """The engine of the model that the options name. Raises ``ValueError`` as ``diptych.load``."""
         from diptych.generation.engine import load
 
-        how = (self.device, self.dtype, self.base, self.quantize, self.preset, config_changes(self.config))
-        return load(self.model, *how)
+        options = (self.device, self.dtype, self.base, self.quantize, self.preset, config_changes(self.config))
+        return load(self.model, *options)
 
 
 @dataclasses.dataclass(frozen=True)

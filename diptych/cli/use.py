@@ -246,7 +246,8 @@ class Chat:
             self.show(rest)
         elif command == "/draw":
             seed = self.answering.seed + self.saved
-            print(self.save(self.engine.generate(rest, seed=seed, think=self.answering.think).images[0]))
+            [picture] = self.engine.generate(rest, seed=seed, think=self.answering.think)
+            print(self.save(picture.image, picture.describe()))
         elif command.startswith("/"):
             print(f"unknown command {command}; there are /image, /draw, /new, /quit")
         elif line:
@@ -283,13 +284,13 @@ class Chat:
         print()
         self.messages, self.shown = [*asked, Message("assistant", (*answer, Text(text)))], []
 
-    def save(self, image: Any) -> Path:
+    def save(self, image: Any, parameters: dict[str, Any] | None = None) -> Path:
         """Writes the next picture, under the first number that is free, and returns its file."""
         from diptych.data.written import save_picture
 
         numbered = (self.folder / f"picture-{number:03d}.png" for number in count(self.saved))
         file = next(file for file in numbered if not file.exists())
-        save_picture(image, file)
+        save_picture(image, file, parameters)
         self.saved += 1
         return file
 

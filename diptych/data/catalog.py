@@ -302,15 +302,15 @@ def sources(
     from diptych.data.worlds import embedded
 
     entries, folders = read_catalog(catalog) if catalog is not None else {}, folders or {}
-    made = None if encoded is None else address(encoded)
+    folder = None if encoded is None else address(encoded)
     opened: dict[str, Source] = {}
     for wanted in names:
         name, cut, n = wanted.rpartition("#") if wanted not in entries else (wanted, "", "")
         name = name or wanted
-        kept = next((k for k in (wanted, name) if made is not None and precomputed.there(made / k)), None)
+        kept = next((k for k in (wanted, name) if folder is not None and precomputed.there(folder / k)), None)
         whole = name.removesuffix(PICTURES) if name not in entries else name
         if kept is not None:
-            opened[wanted] = precomputed.encoded(kept, (made or Path()) / kept, origin(name, entries, size, folders))
+            opened[wanted] = precomputed.encoded(kept, (folder or Path()) / kept, origin(name, entries, size, folders))
             cut = cut if kept == name else ""
         elif whole in folders:
             opened[wanted] = _warned(readers.images(whole, address(folders[whole])))

@@ -301,10 +301,10 @@ def _encode(
 
 
 def _add(
-    tar: tarfile.TarFile, key: str, sample: Sample, made: list[dict[str, Tensor]], lay_out: Callable[[Sample], Any]
+    tar: tarfile.TarFile, key: str, sample: Sample, encoded: list[dict[str, Tensor]], lay_out: Callable[[Sample], Any]
 ) -> None:
     """Writes a sample; pixels go where laying out does without them."""
-    encodings = iter(made)
+    encodings = iter(encoded)
     filled = [replace(image, encoded=next(encodings)) for image in sample.images()]
     bare = [replace(i, image=None, size=i.pixels.size) if i.encoded else i for i in filled]
     if not _lays_out(sample, bare, lay_out):

@@ -199,8 +199,8 @@ def _facts(
         if features:
             waiting.append(picture or PIL.Image.new("RGB", (8, 8)))  # features of a row that is dropped: not compared
             if len(waiting) == BATCH or number == len(rows) - 1:
-                made = features(iter(waiting))
-                vectors.append((made / np.linalg.norm(made, axis=1, keepdims=True).clip(1e-12)).astype(np.float16))
+                values = features(iter(waiting))
+                vectors.append((values / np.linalg.norm(values, axis=1, keepdims=True).clip(1e-12)).astype(np.float16))
                 waiting.clear()
         progress(1)
     facts = {"reasons": np.array(reasons), "ids": np.array(ids), "exact": exact, "similar": similar}

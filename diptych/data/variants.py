@@ -28,8 +28,8 @@ class Chain:
 
     def text(self, instructions: list[str]) -> list[str]:
         """The text of every pair."""
-        said = [instructions[k] for k in self.steps]
-        return [" ".join(f"{text}." for text in said)] if self.joined else said
+        texts = [instructions[k] for k in self.steps]
+        return [" ".join(f"{text}." for text in texts)] if self.joined else texts
 
 
 def edit_chains(pictures: int) -> Iterator[tuple[Chain, float]]:

@@ -434,11 +434,11 @@ class _Maker:
             ]
         side = work.sides[benchmark.name]
         seeds = [item.seed for item in items]
-        how: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if self.answering.thinking and isinstance(self.engine, generation.Engine):
-            how["think"] = self.engine.thinking(True)
+            options["think"] = self.engine.thinking(True)
         size = (side, side) if side else None
-        pictures = self.engine.draw(samples, seeds, size, self.settings, self.batch_size, **how)
+        pictures = self.engine.draw(samples, seeds, size, self.settings, self.batch_size, **options)
         rows = []
         for item, picture in zip(items, pictures, strict=True):
             file = f"pictures/{item.id}.png"

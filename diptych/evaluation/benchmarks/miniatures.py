@@ -309,7 +309,7 @@ def _judge_composition(item: Item, image: PIL.Image.Image) -> Verdict:
 
 def _compose_scores(outcomes: Sequence[Outcome]) -> dict[str, Score]:
     stamp = "compose-mini@nearest"
-    scores = {f"{stamp}/{k}": share(of) for k, of in by_category(outcomes).items()}
+    scores = {f"{stamp}/{k}": share(group) for k, group in by_category(outcomes).items()}
     return {f"{stamp}/overall": share(outcomes)} | scores
 
 
