@@ -26,12 +26,16 @@ DROPOUT = {"text": 1e-4, "image|text": 0.5}  # of the published option files: re
 OPTIMIZER = Optimizer("adamw", betas=(0.9, 0.95), weight_decay=0.01, clip=1.0)
 
 
-def tiny(steps: int = 4000) -> Recipe:
+def tiny(steps: int = 12_000) -> Recipe:
     """OmniGen2 at a size that one CPU core trains. The reader is that of ``iomm/tiny``; it is frozen, like the released
     one. Edits and compositions cannot be drawn from words alone, so the references are learned. Words are dropped from
     one request in ten, and half of those lose their references too.
 
-    diptych train omnigen2/tiny --minutes 90
+    A drawing takes 11 ms of one core and a step has 66, so 12,000 steps take about two and a half hours. So many have
+    not been run yet (NOTES.md).
+
+    diptych train omnigen2/tiny --steps 2000
+    diptych train omnigen2/tiny --minutes 120
     """
     return Recipe(
         name="omnigen2/tiny",
