@@ -2,7 +2,7 @@
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell command -v $(p)),$(p))))
 BIN := .venv/bin
 # benchmarks that run on a CPU without arguments; compare.py compares their results
-BENCHMARKS := attention cheers_cost decode draw encoded evaluate folding int8 iomm_prefix presets serve tokenizer training data
+BENCHMARKS := attention cheers_cost decode draw encoded evaluate folding int8 iomm_prefix precision presets serve tokenizer training data
 
 .PHONY: demo test lint bench docs clean
 

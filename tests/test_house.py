@@ -538,7 +538,7 @@ def test_benchmarks_of_make_are_files():
     listed = re.search(r"^BENCHMARKS := (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
     assert all((ROOT / "benchmarks" / f"{benchmark}.py").is_file() for benchmark in listed)
     left_out = {p.stem for p in (ROOT / "benchmarks").glob("*.py")} - set(listed)
-    hours_or_gpus = {"at_scale", "caption_gap", "compare", "equal", "faults", "scale", "step_cache"}
+    hours_or_gpus = {"at_scale", "caption_gap", "compare", "equal", "faults", "large", "scale", "step_cache"}
     assert left_out == hours_or_gpus | {"common"}
 
 

@@ -66,11 +66,14 @@ class Parquet:
         """``file:row N``, counted from 1."""
         return f"{self.index.file(index)}:row {self._number(index)}"
 
-    def _cells(self, index: int) -> dict[str, Any]:
+    def _cells(self, index: int, *columns: str) -> dict[str, Any]:
+        """The values of the named columns that the file has. Bytes of pictures are copied here, so ask for few."""
         file, shard, row = self.index.place(index)
         table = _row_group(file, shard - self.index.first_shard(shard), COLUMNS[self.read])
         cells = {}
-        for column in table.column_names:
+        for column in columns:
+            if column not in table.column_names:
+                continue
             try:
                 cells[column] = table.column(column)[row].as_py()
             except ValueError as error:  # text that is not UTF-8, a time that Python cannot hold
@@ -79,7 +82,7 @@ class Parquet:
 
     def row(self, index: int) -> Sample:
         """The sample, its pictures by name."""
-        cells, where = self._cells(index), self.where(index)
+        cells, where = self._cells(index, "messages", "caption", "id"), self.where(index)
         number = self._number(index)
         default = str(number) if len(self.index.files) == 1 else f"{self.index.file(index).stem}/{number}"
         if self.read == "rows":
@@ -97,7 +100,7 @@ class Parquet:
     def data(self, index: int, reference: str) -> bytes:
         """The bytes in ``image``, or those of that picture in ``images``: by path, else by number (``"0"``), else,
         where one of them has no path, by position among the row's pictures."""
-        cells = self._cells(index)
+        cells = self._cells(index, "image", "images")
         if self.read != "rows":
             return _bytes(cells["image"], "image", reference)
         held = cells.get("images")

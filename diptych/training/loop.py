@@ -103,6 +103,8 @@ def train(
     contradict each other and for a stage without anything to learn; ``OSError`` for a full disk and a dead worker."""
     with processes(device, recipe.engine.timeout) as (rank, world), _asked_to_stop(stop) as asked:
         began = time.monotonic()
+        if device.startswith("cuda"):
+            torch.set_float32_matmul_precision("high")  # products that stay float32 use the tensor cores (TF32)
         run = agreed_folder(run, recipe)
         asked_for, recipe = recipe.precision, _settled(recipe, device, run if resume else None)
         together(lambda: _prepare(run, recipe, resume) if rank == 0 else None)
