@@ -170,6 +170,20 @@ def resume(
     show_run(release, as_json)
 
 
+def _next_command(release: Path) -> str:
+    """A command that works with what was trained: a model that draws, one that was taught to read, or a part alone."""
+    from diptych.models.protocol import UnifiedModel
+    from diptych.models.store import family_of
+
+    run, row = release.parent, json.loads((release.parent / "recipe.json").read_text())
+    trained = {part.split(".")[0] for stage in row["stages"] for part in stage["train"]}
+    family = family_of(release)
+    if not issubclass(family, UnifiedModel):
+        return f"diptych export {release} model"
+    draws = trained & {part.split(".")[0] for part in (*family.generation, "generation", "model")}
+    return f"diptych generate {run} 'a red circle'" if draws else f"diptych ask {run} picture.png 'what is in it?'"
+
+
 def show_run(release: Path, as_json: bool) -> None:
     """Where a finished run is, printed by the first of its processes."""
     from diptych.machine.processes import launched
@@ -179,7 +193,7 @@ def show_run(release: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"run": str(release.parent), "release": str(release)}))
     else:
-        print(f"done: {release}\ntry:  diptych generate {release.parent} 'a red circle'")
+        print(f"done: {release}\ntry:  {_next_command(release)}")
 
 
 def plan(

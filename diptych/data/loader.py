@@ -28,7 +28,7 @@ from diptych.core.sample import Sample
 from diptych.core.tensors import NONE
 from diptych.data.mixture import BUFFER, Draw, Mixture, Order, Source, uniform
 from diptych.data.reading import COUNTS, Counts, whole_files
-from diptych.data.variants import varied
+from diptych.data.variants import prompted, varied
 from diptych.data.workers import read_ahead
 
 LayOut = Callable[..., Layout]  # lay_out(sample, drop=frozenset of conditions): a family's, or any function
@@ -78,6 +78,8 @@ class LoaderConfig:
     ``order``     of the rows of each data set: ``global`` (shuffled as a whole) or ``shards`` (see data/mixture.py)
     ``buffer``    rows of a shuffled window of the order ``shards``
     ``reading``   data set -> the size rule at which its pictures are read (``Image.reading``)
+    ``prompts``   data set -> how its requests are worded (``variants.prompted``)
+    ``samples``   the most samples of a row; None: as many as fit
     """
 
     weights: Mapping[str, float]
@@ -90,6 +92,8 @@ class LoaderConfig:
     order: Order = "global"
     buffer: int = BUFFER
     reading: Mapping[str, str] = field(default_factory=dict)
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    samples: int | None = None
 
 
 class Bad(NamedTuple):
@@ -153,7 +157,7 @@ class Stream:
         while True:
             self._refill(skipped)
             fits = [p for p in self.pending if p.tokens <= tokens and p.pictures <= pictures]
-            if not fits:
+            if not fits or len(chosen) == self.plan.samples:
                 break
             best = fits[0] if fits[0] is self.pending[0] else max(fits, key=lambda p: p.tokens)
             self.pending.remove(best)
@@ -200,6 +204,8 @@ class Stream:
         sample = replace(sample, id=f"{draw.source}/{sample.id}")
         with _naming(f"while varying sample {sample.id!r} (row {draw.index} of data set {draw.source!r})"):
             sample = varied(sample, self.plan.seed, "variant", self.mixture.stream, draw.number)
+        if prompt := self.plan.prompts.get(draw.source):
+            sample = prompted(sample, prompt)
         if reading := self.plan.reading.get(draw.source):
             sample = sample.map_images(lambda image: replace(image, reading=reading))
         drop = self._drop(sample, draw)
@@ -387,7 +393,7 @@ class Loader:
         number of rows that the ranks cannot share; or streams of another rank missing (see ``merge_states``).
         """
         now = _plain(self.plan, self.lengths)
-        saved = {"order": "global", "buffer": BUFFER, "reading": {}} | state["plan"]
+        saved = {"order": "global", "buffer": BUFFER, "reading": {}, "prompts": {}, "samples": None} | state["plan"]
         longer = [n for n, length in self.lengths.items() if length > saved["lengths"].get(n, length)]
         for name in now:
             if name == "lengths" and longer and now[name] == saved[name] | {n: self.lengths[n] for n in longer}:

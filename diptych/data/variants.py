@@ -68,6 +68,21 @@ def varied(sample: Sample, *address: object) -> Sample:
     return _part_of_chain(varied_sample, uniform(*address, "chain")) if sample.info.get("chain") else varied_sample
 
 
+def prompted(sample: Sample, prompt: str) -> Sample:
+    """The sample with its request worded by ``prompt``, in which "{}" stands for the request's own text. A prompt
+    without "{}" is added to a request that has no text."""
+    at = sample.request_at
+    if at is None:
+        return sample
+    parts = sample.messages[at].parts
+    if "{}" in prompt:
+        parts = tuple(replace(p, text=prompt.replace("{}", p.text)) if isinstance(p, Text) else p for p in parts)
+    elif not any(isinstance(p, Text) for p in parts):
+        parts = (*parts, Text(prompt))
+    changed = replace(sample.messages[at], parts=parts)
+    return replace(sample, messages=(*sample.messages[:at], changed, *sample.messages[at + 1 :]))
+
+
 def _part_of_chain(sample: Sample, draw: float) -> Sample:
     """The part of a chain that a number in [0, 1) chooses. Raises ``ValueError`` for a sample that is no chain."""
     pictures = list(sample.images())

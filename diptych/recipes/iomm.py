@@ -181,7 +181,7 @@ def _stage(name: str, steps: int, s: Mapping[str, Any], batch: int, data: dict[s
         loss={"image": 1.0, "text": 0.0},
         optimizer=Optimizer(s["optimizer"], betas=(0.9, 0.95), weight_decay=0.0, clip=1.0),
         schedule=Schedule(warmup=1000),
-        limits=Limits(together * (600 + (resolution // 16) ** 2), 2 * together, rows // together),
+        limits=Limits(together * (600 + (resolution // 16) ** 2), 2 * together, rows // together, samples=together),
         dropout={"text": 0.1, "image": 0.1},
         ema=s["ema"],
         self_condition=SelfCondition(s["masked"]),
@@ -195,6 +195,67 @@ def b() -> Recipe:
     diptych train iomm/b --catalog my_data.yaml
     """
     return published("b")
+
+
+def b_pair_pair() -> Recipe:
+    """IOMM-B of the recipe study (section 4.3): pre-trained and tuned on pairs. Expect GenEval 0.86. ``catalog`` says
+    where "captions" (the pictures of pre-training with words) and "pairs" are.
+
+    diptych train iomm/b-pair-pair --catalog my_data.yaml
+    """
+    return _named("b-pair-pair", published("b", "pair", "pair"))
+
+
+def b_pair_mix() -> Recipe:
+    """IOMM-B of the recipe study: pre-trained on pairs, tuned on a mix of pairs and pictures.
+
+    diptych train iomm/b-pair-mix --catalog my_data.yaml
+    """
+    return _named("b-pair-mix", published("b", "pair", "mix"))
+
+
+def b_pair_image() -> Recipe:
+    """IOMM-B of the recipe study: pre-trained on pairs, tuned on pictures. Expect GenEval 0.78.
+
+    diptych train iomm/b-pair-image --catalog my_data.yaml
+    """
+    return _named("b-pair-image", published("b", "pair", "image"))
+
+
+def b_image_pair() -> Recipe:
+    """IOMM-B of the recipe study: pre-trained on pictures, tuned on pairs.
+
+    diptych train iomm/b-image-pair --catalog my_data.yaml
+    """
+    return _named("b-image-pair", published("b", "image", "pair"))
+
+
+def b_image_image() -> Recipe:
+    """IOMM-B of the recipe study: pre-trained and tuned on pictures alone. iomm/b is the sixth, tuned on the mix.
+
+    diptych train iomm/b-image-image --catalog my_data.yaml
+    """
+    return _named("b-image-image", published("b", "image", "image"))
+
+
+def b_1024() -> Recipe:
+    """IOMM-B tuned at 1024 pixels; goes on from runs/iomm-b, a run of iomm/b at 512.
+
+    diptych train iomm/b-1024 --catalog my_data.yaml
+    """
+    return _named("b-1024", published("b", resolution=1024, start="runs/iomm-b"))
+
+
+def l_1024() -> Recipe:
+    """IOMM-L tuned at 1024 pixels; goes on from runs/iomm-l, a run of iomm/l at 512.
+
+    diptych train iomm/l-1024 --catalog my_data.yaml
+    """
+    return _named("l-1024", published("l", resolution=1024, start="runs/iomm-l"))
+
+
+def _named(name: str, recipe: Recipe) -> Recipe:
+    return replace(recipe, name=f"iomm/{name}")
 
 
 def l() -> Recipe:  # noqa: E743  the paper's name

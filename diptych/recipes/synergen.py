@@ -20,6 +20,10 @@ VISUAL = ("decoder.vision", "vision", "projector", "head", "special")  # stage 1
 ALIGNED = (*VISUAL, "decoder.attention")  # stage 2
 EVERYTHING = ("decoder", "vision", "projector", "head", "special")
 LOSS = {"text": 1.0, "image": 2.0}
+PROMPTS = {  # of stage 1 (appendix A)
+    "captions": "Provide a one-sentence caption for the image",
+    "drawings": "Generate an image of: {}",
+}
 
 
 def tokenizer() -> Recipe:
@@ -58,7 +62,8 @@ def tiny() -> Recipe:
 
 def stage1() -> Recipe:
     """SynerGen-VL's first stage (table 8): concepts and pixels, from noisy pairs, asked for as "Provide a one-sentence
-    caption for the image" and "Generate an image of: CAPTION". ``catalog`` says where "captions" (pictures to describe)
+    caption for the image" and "Generate an image of: CAPTION" (the stage's ``prompts``: rows hold bare captions).
+    ``catalog`` says where "captions" (pictures to describe)
     and "drawings" (pictures to draw) are; model.autoencoder.folder where Emu3's tokenizer is, unless codes were made
     before. The base is transformers:internlm/internlm2-1_8b.
     667 M samples of each task; 64 GPUs, 18 rows each a step.
@@ -102,6 +107,7 @@ def _published(
                 steps=steps,
                 train=dict.fromkeys(parts, rate),
                 data={"captions": 1.0, "drawings": 1.0},
+                prompts=dict(PROMPTS) if name == "stage1" else {},
                 loss=LOSS,
                 optimizer=Optimizer("adamw", weight_decay=decay),
                 schedule=Schedule(shape, warmup=200),  # type: ignore[arg-type]
@@ -109,6 +115,71 @@ def _published(
                 dropout={"text": 0.1},
             ),
         ),
+        precision="bf16",
+        checkpoint_every=1000,
+    )
+
+
+def qwen2() -> Recipe:
+    """The ablation of SynerGen-VL's stages (table 7), progressive: Qwen2-0.5B-Instruct, 256 pixels, stage 1 and then
+    stage 2 on a sixth of the samples. ``catalog`` says where "captions" and "drawings" are; model.autoencoder.folder
+    where Emu3's tokenizer is, unless codes were made before.
+
+    diptych train synergen/qwen2-0.5b --catalog my_data.yaml
+    """
+    return _ablation("qwen2-0.5b", (1, 2))
+
+
+def qwen2_full() -> Recipe:
+    """The same with everything trained in both stages: the paper's full tuning.
+
+    diptych train synergen/qwen2-0.5b-full --catalog my_data.yaml
+    """
+    return _ablation("qwen2-0.5b-full", (1, 2), full=True)
+
+
+def qwen2_stage1() -> Recipe:
+    """The same, stage 1 alone: words are as the base had them.
+
+    diptych train synergen/qwen2-0.5b-s1 --catalog my_data.yaml
+    """
+    return _ablation("qwen2-0.5b-s1", (1,))
+
+
+def qwen2_stage2() -> Recipe:
+    """The same, stage 2 alone.
+
+    diptych train synergen/qwen2-0.5b-s2 --catalog my_data.yaml
+    """
+    return _ablation("qwen2-0.5b-s2", (2,))
+
+
+def qwen2_folded() -> Recipe:
+    """The ablation of folding (table 6): Qwen2-0.5B-Instruct reads up to 12 tiles of 256 pixels, folded 2 x 4, on data
+    of stage 2; synergen/qwen2-0.5b-s2 is its arm without folding.
+
+    diptych train synergen/qwen2-0.5b-folded --catalog my_data.yaml
+    """
+    recipe = _ablation("qwen2-0.5b-folded", (2,))
+    model = config("synergen/qwen2-0.5b")
+    model = replace(model, fold=(2, 4), see=replace(model.see, most=12, thumbnail=True))
+    return replace(recipe, model=config_to_json("synergen", model))
+
+
+def _ablation(name: str, numbers: tuple[int, ...], full: bool = False) -> Recipe:
+    """Stages of table 8 on a sixth of the samples of each, over Qwen2-0.5B-Instruct."""
+    published = {1: stage1().stages[0], 2: stage2().stages[0]}
+    stages = []
+    for number in numbers:
+        stage = published[number]
+        rate = next(iter(stage.train.values()))
+        train = dict.fromkeys(EVERYTHING, rate) if full else stage.train
+        stages.append(replace(stage, steps=stage.steps // 6, train=train))
+    return Recipe(
+        name=f"synergen/{name}",
+        model=config_to_json("synergen", config("synergen/qwen2-0.5b")),
+        init={"decoder": "transformers:Qwen/Qwen2-0.5B-Instruct"},
+        stages=tuple(stages),
         precision="bf16",
         checkpoint_every=1000,
     )

@@ -89,10 +89,13 @@ class Limits:
     pictures: int = 256
     accumulate: int = 1
     rows: int | None = None
+    samples: int | None = None  # of a row, at most; None: as many as fit
 
     def __post_init__(self) -> None:
         if min(self.tokens, self.pictures, self.accumulate, self.rows or 1) < 1:
             raise ValueError(f"tokens, pictures, accumulate and rows must be at least 1: {self}")
+        if self.samples is not None and self.samples < 1:
+            raise ValueError(f"samples of a row must be at least 1: {self}")
         if self.rows and self.accumulate != 1:
             raise ValueError(f"give accumulate (rows of a process) or rows (of all processes), not both: {self}")
 
@@ -157,7 +160,8 @@ class Stage:
     condition ("text", "image") -> how often a sample that draws is laid out without it, for guidance; "image|text" is
     how often a sample that lost its text loses its pictures too, and "text*" how often each text is left out, by a
     draw of its own. ``reading`` maps a data set -> the size rule at which its pictures are read (BAGEL:
-    ``Config.seen``); the model's own for others.
+    ``Config.seen``); the model's own for others. ``prompts`` maps a data set -> how its requests are worded: "{}"
+    stands for the row's own text; a prompt without it is the question about a picture that comes without one.
     ``self_condition`` says what a picture without words is drawn from; by default from nothing.
     """
 
@@ -175,14 +179,16 @@ class Stage:
     ema_warmup: bool = True  # the decay rises to ``ema``; False: it is ``ema`` from the first step on
     self_condition: SelfCondition | None = None
     reading: dict[str, str] = field(default_factory=dict)
+    prompts: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"stage {self.name!r} needs at least one step, not {self.steps}")
         if not self.train:
             raise ValueError(f"stage {self.name!r} trains nothing; name at least one part in 'train'")
-        if unknown := sorted(self.reading.keys() - self.data.keys()):
-            raise ValueError(f"stage {self.name!r}: reading names {unknown[0]!r}, which is not among its data")
+        for name in ("reading", "prompts"):
+            if unknown := sorted(getattr(self, name).keys() - self.data.keys()):
+                raise ValueError(f"stage {self.name!r}: {name} has {unknown[0]!r}, which is not among its data")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ def stage_loader(recipe: Recipe, stage: Stage, model: Trainable, sources: Source
         recipe.streams,
         dropout=stage.dropout,
         reading=stage.reading,
+        prompts=stage.prompts,
+        samples=stage.limits.samples,
         order=recipe.order,
         buffer=recipe.buffer,
     )

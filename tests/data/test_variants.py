@@ -10,7 +10,7 @@ import pytest
 from diptych.core.sample import Image, Sample, Text, assistant, user
 from diptych.data.loader import LoaderConfig, Stream
 from diptych.data.mixture import Mixture
-from diptych.data.variants import edit_chains, varied
+from diptych.data.variants import edit_chains, prompted, varied
 from tests.support import tiny
 
 
@@ -77,3 +77,20 @@ def test_the_loader_varies_rows_and_drops_segments_by_their_own_draws():
     assert all(i.reading == "edits" for sample in laid for i in sample.images())
     for k in (0, 1):
         assert dropped[f"text:{k}"] / n == pytest.approx(0.3, abs=4 * (0.21 / n) ** 0.5)
+
+
+def test_prompts_word_requests():
+    draws = Sample("d", (user("a cat"), assistant(Image(tiny.picture(0), "target"))))
+    asks = Sample("c", (user(Image(tiny.picture(0))), assistant("a cat")))
+    assert texts(prompted(draws, "Generate an image of: {}")) == ["Generate an image of: a cat"]
+    assert texts(prompted(asks, "Provide a caption")) == ["Provide a caption", "a cat"]
+    worded = prompted(asks, "Provide a caption")
+    assert prompted(worded, "Another question") == worded  # a row with a question of its own keeps it
+
+
+def test_a_row_has_at_most_so_many_samples():
+    model = tiny.model("bagel")
+    rows = {"c": [tiny.draw()]}
+    plan = LoaderConfig({"c": 1.0}, 4096, 32, samples=3)
+    stream = Stream(Mixture(rows, {"c": 1.0}, 0), plan, rows, model.lay_out, model.routes, None, 1)
+    assert [sum(stream.row()[1].samples.values()) for _ in range(3)] == [3, 3, 3]
