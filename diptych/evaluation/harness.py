@@ -19,6 +19,7 @@ items.I.jsonl and scores.I.jsonl, and ``rescore`` merges the files of all shards
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import tempfile
 from collections import Counter
@@ -75,12 +76,12 @@ class Evaluable(Protocol):
         """One ``Picture`` per sample, each with its own seed; ``size`` is (width, height), None the default."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """Scores by name, baselines to compare them with, the sampling card, the scorers, and every outcome.
 
     ``failures`` counts the items that the model refused or whose judge's reply could not be parsed; they are wrong in
-    every score.
+    every score. A notebook shows the table of scores.
     """
 
     scores: Mapping[str, Score]
@@ -89,6 +90,16 @@ class Result:
     failures: int
     outcomes: tuple[Outcome, ...]
     scorers: Mapping[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        model, items = self.card.get("model", "?"), len(self.outcomes)
+        return f"Result({model!r}, {len(self.scores)} scores of {items} items, {self.failures} failures)"
+
+    def _repr_html_(self) -> str:
+        cells = [("score", "value", "95 % interval", "n")]
+        cells += [(k, f"{s.value:.3f}", f"{s.low:.3f} to {s.high:.3f}", str(s.n)) for k, s in self.scores.items()]
+        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in cells)
+        return f"<p>{html.escape(repr(self))}</p><table>{rows}</table>"
 
     def to_json(self) -> dict:
         """One JSON object: scores (name -> value, low, high, n), baselines, failures, items, card, scorers."""

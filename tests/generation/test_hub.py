@@ -74,3 +74,4 @@ def test_scores_of_an_evaluation_fill_the_card(tiny_model, tmp_path):
     card = model_card.scores(tmp_path / "e")
     assert all(f"| {name} | {score.value:.3f} |" in card for name, score in result.scores.items())
     assert "seed 0, num_inference_steps" in card
+    assert all(f"<td>{name}</td>" in result._repr_html_() for name in result.scores) and len(repr(result)) < 200
