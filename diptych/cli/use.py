@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -49,7 +49,11 @@ def add(app: Verbs) -> None:
         "diptych generate bagel/7b-mot 'a cat' --preset demo --think --seeding published",
         "diptych generate bagel/tiny --prompts prompts.txt --out pictures --shard 0/4",
     )(generate)
-    app.verb("edit", "diptych edit bagel/tiny scene.png 'make the star blue'")(edit)
+    app.verb(
+        "edit",
+        "diptych edit bagel/tiny scene.png 'make the star blue'",
+        "diptych edit omnigen2/3b-4b cat.png 'the cat on the sofa' --also sofa.png",
+    )(edit)
     app.verb("show", "diptych show picture.png", "diptych show picture.png --json")(show)
     app.verb("ask", "diptych ask bagel/tiny scene.png 'how many stars are there?'")(ask)
     app.verb("chat", "diptych chat bagel/tiny")(chat)
@@ -148,15 +152,19 @@ def edit(
     mask: Annotated[
         Path | None, typer.Option("--mask", metavar="FILE", help="change only what is white, or transparent, here")
     ] = None,
+    also: Annotated[
+        list[Path] | None, typer.Option("--also", metavar="FILE", help="a further edit source; may be repeated")
+    ] = None,
 ) -> None:
-    """Change a picture by instruction."""
-    size = drawing.check()
-    if any(file.exists() and image.exists() and file.samefile(image) for file in drawing.files(drawing.n)):
-        raise ValueError(f"--out would overwrite {image}, the picture to edit; name another file")
+    """Change a picture by instruction, or make one picture from several."""
+    size, images = drawing.check(), [image, *(also or [])]
+    for file, source in product(drawing.files(drawing.n), images):
+        if file.exists() and source.exists() and file.samefile(source):
+            raise ValueError(f"--out would overwrite {source}, the picture to edit; name another file")
     engine = loading.load()
     options = planning.given(engine) | sampling.given(engine) | {"mask": mask}
     with step_bar() as on_step:
-        pictures = engine.edit(image, instruction, drawing.n, size, drawing.seed, on_step=on_step, **options)
+        pictures = engine.edit(images, instruction, drawing.n, size, drawing.seed, on_step=on_step, **options)
     save_pictures(drawing, pictures)
 
 

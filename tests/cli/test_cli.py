@@ -256,6 +256,9 @@ def test_every_setting_of_the_sampler_has_an_option(call, tiny_model, scene):
 
 
 def test_edit_and_ask(call, tiny_model, scene):
+    refused(call("edit", tiny_model, scene, "a", "--also", "no.png"), "no.png")
+    refused(call("edit", tiny_model, "no.png", "a", "--also", scene, "--out", scene), "name another file")
+    assert call("edit", tiny_model, scene, "one above the other", "--also", scene, "--steps", "1")[0] == 0
     code, out, _ = call("edit", tiny_model, scene, "make it red", "--steps", "1", "--image-guidance", "2", "--json")
     assert code == 0 and opened(json.loads(out)["files"][0]).size == (32, 32)
     code, out, _ = call("ask", tiny_model, scene, "how many?", "--max-new-tokens", "3", "--json")
