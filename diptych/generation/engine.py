@@ -24,7 +24,7 @@ from diptych.generation.scheduler import ImageJob, ImageRequest, Job, Scheduler,
 from diptych.generation.thinking import Think, split
 from diptych.machine import devices
 from diptych.models import store
-from diptych.models.protocol import Settings, UnifiedModel
+from diptych.models.protocol import S, Settings, UnifiedModel
 from diptych.models.sizes import Sizes, parse_size
 from diptych.parts.images import keep_outside
 
@@ -365,18 +365,7 @@ class Engine:
         """The model's default settings for the request ``sample``, or those of ``preset``, with ``changes`` applied. A
         value of None changes nothing. Raises ``ValueError`` for unknown names, listing the known ones, and for values
         that are not numbers where the setting is a number."""
-        defaults = self.model.defaults(sample, preset)
-        known = asdict(defaults)
-        if unknown := sorted(changes.keys() - known.keys()):
-            hint = f"; use {ALIASES[unknown[0]]}" if unknown[0] in ALIASES else nearest(unknown[0], known)
-            raise ValueError(f"unknown settings {unknown}; known: {', '.join(known)}{hint}")
-        given = {k: v for k, v in changes.items() if v is not None}
-        for name, value in given.items():
-            wanted = type(known[name])
-            kinds = {int: (Integral, "a whole number"), float: (Real, "a number")}.get(wanted)
-            if kinds and (isinstance(value, bool) or not isinstance(value, kinds[0])):
-                raise ValueError(f"{name} must be {kinds[1]}, not {value!r}")
-        return replace(defaults, **given)
+        return changed(self.model.defaults(sample, preset), changes)
 
     def thinking(self, think: bool | Think, preset: str = "") -> Think | None:
         """How a plan is generated: as ``think`` says, where it is True as ``preset`` does."""
@@ -501,6 +490,22 @@ class Engine:
     def _warn(self, sample: Sample) -> None:
         for remark in self.sizes.remarks(sample):
             warnings.warn(remark, stacklevel=4)
+
+
+def changed(settings: S, changes: Mapping[str, Any]) -> S:
+    """The settings with ``changes`` applied. A value of None changes nothing. Raises ``ValueError`` for unknown names,
+    listing the known ones, and for values that are not numbers where the setting is a number."""
+    known = asdict(settings)
+    if unknown := sorted(changes.keys() - known.keys()):
+        hint = f"; use {ALIASES[unknown[0]]}" if unknown[0] in ALIASES else nearest(unknown[0], known)
+        raise ValueError(f"unknown settings {unknown}; known: {', '.join(known)}{hint}")
+    given = {k: v for k, v in changes.items() if v is not None}
+    for name, value in given.items():
+        wanted = type(known[name])
+        kinds = {int: (Integral, "a whole number"), float: (Real, "a number")}.get(wanted)
+        if kinds and (isinstance(value, bool) or not isinstance(value, kinds[0])):
+            raise ValueError(f"{name} must be {kinds[1]}, not {value!r}")
+    return replace(settings, **given)
 
 
 def _message(row: Any, where: str) -> Message:

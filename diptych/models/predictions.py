@@ -14,8 +14,8 @@ import torch
 from diptych.core.batch import Batch
 from diptych.core.losses import Losses, Term, by_document
 from diptych.core.tensors import Float, Int, Tensor
-from diptych.parts.cross_entropy import linear_cross_entropy
-from diptych.parts.flow import Prediction, mix, squared_error
+from diptych.parts.cross_entropy import Factor, linear_cross_entropy
+from diptych.parts.flow import Prediction, mix, squared_error, velocity
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +27,14 @@ class TokenPrediction:
     targets: Int[Tensor, " n"]
     document: Int[Tensor, " n"]  # the packed document of each token
 
-    def error(self) -> tuple[Float[Tensor, ""], Tensor]:
-        """The cross-entropy in nats: summed, and for each token without gradient."""
-        return linear_cross_entropy(self.states, self.table, self.targets)
+    def error(
+        self, temperature: float = 1.0, factor: Factor | None = None
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " n"]]:
+        """The cross-entropy in nats at a temperature: summed, and for each token without gradient.
+
+        ``factor`` multiplies the gradient of each token."""
+        states = self.states if temperature == 1 else self.states / temperature
+        return linear_cross_entropy(states, self.table, self.targets, factor=factor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +67,22 @@ class FlowPrediction:
         t = self.target
         error = squared_error(self.prediction, t.data, t.noise, t.times, self.kind)
         return self.counted * error.mean(self.features).flatten(1)
+
+    @property
+    def tokens(self) -> int:
+        """Latent tokens of one picture, as the family counts them."""
+        return self.counted * self.target.data[0].numel() // self.target.data.shape[self.features]
+
+    def clean(self, prediction: Tensor) -> Float[Tensor, "N ..."]:
+        """The clean latents that a prediction of this kind stands for."""
+        t = self.target
+        if self.kind == "data":
+            return prediction
+        return t.x_t - t.times.view(-1, *[1] * (prediction.dim() - 1)) * prediction
+
+    def velocity(self, prediction: Tensor) -> Float[Tensor, "N ..."]:
+        """The velocity that a prediction of this kind stands for."""
+        return velocity(prediction, self.target.x_t, self.target.times, self.kind)
 
 
 Predictions = Mapping[str, tuple[TokenPrediction | FlowPrediction, ...]]  # by loss term

@@ -11,6 +11,13 @@ from diptych.training.recipe import Recipe
 RECIPES = {
     "bagel/tiny": "diptych.recipes.tiny:bagel",
     "bagel/tiny-world": "diptych.recipes.tiny:bagel_world",
+    "bagel/tiny-reward": "diptych.recipes.rewarded:bagel_tiny",
+    "bagel/tiny-answers": "diptych.recipes.rewarded:bagel_answers",
+    "bagel/reward-lora": "diptych.recipes.rewarded:bagel_lora",
+    "cheers/tiny-reward": "diptych.recipes.rewarded:cheers_tiny",
+    "iomm/tiny-reward": "diptych.recipes.rewarded:iomm_tiny",
+    "omnigen2/tiny-reward": "diptych.recipes.rewarded:omnigen2_tiny",
+    "synergen/tiny-reward": "diptych.recipes.rewarded:synergen_tiny",
     "autoencoder/tiny": "diptych.recipes.tiny:autoencoder",
     "autoencoder/tiny-world": "diptych.recipes.tiny:autoencoder_world",
     "sgt/tiny": "diptych.recipes.sgt:tiny",

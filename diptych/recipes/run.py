@@ -19,6 +19,7 @@ from diptych.generation.engine import Engine
 from diptych.machine import disk
 from diptych.machine.devices import pick_device
 from diptych.models.protocol import Trainable, UnifiedModel
+from diptych.recipes.rollouts import Scheduled
 from diptych.training import build, checkpoint, loop
 from diptych.training.recipe import Recipe, Stage
 
@@ -88,7 +89,8 @@ def train(
 
 def _train(recipe: Recipe, run: str | Path | None, device: str, watch: Watch, **options: Any) -> Path:
     options |= {"show": watch.show, "profile": watch.profile, "track": watch.track}
-    return loop.train(recipe, run, stage_sources, pick_device(device), hook=draw_samples, **options)
+    options |= {"hook": draw_samples, "rollouts": Scheduled()}
+    return loop.train(recipe, run, stage_sources, pick_device(device), **options)
 
 
 def configured(

@@ -146,8 +146,9 @@ class Log:
         (t0, s0), (t1, s1) = self.recent[0], self.recent[-1]
         left = (self.total - s1) * (t1 - t0) / (s1 - s0) if s1 > s0 else 0.0
         used = f"MFU {row['mfu']:.0%}  " if "mfu" in row else ""
+        reward = f"reward {row['reward']:.3f}  " if "reward" in row else ""
         return (
-            f"loss {row['loss']:.3f}  {terms}  {row['tokens_per_second']:.0f} tok/s  {used}"
+            f"{reward}loss {row['loss']:.3f}  {terms}  {row['tokens_per_second']:.0f} tok/s  {used}"
             f"{row['images_per_second']:.0f} img/s  wait {row['data_wait']:.1%}  {row['memory']:.1f} GiB  "
             f"ETA {int(left // 60)}:{int(left % 60):02d}"
         )

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +37,9 @@ from diptych.training.clock import Clock
 from diptych.training.log import Log, Tally, Targets, Work, gradient_norms, memory, profiler
 from diptych.training.parallel import add_gradients, local, settle, sharded, whole
 from diptych.training.parameters import Average, freeze, release_state, select
+from diptych.training.policy import Snapshot
 from diptych.training.recipe import Recipe, Stage
+from diptych.training.rewards import RewardStage, Rollouts, Tools
 from diptych.training.rows import Sources, stage_loader
 
 Hook = Callable[[Trainable, int, Path], None]  # called with the model, the step and the run after every checkpoint
@@ -51,6 +54,7 @@ OWN_NAMES = (
     "release",
     "tensorboard",
     "trace.json",
+    "judge",
 )
 
 
@@ -73,6 +77,7 @@ class State:
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
     average: Average | None = None
     loader: dict | None = None
+    snapshots: dict[str, Snapshot] = field(default_factory=dict)  # other weights of a stage with ``reward``
 
 
 def train(
@@ -87,13 +92,14 @@ def train(
     profile: int = 0,
     track: str | None = None,
     grown: bool = False,
+    rollouts: Rollouts | None = None,
 ) -> Path:
     """Runs the recipe into the folder ``run`` and returns the folder of the released model (``run/release``).
 
     ``run`` receives recipe.json (which can be run again), environment.json, metrics.jsonl (one object a step),
     checkpoints/, samples/ (whatever ``hook`` draws) and release/; crash.json after an error (crash-N.json in process
     N); trace.json of the first ``profile`` steps. By default it is a folder under ``runs``, named by the recipe and
-    the time. ``track`` names a tracker (trackio, wandb).
+    the time. ``track`` names a tracker (trackio, wandb). ``rollouts`` draws and judges for stages with ``reward``.
 
     A folder that already holds a run is refused unless ``resume``, which continues from the newest checkpoint whose
     checksums hold, on any number of processes that share the rows of a step; ``grown`` allows data sets to be longer
@@ -126,7 +132,7 @@ def train(
                 log.say(f"precision auto: {recipe.precision}, the faster one on this {device.partition(':')[0]}")
         saver = checkpoint.Saver(run / "checkpoints", recipe.keep, recipe.engine.async_save, recipe.engine.timeout)
         first_world = meta["world"] if meta else world
-        job = _Job(recipe, run, sources, state, log, asked, hook, rank, world, first_world, saver, grown)
+        job = _Job(recipe, run, sources, state, log, asked, hook, rank, world, first_world, saver, grown, rollouts)
         job.clock = Clock(recipe, (meta.get("elapsed", 0.0) if meta else 0.0) + time.monotonic() - began)
         together(job.keep_room)
         try:
@@ -173,6 +179,7 @@ class _Job:
     first_world: int  # processes that the run began with: they decide how many rows a step has
     saver: checkpoint.Saver
     grown: bool = False
+    rollouts: Rollouts | None = None
     clock: Clock = field(init=False)
     work: Work = field(init=False)
     turn: Callable[[], None] = field(init=False)  # called after every step
@@ -201,13 +208,17 @@ class _Job:
         names = {id(p): name for name, p in named.items()}
         state.optimizers = optim.build(model, parts, rates, stage.optimizer, recipe.precision)
         state.average = Average(named, stage.ema, stage.ema_warmup) if stage.ema else None
+        rewarded = (
+            RewardStage(recipe, stage, model, self.sources, self.rollouts, named, self.folder) if stage.reward else None
+        )
+        state.snapshots = rewarded.snapshots if rewarded else {}
         if saved:
             checkpoint.load(saved, _tensors(state))
             checkpoint.restore_optimizer(state.optimizers, names, saved, "optimizer.")
             if state.average:
                 state.average.steps = checkpoint.read_meta(saved)["average"]
         static = recipe.engine.compile or model.device.type == "cuda"  # rows of one length: nothing is compiled twice
-        loader = stage_loader(
+        loader = rewarded or stage_loader(
             recipe,
             stage,
             model,
@@ -222,8 +233,11 @@ class _Job:
         targets = Targets(stage.name)
         self.clock.start()
         with loader.running() as rows:
-            while not self.clock.over(state.stage, state.done):
-                row = self.step(stage, rows, self.rows(stage), parts)
+            while not (self.clock.over(state.stage, state.done) or (rewarded and rewarded.over)):
+                if rewarded:
+                    row = self.reward_step(rewarded, names, parts)
+                else:
+                    row = self.step(stage, rows, self.rows(stage), parts)
                 state.done += 1
                 state.step += 1
                 self.clock.tick()
@@ -231,8 +245,9 @@ class _Job:
                     along = sum(s.steps for s in recipe.stages[: state.stage])
                     position = along + self.clock.position(state.stage, state.done)
                     self.log.step({"step": state.step, "stage": stage.name, **row}, position)
-                last = self.clock.over(state.stage, state.done)
-                targets.add(row, last)
+                last = self.clock.over(state.stage, state.done) or bool(rewarded and rewarded.over)
+                if not rewarded:
+                    targets.add(row, last)
                 self.turn()
                 stopping = any_of(self.asked.is_set() or self.saver.failed)
                 if stopping or last or state.step % recipe.checkpoint_every == 0:
@@ -245,20 +260,50 @@ class _Job:
         if state.average and state.stage < len(recipe.stages) - 1:
             state.average.hand_on()
 
-    def save(self, loader: Loader, names: Mapping[int, str]) -> Path:
+    def reward_step(
+        self,
+        rewarded: RewardStage,
+        names: Mapping[int, str],
+        parts: Mapping[str, Mapping[str, nn.Parameter]],
+    ) -> dict[str, float]:
+        """One step of a stage with ``reward``. Where a judge cannot be reached, the last step is saved before the run
+        ends; a resumed run asks again."""
+        state, stage = self.state, rewarded.stage
+        position = self.clock.position(state.stage, state.done)
+        optim.set_rates(state.optimizers, rate := optim.factor(stage.schedule, position, stage.steps))
+        update = partial(self.update, stage, parts)
+        tools = Tools(self.autocast, update, self.stop_unless_finite, self.folder)
+        due = state.done + 1 == stage.steps or (state.step + 1) % self.recipe.checkpoint_every == 0
+        try:
+            row = rewarded.step(tools, state.step, state.done, due)
+        except ConnectionError:
+            if state.step:
+                self.save(rewarded, names)
+                together(self.saver.wait)
+            raise
+        tokens = row.pop("tokens")
+        lr = rate * max(g["peak"] for o in state.optimizers for g in o.param_groups)
+        return row | {"lr": lr, "tokens_per_second": tokens / row["seconds"]}
+
+    def save(self, loader: Loader | RewardStage, names: Mapping[int, str]) -> Path:
         """Begins the checkpoint of this step; every process must call it."""
         state = self.state
         meta = {
             "stage": state.stage,
             "done": state.done,
             "step": state.step,
-            "loader": merge_states(gather(loader.state_dict())),
+            "loader": self._position(loader),
             "average": state.average.steps if state.average else 0,
             "world": self.first_world,
             "elapsed": self.clock.elapsed(),
         }
         slots = checkpoint.optimizer_state(state.optimizers, names)
         return self.saver.save(state.step, _tensors(state) | {f"optimizer.{k}": v for k, v in slots.items()}, meta)
+
+    @staticmethod
+    def _position(loader: Loader | RewardStage) -> dict:
+        """Where the data of the stage stands; every process must call it."""
+        return loader.state_dict() if isinstance(loader, RewardStage) else merge_states(gather(loader.state_dict()))
 
     def draw(self) -> None:
         """Calls the hook on rank 0: with the model, or with a copy for use where processes share it. Every process must
@@ -349,18 +394,7 @@ class _Job:
         # the device is waited for here, once all rows are on their way, and once more for the gradient's norm
         for value, batch in zip(torch.stack(total_losses).tolist(), batches, strict=True):
             self.stop_unless_finite("loss", value, [batch])
-        trained = [p for part in parts.values() for p in part.values()]
-        add_gradients(trained)
-        norms = gradient_norms(parts)
-        norm = math.hypot(*norms.values())
-        self.stop_unless_finite("gradient's norm", norm, batches)
-        if (shrink := stage.optimizer.clip / (norm + 1e-6)) < 1:
-            torch._foreach_mul_([local(p.grad) for p in trained if p.grad is not None], shrink)
-        for optimizer in state.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if state.average:
-            state.average.update()
+        norms = self.update(stage, parts, batches)
         for r in micro:
             tally.hold(r)
         seconds = time.perf_counter() - start
@@ -369,8 +403,7 @@ class _Job:
             **tally.logged(stage.loss),
             **{f"count/{n}": v for n, v in counts.items()},
             "lr": rate * max(g["peak"] for o in state.optimizers for g in o.param_groups),
-            "gradient_norm": norm,
-            **{f"gradient_norm/{part}": v for part, v in norms.items()},
+            **norms,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "images_per_second": pictures / seconds,
@@ -380,6 +413,24 @@ class _Job:
             "memory": memory(model.device),
             "skipped": sum(len(r.stats.skipped) for r in micro),
         }
+
+    def update(
+        self, stage: Stage, parts: Mapping[str, Mapping[str, nn.Parameter]], batches: list[Batch]
+    ) -> dict[str, float]:
+        """The optimizer step on the gradients that all processes have gathered; returns their norms."""
+        trained = [p for part in parts.values() for p in part.values()]
+        add_gradients(trained)
+        norms = gradient_norms(parts)
+        norm = math.hypot(*norms.values())
+        self.stop_unless_finite("gradient's norm", norm, batches)
+        if (shrink := stage.optimizer.clip / (norm + 1e-6)) < 1:
+            torch._foreach_mul_([local(p.grad) for p in trained if p.grad is not None], shrink)
+        for optimizer in self.state.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if self.state.average:
+            self.state.average.update()
+        return {"gradient_norm": norm} | {f"gradient_norm/{part}": v for part, v in norms.items()}
 
     def stop_unless_finite(self, what: str, value: float, batches: list[Batch]) -> None:
         """Raises ``FloatingPointError`` in every process where one of them met NaN or infinity; names the samples."""
@@ -396,6 +447,7 @@ class _Job:
 
 def _tensors(state: State) -> dict[str, torch.Tensor]:
     out = {f"model.{k}": v for k, v in state.model.state_dict().items()}
+    out |= {f"{name}.{k}": v for name, s in state.snapshots.items() for k, v in s.state().items()}
     return out | ({f"average.{k}": v for k, v in state.average.state().items()} if state.average else {})
 
 

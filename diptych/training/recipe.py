@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -37,16 +38,10 @@ CHANGEABLE = (  # what a resumed run may change; * stands for one part of a path
     "stages.*.optimizer.clip",
     "stages.*.optimizer.weight_decay",
 )
-FREE = (
-    "data",
-    "train",
-    "loss",
-    "dropout",
-    "reading",
-    "init",
-    "folders",
-    "lora",
-)  # mappings of a recipe whose keys are the user's
+FREE = (  # mappings of a recipe whose keys are the user's
+    *("data", "train", "loss", "dropout", "reading", "init", "folders", "lora"),
+    *("rewards", "sampling", "reference", "dev"),
+)
 
 
 @dataclass(frozen=True)
@@ -152,6 +147,72 @@ class SelfCondition:
 
 
 @dataclass(frozen=True)
+class Reward:
+    """How a stage trains from rewards (docs/rewards.md). Its data sets are asks: the model draws or answers each
+    ``group`` times, rewards judge what it made, and what is better than its group becomes more likely.
+
+    ``rewards``      name -> weight of a reward (``diptych.recipes.rewards``)
+    ``group``        rollouts of an ask
+    ``asks``         asks of a step, over all processes
+    ``sampling``     changes of the model's own drawing settings for rollouts
+    ``temperature``  of words; ``max_new_tokens`` is their limit
+    ``draws``        noise levels at which a picture is trained
+    ``updates``      optimizer steps on the rollouts of a step
+    ``beta``         DiffusionNFT: how far the implicit policies lie from the old one (arXiv 2509.16117, Eq. 5)
+    ``clip``         token GRPO: ratios outside 1 - clip and 1 + clip get no gradient
+    ``largest``      DiffusionNFT: advantages are clipped to this size
+    ``std``          what advantages are divided by: the deviation of all rollouts of a step, of the group, or nothing
+    ``reference``    loss term -> weight of the distance to the weights that the stage began with
+    ``follow``       the weights that make rollouts follow the trained ones: after every step
+                     old = d old + (1 - d) new, d = min(rise (step - flat), most) with (flat, rise, most)
+    ``dev``          data set -> weight: asks that are only scored, at the model's own settings, at every checkpoint
+    ``dev_asks``     how many of them
+    ``patience``     checkpoints without a better dev score after which the stage ends; 0: never
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    rewards: dict[str, float]
+    group: int = 16
+    asks: int = 16
+    sampling: dict[str, Any] = field(default_factory=dict)
+    temperature: float = 1.0
+    max_new_tokens: int = 64
+    draws: int = 2
+    updates: int = 1
+    beta: float = 1.0
+    clip: float = 0.2
+    largest: float = 5.0
+    std: Literal["batch", "group", "none"] = "batch"
+    reference: dict[str, float] = field(default_factory=dict)
+    follow: tuple[int, float, float] = (0, 0.0, 0.0)
+    dev: dict[str, float] = field(default_factory=dict)
+    dev_asks: int = 96
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.rewards:
+            raise ValueError("a stage with 'reward' needs at least one reward in 'rewards'")
+        if bad := {name: w for name, w in self.rewards.items() if not math.isfinite(w) or w == 0}:
+            raise ValueError(f"the weight of a reward must be finite and not 0: {bad}")
+        if self.group < 2:
+            raise ValueError(f"reward.group must be at least 2 (rollouts are compared), not {self.group}")
+        if min(self.asks, self.draws, self.updates, self.max_new_tokens, self.dev_asks) < 1 or self.patience < 0:
+            raise ValueError(f"asks, draws, updates, max_new_tokens and dev_asks must be at least 1: {self}")
+        if not (self.temperature > 0 and self.beta > 0 and self.clip > 0 and self.largest > 0):
+            raise ValueError(f"temperature, beta, clip and largest must be positive: {self}")
+        flat, rise, most = self.follow
+        if flat < 0 or rise < 0 or not 0 <= most < 1:
+            raise ValueError(f"reward.follow must be (flat >= 0, rise >= 0, most in [0, 1)), not {self.follow}")
+        if bad := {name: w for name, w in self.reference.items() if not (math.isfinite(w) and w >= 0)}:
+            raise ValueError(f"the weights of reward.reference must be at least 0: {bad}")
+
+    def decay(self, step: int) -> float:
+        """How much of the old weights stays after a step of the stage."""
+        flat, rise, most = self.follow
+        return 0.0 if step < flat else min(rise * (step - flat), most)
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stretch of training.
 
@@ -163,6 +224,9 @@ class Stage:
     ``Config.seen``); the model's own for others. ``prompts`` maps a data set -> how its requests are worded: "{}"
     stands for the row's own text; a prompt without it is the question about a picture that comes without one.
     ``self_condition`` says what a picture without words is drawn from; by default from nothing.
+    how often a sample that lost its text loses its pictures too.
+    ``self_condition`` says what a picture without words is drawn from; by default from nothing. With ``reward`` the
+    data sets are asks, and the stage trains from rewards.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -180,6 +244,7 @@ class Stage:
     self_condition: SelfCondition | None = None
     reading: dict[str, str] = field(default_factory=dict)
     prompts: dict[str, str] = field(default_factory=dict)
+    reward: Reward | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -189,6 +254,10 @@ class Stage:
         for name in ("reading", "prompts"):
             if unknown := sorted(getattr(self, name).keys() - self.data.keys()):
                 raise ValueError(f"stage {self.name!r}: {name} has {unknown[0]!r}, which is not among its data")
+        if self.reward and (self.dropout or self.self_condition):
+            raise ValueError(f"stage {self.name!r} trains from rewards: it takes no dropout and no self_condition")
+        if self.reward and (unknown := sorted(self.reward.reference.keys() - self.loss.keys())):
+            raise ValueError(f"reward.reference names {unknown[0]!r}; the stage weighs {', '.join(self.loss)}")
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,21 @@ def check(image: PIL.Image.Image, prompt: Prompt, ground: Ground = WHITE) -> Pro
     return PromptVerdict(False, f"found {seen} instead of {_listing(list(prompt.needs))}", objects)
 
 
+def share_met(verdict: PromptVerdict, prompt: Prompt) -> float:
+    """The share of a prompt's clauses that a picture meets: each object, their number, and the relation if any."""
+    left, wanted = list(verdict.found), [need for need in prompt.needs for _ in range(need.count)]
+    met = int(len(left) == len(wanted))
+    for need in wanted:
+        if match := next((f for f in left if _meets(need, f)), None):
+            left.remove(match)
+            met += 1
+    if prompt.relation:
+        first, second = prompt.needs[:2]
+        pairs = ((a, b) for a in verdict.found for b in verdict.found if a is not b)
+        met += any(_meets(first, a) and _meets(second, b) and prompt.relation in relations(a, b) for a, b in pairs)
+    return met / (len(wanted) + 1 + bool(prompt.relation))
+
+
 def _meets(need: Need, object: DetectedObject) -> bool:
     if "unknown" in object.kind:
         return False

@@ -432,7 +432,7 @@ async function watch() {
       if (rows.length > 1000) rows = rows.filter((_, i) => i % 2 === rows.length % 2 ^ 1);
       const latest = await (await ask(`/v1/diptych/runs/about?${which}`)).json();
       if (news.length || !about) {
-        const names = ["loss", ...Object.keys(rows.at(-1) ?? {}).filter(k => k.startsWith("loss/")), "lr", "tokens_per_second", "images_per_second", "gradient_norm"];
+        const names = ["loss", ...Object.keys(Object.assign({}, ...rows)).filter(k => /^(loss\/|reward|dev|variety|even|policy)/.test(k)), "lr", "tokens_per_second", "images_per_second", "gradient_norm"];
         const curves = names.map(n => [n, rows.filter(r => typeof r[n] === "number").map(r => [r.step, r[n]])]).filter(([, v]) => v.length);
         $("#curves").replaceChildren(...curves.map(([n, v]) => curve(n, v)));
       }
