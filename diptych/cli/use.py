@@ -416,7 +416,7 @@ def export(
     """Write a model as a release, or as its family publishes it.
 
     A release is model.safetensors, config.json and tokenizer.json."""
-    from diptych.models.store import export
+    from diptych.models.store import export, remote_code
 
     written = export(model, folder, format, dtype, base, force, adapter, fresh)
     if format == "hf":
@@ -424,3 +424,5 @@ def export(
     else:
         size = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
         print(f"{folder}: {size / 2**20:.1f} MiB")
+    if format == "published" and (needed := remote_code(written)):
+        print(f"for transformers with trust_remote_code, add {needed}")

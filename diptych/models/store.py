@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from diptych.models.published.folder import SearchPath, StoredModel
+    from diptych.models.published.folder import PublishedFormat, SearchPath, StoredModel
 
 
 Format = Literal["diptych", "published", "hf"]
@@ -133,7 +133,7 @@ def export(
     ``format``  "diptych" (config.json, model.safetensors, tokenizer.json), "published" (as the family's authors publish
                 it) or "hf" (the language and vision parts, for transformers)
     ``dtype``   of the parameters: "fp32", "bf16" or "fp16". By default bf16 for "diptych", else as stored. Buffers keep
-                theirs, and in "published" an autoencoder is float32, as authors publish it
+                theirs, and in "published" a file of the autoencoder alone is float32, as authors publish it
     ``force``   as in ``save``
     ``adapter`` a file of low-rank adapters that are added to the weights (``models.adapters.apply``)
     ``fresh``   random weights of a named size, with the tiny tokenizer, in place of the model's
@@ -152,10 +152,29 @@ def export(
         adapters.apply(model, adapter)
     if format == "hf":
         return release.write_model(folder, lambda tmp: write_transformers(model, tmp, kind), force)
-    frozen = {g for part in model.frozen for g in model.parts[part]} if format == "published" else set()
-    kept = {k for k, _ in model.named_parameters() if any(fnmatchcase(k, g) for g in frozen)}  # as the authors have it
+    fmt = published_format(model.family) if format == "published" else None
+    kept = _frozen_files(model, fmt) if fmt else set()
     cast = {k: v.float() if k in kept else v.to(kind) for k, v in model.named_parameters()} if kind else {}
     return save(model, folder, model.state_dict() | cast, format == "published", force)
+
+
+def _frozen_files(model: Trainable, fmt: PublishedFormat) -> set[str]:
+    """The tensors of those published files that hold nothing but parts that no recipe may train (an autoencoder)."""
+    from diptych.models.published.key_map import mapped_names
+
+    globs = [glob for part in model.frozen for glob in model.parts[part]]
+    kept: set[str] = set()
+    for rules in fmt.weights.values():
+        names = set(mapped_names(rules(model.config), model.state_dict()))
+        if all(any(fnmatchcase(name, glob) for glob in globs) for name in names):
+            kept |= names
+    return kept
+
+
+def remote_code(folder: str | Path) -> str:
+    """What transformers needs besides a published folder to load it with ``trust_remote_code``; empty for nothing."""
+    fmt = published_format(open_model(folder).family)
+    return fmt.remote_code if fmt else ""
 
 
 def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import diptych
+from diptych import cli
 from diptych.models import configs, store, table
 from diptych.models.cheers import Config
 from diptych.models.published import part_weights
@@ -67,6 +68,26 @@ def test_there_and_back(made, tmp_path, dtype):
     assert back.keys() == stored.keys()
     assert all(back[n].dtype == stored[n].dtype and torch.equal(back[n], stored[n]) for n in stored)
     assert (tmp_path / "back" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
+def test_an_export_names_what_transformers_needs_besides(made, tmp_path, capsys):
+    """Its one file is in one dtype, as published."""
+    folder = write(made, tmp_path / "m", torch.float32)
+    words = ["export", str(folder), str(tmp_path / "out"), "--format", "published", "--dtype", "bf16"]
+    assert cli.main(words) == 0
+    assert "for transformers with trust_remote_code, add the .py files" in capsys.readouterr().out
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_published_weights_run_as_the_published_code_runs_them(made, tmp_path):
+    """By a preset of load, and without its oddities otherwise."""
+    folder = write(made, tmp_path / "m", torch.float32)
+    quirky, plain = diptych.load(folder, preset="published"), diptych.load(folder)
+    assert set(quirky.model.config.published_quirks) > set(plain.model.config.published_quirks)
+    a, b = (engine.generate("two stars", num_inference_steps=3).images[0].tobytes() for engine in (quirky, plain))
+    assert a != b
+    with pytest.raises(ValueError, match="preset 'published' changes the model's config: give it when the model is"):
+        plain.generate("two stars", preset="published")
 
 
 def test_it_reads_and_draws(made, tmp_path):

@@ -120,6 +120,7 @@ PUBLISHED = PublishedFormat(
     describe=published_files,
     unstored=("times", "settings", "published_quirks", "sizes"),
     float32=("*.bn.*",),
+    remote_code="the .py files, the processor's files and generation_config.json of ai9stars/Cheers",
 )
 
 

@@ -75,6 +75,7 @@ class PublishedFormat:
     ``matches``      whether the JSON files belong to this family, where other families use the same file names
     ``float32``      globs over native names. These tensors are loaded as float32 (or integers) whatever their stored
                      dtype, and written in the dtype of the other tensors where that is narrower
+    ``remote_code``  what transformers needs besides to load the folder with ``trust_remote_code``, and from where
     ``tokenizer``    the subfolder of the tokenizer's files; "" for the folder itself
     ``other_stems``  stem -> other stems of the same weights, which folders that need a ``base`` use
     ``adapters``     the first component of the names in the published trainer's files of adapters, and the stem of the
@@ -91,6 +92,7 @@ class PublishedFormat:
     matches: Callable[[Json], bool] = lambda json: True
     float32: tuple[str, ...] = ()
     tokenizer: str = ""
+    remote_code: str = ""
     other_stems: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     adapters: tuple[str, str] | None = None
 
