@@ -203,7 +203,7 @@ def test_failures_are_counted_as_wrong():
 @pytest.mark.parametrize(
     "wrong, text",
     [
-        (dict(benchmarks=("genevel",)), "unknown benchmark 'genevel'; choose from mini, geneval-mini"),
+        (dict(benchmarks=("genevel",)), "unknown benchmark 'genevel'; choose from mini, world, geneval-mini"),
         (dict(benchmarks=()), "no benchmark"),
         (dict(limit=0), "limit is 0"),
         (dict(batch_size=0), "batch_size is 0"),
