@@ -195,7 +195,11 @@ def prepare(
 
 def convert(
     format: Annotated[
-        str, typer.Argument(metavar="FORMAT", help="llava, bagel-t2i, bagel-edit, bagel-sft, omnigen2 or cheers")
+        str,
+        typer.Argument(
+            metavar="FORMAT",
+            help="llava, llava-onevision, sharegpt4v, internvl, bagel-t2i, bagel-edit, bagel-sft, omnigen2 or cheers",
+        ),
     ],
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="a file, a folder or a pattern")],
     out: Annotated[

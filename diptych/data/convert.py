@@ -1,4 +1,4 @@
-"""Conversion of other projects' training data: LLaVA, BAGEL, OmniGen2 and Cheers.
+"""Conversion of other projects' training data: LLaVA, ShareGPT4V, InternVL, BAGEL, OmniGen2 and Cheers.
 
 A format is a function from a file to rows. A row is a sample whose pictures are paths (the files stay where they are)
 or bytes (they are written to a new folder). Where the original trainer picks one of several captions at random, a hash
@@ -251,8 +251,48 @@ def _suffix(data: bytes) -> str:
     return next((suffix for head, suffix in heads.items() if data.startswith(head)), "png")
 
 
+def llava_onevision(file: Path) -> Iterator[Made]:
+    """LLaVA-OneVision's parquet: ``id``, ``image`` (bytes) and ``conversations`` with ``<image>``."""
+    for where, cells in _parquet_rows(file, ("id", "image", "conversations")):
+        try:
+            pictures = {}
+            if cells["image"] is not None:
+                data = _picture_bytes(cells["image"])
+                pictures = {f"{Path(where.replace(':row ', '-')).name}.{_suffix(data)}": data}
+            turns = _turns(cells | {"image": list(pictures)}, "<image>", lambda marker, speaker: "understand")
+            yield ConvertedRow(Sample(f"{file.stem}/{cells['id']}", turns), pictures)
+        except ValueError as error:
+            yield f"{where}: {error}"
+
+
+def internvl(file: Path) -> Iterator[Made]:
+    """InternVL's meta file: data set -> ``annotation``, a jsonl file of LLaVA's rows, and ``root``, the folder of its
+    pictures; both relative to the meta file. ``repeat_time`` belongs into the recipe's weights and is not applied."""
+    try:
+        sets = json.loads(file.read_text("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(sets, dict):
+        raise ValueError(f"{file} must map names of data sets to their settings")
+    for name, settings in sets.items():
+        if not (isinstance(settings, dict) and isinstance(settings.get("annotation"), str)):
+            raise ValueError(f"{file}: data set {name!r} names no annotation file")
+        annotation, root = file.parent / settings["annotation"], str(settings.get("root") or "")
+        if not annotation.is_file():
+            raise ValueError(f"{file}: data set {name!r}: {annotation} does not exist")
+        for row in llava(annotation):
+            if isinstance(row, str):
+                yield row
+                continue
+            inside = row.sample.map_images(lambda i, root=root: replace(i, image=str(Path(root) / str(i.image))))
+            yield ConvertedRow(replace(inside, id=f"{name}/{row.sample.id.rpartition('/')[2]}"), {})
+
+
 FORMATS: dict[str, tuple[Callable[[Path], Iterator[Made]], tuple[str, ...]]] = {
     "llava": (llava, (".json", ".jsonl")),
+    "sharegpt4v": (llava, (".json", ".jsonl")),
+    "llava-onevision": (llava_onevision, (".parquet",)),
+    "internvl": (internvl, (".json",)),
     "bagel-t2i": (bagel_t2i, (".parquet",)),
     "bagel-edit": (bagel_edit, (".parquet",)),
     "bagel-sft": (llava, (".jsonl",)),

@@ -348,6 +348,32 @@ def test_stats_count_what_the_model_will_see():
     )
 
 
+def test_llava_onevision_and_internvl(tmp_path):
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a cat"}]
+    picture = {"bytes": encoded(), "path": "x.png"}
+    told = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}]
+    rows = [
+        {"id": "a", "image": picture, "conversations": turns, "data_source": "s"},
+        {"id": "b", "image": None, "conversations": told, "data_source": "s"},
+        {"id": "c", "image": None, "conversations": turns, "data_source": "s"},
+    ]
+    path = write_parquet(tmp_path / "part.parquet", rows)
+    done = convert("llava-onevision", path, tmp_path / "one.jsonl")
+    assert (done.rows, done.pictures) == (2, 1) and "part.parquet:row 3: it has 0 pictures" in done.skipped[0]
+    source = readers.jsonl("one", tmp_path / "one.jsonl", tmp_path / "one-images")
+    assert [source[i].id for i in range(2)] == ["part/a", "part/b"] and len(list(source[0].images())) == 1
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "one.jsonl").write_text(json.dumps({"id": 7, "image": "1.png", "conversations": turns}) + "\n")
+    meta = {"coco": {"root": "data/coco", "annotation": "sets/one.jsonl", "repeat_time": 2, "length": 1}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    assert convert("internvl", tmp_path / "meta.json", tmp_path / "two.jsonl").rows == 1
+    row = json.loads((tmp_path / "two.jsonl").read_text())
+    assert row["id"] == "coco/7" and row["messages"][0]["content"][0]["image"] == "data/coco/1.png"
+    (tmp_path / "meta.json").write_text('{"coco": {"root": "data", "annotation": "no.jsonl"}}')
+    with pytest.raises(ValueError, match="meta.json: data set 'coco': .*no.jsonl does not exist"):
+        convert("internvl", tmp_path / "meta.json", tmp_path / "three.jsonl")
+
+
 def test_shares_add_up(tmp_path, capsys):
     """Shares of shards, of counts and of converted files are together what one process makes."""
     whole = shard(sources(["shapes/draw#10"], size=16)["shapes/draw#10"], tmp_path / "whole", rows=3)
