@@ -64,7 +64,8 @@ from diptych.parts.dit import DitConfig, Group, blocks, build_dit
 from diptych.parts.flow import FlowSettings, Prediction, TimeDraw, euler, velocity
 from diptych.parts.images import SizeRule, to_tensor, tokens_to_latents
 from diptych.parts.images import crop as cropped
-from diptych.parts.mllm import Mllm, MllmConfig, tiny_mllm
+from diptych.parts.mllm import Mllm, MllmConfig
+from diptych.parts.mllm_sizes import internvl3_2b, tiny_internvl
 from diptych.parts.runs import Runs
 from diptych.parts.tokenizer import Tokenizer
 from diptych.parts.vision import kept
@@ -156,7 +157,7 @@ class Config:
         """The same code at a size that one CPU core trains in hours: 64 x 64 pixels, 16 tokens a picture either way.
         Condition tokens get position ids (as in XL), since a small reader's hidden states encode word order poorly."""
         return Config(
-            tiny_mllm(vocab_size),
+            tiny_internvl(vocab_size),
             DitConfig("double", 128, 6, 4, (8, 12, 12)),
             tiny_autoencoder(),
             queries=16,
@@ -171,34 +172,6 @@ class Config:
                 25, guidance_scale=2.5, guidance_interval=(0.0, 0.9), timestep_shift=3.0, renorm="none"
             ),
         )
-
-
-def internvl3_2b() -> MllmConfig:
-    """InternVL3-2B: InternViT-300M at 448 pixels, 256 tokens a picture, Qwen2.5-1.5B (D = 1536)."""
-    vision = {
-        "attention_bias": True,
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-        "image_size": [448, 448],
-        "patch_size": [14, 14],
-    }
-    text = {
-        "model_type": "qwen2",
-        "vocab_size": 151674,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        "tie_word_embeddings": False,
-    }
-    return MllmConfig(
-        {"model_type": "internvl", "vision_config": vision, "text_config": text, "tie_word_embeddings": False}
-    )
 
 
 class Iomm(UnifiedModel[FlowSettings]):

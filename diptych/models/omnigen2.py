@@ -28,7 +28,6 @@ from dataclasses import dataclass, field, replace
 from math import exp, prod
 from typing import Any, ClassVar, Literal, get_args
 
-import PIL.Image
 import torch
 
 from diptych.core.batch import Batch, Pictures, pack
@@ -60,9 +59,10 @@ from diptych.models.sizes import Sizes
 from diptych.parts.attention import Cached, documents
 from diptych.parts.autoencoder import AutoencoderConfig, build_latent_autoencoder, sampled, tiny_autoencoder
 from diptych.parts.flow import Prediction, TimeDraw, schedule, shift_time, velocity
-from diptych.parts.images import AreaRule, ShrinkRule, latents_to_tokens, to_tensor, tokens_to_latents
-from diptych.parts.mllm import Mllm, MllmConfig, Template, tiny_mllm
-from diptych.parts.reference_dit import Drawn, Reference, ReferenceDit, ReferenceDitConfig
+from diptych.parts.images import ShrinkRule, lanczos, latents_to_tokens, to_tensor, tokens_to_latents
+from diptych.parts.mllm import Mllm, MllmConfig
+from diptych.parts.mllm_sizes import qwen25_vl_3b, tiny_internvl
+from diptych.parts.reference_dit import NoisedPicture, Reference, ReferenceDit, ReferenceDitConfig
 from diptych.parts.runs import Runs
 from diptych.parts.solvers import Solver, dpm_step, euler_step, extrapolate
 from diptych.parts.tokenizer import Tokenizer
@@ -222,7 +222,7 @@ class Config:
         shrink = ShrinkRule(128**2, 128, 16)
         settings = Settings(25, guidance_scale=2.5, timestep_shift=3.0)
         return Config(
-            tiny_mllm(vocab_size),
+            tiny_internvl(vocab_size),
             dit,
             tiny_autoencoder(),
             system="",
@@ -238,79 +238,6 @@ class Config:
             settings=settings,
             edits=replace(settings, image_guidance_scale=1.5),
         )
-
-
-def qwen25_vl_3b() -> MllmConfig:
-    """Qwen2.5-VL-3B; pictures have 256 to 1280 tokens of 28 x 28 pixels."""
-    vision = {
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": 2048,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "window_size": 112,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-        "tokens_per_second": 2,
-    }
-    row = {
-        "model_type": "qwen2_5_vl",
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-        "tie_word_embeddings": True,
-        "vision_config": vision,
-    }
-    return MllmConfig(row, reader_template(), AreaRule(256 * 28**2, 1280 * 28**2, 28))
-
-
-def tiny_reader(vocab_size: int) -> MllmConfig:
-    """Qwen2.5-VL's classes with a decoder of width 128 and a tower of width 96; 16 pixels are a token."""
-    vision = {
-        "depth": 3,
-        "hidden_size": 96,
-        "intermediate_size": 192,
-        "num_heads": 3,
-        "out_hidden_size": 128,
-        "patch_size": 8,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "window_size": 64,
-        "fullatt_block_indexes": [0, 2],
-        "tokens_per_second": 2,
-    }
-    row = {
-        "model_type": "qwen2_5_vl",
-        "vocab_size": vocab_size,
-        "hidden_size": 128,
-        "intermediate_size": 320,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e4,
-        "rope_scaling": {"type": "mrope", "mrope_section": [8, 4, 4]},
-        "tie_word_embeddings": True,
-        "vision_config": vision,
-    }
-    return MllmConfig(row, reader_template(""), AreaRule(16**2, 128**2, 16))
-
-
-def reader_template(after_role: str = "\n") -> Template:
-    """Qwen's turns; the tiny model leaves the roles out."""
-    roles = {
-        name: f"<|im_start|>{name}\n" if after_role else "<|im_start|>" for name in ("system", "user", "assistant")
-    }
-    end = "<|im_end|>\n" if after_role else "<|im_end|>"
-    return Template(**roles, end=end, image=("<|vision_start|>", "<|vision_end|>"))
 
 
 class OmniGen2(UnifiedModel[Settings]):
@@ -521,7 +448,7 @@ class OmniGen2(UnifiedModel[Settings]):
 
     def _pictures(
         self, batch: Batch, s: _Stream, states: Float[Tensor, "S D"], noise: Noise
-    ) -> tuple[list[Drawn], list[Noised], list[Tensor]]:
+    ) -> tuple[list[NoisedPicture], list[Noised], list[Tensor]]:
         """The pictures to draw of a row, their latents with noise and the document of each. A row without any draws
         one token that counts nothing: other processes may draw, and wait for it."""
         clean = sorted(
@@ -541,12 +468,12 @@ class OmniGen2(UnifiedModel[Settings]):
                 references = tuple(r for p, r in clean if earlier < p < first and int(batch.document[p]) == int(owner))
                 before = (s.columns.document == owner) & (s.places < first)
                 condition = states[self._condition(before & s.condition, s.columns.ids, before)]
-                pictures.append(Drawn(x_t[i], g.grid, 1 - t[i], condition, references))
+                pictures.append(NoisedPicture(x_t[i], g.grid, 1 - t[i], condition, references))
                 targets.append(Noised(group.data[i : i + 1], group.noise[i : i + 1], t[i : i + 1]))
                 owners.append(owner)
         if not pictures:
             empty = states.new_zeros(1, 1, self.features, dtype=torch.float32)
-            pictures = [Drawn(empty[0], (1, 1), empty[0, 0, 0], states[:1])]
+            pictures = [NoisedPicture(empty[0], (1, 1), empty[0, 0, 0], states[:1])]
             targets, owners = [Noised(empty, empty, empty[:, 0, 0] + 1)], [batch.document[0]]
         return pictures, targets, owners
 
@@ -706,7 +633,7 @@ class OmniGen2(UnifiedModel[Settings]):
             assert d.times is not None
             t = 1 - d.times[d.step].to(d.state.device)
             pairs = zip(d.private.conditions[:branches], d.private.references[:branches], strict=True)
-            rows += [Drawn(d.state, grid, t, condition, references) for condition, references in pairs]
+            rows += [NoisedPicture(d.state, grid, t, condition, references) for condition, references in pairs]
         outs = zip(self.dit(rows) if rows else [], rows, strict=True)
         kind = self.config.prediction
         velocities = iter([velocity(self._prediction(out), row.x, 1 - row.t, kind) for out, row in outs])
@@ -918,10 +845,3 @@ class _Page(Runs):
         ids = (NONE,) * prod(grid)
         columns: Mapping[str, Any] = {"image": held, "grid": grid, "encoded": encoded, "generated": kind == Kind.NOISED}
         return Segment(kind, ids, full=True, shared=True, hidden=True, advance=0, **columns)
-
-
-def lanczos(image: PIL.Image.Image, size: tuple[int, int], nearest: bool = False) -> Tensor:
-    """The picture resized to (width, height) by Pillow's Lanczos filter (nearest for label pictures), as uint8."""
-    if image.size != size and not nearest:
-        image = image.convert("RGB").resize(size, PIL.Image.Resampling.LANCZOS)
-    return to_tensor(image, size, nearest)

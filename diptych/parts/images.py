@@ -155,6 +155,13 @@ def resized(image: PIL.Image.Image, sizes: Sequence[tuple[int, int]], nearest: b
     return image
 
 
+def lanczos(image: PIL.Image.Image, size: tuple[int, int], nearest: bool = False) -> Tensor:
+    """The picture resized to (width, height) by Pillow's Lanczos filter (nearest for label pictures), as uint8."""
+    if image.size != size and not nearest:
+        image = image.convert("RGB").resize(size, PIL.Image.Resampling.LANCZOS)
+    return to_tensor(image, size, nearest)
+
+
 def letterbox(image: PIL.Image.Image, size: tuple[int, int], nearest: bool = False) -> PIL.Image.Image:
     """The whole picture as large as it fits into (width, height), centred on black: Cheers' edit sources and
     pictures to read (arXiv 2603.12793, published processor)."""

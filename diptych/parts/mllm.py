@@ -88,41 +88,6 @@ class MllmConfig:
         return MllmConfig(row, template, see or MllmConfig.see)
 
 
-def tiny_mllm(vocab_size: int = 1024) -> MllmConfig:
-    """InternVL's classes with a decoder of width 128 and a tower of width 96: 64 pixels are 16 tokens."""
-    vision = {
-        "hidden_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 3,
-        "intermediate_size": 192,
-        "image_size": [64, 64],
-        "patch_size": [8, 8],
-        "layer_scale_init_value": 1.0,
-    }
-    text = {
-        "model_type": "qwen2",
-        "vocab_size": vocab_size,
-        "hidden_size": 128,
-        "intermediate_size": 320,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-        "tie_word_embeddings": True,
-    }
-    template = Template(
-        system="<|im_start|>",
-        user="<|im_start|>",
-        assistant="<|im_start|>",
-        end="<|im_end|>",
-        image=("<|vision_start|>", "<|vision_end|>"),
-    )
-    return MllmConfig(
-        {"model_type": "internvl", "vision_config": vision, "text_config": text, "tie_word_embeddings": True}, template
-    )
-
-
 @runtime_checkable
 class LanguageOutput(Protocol):
     """The output of a decoder of transformers."""

@@ -87,7 +87,7 @@ class Reference(NamedTuple):
     grid: tuple[int, int]
 
 
-class Drawn(NamedTuple):
+class NoisedPicture(NamedTuple):
     """A target: its noised tokens, its time in [0, 1] as the network counts it (1 is data), its condition states and
     references."""
 
@@ -197,7 +197,7 @@ class ReferenceDit(nn.Module):
         self.modulation = nn.Linear(c.time_width, d)
         self.leave = nn.Linear(d, features)
 
-    def forward(self, pictures: Sequence[Drawn]) -> list[Float[Tensor, "_ f"]]:
+    def forward(self, pictures: Sequence[NoisedPicture]) -> list[Float[Tensor, "_ f"]]:
         """The velocity from noise to data, a value per token of every picture.
 
         Raises ``ValueError`` for more references than the network has index vectors."""

@@ -29,14 +29,14 @@ from diptych.core.noise import Noise
 from diptych.core.sample import Image, Sample, Text, assistant, user
 from diptych.core.tensors import NONE, Tensor, to_float
 from diptych.models import adapters, store
-from diptych.models.omnigen2 import OmniGen2, Settings, lanczos
+from diptych.models.omnigen2 import OmniGen2, Settings
 from diptych.models.published.key_map import export
 from diptych.models.published.omnigen2 import DIT, READER
 from diptych.parts.attention import documents
 from diptych.parts.dit import Rotation
 from diptych.parts.flow import TimeDraw, schedule, shift_time
-from diptych.parts.images import AreaRule, ShrinkRule, latents_to_tokens, to_tensor, tokens_to_latents
-from diptych.parts.reference_dit import Documents, Drawn, Reference, ReferenceBlock, coordinates
+from diptych.parts.images import AreaRule, ShrinkRule, lanczos, latents_to_tokens, to_tensor, tokens_to_latents
+from diptych.parts.reference_dit import Documents, NoisedPicture, Reference, ReferenceBlock, coordinates
 from diptych.parts.solvers import dpm_step, euler_step
 from tests.parity.compare import Folder
 
@@ -93,9 +93,9 @@ def watched(**modules: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
-def calls(dit: torch.nn.Module) -> Iterator[list[tuple[list[Drawn], list[Tensor]]]]:
+def calls(dit: torch.nn.Module) -> Iterator[list[tuple[list[NoisedPicture], list[Tensor]]]]:
     """(pictures, velocities) of every call of the transformer."""
-    kept: list[tuple[list[Drawn], list[Tensor]]] = []
+    kept: list[tuple[list[NoisedPicture], list[Tensor]]] = []
     hook = dit.register_forward_hook(lambda module, inputs, output: kept.append((inputs[0], output)))
     yield kept
     hook.remove()
@@ -219,7 +219,7 @@ def blocks(folder: Folder) -> None:
     same("norm_out.out", dit.leave(out))
 
 
-def recorded(folder: Folder, made: OmniGen2, name: str) -> list[Drawn]:
+def recorded(folder: Folder, made: OmniGen2, name: str) -> list[NoisedPicture]:
     """The rows of a forward case."""
     case, at = folder.meta["forward"][name], f"forward.in.{name}."
     text, mask, t = (folder.get(f"{at}{n}") for n in ("text", "text_mask", "t"))
@@ -227,7 +227,7 @@ def recorded(folder: Folder, made: OmniGen2, name: str) -> list[Drawn]:
     for i, refs in enumerate(case["refs"]):
         x, grid = tokens(made, folder.get(f"{at}latent.{i}"))
         references = [Reference(*tokens(made, folder.get(f"{at}ref.{i}.{k}"))) for k in range(len(refs or ()))]
-        rows.append(Drawn(x, grid, t[i], text[i][mask[i].bool()], tuple(references)))
+        rows.append(NoisedPicture(x, grid, t[i], text[i][mask[i].bool()], tuple(references)))
     return rows
 
 

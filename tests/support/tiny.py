@@ -25,6 +25,7 @@ from diptych.parts.decoder import DecoderConfig
 from diptych.parts.dit import DitConfig
 from diptych.parts.flow import TimeDraw
 from diptych.parts.images import SizeRule, Tiling
+from diptych.parts.mllm_sizes import tiny_qwen25_vl
 from diptych.parts.vision import VisionConfig
 from diptych.training.recipe import Limits, Optimizer, Recipe, Stage
 
@@ -122,7 +123,7 @@ def cheers() -> cheers_family.Config:
 def omnigen2() -> omnigen2_family.Config:
     """OmniGen2 with two layers of width 32, over the classes of its published reader; 64 pixels are 16 tokens. Like the
     release, it predicts velocities."""
-    c, reader = omnigen2_family.Config.tiny(), omnigen2_family.tiny_reader(1032)
+    c, reader = omnigen2_family.Config.tiny(), tiny_qwen25_vl(1032)
     model = deepcopy(reader.model)
     model |= {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
     model["rope_scaling"] |= {"mrope_section": [2, 1, 1]}

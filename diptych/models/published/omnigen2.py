@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from diptych.models.omnigen2 import Config, reader_template
+from diptych.models.omnigen2 import Config
 from diptych.models.published.folder import Json, PublishedFormat, States
 from diptych.models.published.key_map import Rule, Rules, count_matches, prefixed, raise_all, rules
 from diptych.models.published.parts import FIXED_KL, autoencoder_kl, kl_config, whole_number
 from diptych.parts.images import AreaRule
 from diptych.parts.mllm import MllmConfig
+from diptych.parts.mllm_sizes import qwen_template
 from diptych.parts.reference_dit import ReferenceDitConfig
 
 INDEX, TRANSFORMER, MLLM, VAE = "model_index.json", "transformer/config.json", "mllm/config.json", "vae/config.json"
@@ -142,7 +143,7 @@ def reader(json: Json) -> MllmConfig:
     size = limits.get("size") or {}
     least = limits.get("min_pixels") or size.get("shortest_edge") or 4 * stride**2
     most = limits.get("max_pixels") or size.get("longest_edge") or 1280 * stride**2
-    return MllmConfig(dict(row), reader_template(), AreaRule(least, most, stride))
+    return MllmConfig(dict(row), qwen_template(), AreaRule(least, most, stride))
 
 
 def published_files(c: Config) -> dict[str, dict]:
