@@ -12,7 +12,8 @@ def qwen_template(roles: bool = True) -> Template:
     markers = ("<|vision_start|>", "<|vision_end|>")
     if roles:
         return Template(system, user, assistant, image=markers)
-    return Template(*["<|im_start|>"] * 3, end="<|im_end|>", image=markers)
+    start = "<|im_start|>"
+    return Template(start, start, start, end="<|im_end|>", image=markers)
 
 
 def qwen25_vl_3b() -> MllmConfig:
