@@ -392,8 +392,9 @@ class _Job:
             total_losses.append(loss.detach())
             tally.add(losses, batch)
         # the device is waited for here, once all rows are on their way, and once more for the gradient's norm
-        for value, batch in zip(torch.stack(total_losses).tolist(), batches, strict=True):
-            self.stop_unless_finite("loss", value, [batch])
+        values = zip(torch.stack(total_losses).tolist(), batches, strict=True)
+        bad = [(value, batch) for value, batch in values if not math.isfinite(value)]
+        self.stop_unless_finite("loss", bad[0][0] if bad else 0.0, [batch for _, batch in bad])
         norms = self.update(stage, parts, batches)
         for r in micro:
             tally.hold(r)
