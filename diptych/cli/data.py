@@ -246,12 +246,19 @@ def index(
 ) -> None:
     """Scan data sets once, for quick starts and shard order.
 
-    The index goes to NAME.index beside the catalog, or where the catalog says (index: FILE)."""
+    The index goes to NAME.index beside the catalog, or where the catalog says (index: FILE). CATALOG may also be a
+    folder that `diptych data precompute` wrote for one data set."""
     from diptych.core.errors import nearest
+    from diptych.data import encoded
     from diptych.data.catalog import read_catalog
     from diptych.data.index import default_processes
 
     at_least_one(processes=processes)
+    folder = address_of(catalog)
+    if encoded.there(folder):
+        rows = encoded.write_index(folder, processes or default_processes())
+        print(json.dumps({"rows": rows}) if as_json else f"{folder / encoded.PLACES}: {rows} rows")
+        return
     entries = read_catalog(catalog)
     for name in names or []:
         if name not in entries:
