@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import tempfile
 from dataclasses import replace
 from functools import cache
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diptych import cli
 from diptych.core.batch import pack
 from diptych.core.noise import Noise
 from diptych.core.sample import Image, Sample, Text, assistant, user
@@ -328,3 +330,18 @@ def test_rollouts_without_guidance_and_without_a_reference_are_warned_of(tmp_pat
     with caplog.at_level(logging.WARNING, logger="diptych.training"):
         run(made, tmp_path / "run")
     assert "reward.reference has no weight for image" in caplog.text
+
+
+def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
+    """docs/rewards.md, on one ask of two rollouts: the recipe, the page's own function as a reward, and its release."""
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    [command] = [line for line in page.splitlines() if "mine:bright" in line and line.startswith("diptych train")]
+    small = {"asks": 1, "group": 2, "dev": "{}", "sampling.num_inference_steps": 2}
+    changes = [x for name, value in small.items() for x in ("--set", f"stages.0.reward.{name}={value}")]
+    verb = [*shlex.split(command)[1:], *changes, "--steps", "1", "--out", "runs/rewarded", "--device", "cpu"]
+    assert cli.main(verb) == 0
+    [row] = [json.loads(line) for line in Path("runs/rewarded/metrics.jsonl").read_text().splitlines()]
+    assert 0 < row["reward/mine:bright"] <= 1 and row["rollouts"] == 2
+    assert "done: runs/rewarded/release" in capsys.readouterr().out
