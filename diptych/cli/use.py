@@ -352,6 +352,18 @@ def serve(
             help="a name that reaches this server, besides localhost and its address; may be repeated",
         ),
     ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-origin",
+            metavar="URL",
+            help="let pages of this site use the server, such as http://localhost:3000; * for any; may be repeated",
+        ),
+    ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="refuse parameters that have no effect (default: ignore them, with a warning)"),
+    ] = False,
     runs: Annotated[
         Path | None, typer.Option("--runs", metavar="DIR", help="show the training runs in this folder")
     ] = None,
@@ -378,6 +390,8 @@ def serve(
         log_prompts=log_prompts,
         quiet=quiet,
         host_names=tuple(host_name or ()),
+        strict=strict,
+        origins=frozenset(allow_origin or ()),
     )
     names: list[str] = []
 

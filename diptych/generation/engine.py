@@ -20,6 +20,7 @@ from diptych.core.sample import Image, Message, Sample, sample_from_json, user
 from diptych.data.decoding import PictureSource, open_mask, open_picture
 from diptych.generation.events import Answer, Event, Picture, Pictures
 from diptych.generation.prefix_cache import PrefixCache
+from diptych.generation.sampling import Penalties
 from diptych.generation.scheduler import ImageJob, ImageRequest, Job, Scheduler, Size, TextJob, TextRequest
 from diptych.generation.thinking import Think, split
 from diptych.machine import devices
@@ -214,6 +215,8 @@ class Engine:
         seed: Seed = 0,
         pictures: int = 4,
         think: bool = False,
+        top_k: int = 0,
+        repetition_penalty: float = 1.0,
     ) -> Answer:
         """The answer to a conversation whose last message is the user's, with up to ``pictures`` of the model's own.
         With ``think`` the model is asked to reason first; what it writes in ``<think>`` tags is ``Answer.reasoning``.
@@ -222,8 +225,8 @@ class Engine:
         ``{"type": "image", "image": PICTURE}`` or OpenAI's ``{"type": "image_url", "image_url": {"url": DATA_URI}}``. A
         string is one message of the user."""
         sample = self._conversation(messages)
-        options: dict[str, Any] = {"top_p": top_p, "pictures": pictures, "think": think}
-        return self.answers([sample], max_new_tokens, temperature, _seed(seed), **options)[0]
+        request = TextRequest(sample, max_new_tokens, temperature, top_p, _seed(seed), pictures=pictures, think=think)
+        return self._answers([replace(request, top_k=top_k, penalties=Penalties(repetition_penalty))], 1)[0]
 
     def ask(
         self,
@@ -428,10 +431,14 @@ class Engine:
     ) -> list[Answer]:
         """One answer per sample, whose last message is the user's; ``batch_size`` of them are decoded together."""
         options: dict[str, Any] = {"pictures": pictures, "think": think}
-        requests = [TextRequest(s, max_new_tokens, temperature, top_p, seed, **options) for s in samples]
+        return self._answers(
+            [TextRequest(s, max_new_tokens, temperature, top_p, seed, **options) for s in samples], batch_size
+        )
+
+    def _answers(self, requests: Sequence[TextRequest], batch_size: int) -> list[Answer]:
         jobs = [j for j in self._run(requests, batch_size) if isinstance(j, TextJob)]
         texts = [self.model.spoken(j.ids) for j in jobs]
-        spoken = [split(text) if think else ("", text) for text in texts]
+        spoken = [split(text) if j.request.think else ("", text) for j, text in zip(jobs, texts, strict=True)]
         return [
             Answer(text, tuple(j.ids), str(j.reason), j.parameters, j.images, reasoning, j.sources)
             for j, (reasoning, text) in zip(jobs, spoken, strict=True)

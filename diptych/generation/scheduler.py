@@ -33,7 +33,7 @@ from diptych.generation.events import (
     Usage,
 )
 from diptych.generation.prefix_cache import PrefixCache
-from diptych.generation.sampling import check_sampling, next_token
+from diptych.generation.sampling import NO_PENALTIES, Penalties, check_sampling, next_token
 from diptych.generation.thinking import CLOSE, OPEN, Think, instructed, split
 from diptych.models.protocol import Context, Drawing, Drop, Settings, UnifiedModel
 from diptych.parts.batch_invariant import alone, steady
@@ -62,9 +62,11 @@ class TextRequest:
     logprobs: int | None = None
     pictures: int = 4
     think: bool = False
+    top_k: int = 0
+    penalties: Penalties = NO_PENALTIES
 
     def __post_init__(self) -> None:
-        check_sampling(self.temperature, self.top_p)
+        check_sampling(self.temperature, self.top_p, self.top_k)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
 
@@ -103,6 +105,11 @@ class TextJob:
             "top_p": r.top_p,
             "seed": r.seed,
         }
+        if r.top_k:
+            self.parameters["top_k"] = r.top_k
+        if r.penalties != NO_PENALTIES:
+            r.penalties.check(len(model.tokenizer))
+            self.parameters["penalties"] = asdict(r.penalties)
         self.generator = torch.Generator().manual_seed(r.seed)
         self.context: Context = model.open()
         self.layout: Layout | None = None
@@ -323,7 +330,10 @@ class Scheduler:
 
     def _sample(self, job: TextJob) -> None:
         self.active, r = [job.plans or job], job.request
-        token = next_token(job.context.logits, r.temperature, r.top_p, job.generator)
+        logits = job.context.logits
+        if r.penalties != NO_PENALTIES:
+            logits = r.penalties(logits, _text_ids(job.layout), job.ids)
+        token = next_token(logits, r.temperature, r.top_p, job.generator, r.top_k)
         room = len(job.images) < r.pictures and len(job.ids) + 1 < r.max_new_tokens
         if token == self.model.picture_word and room and not (job.ids and self.model.opens_with_picture):
             self._begin_picture(job, token)
@@ -449,6 +459,11 @@ def _opened(sample: Sample, turn: Message) -> Sample:
 def _has_pictures(layout: Layout) -> bool:
     """Whether a layout holds pictures."""
     return any(s.image is not None for s in layout.segments)
+
+
+def _text_ids(layout: Layout | None) -> tuple[int, ...]:
+    """The token ids of the text segments of a layout."""
+    return tuple(i for s in (layout.segments if layout else ()) if s.kind == Kind.TEXT for i in s.ids if i >= 0)
 
 
 def _stable(text: str, stops: Sequence[str]) -> str:

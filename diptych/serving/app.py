@@ -55,7 +55,7 @@ def create_app(service: Service, host: str = "127.0.0.1") -> ASGIApp:
     api.include_router(_page())
     options = service.options
     hosts = HostNames(host, options.host_names)
-    return Guard(api, hosts, Keys(options.keys), Rates(options.rate), options.limits, service.metrics, options.quiet)
+    return Guard(api, hosts, Keys(options.keys), Rates(options.rate), service.metrics, options)
 
 
 def _probes(service: Service) -> APIRouter:

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import PIL.Image
 from fastapi import APIRouter, Request, Response
@@ -27,9 +27,15 @@ from diptych.generation.events import (
 from diptych.generation.scheduler import ImageRequest, TextRequest
 from diptych.parts.images import data_uri
 from diptych.serving.schemas import ChatMessage, ChatRequest, TextPart
-from diptych.serving.service import Service, canvas_size, seed_of
+from diptych.serving.service import Service, seed_of
 from diptych.serving.sse import EventStream, server_sent
 from diptych.serving.worker import Call, Worker
+
+_ROLES: dict[str, Literal["system", "assistant"]] = {
+    "system": "system",
+    "developer": "system",
+    "assistant": "assistant",
+}  # all others: user
 
 
 def router(service: Service) -> APIRouter:
@@ -57,7 +63,7 @@ async def conversation(service: Service, body: ChatRequest) -> Sample:
     """The messages as a sample. Pictures of the last message are edit sources where a picture is to be drawn.
 
     Raises ``ValueError`` for texts and pictures that are too many, too large or unreadable."""
-    if body.messages[-1].role != "user":
+    if _ROLES.get(body.messages[-1].role, "user") != "user":
         raise ValueError(f"messages: the last message must be the user's, not the {body.messages[-1].role}'s")
     messages, pictures, length = [], 0, 0
     for i, message in enumerate(body.messages):
@@ -75,7 +81,7 @@ async def conversation(service: Service, body: ChatRequest) -> Sample:
             edited = message is body.messages[-1] and "image" in body.modalities
             role: ImageRole = "target" if message.role == "assistant" else "condition" if edited else "understand"
             parts.append(Image(await service.picture(url, name), role))
-        messages.append(Message("system" if message.role == "developer" else message.role, tuple(parts)))
+        messages.append(Message(_ROLES.get(message.role, "user"), tuple(parts)))
     service.text("x" * length, "the conversation")
     return Sample("request", tuple(messages))
 
@@ -88,20 +94,23 @@ def _parts(message: ChatMessage) -> list[Any]:
 
 
 class Chat:
-    """``n`` choices in answer to a conversation, each made of the modalities asked for, one after another."""
+    """``n`` choices in answer to a conversation, each made of the modalities asked for, one after another.
 
-    def __init__(self, service: Service, worker: Worker, body: ChatRequest, sample: Sample) -> None:
-        self.body, self.worker = body, worker
+    A text may hold up to ``pictures`` pictures that the model begins on its own."""
+
+    def __init__(self, service: Service, worker: Worker, body: ChatRequest, sample: Sample, pictures: int = 0) -> None:
+        self.body, self.worker, self.pictures = body, worker, pictures
         self.id, self.created, self.seed = f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), seed_of(body)
         if body.n > service.limits.n:
             raise ValueError(f"n may be at most {service.limits.n}, not {body.n}")
         for stop in body.stops:
             service.text(stop, "stop")
-        self.max_tokens = min(body.max_tokens or body.max_completion_tokens or 256, service.limits.new_tokens)
+        self.max_tokens = min(body.one_of("max_tokens", "max_completion_tokens") or 256, service.limits.new_tokens)
         self.settings = service.settings(worker.engine, body, sample) if "image" in body.modalities else None
         self.negative_prompt = service.text(body.negative_prompt or "", "negative_prompt")
         self.samples = [sample] * body.n  # the conversation of each choice, with what it has answered so far
         self.parts: list[list[dict[str, Any]]] = [[] for _ in range(body.n)]  # of the answers
+        self.done = [0] * body.n  # how many modalities of each choice are complete
         self.reasons = ["stop"] * body.n
         self.reasoning = [""] * body.n
         self.think = service.thinking(worker.engine, body, body.thinks)
@@ -121,7 +130,7 @@ class Chat:
 
     def _next_request(self, choice: int) -> TextRequest | ImageRequest | None:
         """The request for the choice's next part; None where it is complete."""
-        body, done = self.body, len(self.parts[choice])
+        body, done = self.body, self.done[choice]
         if done == len(body.modalities):
             return None
         if body.modalities[done] == "image":
@@ -129,12 +138,24 @@ class Chat:
         top = (body.top_logprobs or 0) if body.logprobs else None
         sample, seed = self.samples[choice], self.seed + choice
         opened = replace(sample, messages=(*sample.messages, assistant()))
-        return TextRequest(opened, self.max_tokens, body.temperature, body.top_p, seed, body.stops, top, 0, body.thinks)
+        return TextRequest(
+            opened,
+            self.max_tokens,
+            body.temperature,
+            body.top_p,
+            seed,
+            body.stops,
+            top,
+            self.pictures,
+            body.thinks,
+            max(body.top_k, 0),
+            body.penalties,
+        )
 
     def _drawing(self, choice: int) -> ImageRequest:
         body, sample = self.body, self.samples[choice]
         assert self.settings is not None
-        picture = assistant(Image(None, "target", canvas_size(body.size)))
+        picture = assistant(Image(None, "target", body.canvas))
         opened = replace(sample, messages=(*sample.messages, picture))
         return ImageRequest(
             opened, self.seed + choice, None, self.settings, self.negative_prompt, body.partial_images, self.think
@@ -152,11 +173,15 @@ class Chat:
                 texts[choice] += event.text
                 self.logprobs[choice] += map(_logprob, event.logprobs)
             if isinstance(event, ImageDone):
+                if self.body.modalities[self.done[choice]] == "text":  # the answer has drawn it on its own
+                    self._add_text(choice, texts[choice])
+                    await self._add_picture(choice, event.image)
+                    texts[choice] = ""
                 images[choice] = event.image
             if isinstance(event, Stop):
                 message = await self._complete(choice, event, texts[choice], images[choice])
-                texts[choice] = ""
-                sample = self.samples[choice]
+                texts[choice], images[choice] = "", None
+                sample, self.done[choice] = self.samples[choice], self.done[choice] + 1
                 self.samples[choice] = replace(sample, messages=(*sample.messages, message))
                 if request := self._next_request(choice):
                     self.choices.append(choice)
@@ -169,16 +194,23 @@ class Chat:
         self.usage = Usage(before.read + now.read, before.written + now.written, before.pictures + now.pictures)
         if event.reason == "image":
             assert image
-            url = await asyncio.to_thread(data_uri, image)
-            self.parts[choice].append({"type": "image_url", "image_url": {"url": url}})
+            await self._add_picture(choice, image)
             self.parameters["image"] = dict(event.parameters) | {"seed": self.seed}
             return assistant(Image(image, "target"))
-        self.parts[choice].append({"type": "text", "text": text})
+        self._add_text(choice, text, always=image is None)
         self.reasons[choice] = event.reason
         parameters = dict(event.parameters)
         parameters["max_tokens"] = parameters.pop("max_new_tokens")
         self.parameters |= parameters | {"stop": self.body.stops, "seed": self.seed}
         return assistant(text)
+
+    def _add_text(self, choice: int, text: str, always: bool = False) -> None:
+        if text or always:
+            self.parts[choice].append({"type": "text", "text": text})
+
+    async def _add_picture(self, choice: int, image: PIL.Image.Image) -> None:
+        url = await asyncio.to_thread(data_uri, image)
+        self.parts[choice].append({"type": "image_url", "image_url": {"url": url}})
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.worker.engine.name}
@@ -227,7 +259,7 @@ class Chat:
             elif isinstance(event, Stop):
                 if event.reason == "image":
                     yield chunk(i, {"content": [self.parts[i][-1]]})
-                if len(self.parts[i]) == len(self.body.modalities):
+                if self.done[i] == len(self.body.modalities):
                     yield chunk(i, {}, None, self.reasons[i], parameters=self.parameters)
         if self.body.stream_options and self.body.stream_options.include_usage:
             yield server_sent(self._head("chat.completion.chunk") | {"choices": [], "usage": self._usage()})

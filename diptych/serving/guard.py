@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from diptych.serving.errors import problem
 from diptych.serving.hosts import HostNames
 from diptych.serving.metrics import Metrics, log
-from diptych.serving.options import Limits
+from diptych.serving.options import Options
 
 KEYLESS = re.compile(r"/|/static/[^/]+|/health|/ready|/version|/metrics|/openapi\.json|/v1/files/[^/]+/content")
 PROBES = ("/health", "/ready")  # answered however busy the server is
@@ -93,10 +93,10 @@ class Guard:
     """The application behind these checks, as an ASGI application."""
 
     def __init__(
-        self, app: ASGIApp, hosts: HostNames, keys: Keys, rates: Rates, limits: Limits, metrics: Metrics, quiet: bool
+        self, app: ASGIApp, hosts: HostNames, keys: Keys, rates: Rates, metrics: Metrics, options: Options
     ) -> None:
-        self.app, self.hosts, self.keys, self.rates, self.limits = app, hosts, keys, rates, limits
-        self.metrics, self.quiet = metrics, quiet
+        self.app, self.hosts, self.keys, self.rates = app, hosts, keys, rates
+        self.metrics, self.limits, self.quiet, self.origins = metrics, options.limits, options.quiet, options.origins
         self.requests = self.body_bytes = 0  # in the application's hands, and of all bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -113,7 +113,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 present = {k.lower() for k, _ in message["headers"]}
-                more = {"x-request-id": number, **HEADERS}
+                more = {"x-request-id": number, **HEADERS, **self._cross_origin(scope)}
                 message["headers"] += [(k.encode(), v.encode()) for k, v in more.items() if k.encode() not in present]
             await send(message)
 
@@ -134,6 +134,13 @@ class Guard:
         if size > self.limits.header_bytes:
             raise Denied(431, "the header of the request is too large", "header_too_large")
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+        if (
+            scope["method"] == "OPTIONS" and "access-control-request-method" in headers
+        ):  # a browser asks before it sends
+            self._check_site(headers)
+            await send({"type": "http.response.start", "status": 204, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+            return
         client = self._client(scope, headers)
         if scope["method"] != "POST":
             await self._run(scope, receive, send)
@@ -163,20 +170,41 @@ class Guard:
     def _client(self, scope: Scope, headers: dict[str, str]) -> str:
         """Who asks: a name of its key, or its address. Raises ``Denied`` for a host that is not this server's, a page
         of another site, and a client without a key."""
-        host, origin = headers.get("host"), headers.get("origin")
-        if host is not None and host not in self.hosts:  # HTTP/1.0 may leave it out; no browser does
-            message = f"host {host[:100]!r} is not a name of this server; start it with --host-name to use one"
-            raise Denied(403, message, "host_not_allowed")
-        if origin is not None and urlsplit(origin).netloc != host:
-            raise Denied(403, f"requests from {origin[:100]} are not taken", "cross_origin")
+        self._check_site(headers)
         if not self.keys.digests or KEYLESS.fullmatch(scope["path"]):
             return (scope.get("client") or ("unknown",))[0]
-        given = headers.get("authorization", "")
+        given = headers.get("authorization") or ("x-api-key" in headers and f"Bearer {headers['x-api-key']}") or ""
         client = self.keys(given)
         if client is None:
             message = "this API key is not valid" if given else "an API key is needed: Authorization: Bearer KEY"
             raise Denied(401, message, "invalid_api_key", www_authenticate="Bearer")
         return client
+
+    def _check_site(self, headers: dict[str, str]) -> None:
+        host, origin = headers.get("host"), headers.get("origin")
+        if host is not None and host not in self.hosts:  # HTTP/1.0 may leave it out; no browser does
+            message = f"host {host[:100]!r} is not a name of this server; start it with --host-name to use one"
+            raise Denied(403, message, "host_not_allowed")
+        if origin is not None and urlsplit(origin).netloc != host and not self._allowed(origin):
+            message = f"requests from {origin[:100]} are not taken; start the server with --allow-origin to take them"
+            raise Denied(403, message, "cross_origin")
+
+    def _allowed(self, origin: str) -> bool:
+        return "*" in self.origins or origin in self.origins
+
+    def _cross_origin(self, scope: Scope) -> dict[str, str]:
+        """The headers by which a browser lets the page of an allowed site read the answer."""
+        origin = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"origin"), None)
+        if origin is None or not self._allowed(origin):
+            return {}
+        return {
+            "access-control-allow-origin": origin,
+            "access-control-allow-methods": "GET, POST, DELETE",
+            "access-control-allow-headers": "authorization, content-type, x-api-key",
+            "access-control-expose-headers": "warning, retry-after, x-request-id",
+            "access-control-max-age": "600",
+            "vary": "origin",
+        }
 
     def _check_post(self, client: str, kind: str, headers: dict[str, str]) -> None:
         if wait := self.rates(client):

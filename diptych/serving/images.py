@@ -21,7 +21,7 @@ from diptych.parts.images import keep_outside
 from diptych.serving.forms import FILE_SCHEMA, check_form, form_body
 from diptych.serving.pictures import base64_text, decode, encode
 from diptych.serving.schemas import EditsRequest, ImagesRequest
-from diptych.serving.service import Service, canvas_size, seed_of
+from diptych.serving.service import Service, seed_of
 from diptych.serving.sse import EventStream, server_sent
 from diptych.serving.worker import Call, Worker
 
@@ -55,8 +55,8 @@ def _edits_schema() -> dict[str, Any]:
 
 async def _respond(service: Service, request: Request, pictures: PictureRequest) -> Response:
     body = pictures.body
-    call = service.begin(request, pictures.worker, pictures.submit, body, body.prompt)
     headers = service.warnings(pictures.worker, body, pictures.sample)
+    call = service.begin(request, pictures.worker, pictures.submit, body, body.prompt)
     if body.stream:
         return EventStream(call, pictures.events(call), headers)
     try:
@@ -86,7 +86,7 @@ class PictureRequest:
         prompt = service.text(body.prompt, "prompt")
         negative = service.text(body.negative_prompt or "", "negative_prompt")
         self.sample = sample = Sample("request", (user(*(Image(s, "condition") for s in sources), prompt),))
-        settings, size = service.settings(self.worker.engine, body, sample), canvas_size(body.size)
+        settings, size = service.settings(self.worker.engine, body, sample), body.canvas
         think = service.thinking(self.worker.engine, body, body.think)
         self.requests = [
             ImageRequest(sample, self.seed + i, size, settings, negative, body.partial_images, think)

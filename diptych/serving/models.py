@@ -35,7 +35,9 @@ def describe(service: Service, worker: Worker) -> dict[str, Any]:
     """The entry of a model."""
     model, options = worker.engine.model, service.options
     height, width = model.canvas(open_drawing())
-    bounds = {"slots": options.slots, "queue": options.queue, "timeout_seconds": options.timeout}
+    longest = worker.engine.sizes.longest
+    drawn = min(service.limits.drawn, worker.engine.sizes.pixels or longest * longest)
+    bounds = {"drawn": drawn, "slots": options.slots, "queue": options.queue, "timeout_seconds": options.timeout}
     return {
         "id": worker.engine.name,
         "object": "model",

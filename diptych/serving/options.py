@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Options:
     runs: Path | None = None  # folder of training runs to show
     log_prompts: bool = False
     quiet: bool = False  # no log line for each request
+    strict: bool = False  # parameters without effect are refused instead of ignored
+    origins: frozenset[str] = frozenset()  # other sites whose pages may use the server; "*": any site
     host_names: tuple[str, ...] = ()  # names, beside localhost and the bound address, that reach this server
     limits: Limits = field(default_factory=Limits)
 
@@ -53,6 +56,14 @@ class Options:
         for name in ("slots", "queue", "timeout", "rate"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} must be more than 0, not {value}")
+        for origin in self.origins - {"*"}:
+            parts = urlsplit(origin)
+            if (
+                parts.scheme not in ("http", "https")
+                or not parts.netloc
+                or origin != f"{parts.scheme}://{parts.netloc}"
+            ):
+                raise ValueError(f"an origin is like http://localhost:3000, without a path, or *; not {origin!r}")
         if not self.grace >= 0:
             raise ValueError(f"grace must be at least 0, not {self.grace}")
 

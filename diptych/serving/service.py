@@ -16,10 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from diptych.core.sample import Image, Sample, assistant, check_text, user
 from diptych.generation.engine import Engine
-from diptych.generation.scheduler import Size
 from diptych.generation.thinking import Think
 from diptych.models.protocol import Settings
-from diptych.models.sizes import parse_size
 from diptych.serving.errors import NotFound, Refused, plain_message
 from diptych.serving.fetch import fetch
 from diptych.serving.metrics import Metrics, log
@@ -95,8 +93,8 @@ class Service:
         """The model's settings for the request ``sample`` with the changes of ``body``. Raises ``ValueError`` for
         unknown names, wrong types, numbers that are not finite, and too many steps."""
         named = {
-            "num_inference_steps": body.num_inference_steps or body.steps,
-            "guidance_scale": body.guidance_scale,
+            "num_inference_steps": body.one_of("num_inference_steps", "steps"),
+            "guidance_scale": body.one_of("guidance_scale", "true_cfg_scale", "cfg_scale"),
             "image_guidance_scale": getattr(body, "image_guidance_scale", None),
         }
         given = {k: v for k, v in named.items() if v is not None}
@@ -115,8 +113,8 @@ class Service:
             for number in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(number, float) and not abs(number) <= 1e6:
                     raise ValueError(f"settings.{name} must be a finite number up to 1e6, not {number}")
-        model, size = engine.model, canvas_size(body.size)
-        asked = replace(sample, messages=(*sample.messages, assistant(Image(None, "target", size))))
+        model = engine.model
+        asked = replace(sample, messages=(*sample.messages, assistant(Image(None, "target", body.canvas))))
         steps = model.steps(model.canvas(asked), chosen)
         if steps > max(self.limits.steps, model.steps(model.canvas(open_drawing()), model.settings)):
             raise ValueError(f"num_inference_steps may be at most {self.limits.steps}, not {steps}")
@@ -129,8 +127,10 @@ class Service:
 
     def warnings(self, worker: Worker, body: ToDraw, sample: Sample) -> dict[str, str]:
         """The ``warning`` header of an answer: parameters without effect, and pictures of shapes that the model was not
-        trained on. Empty where there is nothing to say."""
+        trained on. Empty where there is nothing to say. A strict server raises ``ValueError`` for the former."""
         names = [*body.ignored()]
+        if names and self.options.strict:
+            raise ValueError(f"{names[0]}: this server is strict and refuses parameters without effect")
         more = f" and {len(names) - 20} more" if len(names) > 20 else ""
         texts = [f"ignored: {', '.join(names[:20])}{more}"] if names else []
         texts += worker.engine.sizes.remarks(sample)
@@ -155,11 +155,6 @@ class Service:
 def open_drawing(*pictures: Image) -> Sample:
     """A request for a picture of the model's own size, made from ``pictures``."""
     return Sample("request", (user(*pictures, "a"), assistant(Image(None, "target"))))
-
-
-def canvas_size(text: str | None) -> Size | None:
-    """(width, height) of "WIDTHxHEIGHT"; None of None and "auto"."""
-    return None if text is None or text == "auto" else parse_size(text)
 
 
 def seed_of(body: ToDraw) -> int:

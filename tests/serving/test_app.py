@@ -454,8 +454,11 @@ IMAGE_PART = {"type": "image_url"}
 @pytest.mark.parametrize(
     "change, told",
     [
-        ({"tools": []}, "unknown or unsupported parameter 'tools'"),
-        ({"logit_bias": {"1": 2}}, "unknown or unsupported parameter 'logit_bias'"),
+        ({"tool_choice": "required"}, "tool_choice: Input should be 'auto' or 'none'"),
+        ({"logit_bias": {"star": 2}}, "logit_bias: its keys are token ids, not 'star'"),
+        ({"logit_bias": {"99999999": 2}}, "logit_bias names token 99999999; the vocabulary has tokens 0 to"),
+        ({"top_k": -2}, "top_k: "),
+        ({"repetition_penalty": 0}, "repetition_penalty: "),
         ({"seed": "1"}, "seed: Input should be a valid integer"),
         ({"n": True}, "n: Input should be a valid integer"),
         ({"stream": "yes"}, "stream: Input should be a valid boolean"),
@@ -463,7 +466,7 @@ IMAGE_PART = {"type": "image_url"}
         ({"stop": ["\ud800"]}, "stop holds a lone surrogate (U+D800) at character 0"),
         (
             {"messages": [{"role": "user", "content": [IMAGE_PART | {"image_url": {"url": "x", "detail": "huge"}}]}]},
-            "messages.0.content.0.image_url.detail: Input should be 'auto', 'low' or 'high'",
+            "messages.0.content.0.image_url.detail: Input should be 'auto', 'low', 'high' or 'original'",
         ),
         (
             {"messages": [{"role": "user", "content": [IMAGE_PART | {"image_url": {"detail": "low"}}]}]},
@@ -471,7 +474,7 @@ IMAGE_PART = {"type": "image_url"}
         ),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text: Field required"),
         ({"messages": [{"role": "user", "content": None}]}, "only an assistant's may be null, not the user's"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty: Input should be 0"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty: Input should be less than or equal to 2"),
         ({"response_format": {"type": "json_object"}}, "response_format.type"),
         ({"n": 11}, "n may be at most 10, not 11"),
         ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
@@ -486,10 +489,10 @@ IMAGE_PART = {"type": "image_url"}
         ({"model": "../tiny"}, "no model '../tiny'"),
         ({"messages": []}, "messages: "),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "the last message must be the user's"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": "x", "nam": "y"}]}, "unsupported parameter 'messages.0.nam'"),
-        ({"frequency_penalty": 0.5, "store": True}, "frequency_penalty: Input should be 0"),
+        ({"frequency_penalty": 9, "store": True}, "frequency_penalty: Input should be less than or equal to 2"),
         ({"messages": [{"role": "user", "content": "x" * 9000}]}, "at most 8000"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content[0] holds a lone surrogate"),
         (
@@ -520,6 +523,9 @@ def test_what_a_chat_refuses_by_name(server, change, told):
         ({"size": "99999x99999"}, "size must be multiples of 16"),
         ({"steps": 201}, "num_inference_steps may be at most 200, not 201"),
         ({"steps": 2, "num_inference_steps": 2}, "give one"),
+        ({"guidance_scale": 2, "true_cfg_scale": 2}, "give one"),
+        ({"size": "32x32", "width": 32, "height": 32}, "give one"),
+        ({"width": 32}, "width and height are given together"),
         ({"settings": {"num_inference_steps": 2}, "steps": 3}, "given twice"),
         ({"settings": {"leg": 1}}, "unknown settings ['leg']; known: num_inference_steps"),
         ({"settings": {"renorm": "maybe"}}, "renorm"),
@@ -594,6 +600,58 @@ def test_what_has_no_effect_is_accepted_and_named(server):
         "/v1/images/edits", data=drawing | {"input_fidelity": "high"}, files=[("image", ("a.png", png()))]
     )
     assert edited.status_code == 200 and "input_fidelity" in edited.headers["warning"]
+
+
+def test_a_history_with_tools_is_read(server):
+    call = {"id": "c", "type": "function", "function": {"name": "count", "arguments": "{}"}}
+    turns = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+        {"role": "tool", "tool_call_id": "c", "content": "three"},
+    ]
+    tools = {"tools": [{"type": "function", "function": {"name": "count"}}], "tool_choice": "auto"}
+    told = server.http.post("/v1/chat/completions", json=hello() | tools | {"messages": turns})
+    assert told.status_code == 200, told.text
+    assert "messages.1.tool_calls, messages.2.tool_call_id" in told.headers["warning"]
+    plain = [turns[0], {"role": "assistant", "content": ""}, {"role": "user", "content": "three"}]
+    same = server.http.post("/v1/chat/completions", json=hello() | {"messages": plain})
+    assert same.json()["choices"] == told.json()["choices"]
+
+
+def test_sampling_parameters_of_vllm_act(server):
+    def text(**changes):
+        answer = server.http.post("/v1/chat/completions", json=hello(max_tokens=12, logprobs=True, **changes))
+        assert answer.status_code == 200, answer.text
+        return [w["token"] for w in answer.json()["choices"][0]["logprobs"]["content"]], answer.json()["parameters"]
+
+    likeliest, plain = text()
+    assert "top_k" not in plain and "penalties" not in plain
+    one, parameters = text(temperature=2.0, seed=1, top_k=1)
+    assert one == likeliest and parameters["top_k"] == 1  # one token to choose from
+    assert text(top_k=-1)[0] == likeliest
+    varied, parameters = text(presence_penalty=2.0, frequency_penalty=2.0, repetition_penalty=10.0)
+    assert len(set(varied)) >= len(set(likeliest)) and parameters["penalties"]["repetition"] == 10.0
+    token = server.http.post("/v1/chat/completions", json=hello(max_tokens=3, logit_bias={"65": 100})).json()
+    assert len(set(token["choices"][0]["message"]["content"])) == 1  # one token, again and again
+
+
+def test_sizes_and_guidance_by_the_names_of_other_servers(server):
+    drawing = {"prompt": "a star", "steps": 2, "seed": 1}
+    ours = server.http.post("/v1/images/generations", json=drawing | {"size": "32x16", "guidance_scale": 3.0})
+    for names in ({"true_cfg_scale": 3.0}, {"cfg_scale": 3.0}):
+        theirs = server.http.post("/v1/images/generations", json=drawing | {"width": 32, "height": 16} | names)
+        assert theirs.status_code == 200, theirs.text
+        assert theirs.json()["data"] == ours.json()["data"] and theirs.json()["parameters"] == ours.json()["parameters"]
+
+
+def test_a_strict_server_refuses_what_has_no_effect(engine):
+    with serving(engine, strict=True) as server:
+        told = server.http.post("/v1/chat/completions", json=hello(store=True))
+        assert told.status_code == 400 and told.json()["error"]["param"] == "store"
+        assert "this server is strict" in told.json()["error"]["message"]
+        told = server.http.post("/v1/images/generations", json={"prompt": "a star", "steps": 1, "style": "vivid"})
+        assert told.status_code == 400 and told.json()["error"]["param"] == "style"
+        assert server.http.post("/v1/chat/completions", json=hello(user="me")).status_code == 200
 
 
 def test_max_tokens_beyond_the_limit_are_bounded_and_told(engine):

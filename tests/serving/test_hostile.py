@@ -25,7 +25,7 @@ from diptych.models import store as store_
 from diptych.serving import fetch as fetch_
 from diptych.serving import store as files
 from diptych.serving.guard import Keys, Rates, json_depth
-from diptych.serving.options import Limits
+from diptych.serving.options import Limits, Options
 from diptych.serving.pictures import encode
 from diptych.serving.store import FileStore
 from tests.support import tiny
@@ -451,6 +451,26 @@ def test_other_sites_are_kept_out(server):
         headers = server.http.get(path).headers
         assert "default-src 'self'" in headers["content-security-policy"]
         assert headers["x-content-type-options"] == "nosniff" and "server" not in headers
+
+
+def test_sites_that_are_allowed_may_ask(engine):
+    site = "http://localhost:3000"
+    with serving(engine, origins=frozenset({site}), keys=("secret",)) as server:
+        ask = {"origin": site, "access-control-request-method": "POST", "access-control-request-headers": "x-api-key"}
+        told = server.http.options("/v1/chat/completions", headers=ask)
+        assert told.status_code == 204 and told.headers["access-control-allow-origin"] == site
+        assert "x-api-key" in told.headers["access-control-allow-headers"]
+        models = server.http.get("/v1/models", headers={"origin": site, "x-api-key": "secret"})
+        assert models.status_code == 200 and models.headers["access-control-allow-origin"] == site
+        wrong = server.http.get("/v1/models", headers={"origin": site, "x-api-key": "other"})
+        assert wrong.status_code == 401 and wrong.headers["access-control-allow-origin"] == site
+        for headers in ({"origin": "http://evil.example"}, ask | {"origin": "http://localhost:3001"}):
+            told = server.http.request(
+                "OPTIONS" if headers.get("access-control-request-method") else "GET", "/v1/models", headers=headers
+            )
+            assert told.status_code == 403 and "access-control-allow-origin" not in told.headers
+    with pytest.raises(ValueError, match="an origin is like http://localhost:3000"):
+        Options(origins=frozenset({"localhost:3000"}))
 
 
 def test_rates_are_kept_for_each_key(engine):
