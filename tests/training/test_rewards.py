@@ -29,6 +29,8 @@ from diptych.training.recipe import Limits, Optimizer, Recipe, Reward
 from diptych.training.rewards import asked
 from tests.support import rewards as own
 from tests.support import tiny
+from tests.training.test_loop import metrics
+from tests.training.test_parallel import run_with, same_weights
 
 RED = "tests.support.rewards:red"
 
@@ -345,3 +347,14 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
     [row] = [json.loads(line) for line in Path("runs/rewarded/metrics.jsonl").read_text().splitlines()]
     assert 0 < row["reward/mine:bright"] <= 1 and row["rollouts"] == 2
     assert "done: runs/rewarded/release" in capsys.readouterr().out
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Every process takes some of the asks; dev asks and the first weights are shared, too."""
+    made = recipe(steps=2, asks=3, reference={"image": 0.5}, dev={"shapes/dev": 1.0}, dev_asks=3)
+    rows = run(made, tmp_path / "one")
+    run_with(2, made, tmp_path / "two")
+    for a, b in zip(rows, metrics(tmp_path / "two"), strict=True):
+        for name in ("reward", "reward/std", "trained", "loss", "gradient_norm", "variety"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4), name
+    same_weights(tmp_path / "one", tmp_path / "two")
