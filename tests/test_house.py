@@ -321,6 +321,7 @@ def test_only_the_edges_touch_the_global_random_state_or_the_environment(path):
         "diptych/cli/__init__.py",  # OpenMP's spinning, set before torch is imported
         "diptych/cli/evaluation.py",
         "diptych/evaluation/rewards.py",  # the key of a judge that a recipe names
+        "diptych/machine/addresses.py",  # the cache of remote files: its folder and its limit
         "diptych/machine/processes.py",
         "diptych/data/worlds/stamps.py",
     }

@@ -216,6 +216,8 @@ def run(
 
     if shard and layout:
         raise ValueError("--layout goes with `diptych evaluate score`, after the shards are merged")
+    if shard and not out:
+        raise ValueError("--shard needs --out DIR, the folder that all shares have in common")
     with processes() as (rank, _):
         if model.startswith(("http://", "https://")):
             engine: Any = remote.Endpoint(model, remote_model, api_key())
@@ -233,7 +235,7 @@ def run(
             benchmarks or [],
             seed=seed,
             limit=limit,
-            folder=out,
+            folder=harness.Share(out, *parse_shard(shard)) if shard and out else out,
             progress=not as_json,
             answering=Answering(max_new_tokens, system, thinking, answer_temperature),
             size=size,
@@ -241,7 +243,6 @@ def run(
             batch_size=batch_size,
             tools=tools,
             score=not no_score,
-            shard=parse_shard(shard) if shard else None,
         )
         if rank > 0:
             return

@@ -12,7 +12,7 @@ A line is written when its item is finished. A last line that a crash cut off is
 item that the model refuses counts as wrong, with the reason; no blank picture or empty answer replaces it.
 
 Under torchrun every process takes every n-th batch of the generation and of the scoring. The files and the scores equal
-those of one process. With ``shard`` (i, n) a process takes every n-th batch and waits for nobody: it writes
+those of one process. With a ``Share`` a process takes every n-th batch and waits for nobody: it writes
 items.I.jsonl and scores.I.jsonl, and ``rescore`` merges the files of all shards.
 """
 
@@ -151,13 +151,23 @@ class _Work:
         processes.gather(None)
 
 
+@dataclass(frozen=True)
+class Share:
+    """Share ``index`` of ``count`` of an evaluation, written into ``folder``, which all shares have in common. They
+    need the same arguments of ``evaluate``, ``batch_size`` included."""
+
+    folder: str | Path
+    index: int
+    count: int
+
+
 def evaluate(
     engine: Evaluable,
     benchmarks: str | Sequence[str | Benchmark] = ("mini",),
     *,
     seed: int = 0,
     limit: int | None = None,
-    folder: str | Path | None = None,
+    folder: str | Path | Share | None = None,
     size: int | None = None,
     settings: Any = None,
     answering: Answering = cards.DEFAULT,
@@ -165,7 +175,6 @@ def evaluate(
     tools: Tools | None = None,
     score: bool = True,
     progress: bool = True,
-    shard: tuple[int, int] | None = None,
 ) -> Result:
     """The scores of a model on benchmarks, with 95 % intervals, baselines and the settings that produced them.
 
@@ -173,7 +182,8 @@ def evaluate(
     of lmms-eval ("lmms-eval:pope,mmbench_en_dev").
 
     ``limit``       keeps the first items of each category
-    ``folder``      keeps everything and continues a stopped evaluation (default: a temporary folder)
+    ``folder``      keeps everything and continues a stopped evaluation (default: a temporary folder); a ``Share``
+                    makes and judges its share alone and returns outcomes without scores: ``rescore`` merges
     ``size``        side of the pictures in pixels (default: 64 for what ships, else the model's own)
     ``settings``    replaces the model's own sampler settings
     ``answering``   longest answer, system text, thinking and temperature
@@ -181,8 +191,6 @@ def evaluate(
     ``tools``       the judge, detector, CLIP and feature network that score
     ``score``       False stops when every answer and picture is made
     ``progress``    shows a progress bar on a terminal's stderr
-    ``shard``       (i, n): makes and judges share i of n alone, into ``folder``, and returns outcomes without scores;
-                    all shards need the same ``batch_size``, and ``rescore`` merges them
 
     Raises ``ValueError`` for an unknown benchmark, and for a folder that was made with other settings.
     """
@@ -194,8 +202,10 @@ def evaluate(
     for name, value in (("limit", limit), ("batch_size", batch_size), ("size", size)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1, or None for the default")
-    if shard and (folder is None or tasks):
-        raise ValueError("a shard of an evaluation needs a folder, and lmms-eval's tasks are not evaluated in shards")
+    shard = (folder.index, folder.count) if isinstance(folder, Share) else None
+    folder = folder.folder if isinstance(folder, Share) else folder
+    if shard and tasks:
+        raise ValueError("lmms-eval's tasks are not evaluated in shards")
     if tasks:  # before anything is made
         from diptych.evaluation import lmms
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from diptych import cli
-from diptych.evaluation.harness import evaluate, rescore
+from diptych.evaluation.harness import Share, evaluate, rescore
 from tests.evaluation.test_harness import Fake
 
 NAMES = ("vqa-mini", "mini")
@@ -18,12 +18,12 @@ def test_shards_merged_are_the_whole(tmp_path):
         if shard == 1:
             with pytest.raises(KeyboardInterrupt):
                 evaluate(
-                    Fake(crash_after=1), NAMES, limit=4, folder=folder, batch_size=3, progress=False, shard=(shard, 3)
+                    Fake(crash_after=1), NAMES, limit=4, folder=Share(folder, shard, 3), batch_size=3, progress=False
                 )
             assert (folder / "items.1.jsonl").read_text().count("\n") == 3
             with pytest.raises(ValueError, match="items of .* are not finished, first"):
                 rescore(folder, progress=False)
-        part = evaluate(Fake(), NAMES, folder=folder, shard=(shard, 3), **settings)
+        part = evaluate(Fake(), NAMES, folder=Share(folder, shard, 3), **settings)
         assert part.scores == {} and 0 < len(part.outcomes) < len(whole.outcomes)
     merged = rescore(folder, progress=False)
     assert merged.to_json()["scores"] == whole.to_json()["scores"]
@@ -33,8 +33,6 @@ def test_shards_merged_are_the_whole(tmp_path):
             for f in ("shards", "whole")
         )
         assert rows == expected and not list(folder.glob(f"{stem}.*.jsonl"))
-    with pytest.raises(ValueError, match="a shard of an evaluation needs a folder"):
-        evaluate(Fake(), NAMES, limit=4, progress=False, shard=(0, 2))
 
 
 def test_shards_from_the_command_line(tmp_path, capsys):
@@ -44,5 +42,7 @@ def test_shards_from_the_command_line(tmp_path, capsys):
     counts = [json.loads(line)["items"] for line in capsys.readouterr().out.splitlines()]
     assert cli.main(["evaluate", "merge", str(tmp_path / "e"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["items"] == sum(counts)
+    assert cli.main([*words[:-2], "--shard", "0/2"]) == 2
+    assert "--shard needs --out DIR" in capsys.readouterr().err
     assert cli.main([*words, "--shard", "2/2"]) == 2
     assert "shard '2/2' is not i/n" in capsys.readouterr().err
