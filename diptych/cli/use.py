@@ -156,7 +156,7 @@ def edit(
         list[Path] | None, typer.Option("--also", metavar="FILE", help="a further edit source; may be repeated")
     ] = None,
 ) -> None:
-    """Change a picture by instruction, or make one picture from several."""
+    """Change a picture by instruction, or compose several."""
     size, images = drawing.check(), [image, *(also or [])]
     for file, source in product(drawing.files(drawing.n), images):
         if file.exists() and source.exists() and file.samefile(source):
@@ -182,7 +182,7 @@ def show(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="a picture that generate or edit wrote")],
     as_json: JsonOption = False,
 ) -> None:
-    """Show the parameters of a picture: model, prompt, seed, size and settings."""
+    """Show the prompt, seed and settings of a picture that was drawn."""
     from diptych.data.written import read_parameters
 
     parameters = read_parameters(file.expanduser())
