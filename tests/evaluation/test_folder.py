@@ -130,9 +130,13 @@ def test_an_interrupt_keeps_the_replies_that_came(tmp_path):
             ended.wait(5)
         return "yes"
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's shell has it ignored
     with serving(reply=reply) as server:
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(Endpoint(server.url, "m"), (benchmark,), folder=tmp_path / "cut", batch_size=6, progress=False)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                evaluate(Endpoint(server.url, "m"), (benchmark,), folder=tmp_path / "cut", batch_size=6, progress=False)
+        finally:
+            signal.signal(signal.SIGINT, before)
         ended.set()
         asked = len(server.asked)
         evaluate(Endpoint(server.url, "m"), (benchmark,), folder=tmp_path / "cut", batch_size=6, progress=False)
