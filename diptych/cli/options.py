@@ -28,7 +28,7 @@ class Group(TyperGroup):
     default: str | None = None
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]  # vendored click
-        """The arguments with ``--help`` where there are none, and with ``default`` where they name no verb."""
+        """Parses ``--help`` in place of no arguments, and adds ``default`` where the first argument is not a verb."""
         if not args:
             args = ["--help"]
         if self.default and args[0] not in self.commands and args[0] not in ("-h", "--help"):

@@ -386,11 +386,15 @@ class Engine:
         top_p: float = 1.0,
         seed: Seed = 0,
         think: bool = False,
+        top_k: int = 0,
+        repetition_penalty: float = 1.0,
     ) -> Iterator[Event]:
         """The events of an answer: ``TextDelta`` ... ``Stop``, an ``ImageDone`` for every picture in it, and with
         ``think`` ``ReasoningDelta`` before them."""
-        sample = self._conversation(messages)
-        return self._events(TextRequest(sample, max_new_tokens, temperature, top_p, _seed(seed), think=think))
+        request = TextRequest(
+            self._conversation(messages), max_new_tokens, temperature, top_p, _seed(seed), think=think, top_k=top_k
+        )
+        return self._events(replace(request, penalties=Penalties(repetition_penalty)))
 
     def stream_picture(
         self,

@@ -94,12 +94,10 @@ def _parts(message: ChatMessage) -> list[Any]:
 
 
 class Chat:
-    """``n`` choices in answer to a conversation, each made of the modalities asked for, one after another.
+    """``n`` choices in answer to a conversation, each made of the modalities asked for, one after another."""
 
-    A text may hold up to ``pictures`` pictures that the model begins on its own."""
-
-    def __init__(self, service: Service, worker: Worker, body: ChatRequest, sample: Sample, pictures: int = 0) -> None:
-        self.body, self.worker, self.pictures = body, worker, pictures
+    def __init__(self, service: Service, worker: Worker, body: ChatRequest, sample: Sample) -> None:
+        self.body, self.worker = body, worker
         self.id, self.created, self.seed = f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), seed_of(body)
         if body.n > service.limits.n:
             raise ValueError(f"n may be at most {service.limits.n}, not {body.n}")
@@ -110,7 +108,6 @@ class Chat:
         self.negative_prompt = service.text(body.negative_prompt or "", "negative_prompt")
         self.samples = [sample] * body.n  # the conversation of each choice, with what it has answered so far
         self.parts: list[list[dict[str, Any]]] = [[] for _ in range(body.n)]  # of the answers
-        self.done = [0] * body.n  # how many modalities of each choice are complete
         self.reasons = ["stop"] * body.n
         self.reasoning = [""] * body.n
         self.think = service.thinking(worker.engine, body, body.thinks)
@@ -130,7 +127,7 @@ class Chat:
 
     def _next_request(self, choice: int) -> TextRequest | ImageRequest | None:
         """The request for the choice's next part; None where it is complete."""
-        body, done = self.body, self.done[choice]
+        body, done = self.body, len(self.parts[choice])
         if done == len(body.modalities):
             return None
         if body.modalities[done] == "image":
@@ -146,10 +143,10 @@ class Chat:
             seed,
             body.stops,
             top,
-            self.pictures,
-            body.thinks,
-            max(body.top_k, 0),
-            body.penalties,
+            pictures=0,
+            think=body.thinks,
+            top_k=max(body.top_k, 0),
+            penalties=body.penalties,
         )
 
     def _drawing(self, choice: int) -> ImageRequest:
@@ -173,15 +170,11 @@ class Chat:
                 texts[choice] += event.text
                 self.logprobs[choice] += map(_logprob, event.logprobs)
             if isinstance(event, ImageDone):
-                if self.body.modalities[self.done[choice]] == "text":  # the answer has drawn it on its own
-                    self._add_text(choice, texts[choice])
-                    await self._add_picture(choice, event.image)
-                    texts[choice] = ""
                 images[choice] = event.image
             if isinstance(event, Stop):
                 message = await self._complete(choice, event, texts[choice], images[choice])
-                texts[choice], images[choice] = "", None
-                sample, self.done[choice] = self.samples[choice], self.done[choice] + 1
+                texts[choice] = ""
+                sample = self.samples[choice]
                 self.samples[choice] = replace(sample, messages=(*sample.messages, message))
                 if request := self._next_request(choice):
                     self.choices.append(choice)
@@ -194,23 +187,16 @@ class Chat:
         self.usage = Usage(before.read + now.read, before.written + now.written, before.pictures + now.pictures)
         if event.reason == "image":
             assert image
-            await self._add_picture(choice, image)
+            url = await asyncio.to_thread(data_uri, image)
+            self.parts[choice].append({"type": "image_url", "image_url": {"url": url}})
             self.parameters["image"] = dict(event.parameters) | {"seed": self.seed}
             return assistant(Image(image, "target"))
-        self._add_text(choice, text, always=image is None)
+        self.parts[choice].append({"type": "text", "text": text})
         self.reasons[choice] = event.reason
         parameters = dict(event.parameters)
         parameters["max_tokens"] = parameters.pop("max_new_tokens")
         self.parameters |= parameters | {"stop": self.body.stops, "seed": self.seed}
         return assistant(text)
-
-    def _add_text(self, choice: int, text: str, always: bool = False) -> None:
-        if text or always:
-            self.parts[choice].append({"type": "text", "text": text})
-
-    async def _add_picture(self, choice: int, image: PIL.Image.Image) -> None:
-        url = await asyncio.to_thread(data_uri, image)
-        self.parts[choice].append({"type": "image_url", "image_url": {"url": url}})
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.worker.engine.name}
@@ -259,7 +245,7 @@ class Chat:
             elif isinstance(event, Stop):
                 if event.reason == "image":
                     yield chunk(i, {"content": [self.parts[i][-1]]})
-                if self.done[i] == len(self.body.modalities):
+                if len(self.parts[i]) == len(self.body.modalities):
                     yield chunk(i, {}, None, self.reasons[i], parameters=self.parameters)
         if self.body.stream_options and self.body.stream_options.include_usage:
             yield server_sent(self._head("chat.completion.chunk") | {"choices": [], "usage": self._usage()})

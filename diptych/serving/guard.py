@@ -134,9 +134,7 @@ class Guard:
         if size > self.limits.header_bytes:
             raise Denied(431, "the header of the request is too large", "header_too_large")
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
-        if (
-            scope["method"] == "OPTIONS" and "access-control-request-method" in headers
-        ):  # a browser asks before it sends
+        if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:  # a browser's preflight
             self._check_site(headers)
             await send({"type": "http.response.start", "status": 204, "headers": []})
             await send({"type": "http.response.body", "body": b""})
