@@ -144,13 +144,13 @@ def open_labels(source: str | Path | bytes, name: str = "", max_pixels: int = MA
         return np.array(image) if image.mode != "1" else np.array(image).astype(np.uint8)
 
 
-def open_mask(
-    source: str | Path | bytes | PIL.Image.Image, name: str = "", max_pixels: int = MAX_PIXELS
-) -> PIL.Image.Image:
+def open_mask(source: PictureSource, name: str = "", max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
     """Where a picture may be edited: 255 there, else 0; upright. That is where a mask with transparency is transparent
     (OpenAI's convention), and where a grey mask without is lighter than half (that of inpainting). Raises
     ``ValueError`` as ``open_picture`` does, and for colours without transparency."""
     name = name or _name(source)
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        source = _from_array(source, name)
     opened = source.copy() if isinstance(source, PIL.Image.Image) else _open(_read(source, name), name, max_pixels)
     with opened as image:
         _load(image, name)

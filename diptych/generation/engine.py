@@ -304,7 +304,7 @@ class Engine:
         negative_prompt: str = "",
         think: bool | Think = False,
         preset: str = "",
-        mask: str | Path | bytes | PIL.Image.Image | None = None,
+        mask: PictureSource | None = None,
         on_step: OnStep | None = None,
         **settings: Any,
     ) -> Pictures:
@@ -318,7 +318,7 @@ class Engine:
             raise ValueError("edit needs at least one picture")
         sources = [Image(_pixels(image), "condition") for image in many]
         sample = Sample("edit", (user(*sources, _text(instruction, "instruction")),))
-        region = None if mask is None else open_mask(mask, "mask")
+        region = None if mask is None else open_mask(mask)
         if region and region.size != (first := sources[0].pixels).size:
             raise ValueError(
                 f"mask is {region.width}x{region.height} and the first picture {first.width}x{first.height}"

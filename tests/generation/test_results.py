@@ -5,6 +5,7 @@ import json
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 import diptych
 from diptych import cli
@@ -102,3 +103,7 @@ def test_a_mask_keeps_the_source_and_every_step_is_reported(engine):
     assert steps == [(2, 4), (4, 4)]
     with pytest.raises(ValueError, match="mask is 8x8 and the first picture 32x32"):
         engine.edit(source, "x", mask=mask.resize((8, 8)), **few)
+    with pytest.raises(ValueError, match="picture 'nowhere.png' does not exist"):
+        engine.edit(source, "x", mask="nowhere.png", **few)
+    for same in (np.asarray(mask), np.asarray(mask) > 0, torch.from_numpy(np.array(mask))):
+        assert engine.edit(source, "make it blue", mask=same, **few).images[0].tobytes() == kept.images[0].tobytes()
