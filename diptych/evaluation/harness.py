@@ -418,8 +418,10 @@ class _Maker:
         """Rows of items that are requested from a server at the same time, and the first refusal. Where the server is
         gone or the user interrupts, the replies that have come are written to a part file; the next run merges it."""
         pool = ThreadPoolExecutor(self.batch_size)
-        requests = [pool.submit(self._attempt, benchmark, [item]) for item in items]
+        requests = []
         try:
+            for item in items:
+                requests.append(pool.submit(self._attempt, benchmark, [item]))
             for request in requests:
                 if isinstance(request.exception(), Unreachable):
                     request.result()

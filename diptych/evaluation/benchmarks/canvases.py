@@ -11,7 +11,7 @@ talk-mini      the last question of a conversation, in which everything before i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -229,6 +229,20 @@ def _scores(stamp: str, outcomes: Sequence[Outcome]) -> dict[str, Score]:
     return {f"{stamp}/overall": macro(of_all)} | {f"{stamp}/{k}": share(group) for k, group in groups.items()}
 
 
+def _questions(name: str, items: Callable[[int, int], list[Item]]) -> Benchmark:
+    """A benchmark of questions with exact answers; its baseline is the most frequent answer of a category."""
+    stamp = f"{name}@exact"
+    return Benchmark(
+        name,
+        "answer",
+        items,
+        each(_judge_answer),
+        lambda outcomes: _scores(stamp, outcomes),
+        lambda items, size: _majority(stamp, items),
+        macro=True,
+    )
+
+
 BENCHMARKS: dict[str, Benchmark] = {
     "canvas-draw": Benchmark(
         "canvas-draw",
@@ -240,15 +254,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         side=64,
         macro=True,
     ),
-    "canvas-read": Benchmark(
-        "canvas-read",
-        "answer",
-        _read_items,
-        each(_judge_answer),
-        lambda outcomes: _scores("canvas-read@exact", outcomes),
-        lambda items, size: _majority("canvas-read@exact", items),
-        macro=True,
-    ),
+    "canvas-read": _questions("canvas-read", _read_items),
     "canvas-edit": Benchmark(
         "canvas-edit",
         "draw",
@@ -258,15 +264,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         _edit_baselines,
         macro=True,
     ),
-    "emoji-scenes": Benchmark(
-        "emoji-scenes",
-        "answer",
-        _scene_items,
-        each(_judge_answer),
-        lambda outcomes: _scores("emoji-scenes@exact", outcomes),
-        lambda items, size: _majority("emoji-scenes@exact", items),
-        macro=True,
-    ),
+    "emoji-scenes": _questions("emoji-scenes", _scene_items),
     "talk-mini": Benchmark(
         "talk-mini",
         "answer",
