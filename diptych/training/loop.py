@@ -267,7 +267,7 @@ class _Job:
         parts: Mapping[str, Mapping[str, nn.Parameter]],
     ) -> dict[str, float]:
         """One step of a stage with ``reward``. Where a judge cannot be reached, the last step is saved before the run
-        ends; a resumed run asks again."""
+        ends, unless the weights have moved on (dev asks are scored after the update); a resumed run asks again."""
         state, stage = self.state, rewarded.stage
         position = self.clock.position(state.stage, state.done)
         optim.set_rates(state.optimizers, rate := optim.factor(stage.schedule, position, stage.steps))
@@ -277,7 +277,7 @@ class _Job:
         try:
             row = rewarded.step(tools, state.step, state.done, due)
         except ConnectionError:
-            if state.step:
+            if state.step and not rewarded.moved:  # after the update the weights are no longer those of the last step
                 self.save(rewarded, names)
                 together(self.saver.wait)
             raise

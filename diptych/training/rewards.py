@@ -126,6 +126,7 @@ class RewardStage:
         self.same = True  # old weights equal the trained ones
         self.best, self.since, self.alike = -math.inf, 0, 0
         self.over = False
+        self.moved = False  # the running step has begun to change the weights
         self._warn_of_guidance()
 
     def _dev(self, sources: Sources, seed: int) -> Iterator[Sample]:
@@ -175,6 +176,7 @@ class RewardStage:
         """One step: ``step`` counts those of the run, ``done`` those of the stage. With ``checkpoint`` the dev asks are
         scored, too, and a sheet of rollouts is written. Returns what to log; draws nothing anew where a judge fails."""
         began, position = time.perf_counter(), self.mixture.state_dict()
+        self.moved = False
         row: dict[str, float] = {}
         if self.dev and done == 0:
             row |= {f"dev_before/{k}": v for k, v in self.score(tools).items()}
@@ -186,6 +188,7 @@ class RewardStage:
         rolled = time.perf_counter()
         totals = self._advantages(groups)
         trained = [r for g in groups for r in g.trained]
+        self.moved = True
         row |= self._train(tools, step, trained)
         self._follow(done)
         if checkpoint:

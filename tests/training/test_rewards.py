@@ -284,18 +284,24 @@ def test_equal_rewards_move_nothing_and_are_warned_of(tmp_path, monkeypatch, cap
     assert all(torch.equal(fresh[name], value) for name, value in released.items())
 
 
-def test_a_judge_that_is_gone_ends_the_run_with_what_there_is(tmp_path):
-    name = "tests.support.rewards:flaky"
-    whole = run(recipe(rewards={name: 1.0}, every=100), tmp_path / "whole")
-    own.down["after"] = 3
+@pytest.mark.parametrize(
+    ("how", "calls", "last"),
+    [({"every": 100}, 3, "step-00000003"), ({"dev": {"shapes/draw": 1.0}, "dev_asks": 2}, 6, "step-00000002")],
+    ids=["rollouts", "dev asks after the update"],
+)
+def test_a_judge_that_is_gone_ends_the_run_with_what_there_is(tmp_path, how, calls, last):
+    made = recipe(rewards={"tests.support.rewards:flaky": 1.0}, **how)
+    whole = run(made, tmp_path / "whole")
+    own.down["after"] = calls
     try:
         with pytest.raises(ConnectionError, match="cannot be reached"):
-            run(recipe(rewards={name: 1.0}, every=100), tmp_path / "cut")
+            run(made, tmp_path / "cut")
     finally:
         own.down["after"] = None
     crash = json.loads((tmp_path / "cut" / "crash.json").read_text())
-    assert crash["step"] == 4 and crash["last_checkpoint"].endswith("step-00000003")
-    assert plain(run(recipe(rewards={name: 1.0}, every=100), tmp_path / "cut", resume=True)) == plain(whole)
+    assert crash["step"] == 4 and crash["last_checkpoint"].endswith(last)
+    assert plain(run(made, tmp_path / "cut", resume=True)) == plain(whole)
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
