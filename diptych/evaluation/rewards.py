@@ -15,6 +15,7 @@ from pathlib import Path
 import PIL.Image
 
 from diptych.core.sample import Sample
+from diptych.evaluation.addresses import NO_KEY
 from diptych.evaluation.benchmarks.clipscore import PREFIX, clip_score
 from diptych.evaluation.benchmarks.geneval2 import LIKELIEST, probability
 from diptych.evaluation.judges.detector import colourist
@@ -68,7 +69,7 @@ def _judge(rest: str, folder: Path) -> Judge:
     model, at, url = rest.partition("@")
     if not at or not url.startswith(("http://", "https://")):
         raise ValueError(f"a judge is named MODEL@URL, such as qwen2.5-vl@http://localhost:8000/v1, not {rest!r}")
-    return Judge(model, url, folder / "judge", os.environ.get("OPENAI_API_KEY", "none"))
+    return Judge(model, url, folder / "judge", os.environ.get("OPENAI_API_KEY", NO_KEY))
 
 
 def _reward(

@@ -65,8 +65,7 @@ def omnigen2_tiny() -> Recipe:
 
     diptych train omnigen2/tiny-reward --model runs/omnigen2-tiny
     """
-    how = replace(DRAWING, sampling={"guidance_scale": 1.0, "num_inference_steps": 12})
-    made = _tiny("omnigen2/tiny-reward", "bagel/tiny", how, {"dit": 2e-4}, 50, {"shapes/reward": 1.0})
+    made = _tiny("omnigen2/tiny-reward", "bagel/tiny", DRAWING, {"dit": 2e-4}, 50, {"shapes/reward": 1.0})
     model = config_to_json("omnigen2", config("omnigen2/tiny"))
     return replace(made, model=model, init={"model": "runs/omnigen2-tiny"})
 

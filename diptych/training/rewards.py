@@ -30,7 +30,7 @@ from diptych.core.batch import Batch, pack
 from diptych.core.layout import Layout
 from diptych.core.losses import add_counts, combine
 from diptych.core.noise import Noise
-from diptych.core.sample import Image, Sample
+from diptych.core.sample import Image, Message, Sample
 from diptych.data.contact_sheet import grid
 from diptych.data.mixture import Mixture, bits
 from diptych.machine import disk
@@ -507,7 +507,7 @@ def asked(sample: Sample) -> Sample:
     kept = tuple(replace(m, parts=parts) for m, parts in zip(kept, quiet, strict=True))
     if answer is None or isinstance(answer, Image):
         size = answer.size if isinstance(answer, Image) else None
-        kept = (*kept, type(kept[-1])("assistant", (Image(None, "target", size),)))
+        kept = (*kept, Message("assistant", (Image(None, "target", size),)))
     return replace(sample, messages=kept)
 
 
