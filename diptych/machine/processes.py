@@ -103,16 +103,17 @@ def gather(value: Any) -> list[Any]:
 
 def together(work: Callable[[], T]) -> T:
     """The result of ``work``, which every process calls; when it raises in one of them, all raise: that one its own
-    error, the others an ``OSError`` that names it."""
+    error, the others an ``OSError`` that names it, a ``ConnectionError`` where the error is one."""
     if not dist.is_initialized():
         return work()
     try:
         result = work()
     except Exception as error:
         any_of(True)
-        gather(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        text = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        gather((text, isinstance(error, ConnectionError)))
         raise
     if any_of(False):
-        rank, text = next((rank, text) for rank, text in enumerate(gather("")) if text)
-        raise ConnectionAbortedError(f"process {rank} failed: {text}")
+        rank, (text, lost) = next((rank, row) for rank, row in enumerate(gather(("", False))) if row[0])
+        raise (ConnectionError if lost else OSError)(f"process {rank} failed: {text}")
     return result
